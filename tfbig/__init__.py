@@ -1,0 +1,24 @@
+"""tfbig: one update is one update of the whole effective batch, on any hardware."""
+
+from tfbig import errors
+from tfbig._step import accumulate_gradients
+from tfbig._update import apply_gradients
+from tfbig.accumulation import GradientAccumulationMixin
+from tfbig.equivalence import check_equivalence
+from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
+from tfbig.models import Model, Sequential, extend
+
+from tfbig._version import __version__
+
+__all__ = (
+    "DynamicLossScale",
+    "DynamicLossScalingMixin",
+    "GradientAccumulationMixin",
+    "Model",
+    "Sequential",
+    "accumulate_gradients",
+    "apply_gradients",
+    "check_equivalence",
+    "errors",
+    "extend",
+)

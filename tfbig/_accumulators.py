@@ -1,0 +1,70 @@
+"""What the gradient of one variable is added up in.
+
+float32 or wider. A dense gradient has one buffer. The gradient of an embedding
+is a `tf.IndexedSlices`, a row for each look-up; its rows are kept, as Keras keeps
+them for the whole batch, since Keras's optimizers square each row for itself.
+"""
+
+import tensorflow as tf
+
+__all__ = ("add", "dtype_for", "result", "start", "wider")
+
+
+def dtype_for(dtype):
+    """float32, or the given dtype if it is wider."""
+    dtype = tf.as_dtype(dtype)
+    return dtype if dtype.size > tf.float32.size else tf.float32
+
+
+def wider(dtype, other):
+    """The wider one of an accumulator dtype and that for another dtype."""
+    other = dtype_for(other)
+    return other if other.size > dtype.size else dtype
+
+
+def start(variable, is_sparse):
+    """An empty accumulator: a structure of tensors that a loop can carry."""
+    dtype = dtype_for(variable.dtype)
+    if not is_sparse:
+        return tf.zeros(variable.shape, dtype)
+
+    def rows(dtype, shape):
+        return tf.TensorArray(
+            dtype, size=0, dynamic_size=True, element_shape=shape, infer_shape=False
+        )
+
+    return {
+        "count": tf.constant(0),
+        "indices": rows(tf.int64, [None]),
+        "values": rows(dtype, [None, *variable.shape[1:]]),
+    }
+
+
+def add(total, gradient, weight):
+    """The accumulator with `weight * gradient` added; gradient may be None."""
+    if gradient is None:
+        return total
+    if isinstance(total, dict):
+        k, values = total["count"], total["values"]
+        row = tf.cast(weight, values.dtype) * tf.cast(gradient.values, values.dtype)
+        return {
+            "count": k + 1,
+            "indices": total["indices"].write(k, tf.cast(gradient.indices, tf.int64)),
+            "values": values.write(k, row),
+        }
+    weight = tf.cast(weight, total.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        rows = weight * tf.cast(gradient.values, total.dtype)
+        return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], rows)
+    return total + weight * tf.cast(gradient, total.dtype)
+
+
+def result(total, variable):
+    """The gradient that was added up: a tensor or `tf.IndexedSlices`."""
+    if not isinstance(total, dict):
+        return total
+    return tf.IndexedSlices(
+        total["values"].concat(),
+        total["indices"].concat(),
+        tf.constant(variable.shape.as_list(), tf.int64),
+    )

@@ -1,0 +1,162 @@
+"""Cutting a replica's share of the effective batch into micro-batches."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, errors
+
+__all__ = ("Cut", "fold")
+
+
+def positive_integer(name, value, remedy):
+    """Returns `value`, or raises if it is not an integer >= 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise errors.InvalidOptionError(
+            f"`{name}` must be an integer >= 1. Received: {name}={value!r}. {remedy}"
+        )
+    return value.__index__()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How many micro-batches, or how large.
+
+    Exactly one of the two is given.
+
+    Args:
+        gradient_accumulation_steps: Micro-batches per replica and update. Their
+            sizes differ by at most one sample. A share of fewer samples than
+            this is cut into single samples.
+        micro_batch_size: Samples per micro-batch and replica. The last may be
+            smaller.
+    """
+
+    gradient_accumulation_steps: int | None = None
+    micro_batch_size: int | None = None
+
+    def __post_init__(self):
+        steps, size = self.gradient_accumulation_steps, self.micro_batch_size
+        if (steps is None) == (size is None):
+            raise errors.InvalidOptionError(
+                "Exactly one of `gradient_accumulation_steps` and `micro_batch_size` must be "
+                f"given. Received: gradient_accumulation_steps={steps!r}, "
+                f"micro_batch_size={size!r}."
+            )
+        if steps is not None:
+            positive_integer(
+                "gradient_accumulation_steps", steps, "Use 1 to turn accumulation off."
+            )
+        elif size == "auto":
+            raise NotImplementedError(
+                "`micro_batch_size='auto'` is not implemented yet. Pass the number of samples "
+                "that fit into one replica's memory."
+            )
+        else:
+            positive_integer("micro_batch_size", size, "Pass the samples that fit into memory.")
+
+    @property
+    def is_whole(self):
+        """Whether a share is never cut."""
+        return self.gradient_accumulation_steps == 1
+
+    def segments(self, samples):
+        """The cut of `samples` samples as two runs of micro-batches of equal size.
+
+        Returns:
+            `((size, count), (size, count))`; int32 scalars, or ints for an int.
+            The first micro-batches have the first size, the rest the second.
+        """
+        at_least_one = max if isinstance(samples, int) else tf.maximum
+        if self.micro_batch_size is not None:
+            size = self.micro_batch_size
+            rest = samples % size
+            return (size, samples // size), (rest, (rest + size - 1) // size)
+        at_most = min if isinstance(samples, int) else tf.minimum
+        count = at_least_one(at_most(self.gradient_accumulation_steps, samples), 1)
+        small, larger = samples // count, samples % count
+        return (small + 1, larger), (small, at_most(count - larger, samples))
+
+
+def micro_batch(data, begin, size):
+    def part(value):
+        if value is None:
+            return None
+        if isinstance(value, tf.RaggedTensor):
+            return value[begin : begin + size]
+        if isinstance(value, tf.SparseTensor):
+            shape = tf.cast(value.dense_shape, tf.int64)
+            begin_, size_ = (tf.reshape(tf.cast(x, tf.int64), [1]) for x in (begin, size))
+            return tf.sparse.slice(
+                value,
+                tf.concat([begin_, tf.zeros_like(shape[1:])], 0),
+                tf.concat([size_, shape[1:]], 0),
+            )
+        # tf.slice with explicit sizes: XLA needs them as constants.
+        inner = tf.shape(value)[1:]
+        sliced = tf.slice(
+            value,
+            tf.concat([[begin], tf.zeros_like(inner)], 0),
+            tf.concat([[size], inner], 0),
+        )
+        return tf.ensure_shape(sliced, [None, *value.shape[1:]])
+
+    return keras.tree.map_structure(part, data)
+
+
+def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
+    """Calls `carry = step(micro_batch, size, carry)` for each micro-batch.
+
+    One `tf.while_loop`, whatever the number of micro-batches. Micro-batches run
+    strictly one after another: two at a time would need the memory of two.
+
+    Args:
+        cut: A `Cut`.
+        data: Nested structure of tensors, `(samples, ...)` each. May hold no sample.
+        step: Function of `(micro_batch, size, carry)`.
+        carry: Structure of tensors.
+        static_sizes: Whether sizes must be constants for XLA. Then there are
+            two loops, one for each size.
+        unrolled: Whether to lay the micro-batches out one after another, for
+            ops that may not stand in a loop. Needs `gradient_accumulation_steps`
+            and as many samples.
+    """
+    samples = _keras.batch_size(data)
+    if unrolled:
+        steps = cut.gradient_accumulation_steps
+        for k in range(steps):
+            begin, end = k * samples // steps, (k + 1) * samples // steps
+            carry = step(micro_batch(data, begin, end - begin), end - begin, carry)
+        return carry
+
+    def loop(carry, count, bounds):
+        return tf.while_loop(
+            lambda k, carry: k < count,
+            lambda k, carry: (k + 1, at(*bounds(k), carry)),
+            (tf.constant(0), carry),
+            parallel_iterations=1,
+        )[1]
+
+    def at(begin, size, carry):
+        return step(micro_batch(data, begin, size), size, carry)
+
+    (large, larges), (small, smalls) = cut.segments(samples)
+    if static_sizes:
+        # Inside the loop the sizes are computed anew from shapes, which XLA
+        # knows; a value from outside would not be a constant there.
+        def first(k):
+            (large, _), _ = cut.segments(_keras.batch_size(data))
+            return k * large, large
+
+        def second(k):
+            (large, larges), (small, _) = cut.segments(_keras.batch_size(data))
+            return large * larges + k * small, small
+
+        return loop(loop(carry, larges, first), smalls, second)
+
+    def bounds(k):
+        begin = tf.where(k < larges, k * large, large * larges + (k - larges) * small)
+        return begin, tf.where(k < larges, large, small)
+
+    return loop(carry, larges + smalls, bounds)

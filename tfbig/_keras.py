@@ -1,0 +1,588 @@
+"""What Keras and tf.distribute do otherwise than tfbig needs.
+
+This is the only module that touches `keras.src` or a private Keras name. Every
+workaround states the reason; `tests/canaries_test.py` demonstrates each defect
+and fails on the day upstream mends it.
+"""
+
+import contextlib
+import functools
+import importlib
+import threading
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common import global_state
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
+from keras.src.losses import loss as _loss_module
+from keras.src.models import cloning as _cloning
+from keras.src.models.functional import Functional
+from keras.src.models.model import functional_init_arguments as is_functional
+from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
+from keras.src.saving import object_registration
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.trainers import trainer as _trainer
+from keras.src.utils import python_utils
+
+from tfbig import _backend, errors
+
+default_method = python_utils.default  # Leaves Keras's automatic get_config in place.
+
+# Marks the assertion that ends training in a graph.
+TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
+
+
+_backend.check(keras.backend.backend(), "~/.keras/keras.json")
+
+
+# --- Losses ------------------------------------------------------------------
+#
+# Keras reduces a loss over the samples it sees and divides it by the number of
+# replicas. Both are wrong for a cut batch: a micro-batch must be divided by the
+# denominator of the whole batch, which only the reduction knows (it depends on
+# shapes, sample weights and masks). So the one function through which every
+# `keras.Loss` reduces is replaced by one that asks the reducer of the running
+# thread, if there is one. Without a reducer it is Keras's own.
+
+_thread = threading.local()
+
+
+def _reducer():
+    return getattr(_thread, "reducer", None)
+
+
+@contextlib.contextmanager
+def intercepted_losses(reducer):
+    """Within it, every Keras loss of this thread reduces through `reducer`.
+
+    Args:
+        reducer: A callable with the arguments of Keras's
+            `reduce_weighted_values` and, first, that function itself, or None
+            for Keras's own reduction. In both cases the division by the number
+            of replicas is left out.
+    """
+    previous = _reducer()
+    _thread.reducer = reducer or _keras_reduction
+    try:
+        yield
+    finally:
+        _thread.reducer = previous
+
+
+def _keras_reduction(reduce_values, *args, **kwargs):
+    return reduce_values(*args, **kwargs)
+
+
+def _replace_in_loss_module(name, replacement):
+    original = getattr(_loss_module, name)
+    setattr(_loss_module, name, functools.wraps(original)(functools.partial(replacement, original)))
+
+
+def _reduce_weighted_values(
+    original,
+    values,
+    sample_weight=None,
+    mask=None,
+    reduction="sum_over_batch_size",
+    dtype=None,
+):
+    reducer = _reducer() or _keras_reduction
+    return reducer(
+        original, values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
+    )
+
+
+def _for_distribution(original, value):
+    return original(value) if _reducer() is None else value
+
+
+_replace_in_loss_module("reduce_weighted_values", _reduce_weighted_values)
+_replace_in_loss_module("scale_loss_for_distribution", _for_distribution)
+_replace_in_loss_module("unscale_loss_for_distribution", _for_distribution)
+
+merge_mask = _loss_module.apply_mask
+match_ranks = _loss_module.squeeze_or_expand_to_same_rank
+
+
+@contextlib.contextmanager
+def output_losses(model):
+    """Collects the loss of each output instead of adding it to its metric.
+
+    Keras adds the loss of every output of every call to a mean without weights,
+    so that micro-batches of different sizes would count alike. Within the
+    context the values are appended to the list that it yields, in the order of
+    the metrics; the caller hands their whole-batch values to
+    `update_losses`.
+    """
+    compile_loss = model._compile_loss
+    values = []
+    if compile_loss is None or not compile_loss.metrics:
+        yield values
+        return
+
+    class Recorder:
+        def update_state(self, value, sample_weight=None):
+            del sample_weight
+            values.append(value)
+
+    metrics = compile_loss._metrics
+    object.__setattr__(compile_loss, "_metrics", [Recorder() for _ in metrics])
+    try:
+        yield values
+    finally:
+        object.__setattr__(compile_loss, "_metrics", metrics)
+
+
+def update_losses(model, loss, samples, output_losses, weight):
+    """Adds whole-batch losses to the model's metrics.
+
+    Keras weights the loss by samples, the losses of outputs by updates (in a
+    compiled step, where it does not know the number of samples).
+    """
+    model._loss_tracker.update_state(loss, sample_weight=samples)
+    if output_losses:
+        for metric, value in zip(model._compile_loss.metrics, output_losses, strict=True):
+            metric.update_state(value, sample_weight=weight)
+
+
+def check_losses(model):
+    """Refuses losses that return one value per sample."""
+    for loss in keras.tree.flatten(model.loss):
+        if isinstance(loss, keras.Loss) and loss.reduction in (None, "none"):
+            raise errors.InvalidOptionError(
+                "A loss given to `compile` must reduce to a scalar. Received: "
+                f"{type(loss).__name__}(reduction={loss.reduction!r}). Use "
+                "reduction='sum_over_batch_size', or reduce it in `compute_loss`."
+            )
+
+
+# --- Forward pass ------------------------------------------------------------
+
+
+def forward(model, data, training):
+    """Calls the model and its loss on one micro-batch.
+
+    Returns:
+        A tuple `(loss, x, y, y_pred, sample_weight)`.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred = model(x, training=training) if model._call_has_training_arg else model(x)
+    loss = model._compute_loss(
+        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+    )
+    return loss, x, y, y_pred, sample_weight
+
+
+def update_metrics(model, x, y, y_pred, sample_weight):
+    """Updates the metrics; returns the logs of an overridden `compute_metrics`.
+
+    Keras's own `compute_metrics` also computes the result of every metric,
+    which is wanted once per update, not once per micro-batch.
+    """
+    if type(model).compute_metrics is not _trainer.Trainer.compute_metrics:
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    if model._compile_metrics is not None:
+        model._compile_metrics.update_state(y, y_pred, sample_weight=sample_weight)
+    return {}
+
+
+def has_synchronized_layers(model):
+    """Whether a layer exchanges with the other replicas in its forward pass.
+
+    `BatchNormalization(synchronized=True)` does, which fails in a
+    `tf.while_loop`.
+    """
+    return any(getattr(layer, "synchronized", False) for layer in model._flatten_layers())
+
+
+class VariableValues(keras.StatelessScope):
+    """A scope in which assignments to Keras variables change nothing outside.
+
+    `assigned` lists the variables that were assigned, in order. What is
+    assigned inside a `tf.while_loop` or an XLA program thereby becomes a value
+    that can be carried, averaged over the replicas, or dropped.
+    """
+
+    def __init__(self, values=()):
+        super().__init__(state_mapping=list(values), collect_losses=True)
+        self.assigned = []
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        # Keras takes regularized weights from the scope, and expects all in it.
+        return variable._value if value is None else value
+
+    def add_update(self, update):
+        super().add_update(update)
+        if not any(update[0] is v for v in self.assigned):
+            self.assigned.append(update[0])
+
+    def __exit__(self, *args, **kwargs):
+        # The regular exit would initialize variables of an outer eager scope.
+        global_state.set_global_attribute("stateless_scope", self.original_scope)
+
+
+def computes_in_float16(model):
+    """Whether the model, or a layer of it, computes in float16."""
+    return any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
+
+
+def check_scope(model):
+    """Refuses a model or optimizer that was made outside of the strategy's scope."""
+    strategy = model._distribute_strategy
+    if tf.distribute.has_strategy() and tf.distribute.get_strategy() is not strategy:
+        raise errors.UnsupportedStrategyError(
+            "The model must be built in the scope of the strategy that it runs under. "
+            f"Received: a model built under {_name(strategy)}, run under "
+            f"{_name(tf.distribute.get_strategy())}. Build and compile it inside "
+            "`with strategy.scope():`."
+        )
+    optimizer = model.optimizer
+    owner = getattr(optimizer, "_distribution_strategy", None)
+    if strategy is not None and owner is not None and owner is not strategy:
+        raise errors.UnsupportedStrategyError(
+            "The optimizer must be made in the scope of the model's strategy. Received: "
+            f"{type(optimizer).__name__} made under {_name(owner)}, model under "
+            f"{_name(strategy)}. Make it inside `with strategy.scope():`."
+        )
+    if strategy is None:
+        return
+    for variable in model.variables:
+        if not strategy.extended.variable_created_in_scope(native(variable)):
+            raise errors.UnsupportedStrategyError(
+                "All variables must be made in the scope of the model's strategy. Received: "
+                f"{variable.path}, made outside of {_name(strategy)}. Build the layers inside "
+                "`with strategy.scope():`."
+            )
+
+
+def _name(strategy):
+    return "no strategy" if strategy is None else type(strategy).__name__
+
+
+def native(variable):
+    """The `tf.Variable` behind a Keras variable."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+# --- Optimizer ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def aggregated_gradients():
+    """Within it, optimizers of this thread take gradients as they are.
+
+    Keras sums the gradients over the replicas inside `apply`, after clipping
+    each replica's own. tfbig exchanges them before, once.
+    """
+    previous = getattr(_thread, "aggregated", False)
+    _thread.aggregated = True
+    try:
+        yield
+    finally:
+        _thread.aggregated = previous
+
+
+def _all_reduce_sum_gradients(self, grads_and_vars, _original=TFOptimizer._all_reduce_sum_gradients):
+    if getattr(_thread, "aggregated", False):
+        return list(grads_and_vars)
+    return _original(self, grads_and_vars)
+
+
+TFOptimizer._all_reduce_sum_gradients = _all_reduce_sum_gradients
+
+
+def needs_no_merge_call():
+    """Whether the strategy updates variables in replica context (TPU does)."""
+    return tf.__internal__.distribute.strategy_supports_no_merge_call()
+
+
+# --- Saving ------------------------------------------------------------------
+
+
+class SavedState(KerasAutoTrackable, KerasSaveable):
+    """Variables that are saved with the model but are not among its weights.
+
+    An attribute of this type goes into `.keras` files, `save_weights` and
+    `tf.train.Checkpoint`; `model.weights` stays what the plain Keras model has.
+    """
+
+    _names: tuple[str, ...] = ()
+
+    def _obj_type(self):
+        return "SavedState"
+
+    def save_own_variables(self, store):
+        for name in self._names:
+            store[name] = getattr(self, name).numpy()
+
+    def load_own_variables(self, store):
+        # Files of the plain Keras model have none of it.
+        for name in self._names:
+            if name in store.keys():
+                getattr(self, name).assign(store[name])
+
+
+def track_for_checkpoint(model, name, value):
+    """Makes `value` part of `tf.train.Checkpoint(model=model)`.
+
+    Keras sets the optimizer inside `compile`, where tracking is off.
+    """
+    model._track_trackable(value, name=name, overwrite=True)
+
+
+# --- Cloning -----------------------------------------------------------------
+
+
+def after_cloning(finish):
+    """Has `finish(original, clone)` make every clone of `keras.models.clone_model`.
+
+    Keras clones a Sequential subclass into a plain Sequential, and a Functional
+    subclass without its constructor arguments.
+    """
+
+    def wrap(clone):
+        @functools.wraps(clone)
+        def cloned(model, *args, **kwargs):
+            return finish(model, clone(model, *args, **kwargs))
+
+        return cloned
+
+    for name in ("_clone_functional_model", "_clone_sequential_model"):
+        setattr(_cloning, name, wrap(getattr(_cloning, name)))
+
+
+def with_class(model, cls):
+    """A model of another class around the same layers, variables and state.
+
+    Keras has no way to put a subclass around a model of any kind (functional,
+    sequential, subclassed). The copy is shallow, but for what tracking appends
+    to.
+    """
+    copy = object.__new__(cls)
+    copy.__dict__.update(model.__dict__)
+    for name, value in model.__dict__.items():
+        if name.startswith("_self_") and isinstance(value, list | dict):
+            copy.__dict__[name] = value.copy()
+    copy.train_function = copy.test_function = copy.predict_function = None
+    return copy
+
+
+def recompile(model, optimizer):
+    """Compiles a model anew with the settings it has."""
+    if model.compiled:
+        model.compile(**{**model._compile_config.config, "optimizer": optimizer})
+
+
+def is_compile_of(model, module):
+    """Whether `model.compile` is the one of a module's class, not a user's."""
+    return type(model).compile.__module__.startswith(module)
+
+
+def register_as(cls, name):
+    """Saves objects of `cls` under a registered name that is another class's."""
+    object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
+
+
+def registered_name(cls):
+    return object_registration.get_registered_name(cls)
+
+
+def registered_class(name, module, class_name):
+    """The class that was saved under these names, or None."""
+    found = object_registration.get_registered_object(name)
+    if found is None:
+        found = getattr(importlib.import_module(module), class_name, None)
+    return found
+
+
+# --- Data --------------------------------------------------------------------
+
+
+def batch_size(data):
+    """Number of samples of a (nested) batch: an int if static, else a tensor."""
+    first = next(v for v in keras.tree.flatten(data) if v is not None)
+    if isinstance(first, tf.SparseTensor):
+        return first.shape[0] if first.shape[0] is not None else first.dense_shape[0]
+    if isinstance(first, tf.RaggedTensor):
+        return first.nrows()
+    return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
+
+
+def _without_optionals(data):
+    """Keras stands a `tf.experimental.Optional` for a None in a dataset."""
+    return keras.tree.map_structure(
+        lambda v: None if isinstance(v, tf.experimental.Optional) else v, data
+    )
+
+
+def _specs_of_one_replica(dataset):
+    def spec(s):
+        if isinstance(s, tf.OptionalSpec) or s is None:
+            return None
+        # A PerReplicaSpec holds one spec per replica.
+        parts = getattr(s, "_value_specs", None)
+        return parts[0] if parts else s
+
+    return tf.nest.map_structure(spec, dataset.element_spec)
+
+
+def _effective_batch_size(iterator):
+    """The batch size of an epoch iterator, or None where it is not known."""
+    size = iterator.data_adapter.batch_size
+    if size is None:
+        dataset = iterator.data_adapter.get_tf_dataset()
+        variant = getattr(dataset, "_variant_tensor", None)
+        if variant is not None:
+            size = int(tf.raw_ops.ComputeBatchSize(input_dataset=variant))
+    return size if size is not None and size > 0 else None
+
+
+# --- fit, evaluate, predict --------------------------------------------------
+
+
+def _is_placed(strategy, data):
+    """Whether `data` came from a distributed iterator of several replicas."""
+    return strategy.num_replicas_in_sync == 1 or any(
+        isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
+    )
+
+
+class TrainerOverrides:
+    """Replaces what of `keras.Model` fails under `tf.distribute`.
+
+    - `_maybe_symbolic_build` takes shapes from the dataset's specification.
+      Keras reduces the first batch with MEAN, which crashes when it splits
+      unevenly and for bool inputs.
+    - The train, test and predict functions: `steps_per_execution > 1` and
+      `jit_compile=True` fail under MirroredStrategy, and logs are the mean of
+      the replicas' results, which is not the result of the whole batch.
+    - A batch passed to `train_on_batch`, `test_on_batch` and
+      `predict_on_batch` is cut over the replicas. Keras gives all of it to
+      each.
+    """
+
+    def _check_before_run(self, effective_batch_size):
+        """Hook: raises for what cannot run. `effective_batch_size` may be None."""
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        strategy = self.distribute_strategy
+        size = None
+        if iterator is not None:
+            size = _effective_batch_size(iterator)
+            data_batch = _specs_of_one_replica(iterator._distributed_dataset)
+        elif data_batch is not None:
+            data_batch = keras.tree.map_structure(
+                lambda v: v if v is None else tf.convert_to_tensor(v), data_batch
+            )
+            size = batch_size(data_batch)
+            data_batch = keras.tree.map_structure(
+                lambda v: v if v is None else tf.TensorSpec([None, *v.shape[1:]], v.dtype),
+                data_batch,
+            )
+        self._check_before_run(size)
+        with strategy.scope():
+            self._symbolic_build(data_batch=data_batch)
+
+    def _share_of_replica(self, data):
+        """The part of a batch that this replica trains on."""
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync
+        if replicas == 1:
+            return data
+        size = batch_size(data)
+        index = tf.cast(context.replica_id_in_sync_group, tf.int32)
+        begin, end = index * size // replicas, (index + 1) * size // replicas
+        return keras.tree.map_structure(lambda v: v if v is None else v[begin:end], data)
+
+    def _global_logs(self, logs):
+        """The logs of all replicas as one: metrics are read over the replicas."""
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1:
+            return logs
+        logs = keras.tree.map_structure(
+            lambda v: tf.reduce_mean(
+                tf.stack([tf.cast(x, tf.float32) for x in strategy.experimental_local_results(v)])
+            ),
+            logs,
+        )
+        if isinstance(logs, dict):
+            results = self.get_metrics_result()
+            logs |= {k: v for k, v in results.items() if k in logs}
+        return logs
+
+    def _step_function(self, replica_step):
+        strategy = self.distribute_strategy
+
+        def one_step(data):
+            data = _without_optionals(data)
+            if _is_placed(strategy, data):
+                step = replica_step
+            else:
+
+                def step(data):
+                    return replica_step(self._share_of_replica(data))
+
+            return self._global_logs(strategy.run(step, args=(data,)))
+
+        def many_steps(iterator):
+            # Keras nests two tf.functions here, which fails under
+            # MirroredStrategy. Optionals tell the end of the data: an exception
+            # would lose the logs of the steps before it.
+            logs = one_step(iterator.get_next())
+
+            def more(step, upcoming, *_):
+                return (step < self.steps_per_execution) & upcoming.has_value()
+
+            def next_step(step, upcoming, *_):
+                new = tf.nest.flatten(one_step(upcoming.get_value()))
+                following = tf.cond(
+                    step + 1 < self.steps_per_execution,
+                    iterator.get_next_as_optional,
+                    lambda: upcoming,
+                )
+                return (step + 1, following, *new)
+
+            carried = (tf.constant(1), iterator.get_next_as_optional(), *tf.nest.flatten(logs))
+            _, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
+            return tf.nest.pack_sequence_as(logs, last)
+
+        def on_iterator(iterator):
+            if self.steps_per_execution == 1:
+                return one_step(iterator.get_next())
+            return many_steps(iterator)
+
+        if not self.run_eagerly:
+            one_step_on_data = tf.function(one_step, reduce_retracing=True, autograph=False)
+            on_iterator = tf.function(on_iterator, reduce_retracing=True, autograph=False)
+        else:
+            one_step_on_data = one_step
+
+        def function(iterator):
+            if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+                return on_iterator(iterator)
+            for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
+                logs = one_step_on_data(data)
+            return logs
+
+        return function
+
+    def make_train_function(self, force=False):
+        if self.train_function is not None and not force:
+            return
+        function = self._step_function(self.train_step)
+
+        def train_function(iterator):
+            try:
+                return function(iterator)
+            except tf.errors.InvalidArgumentError as e:
+                if TOO_MANY_SKIPS not in str(e):
+                    raise
+                raise self.loss_scale_state.error(self.trainable_variables) from None
+
+        self.train_function = train_function
+
+    def make_test_function(self, force=False):
+        if self.test_function is None or force:
+            self.test_function = self._step_function(self.test_step)

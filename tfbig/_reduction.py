@@ -1,0 +1,266 @@
+"""Denominators, and the one exchange between the replicas.
+
+Let micro-batch `k` have the weight `w_k` (its samples), and the effective batch
+the weight `W`, the sum over all micro-batches of all replicas. A loss `L` that is
+a mean over samples satisfies
+
+    L = sum_k w_k L_k / W,
+
+and so does its gradient. Other Keras reductions have denominators of their own:
+a masked mean is `N / D`, with `D` the number of valid entries of the whole batch.
+`LossReducer` therefore returns for such a loss, in micro-batch `k`,
+
+    L_k = (N_k / D) (W / w_k),
+
+with which the same formula holds. `D` and `W` must be known before the backward
+pass; a first pass over the forward part yields them (`LossCounter`), of which
+TensorFlow runs only what the denominators depend on.
+"""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, errors
+
+__all__ = ("Denominators", "LossCounter", "LossReducer", "all_reduce_sum", "replicas")
+
+def replicas():
+    """Number of replicas of the current strategy."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def replicas_of(model):
+    """Number of replicas of a model's strategy."""
+    return model.distribute_strategy.num_replicas_in_sync
+
+
+def all_reduce_sum(tensors):
+    """Sums a list of tensors over all replicas in one exchange."""
+    if replicas() == 1 or not tensors:
+        return list(tensors)
+    return list(tf.distribute.get_replica_context().all_reduce("SUM", list(tensors)))
+
+
+@dataclasses.dataclass
+class Denominators:
+    """What the losses of an effective batch are divided by.
+
+    Attributes:
+        weight: float scalar, `W`: its samples.
+        counted: list of float scalars, `D` of each Keras loss that has one of
+            its own, in the order of the calls.
+    """
+
+    weight: tf.Tensor
+    counted: list
+
+
+def _denominator(values, sample_weight, mask, reduction, dtype):
+    """`D` of one Keras loss on one micro-batch, from its weighted values."""
+    if reduction == "mean_with_sample_weight":
+        weight = _keras.merge_mask(sample_weight, mask, dtype=dtype, reduction=reduction)
+        _, weight = _keras.match_ranks(values, tf.cast(weight, dtype))
+        return tf.reduce_sum(weight)
+    # A masked mean is divided by its valid entries: Keras gives each the weight
+    # total / valid and divides by the number of values.
+    entries = tf.cast(tf.size(values), dtype)
+    total = tf.cast(tf.size(mask), dtype)
+    valid = tf.reduce_sum(tf.cast(mask, dtype))
+    return tf.math.divide_no_nan(valid * entries, total)
+
+
+class _Interceptor:
+    """Classifies each call of a Keras loss; subclasses say what it returns.
+
+    A call is "mean" if its denominator is proportional to the number of samples,
+    "sum" if it is one, "counted" if only the call itself knows it.
+    """
+
+    def __call__(self, reduce_values, values, sample_weight, mask, reduction, dtype):
+        def reduced(reduction, values=values):
+            return reduce_values(
+                values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
+            )
+
+        if reduction in (None, "none"):
+            return reduced(reduction)
+        if tuple(values.shape) == ():
+            if sample_weight is not None:
+                raise errors.UnsupportedModelError(
+                    "A loss that returns a scalar cannot be weighted by `sample_weight` or "
+                    "`class_weight` and cut into micro-batches or replicas: the weights would "
+                    "multiply a mean over samples. Return one value per sample, of shape "
+                    f"(batch,). Received: values of shape {values.shape}, "
+                    f"sample_weight of shape {sample_weight.shape}."
+                )
+            # The mask cannot act on a scalar; Keras multiplies by one in effect.
+            mask = None
+            kind = "sum" if reduction == "sum" else "scalar"
+            return self.reduce(kind, reduced, None)
+        weighted = sample_weight is not None and reduction == "mean_with_sample_weight"
+        if reduction == "sum":
+            return self.reduce("sum", reduced, None)
+        if mask is None and not weighted:
+            return self.reduce("mean", lambda r: reduced(reduction), None)
+
+        def denominator():
+            return _denominator(reduced(None), sample_weight, mask, reduction, dtype)
+
+        return self.reduce("counted", reduced, denominator)
+
+
+class LossCounter(_Interceptor):
+    """Collects the kinds and the denominators of Keras losses."""
+
+    def __init__(self):
+        self.kinds = []
+        self.counted = []
+
+    def reduce(self, kind, reduced, denominator):
+        self.kinds.append(kind)
+        if denominator is not None:
+            self.counted.append(denominator())
+        return reduced("sum_over_batch_size")
+
+
+class LossReducer(_Interceptor):
+    """Divides Keras losses of a micro-batch by the denominators of the batch.
+
+    Args:
+        denominators: `Denominators` of the effective batch, or None where all
+            losses are means over samples.
+        weight: float scalar, `w_k`.
+    """
+
+    def __init__(self, denominators, weight):
+        self.weight = weight
+        self.denominators = denominators
+        self.remaining = list(denominators.counted) if denominators else []
+
+    def reduce(self, kind, reduced, denominator):
+        if kind in ("mean", "scalar"):
+            return reduced("sum_over_batch_size")
+        value = reduced("sum")
+        if kind == "counted":
+            value = tf.math.divide_no_nan(value, tf.cast(self.remaining.pop(0), value.dtype))
+        return value * tf.cast(self.denominators.weight / self.weight, value.dtype)
+
+
+@dataclasses.dataclass
+class StateChange:
+    """What the micro-batches of a replica made of one non-trainable variable.
+
+    Attributes:
+        variable: `keras.Variable`.
+        before: tensor, its value before the first micro-batch.
+        after: tensor, its value after the last.
+        is_metric: whether it belongs to a metric, whose replicas are summed
+            only when the result is read.
+    """
+
+    variable: keras.Variable
+    before: tf.Tensor
+    after: tf.Tensor
+    is_metric: bool
+
+
+@dataclasses.dataclass
+class Accumulated:
+    """A replica's share of the effective batch, or, exchanged, all of it.
+
+    Attributes:
+        variables: list of trainable variables.
+        gradients: list of tensors of float32 or wider, the sum over micro-batches
+            of weight times gradient of the scaled loss; None where the loss does
+            not depend on the variable.
+        loss: float scalar, sum of weight times (unscaled) loss.
+        values: structure of float scalars, likewise summed.
+        weight: float scalar, sum of the weights of the micro-batches.
+        samples: int32 scalar, samples of this replica (never summed).
+        state: list of `StateChange`.
+        logs: structure of the last micro-batch's logs.
+        loss_scale: float32 scalar, or None.
+    """
+
+    variables: list
+    gradients: list
+    loss: tf.Tensor
+    values: list | dict
+    weight: tf.Tensor
+    samples: tf.Tensor
+    state: list
+    logs: dict
+    loss_scale: tf.Tensor | None
+
+
+def checked_samples(samples):
+    """The number of samples as a tensor; a batch without samples is refused.
+
+    A replica's share may be empty, the batch of all replicas may not.
+    """
+    tensor = tf.convert_to_tensor(samples, tf.int32)
+    if replicas() == 1:
+        if isinstance(samples, int) and samples == 0:
+            raise errors.InvalidOptionError(NO_SAMPLES)
+        tf.debugging.assert_positive(tensor, NO_SAMPLES)
+    return tensor
+
+
+NO_SAMPLES = "A batch must hold at least one sample. Received: a batch of 0 samples."
+
+
+def exchange(share):
+    """Sums what the replicas accumulated, in one exchange.
+
+    Moving statistics (floating-point state) become the mean over the replicas
+    that had samples. Counters and seeds (integers) advance as on replica 0.
+
+    Args:
+        share: `Accumulated` of this replica, in replica context.
+
+    Returns:
+        `Accumulated` of the effective batch, the same on every replica.
+    """
+    if replicas() == 1:
+        return share
+    context = tf.distribute.get_replica_context()
+    dtype = share.loss.dtype
+    has_samples = tf.cast(share.samples > 0, dtype)
+    is_first = tf.cast(tf.equal(context.replica_id_in_sync_group, 0), dtype)
+    scalars = tf.stack([share.loss, share.weight, has_samples, *tf.nest.flatten(share.values)])
+
+    def message(change):
+        if change.variable.dtype.startswith(("float", "bfloat")):
+            return has_samples * tf.cast(change.after, dtype)
+        # The advance is small; the value (a seed) may not fit into a float.
+        return is_first * tf.cast(change.after - change.before, dtype)
+
+    shared_state = [c for c in share.state if not c.is_metric]
+    connected = [g for g in share.gradients if g is not None]
+    summed = all_reduce_sum([*connected, scalars, *map(message, shared_state)])
+
+    gradients = iter(summed[: len(connected)])
+    loss, weight, active, *values = tf.unstack(summed[len(connected)])
+    tf.debugging.assert_positive(active, NO_SAMPLES)
+    messages = iter(summed[len(connected) + 1 :])
+
+    def received(change):
+        if change.is_metric:
+            return change
+        value = next(messages)
+        if change.variable.dtype.startswith(("float", "bfloat")):
+            after = tf.cast(value / active, change.after.dtype)
+        else:
+            after = change.before + tf.cast(value, change.before.dtype)
+        return dataclasses.replace(change, after=after)
+
+    return dataclasses.replace(
+        share,
+        gradients=[None if g is None else next(gradients) for g in share.gradients],
+        loss=loss,
+        values=tf.nest.pack_sequence_as(share.values, values),
+        weight=weight,
+        state=[received(c) for c in share.state],
+    )

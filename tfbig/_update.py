@@ -1,0 +1,189 @@
+"""One update: unscale, clip, apply or skip."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, _reduction, errors
+
+__all__ = ("Update", "apply_gradients")
+
+
+@dataclasses.dataclass
+class Update:
+    """What an update did; the same on every replica.
+
+    Attributes:
+        loss: float scalar, the loss of the effective batch.
+        values: structure of float scalars, further means over the effective batch.
+        is_finite: bool scalar; False if the update was skipped. None where
+            nothing checks, because there is no loss scale.
+        gradient_norm: float scalar, the global norm of the gradient before
+            clipping, or None.
+        logs: logs of the last micro-batch.
+    """
+
+    loss: tf.Tensor
+    values: list | dict
+    is_finite: tf.Tensor | None
+    gradient_norm: tf.Tensor | None
+    logs: dict
+
+
+def global_norm(gradients):
+    """Global norm of a list of gradients, None among them left out."""
+    return tf.linalg.global_norm([tf.convert_to_tensor(g) for g in gradients if g is not None])
+
+
+def _finite_flags(gradients):
+    """Vector of booleans, one a gradient: whether all its values are finite."""
+    flags = [
+        tf.constant(True) if g is None else tf.reduce_all(tf.math.is_finite(_values(g)))
+        for g in gradients
+    ]
+    return tf.stack(flags)
+
+
+def _values(gradient):
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def _divide(gradient, divisor):
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            _divide(gradient.values, divisor), gradient.indices, gradient.dense_shape
+        )
+    return tf.math.divide_no_nan(gradient, tf.cast(divisor, gradient.dtype))
+
+
+def apply_gradients(optimizer, accumulated, loss_scale=None, log_grad_norm=False):
+    """Exchanges what the replicas accumulated and applies the optimizer once.
+
+    The second half of an update; `tfbig.accumulate_gradients` is the first. To be
+    called in replica context, which is where `train_step` runs, once for each
+    optimizer. The gradient that the optimizer clips and applies is that of the
+    whole effective batch, the same on every replica.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`. Must have been built on the
+            variables of `accumulated`, or be called first outside of a
+            `tf.function`.
+        accumulated: What `accumulate_gradients` returned on this replica.
+        loss_scale: The `loss_scale_state` of a model with
+            `DynamicLossScalingMixin`, the same as for `accumulate_gradients`, or
+            None. With it, an update with a non-finite gradient on any replica is
+            skipped on all.
+        log_grad_norm: Whether to compute the global norm of the gradient.
+
+    Returns:
+        An `Update`: `loss`, `is_finite`, `gradient_norm`.
+    """
+    batch = _reduction.exchange(accumulated)
+    loss = tf.math.divide_no_nan(batch.loss, batch.weight)
+    values = tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values)
+    # Two divisions: the scale is a power of two as a rule, and dividing by it
+    # alone is exact.
+    gradients = [_divide(g, batch.weight) for g in batch.gradients]
+    if batch.loss_scale is not None:
+        gradients = [_divide(g, batch.loss_scale) for g in gradients]
+    norm = global_norm(gradients) if log_grad_norm else None
+
+    finite = None
+    if loss_scale is None:
+        _apply(optimizer, gradients, batch.variables)
+    else:
+        flags = _finite_flags(gradients)
+        finite = tf.reduce_all(flags)
+        _apply_if_finite(optimizer, gradients, batch.variables, loss_scale, flags)
+    _assign_state(batch.state, finite, loss)
+    return Update(loss, values, finite, norm, batch.logs)
+
+
+def without_gradients(accumulated):
+    """The `Update` of an evaluation: losses and metrics, no optimizer."""
+    batch = _reduction.exchange(accumulated)
+    _assign_state(batch.state, None, None)
+    return Update(
+        tf.math.divide_no_nan(batch.loss, batch.weight),
+        tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values),
+        None,
+        None,
+        batch.logs,
+    )
+
+
+def _apply(optimizer, gradients, variables):
+    with _keras.aggregated_gradients():
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+
+def _apply_if_finite(optimizer, gradients, variables, loss_scale, flags):
+    def decide(strategy, flags, gradients):
+        # The gradients are those of the whole batch, so the replicas agree.
+        flags = strategy.experimental_local_results(flags)[0]
+        finite = tf.reduce_all(flags)
+
+        def apply():
+            strategy.extended.call_for_each_replica(
+                _apply, args=(optimizer, gradients, variables)
+            )
+
+        # merge_call may not run inside a cond in replica context (tf.distribute
+        # raises), and the optimizer needs one, so the branch is taken out here.
+        tf.cond(finite, apply, lambda: None)
+        loss_scale.update(finite, flags)
+
+    if _keras.needs_no_merge_call():
+        tf.cond(
+            tf.reduce_all(flags), lambda: _apply(optimizer, gradients, variables), lambda: None
+        )
+        loss_scale.update(tf.reduce_all(flags), flags)
+    else:
+        tf.distribute.get_replica_context().merge_call(decide, args=(flags, gradients))
+
+
+def _assign_state(state, finite, loss):
+    """Writes non-trainable state back; a skipped update leaves it as it was.
+
+    Metrics count every batch whose loss is finite, skipped or not.
+    """
+    for change in state:
+        after = change.after
+        if finite is not None:
+            keep = finite | tf.math.is_finite(loss) if change.is_metric else finite
+            after = tf.where(keep, after, change.before)
+        _keras.native(change.variable).assign(after)
+
+
+def is_reported(update):
+    """Whether the update's loss counts in the loss metric."""
+    if update.is_finite is None:
+        return tf.constant(True)
+    return update.is_finite | tf.math.is_finite(update.loss)
+
+
+def check_optimizer(optimizer):
+    """Raises for an optimizer that accumulates or scales by itself."""
+    if isinstance(optimizer, _keras.LossScaleOptimizer):
+        raise errors.InvalidOptionError(
+            "`optimizer` must not be wrapped in `LossScaleOptimizer`: tfbig scales the loss. "
+            "Pass the inner optimizer, and to the model "
+            f"`loss_scale=tfbig.DynamicLossScale(initial_scale={optimizer.initial_scale}, "
+            f"growth_interval={optimizer.dynamic_growth_steps})`."
+        )
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        return
+    for name in ("gradient_accumulation_steps", "loss_scale_factor"):
+        value = getattr(optimizer, name, None)
+        if value is not None:
+            remedy = {
+                "gradient_accumulation_steps": "Give it to the model instead",
+                "loss_scale_factor": "Give `loss_scale` to the model instead",
+            }[name]
+            raise errors.InvalidOptionError(
+                f"`optimizer.{name}` must be None: tfbig does it once per update of the whole "
+                f"effective batch. Received: {name}={value}. {remedy}."
+            )

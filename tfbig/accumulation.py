@@ -1,0 +1,89 @@
+"""Gradient accumulation inside one `train_step`."""
+
+from tfbig import _cut, _keras, _step
+
+__all__ = ("GradientAccumulationMixin",)
+
+
+class GradientAccumulationMixin(_step.TrainStep):
+    """Gradient accumulation for a `keras.Model`.
+
+    `fit(batch_size=B)`, or the batch of the dataset, is the effective batch: all
+    samples of one update, over all replicas. It is cut into micro-batches inside
+    one `train_step`, so callbacks, `optimizer.iterations`, learning-rate
+    schedules, moving averages and `steps_per_epoch` count updates. The gradient
+    that is applied is that of the whole effective batch, up to the order of
+    floating-point sums.
+
+    To be placed before the Keras class: `class M(tfbig.GradientAccumulationMixin,
+    keras.Model)`.
+
+    Args:
+        gradient_accumulation_steps: int >= 1, micro-batches per replica and
+            update. A share of fewer samples is cut into single samples.
+        micro_batch_size: int >= 1, samples per replica and forward pass. At most
+            one of the two; neither means `gradient_accumulation_steps=1`.
+        log_grad_norm: bool, whether the logs hold `grad_norm`, the global norm of
+            the gradient before clipping. Defaults to False.
+
+    Raises:
+        InvalidOptionError: If an option is not valid.
+
+    Example:
+
+    >>> class Net(tfbig.GradientAccumulationMixin, keras.Sequential):
+    ...     pass
+    >>> model = Net(
+    ...     [keras.Input((4,)), keras.layers.Dense(1)], gradient_accumulation_steps=4
+    ... )
+    >>> model.compile("sgd", "mse")
+    >>> history = model.fit(np.ones((16, 4)), np.ones((16, 1)), batch_size=8, verbose=0)
+    >>> int(model.optimizer.iterations)
+    2
+    """
+
+    _option_names = ("gradient_accumulation_steps", "micro_batch_size")
+    _batch_cut = _cut.Cut(gradient_accumulation_steps=1)
+
+    def __init__(self, *args, gradient_accumulation_steps=None, micro_batch_size=None, **kwargs):
+        if gradient_accumulation_steps is None and micro_batch_size is None:
+            gradient_accumulation_steps = 1
+        cut = _cut.Cut(gradient_accumulation_steps, micro_batch_size)
+        super().__init__(*args, **kwargs)
+        self._batch_cut = cut
+
+    @property
+    def gradient_accumulation_steps(self):
+        """Micro-batches per replica and update; None if their size is given."""
+        return self._batch_cut.gradient_accumulation_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, value):
+        self._batch_cut = _cut.Cut(gradient_accumulation_steps=value)
+        self._rebuild_step()
+
+    @property
+    def micro_batch_size(self):
+        """Samples per replica and forward pass; None if their number is given."""
+        return self._batch_cut.micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, value):
+        self._batch_cut = _cut.Cut(micro_batch_size=value)
+        self._rebuild_step()
+
+    @_keras.default_method
+    def get_config(self):
+        return super().get_config() | {
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "micro_batch_size": self.micro_batch_size,
+        }
+
+    def _options(self):
+        return super()._options() | {
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "micro_batch_size": self.micro_batch_size,
+        }
+
+    def _cut(self):
+        return self._batch_cut

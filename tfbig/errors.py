@@ -1,0 +1,43 @@
+"""The errors of tfbig.
+
+Every error is a `TfbigError` and also the built-in exception that a user
+would catch without knowing tfbig.
+"""
+
+__all__ = (
+    "TfbigError",
+    "BackendError",
+    "InvalidOptionError",
+    "LossScaleError",
+    "MixinOrderError",
+    "UnsupportedModelError",
+    "UnsupportedStrategyError",
+)
+
+
+class TfbigError(Exception):
+    """Base class of all errors that tfbig raises."""
+
+
+class BackendError(TfbigError, ImportError):
+    """Keras runs on another backend than TensorFlow."""
+
+
+class InvalidOptionError(TfbigError, ValueError):
+    """An option, or a combination of options, is not valid."""
+
+
+class LossScaleError(TfbigError, RuntimeError):
+    """Too many updates in a row had a non-finite gradient."""
+
+
+class MixinOrderError(TfbigError, TypeError):
+    """A mixin stands after the Keras class."""
+
+
+class UnsupportedModelError(TfbigError, ValueError):
+    """The model, loss or optimizer does something that cannot be cut exactly."""
+
+
+class UnsupportedStrategyError(TfbigError, ValueError):
+    """The distribution strategy is not supported, or does not own the model."""

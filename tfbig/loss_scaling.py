@@ -1,0 +1,310 @@
+"""Dynamic loss scaling: `DynamicLossScale` and its mixin."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, _step, errors
+
+__all__ = ("DynamicLossScale", "DynamicLossScalingMixin")
+
+
+@keras.saving.register_keras_serializable(package="tfbig")
+@dataclasses.dataclass(frozen=True)
+class DynamicLossScale:
+    """Settings of dynamic loss scaling.
+
+    The loss is multiplied by the scale before the backward pass, the gradient
+    divided by it after. A gradient with a non-finite value makes all replicas
+    skip the update and multiplies the scale by `backoff_factor`;
+    `growth_interval` finite updates in a row multiply it by `growth_factor`.
+
+    Args:
+        initial_scale: float, the scale at the start. Defaults to 2**15.
+        growth_factor: float > 1. Defaults to 2.
+        backoff_factor: float between 0 and 1. Defaults to 0.5.
+        growth_interval: int >= 1, finite updates in a row before the scale
+            grows. Defaults to 2000.
+        min_scale: float > 0, the floor. Defaults to 1.
+        max_scale: float, the ceiling. Defaults to 2**24.
+        hysteresis: int >= 1, skipped updates that it takes to back off: with 2,
+            the first skip since the last growth leaves the scale as it is.
+            Defaults to 1.
+        max_consecutive_skips: int >= 1, skipped updates in a row that end
+            training with a `LossScaleError`. Defaults to 100.
+
+    Raises:
+        InvalidOptionError: If a value is out of its range.
+
+    Example:
+
+    >>> tfbig.DynamicLossScale(initial_scale=1024.0).growth_interval
+    2000
+
+    Reference:
+        Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2;
+        hysteresis as in Megatron-LM's `DynamicGradScaler`.
+    """
+
+    initial_scale: float = 2.0**15
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    min_scale: float = 1.0
+    max_scale: float = 2.0**24
+    hysteresis: int = 1
+    max_consecutive_skips: int = 100
+
+    def __post_init__(self):
+        def require(valid, name, rule):
+            if not valid:
+                raise errors.InvalidOptionError(
+                    f"`{name}` must be {rule}. Received: {name}={getattr(self, name)!r}."
+                )
+
+        for name in ("growth_interval", "hysteresis", "max_consecutive_skips"):
+            value = getattr(self, name)
+            integer = isinstance(value, int) and not isinstance(value, bool)
+            require(integer and value >= 1, name, "an integer >= 1")
+        for name in ("initial_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
+            value = getattr(self, name)
+            require(is_finite_number(value) and value > 0, name, "a finite number > 0")
+        require(self.growth_factor > 1, "growth_factor", "greater than 1")
+        require(self.backoff_factor < 1, "backoff_factor", "less than 1")
+        require(self.max_scale <= 2.0**126, "max_scale", "at most 2**126, which float32 holds")
+        require(
+            self.min_scale <= self.initial_scale <= self.max_scale,
+            "initial_scale",
+            f"between min_scale={self.min_scale} and max_scale={self.max_scale}",
+        )
+
+    def get_config(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def is_finite_number(value):
+    """Whether `value` is an int or float, neither bool nor inf nor NaN."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < float("inf")
+
+
+class LossScaleState(_keras.SavedState):
+    """The scale and its counters.
+
+    Saved with the model, not among its weights; the same on every replica.
+
+    Attributes:
+        settings: `DynamicLossScale`.
+        is_fixed: bool, whether the scale never moves.
+        loss_scale: float32 variable, what the next loss is multiplied by.
+        finite_updates: int64 variable, finite updates since the scale changed
+            or an update was skipped.
+        remaining_hysteresis: int64 variable, skips until the scale backs off.
+        skipped_updates: int64 variable, all skips so far.
+        consecutive_skips: int64 variable, skips since the last finite update.
+        first_non_finite: int64 variable, index among the trainable variables of
+            the first with a non-finite gradient in the last skipped update; -1
+            before.
+    """
+
+    _names = (
+        "loss_scale",
+        "finite_updates",
+        "remaining_hysteresis",
+        "skipped_updates",
+        "consecutive_skips",
+        "first_non_finite",
+    )
+
+    def __init__(self, settings, is_fixed=False):
+        self.settings = settings
+        self.is_fixed = is_fixed
+        initial = {
+            "loss_scale": settings.initial_scale,
+            "remaining_hysteresis": settings.hysteresis,
+            "first_non_finite": -1,
+        }
+        for name in self._names:
+            variable = keras.Variable(
+                initial.get(name, 0),
+                dtype="float32" if name == "loss_scale" else "int64",
+                trainable=False,
+                aggregation="only_first_replica",
+                name=name,
+            )
+            setattr(self, name, variable)
+
+    def logs(self):
+        return {
+            "loss_scale": tf.convert_to_tensor(self.loss_scale.value),
+            "skipped_updates": tf.convert_to_tensor(self.skipped_updates.value),
+        }
+
+    def update(self, finite, flags):
+        """Moves the scale and the counters after an update.
+
+        Args:
+            finite: bool scalar, whether the update was applied.
+            flags: bool vector, for each trainable variable whether its gradient
+                was finite.
+        """
+        settings = self.settings
+        skipped = tf.cast(~finite, tf.int64)
+        finite_updates = tf.where(finite, self.finite_updates + 1, tf.zeros((), tf.int64))
+        hysteresis = self.remaining_hysteresis - skipped
+        scale = tf.convert_to_tensor(self.loss_scale.value)
+        if not self.is_fixed:
+            grows = finite_updates >= settings.growth_interval
+            backs_off = ~finite & (hysteresis <= 0)
+            scale = tf.where(grows, scale * settings.growth_factor, scale)
+            scale = tf.where(backs_off, scale * settings.backoff_factor, scale)
+            scale = tf.clip_by_value(scale, settings.min_scale, settings.max_scale)
+            finite_updates = tf.where(grows, tf.zeros((), tf.int64), finite_updates)
+            hysteresis = tf.where(grows, tf.constant(settings.hysteresis, tf.int64), hysteresis)
+        consecutive = tf.where(finite, tf.zeros((), tf.int64), self.consecutive_skips + 1)
+        first = tf.argmin(tf.cast(flags, tf.int32), output_type=tf.int64)
+        new = {
+            "loss_scale": scale,
+            "finite_updates": finite_updates,
+            "remaining_hysteresis": hysteresis,
+            "skipped_updates": self.skipped_updates + skipped,
+            "consecutive_skips": consecutive,
+            "first_non_finite": tf.where(
+                finite, tf.convert_to_tensor(self.first_non_finite.value), first
+            ),
+        }
+        written = [_keras.native(getattr(self, name)).assign(new[name]) for name in self._names]
+        with tf.control_dependencies(written if not tf.executing_eagerly() else []):
+            tf.debugging.assert_less(
+                consecutive, tf.constant(settings.max_consecutive_skips, tf.int64), _keras.TOO_MANY_SKIPS
+            )
+
+    def error(self, variables):
+        """The `LossScaleError` that says what happened, and where."""
+        index = int(self.first_non_finite.numpy())
+        name = variables[index].path if 0 <= index < len(variables) else "unknown"
+        return errors.LossScaleError(
+            f"{int(self.consecutive_skips.numpy())} updates in a row had a non-finite gradient "
+            "and were skipped. The first variable with one is "
+            f"{name!r} (loss_scale={float(self.loss_scale.numpy())}). The weights are those of "
+            "the last finite update. Look for NaN or inf in the data, a learning rate that is "
+            "too high, or an operation that overflows in the model's compute dtype."
+        )
+
+
+class DynamicLossScalingMixin(_step.TrainStep):
+    """Loss scaling for a `keras.Model`, decided by all replicas together.
+
+    A non-finite value in any micro-batch on any replica makes all replicas skip
+    the same update: neither weights nor `optimizer.iterations` move, nor a
+    learning-rate schedule.
+
+    To be placed before the Keras class: `class M(tfbig.DynamicLossScalingMixin,
+    keras.Model)`.
+
+    Args:
+        loss_scale: "auto": dynamic where the model's dtype policy computes in
+            float16, else none. "dynamic": `DynamicLossScale()`. A positive
+            number: a fixed scale, with which non-finite updates are skipped too.
+            None: no scaling, nothing is checked. Or a `DynamicLossScale`.
+            Defaults to "auto".
+
+    Attributes:
+        skipped_updates: int, updates skipped so far.
+
+    Example:
+
+    >>> class Net(tfbig.DynamicLossScalingMixin, keras.Sequential):
+    ...     pass
+    >>> model = Net([keras.Input((4,)), keras.layers.Dense(1)], loss_scale="dynamic")
+    >>> model.compile("sgd", "mse")
+    >>> model.loss_scale
+    32768.0
+    """
+
+    _option_names = ("loss_scale",)
+    _loss_scale = "auto"
+    loss_scale_state = None
+
+    def __init__(self, *args, loss_scale="auto", **kwargs):
+        _checked(loss_scale)
+        super().__init__(*args, **kwargs)
+        self._loss_scale = _checked(loss_scale)
+
+    @property
+    def loss_scale(self):
+        """The scale that holds now, a float; None without scaling.
+
+        Can be set to what the constructor takes, which starts anew.
+        """
+        if self.loss_scale_state is not None:
+            return float(self.loss_scale_state.loss_scale.numpy())
+        settings, _ = _settings(self._loss_scale, self)
+        return settings and settings.initial_scale
+
+    @loss_scale.setter
+    def loss_scale(self, value):
+        self._loss_scale = _checked(value)
+        if self.compiled:
+            self._reset_loss_scale()
+            self._rebuild_step()
+
+    @property
+    def skipped_updates(self):
+        """Number of updates skipped so far, an int."""
+        state = self.loss_scale_state
+        return 0 if state is None else int(state.skipped_updates.numpy())
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+        self._reset_loss_scale()
+
+    @_keras.default_method
+    def get_config(self):
+        config = super().get_config()
+        config["loss_scale"] = keras.saving.serialize_keras_object(self._loss_scale)
+        return config
+
+    def _options(self):
+        return super()._options() | {"loss_scale": self._loss_scale}
+
+    def _scale_state(self):
+        return self.loss_scale_state
+
+    def _reset_loss_scale(self):
+        settings, is_fixed = _settings(self._loss_scale, self)
+        with self.distribute_strategy.scope():
+            self.loss_scale_state = settings and LossScaleState(settings, is_fixed)
+
+
+def _checked(option):
+    """Returns the `loss_scale` option, or raises if it is not one."""
+    if isinstance(option, dict):
+        option = keras.saving.deserialize_keras_object(option)
+    valid = option is None or option in ("auto", "dynamic") or isinstance(option, DynamicLossScale)
+    if not valid and not (is_finite_number(option) and option > 0):
+        raise errors.InvalidOptionError(
+            "`loss_scale` must be 'auto', 'dynamic', a finite number > 0, None or a "
+            f"tfbig.DynamicLossScale. Received: loss_scale={option!r}."
+        )
+    return option
+
+
+def _settings(option, model):
+    """`(DynamicLossScale or None, whether it is fixed)` for an option."""
+    if option == "auto":
+        option = "dynamic" if _keras.computes_in_float16(model) else None
+    if option == "dynamic":
+        return DynamicLossScale(), False
+    if option is None or isinstance(option, DynamicLossScale):
+        return option, False
+    value = float(option)
+    fixed = DynamicLossScale(
+        initial_scale=value, min_scale=min(value, 1.0), max_scale=max(value, 1.0)
+    )
+    return fixed, True

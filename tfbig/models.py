@@ -1,0 +1,197 @@
+"""`Model`, `Sequential` and `extend`: Keras models with both mixins."""
+
+import functools
+
+import keras
+
+from tfbig import _keras, _step, errors
+from tfbig.accumulation import GradientAccumulationMixin
+from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
+
+__all__ = ("Model", "Sequential", "extend")
+
+
+@keras.saving.register_keras_serializable(package="tfbig")
+class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
+    """`keras.Model` with gradient accumulation and dynamic loss scaling.
+
+    Made as a `keras.Model` is: from inputs and outputs, or by subclassing. The
+    options are keyword arguments of the constructor and properties.
+
+    Args:
+        gradient_accumulation_steps: See `GradientAccumulationMixin`.
+        micro_batch_size: See `GradientAccumulationMixin`.
+        loss_scale: See `DynamicLossScalingMixin`.
+        log_grad_norm: See `GradientAccumulationMixin`.
+        **kwargs: Those of `keras.Model`.
+
+    Example:
+
+    >>> x = keras.Input((4,))
+    >>> model = tfbig.Model(x, keras.layers.Dense(1)(x), micro_batch_size=8)
+    >>> model.micro_batch_size, model.gradient_accumulation_steps
+    (8, None)
+    """
+
+    def __new__(cls, *args, **kwargs):
+        # As keras.Model does; Keras would otherwise change this class itself.
+        if cls is Model and _keras.is_functional(args, kwargs):
+            cls = FunctionalModel
+        return super().__new__(cls, *args, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="tfbig")
+class FunctionalModel(Model, _keras.Functional):
+    """What `tfbig.Model(inputs, outputs)` makes."""
+
+
+@keras.saving.register_keras_serializable(package="tfbig")
+class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Sequential):
+    """`keras.Sequential` with gradient accumulation and dynamic loss scaling.
+
+    Args:
+        layers: As for `keras.Sequential`.
+        gradient_accumulation_steps: See `GradientAccumulationMixin`.
+        micro_batch_size: See `GradientAccumulationMixin`.
+        loss_scale: See `DynamicLossScalingMixin`.
+        log_grad_norm: See `GradientAccumulationMixin`.
+        **kwargs: Those of `keras.Sequential`.
+
+    Example:
+
+    >>> model = tfbig.Sequential([keras.layers.Dense(1)], gradient_accumulation_steps=4)
+    >>> model.gradient_accumulation_steps
+    4
+    """
+
+
+def extend(model_or_class, **options):
+    """Adds both mixins to a Keras class or to a model that exists.
+
+    Args:
+        model_or_class: A subclass of `keras.Model`; or a model, built or not,
+            compiled or not. It is left as it is.
+        **options: Those of `tfbig.Model`. Only for a model; a class takes them in
+            its constructor.
+
+    Returns:
+        For a class, a subclass with the mixins, the same each time. For a model,
+        a model with the same layers, variables, compile settings and optimizer.
+        A `LossScaleOptimizer` around the optimizer is taken off; its settings
+        become the loss scale, if none is given.
+
+    Raises:
+        InvalidOptionError: If the argument is not a Keras model, or an option is
+            not valid.
+
+    Example:
+
+    >>> plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model = tfbig.extend(plain, gradient_accumulation_steps=4)
+    >>> model.layers[0] is plain.layers[0]
+    True
+    """
+    if isinstance(model_or_class, type):
+        if not issubclass(model_or_class, keras.Model) or options:
+            raise errors.InvalidOptionError(
+                "`extend` takes a subclass of keras.Model without options, which go to the "
+                f"constructor of the class. Received: {model_or_class.__name__}, options="
+                f"{options}."
+            )
+        return _extended_class(model_or_class)
+    if not isinstance(model_or_class, keras.Model):
+        raise errors.InvalidOptionError(
+            "`extend` takes a keras.Model or a subclass of it. Received: an object of type "
+            f"{type(model_or_class).__name__}."
+        )
+    return _extended_model(model_or_class, options)
+
+
+_EXTENDED = {keras.Model: Model, keras.Sequential: Sequential, _keras.Functional: FunctionalModel}
+
+
+@functools.cache
+def _extended_class(cls):
+    if issubclass(cls, GradientAccumulationMixin) and issubclass(cls, DynamicLossScalingMixin):
+        return cls
+    if cls in _EXTENDED:
+        return _EXTENDED[cls]
+    mixins = [
+        m for m in (GradientAccumulationMixin, DynamicLossScalingMixin) if not issubclass(cls, m)
+    ]
+    extended = type(
+        f"Extended{cls.__name__}",
+        (Extended, *mixins, cls),
+        {"__module__": __name__, "__doc__": cls.__doc__, "_extends": cls},
+    )
+    _keras.register_as(extended, "tfbig>Extended")
+    return extended
+
+
+@keras.saving.register_keras_serializable(package="tfbig", name="Extended")
+class Extended:
+    """Base of the classes that `extend` makes: saves which class it extends."""
+
+    _extends: type
+
+    @_keras.default_method
+    def get_config(self):
+        cls = self._extends
+        extends = {
+            "module": cls.__module__,
+            "class_name": cls.__name__,
+            "registered_name": _keras.registered_name(cls),
+        }
+        return super().get_config() | {"extends": extends}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        extends = config.pop("extends")
+        if cls is not Extended:
+            return super().from_config(config, custom_objects)
+        base = (custom_objects or {}).get(extends["class_name"]) or _keras.registered_class(
+            extends["registered_name"], extends["module"], extends["class_name"]
+        )
+        if base is None:
+            raise errors.InvalidOptionError(
+                "The class that was extended cannot be found. Received: "
+                f"{extends['module']}.{extends['class_name']}. Import its module, or pass it "
+                "in `custom_objects`."
+            )
+        return _extended_class(base).from_config(config | {"extends": extends})
+
+
+def _extended_model(model, options):
+    known = {n for c in Model.__mro__ for n in getattr(c, "_option_names", ())}
+    unknown = set(options) - known
+    if unknown:
+        raise errors.InvalidOptionError(
+            f"Unknown options for `extend`: {sorted(unknown)}. Known are {sorted(known)}."
+        )
+    optimizer = getattr(model, "optimizer", None)
+    if isinstance(optimizer, _keras.LossScaleOptimizer):
+        scale = DynamicLossScale(
+            initial_scale=optimizer.initial_scale,
+            growth_interval=optimizer.dynamic_growth_steps,
+        )
+        options = {"loss_scale": scale} | options
+        optimizer = optimizer.inner_optimizer
+    extended = _keras.with_class(model, _extended_class(type(model)))
+    _step.set_options(extended, options)
+    _keras.recompile(extended, optimizer)
+    return extended
+
+
+def _keep_options(original, clone):
+    """Gives a clone of `keras.models.clone_model` the class and the options back."""
+    if not isinstance(original, _step.TrainStep):
+        return clone
+    if not isinstance(clone, _step.TrainStep):
+        clone = _keras.with_class(clone, type(original))
+    _step.set_options(clone, original._options())
+    _keras.recompile(clone, clone.optimizer)
+    return clone
+
+
+_keras.after_cloning(_keep_options)
