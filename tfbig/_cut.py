@@ -76,7 +76,7 @@ class Cut:
         at_most = min if isinstance(samples, int) else tf.minimum
         count = at_least_one(at_most(self.gradient_accumulation_steps, samples), 1)
         small, larger = samples // count, samples % count
-        return (small + 1, larger), (small, at_most(count - larger, samples))
+        return (at_most(small + 1, samples), larger), (small, at_most(count - larger, samples))
 
 
 def micro_batch(data, begin, size):

@@ -27,8 +27,6 @@ from keras.src.utils import python_utils
 
 from tfbig import _backend, errors
 
-default_method = python_utils.default  # Leaves Keras's automatic get_config in place.
-
 # Marks the assertion that ends training in a graph.
 TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
 
@@ -301,6 +299,34 @@ def needs_no_merge_call():
 # --- Saving ------------------------------------------------------------------
 
 
+class ConfigWith:
+    """A `get_config` that adds to that of the classes after `owner`.
+
+    Keras records constructor arguments by itself if `get_config` is the default
+    one, which it tells by an attribute of the method; so what is added must have
+    the attribute of what it is added to.
+
+    Args:
+        owner: Function that returns the class which holds the method.
+        additions: Name of the method that returns what is added, a dictionary.
+    """
+
+    def __init__(self, owner, additions):
+        self.owner = owner
+        self.additions = additions
+
+    def __get__(self, instance, cls=None):
+        if instance is None:
+            return self
+        inherited = super(self.owner(), instance).get_config
+
+        def get_config():
+            return {**inherited(), **getattr(instance, self.additions)()}
+
+        get_config._is_default = python_utils.is_default(inherited)
+        return get_config
+
+
 class SavedState(KerasAutoTrackable, KerasSaveable):
     """Variables that are saved with the model but are not among its weights.
 
@@ -311,7 +337,7 @@ class SavedState(KerasAutoTrackable, KerasSaveable):
     _names: tuple[str, ...] = ()
 
     def _obj_type(self):
-        return "SavedState"
+        return "Metric"  # Which private attributes Keras passes over.
 
     def save_own_variables(self, store):
         for name in self._names:
@@ -493,7 +519,8 @@ class TrainerOverrides:
             return data
         size = batch_size(data)
         index = tf.cast(context.replica_id_in_sync_group, tf.int32)
-        begin, end = index * size // replicas, (index + 1) * size // replicas
+        # The first replicas get more, as from a distributed dataset.
+        begin, end = ((i * size + replicas - 1) // replicas for i in (index, index + 1))
         return keras.tree.map_structure(lambda v: v if v is None else v[begin:end], data)
 
     def _global_logs(self, logs):
@@ -582,6 +609,11 @@ class TrainerOverrides:
                 raise self.loss_scale_state.error(self.trainable_variables) from None
 
         self.train_function = train_function
+
+    def predict_on_batch(self, x):
+        if self.distribute_strategy.num_replicas_in_sync == 1:
+            return super().predict_on_batch(x)
+        return self.predict(tf.data.Dataset.from_tensors((x,)), verbose=0)
 
     def make_test_function(self, force=False):
         if self.test_function is None or force:

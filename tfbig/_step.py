@@ -110,7 +110,7 @@ class MicroBatches:
         if tf.executing_eagerly():
             probe(_cut.micro_batch(self.data, 0, 1))
         else:
-            specs = keras.tree.map_structure(_spec, self.data)
+            specs = keras.tree.map_structure(_spec_of_batch, self.data)
             tf.function(probe, autograph=False).get_concrete_function(specs)
         result, assigned, is_sparse = results[-1]
         self._check(result, counter.kinds, assigned)
@@ -289,6 +289,13 @@ def _spec(value):
     return tf.type_spec_from_value(tf.convert_to_tensor(value) if _is_number(value) else value)
 
 
+def _spec_of_batch(value):
+    """The specification of a batch of any number of samples."""
+    if isinstance(value, tf.Tensor):
+        return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
+    return _spec(value)
+
+
 def _is_number(value):
     return not isinstance(value, tf.Tensor | tf.RaggedTensor | tf.SparseTensor)
 
@@ -454,9 +461,10 @@ class TrainStep(_keras.TrainerOverrides):
         self.train_function = None
         self.test_function = None
 
-    @_keras.default_method
-    def get_config(self):
-        return super().get_config() | {"log_grad_norm": self._log_grad_norm}
+    get_config = _keras.ConfigWith(lambda: TrainStep, "_option_config")
+
+    def _option_config(self):
+        return {k: keras.saving.serialize_keras_object(v) for k, v in self._options().items()}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

@@ -1,6 +1,6 @@
 """Gradient accumulation inside one `train_step`."""
 
-from tfbig import _cut, _keras, _step
+from tfbig import _cut, _step
 
 __all__ = ("GradientAccumulationMixin",)
 
@@ -71,13 +71,6 @@ class GradientAccumulationMixin(_step.TrainStep):
     def micro_batch_size(self, value):
         self._batch_cut = _cut.Cut(micro_batch_size=value)
         self._rebuild_step()
-
-    @_keras.default_method
-    def get_config(self):
-        return super().get_config() | {
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "micro_batch_size": self.micro_batch_size,
-        }
 
     def _options(self):
         return super()._options() | {

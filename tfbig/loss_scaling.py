@@ -264,12 +264,6 @@ class DynamicLossScalingMixin(_step.TrainStep):
         super().compile(*args, **kwargs)
         self._reset_loss_scale()
 
-    @_keras.default_method
-    def get_config(self):
-        config = super().get_config()
-        config["loss_scale"] = keras.saving.serialize_keras_object(self._loss_scale)
-        return config
-
     def _options(self):
         return super()._options() | {"loss_scale": self._loss_scale}
 

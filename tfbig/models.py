@@ -128,21 +128,20 @@ def _extended_class(cls):
     return extended
 
 
-@keras.saving.register_keras_serializable(package="tfbig", name="Extended")
-class Extended:
+@keras.saving.register_keras_serializable(package="tfbig")
+class Extended(_step.TrainStep):
     """Base of the classes that `extend` makes: saves which class it extends."""
 
     _extends: type
 
-    @_keras.default_method
-    def get_config(self):
+    def _option_config(self):
         cls = self._extends
         extends = {
             "module": cls.__module__,
             "class_name": cls.__name__,
             "registered_name": _keras.registered_name(cls),
         }
-        return super().get_config() | {"extends": extends}
+        return super()._option_config() | {"extends": extends}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -190,7 +189,7 @@ def _keep_options(original, clone):
     if not isinstance(clone, _step.TrainStep):
         clone = _keras.with_class(clone, type(original))
     _step.set_options(clone, original._options())
-    _keras.recompile(clone, clone.optimizer)
+    _keras.recompile(clone, getattr(clone, "optimizer", None))
     return clone
 
 
