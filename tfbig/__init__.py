@@ -3,12 +3,11 @@
 from tfbig import errors
 from tfbig._step import accumulate_gradients
 from tfbig._update import apply_gradients
+from tfbig._version import __version__ as __version__
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.equivalence import check_equivalence
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 from tfbig.models import Model, Sequential, extend
-
-from tfbig._version import __version__
 
 __all__ = (
     "DynamicLossScale",

@@ -131,15 +131,12 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
         return carry
 
     def loop(carry, count, bounds):
-        return tf.while_loop(
-            lambda k, carry: k < count,
-            lambda k, carry: (k + 1, at(*bounds(k), carry)),
-            (tf.constant(0), carry),
-            parallel_iterations=1,
-        )[1]
+        def body(k, carry):
+            begin, size = bounds(k)
+            return k + 1, step(micro_batch(data, begin, size), size, carry)
 
-    def at(begin, size, carry):
-        return step(micro_batch(data, begin, size), size, carry)
+        start = (tf.constant(0), carry)
+        return tf.while_loop(lambda k, _: k < count, body, start, parallel_iterations=1)[1]
 
     (large, larges), (small, smalls) = cut.segments(samples)
     if static_sizes:

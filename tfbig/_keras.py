@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import threading
+import typing
 
 import keras
 import tensorflow as tf
@@ -17,9 +18,9 @@ from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
 from keras.src.losses import loss as _loss_module
 from keras.src.models import cloning as _cloning
-from keras.src.models.functional import Functional
-from keras.src.models.model import functional_init_arguments as is_functional
-from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
+from keras.src.models import model as _model
+from keras.src.models.functional import Functional as Functional
+from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer as LossScaleOptimizer
 from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers import trainer as _trainer
@@ -114,7 +115,7 @@ def output_losses(model):
     `update_losses`.
     """
     compile_loss = model._compile_loss
-    values = []
+    values: list = []
     if compile_loss is None or not compile_loss.metrics:
         yield values
         return
@@ -221,6 +222,21 @@ class VariableValues(keras.StatelessScope):
         global_state.set_global_attribute("stateless_scope", self.original_scope)
 
 
+def all_layers(model):
+    """All layers inside a model, at any depth."""
+    return list(model._flatten_layers(include_self=False))
+
+
+def draws_random_numbers(layer):
+    """Whether a layer has a random stream of its own and a use for it."""
+    return bool(layer._seed_generators) and getattr(layer, "rate", 1) != 0
+
+
+def owns(layer, variable):
+    """Whether a variable belongs to this very layer, not to one inside it."""
+    return any(variable is v for v in layer._non_trainable_variables)
+
+
 def computes_in_float16(model):
     """Whether the model, or a layer of it, computes in float16."""
     return any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
@@ -282,7 +298,9 @@ def aggregated_gradients():
         _thread.aggregated = previous
 
 
-def _all_reduce_sum_gradients(self, grads_and_vars, _original=TFOptimizer._all_reduce_sum_gradients):
+def _all_reduce_sum_gradients(
+    self, grads_and_vars, _original=TFOptimizer._all_reduce_sum_gradients
+):
     if getattr(_thread, "aggregated", False):
         return list(grads_and_vars)
     return _original(self, grads_and_vars)
@@ -318,12 +336,12 @@ class ConfigWith:
     def __get__(self, instance, cls=None):
         if instance is None:
             return self
-        inherited = super(self.owner(), instance).get_config
+        inherited = getattr(super(self.owner(), instance), "get_config")  # noqa: B009
 
         def get_config():
             return {**inherited(), **getattr(instance, self.additions)()}
 
-        get_config._is_default = python_utils.is_default(inherited)
+        vars(get_config)["_is_default"] = python_utils.is_default(inherited)
         return get_config
 
 
@@ -346,7 +364,7 @@ class SavedState(KerasAutoTrackable, KerasSaveable):
     def load_own_variables(self, store):
         # Files of the plain Keras model have none of it.
         for name in self._names:
-            if name in store.keys():
+            if name in store.keys():  # noqa: SIM118  A store is no dictionary.
                 getattr(self, name).assign(store[name])
 
 
@@ -377,6 +395,9 @@ def after_cloning(finish):
 
     for name in ("_clone_functional_model", "_clone_sequential_model"):
         setattr(_cloning, name, wrap(getattr(_cloning, name)))
+
+
+is_functional = _model.functional_init_arguments
 
 
 def with_class(model, cls):
@@ -475,7 +496,11 @@ def _is_placed(strategy, data):
     )
 
 
-class TrainerOverrides:
+# To mypy the mixins are Keras models; in truth they stand before one.
+_KerasModel: typing.Any = keras.Model if typing.TYPE_CHECKING else object
+
+
+class TrainerOverrides(_KerasModel):
     """Replaces what of `keras.Model` fails under `tf.distribute`.
 
     - `_maybe_symbolic_build` takes shapes from the dataset's specification.
@@ -488,6 +513,9 @@ class TrainerOverrides:
       `predict_on_batch` is cut over the replicas. Keras gives all of it to
       each.
     """
+
+    train_function: typing.Any
+    test_function: typing.Any
 
     def _check_before_run(self, effective_batch_size):
         """Hook: raises for what cannot run. `effective_batch_size` may be None."""

@@ -26,6 +26,7 @@ from tfbig import _keras, errors
 
 __all__ = ("Denominators", "LossCounter", "LossReducer", "all_reduce_sum", "replicas")
 
+
 def replicas():
     """Number of replicas of the current strategy."""
     return tf.distribute.get_strategy().num_replicas_in_sync
@@ -109,6 +110,16 @@ class _Interceptor:
             return _denominator(reduced(None), sample_weight, mask, reduction, dtype)
 
         return self.reduce("counted", reduced, denominator)
+
+    def reduce(self, kind, reduced, denominator):
+        """The value of one call.
+
+        Args:
+            kind: "scalar", "mean", "sum" or "counted".
+            reduced: Function of a reduction, returning Keras's value with it.
+            denominator: Function that returns `D`; None unless "counted".
+        """
+        raise NotImplementedError
 
 
 class LossCounter(_Interceptor):

@@ -1,15 +1,17 @@
 """The only `train_step`, and its two halves.
 
-    global batch ── strategy ──> replica's share ── cut ──> micro-batches
-      for each micro-batch:   forward, loss x scale, backward,
-                              add to float32 accumulators, metrics
-      one exchange:           gradients + loss sums + weights + replica-local state
-      finite everywhere?      yes: / weight, / scale, clip, apply once
-                              no : skip, back off, count
+global batch ── strategy ──> replica's share ── cut ──> micro-batches
+  for each micro-batch:   forward, loss x scale, backward,
+                          add to float32 accumulators, metrics
+  one exchange:           gradients + loss sums + weights + replica-local state
+  finite everywhere?      yes: / weight, / scale, clip, apply once
+                          no : skip, back off, count
 """
 
 import dataclasses
+import inspect
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -202,7 +204,7 @@ class MicroBatches:
         denominators = self.denominators()
         state = self.traits.state
         before = [tf.convert_to_tensor(v.value) for v in state]
-        connected = set()
+        connected: set[int] = set()
 
         def step(micro_batch, size, carry):
             weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
@@ -278,9 +280,10 @@ def _looks_up_rows():
     Only such variables have sparse gradients, and only for them is it worth to
     trace a backward pass that is not run.
     """
-    return tf.executing_eagerly() or any(
-        op.type in ("GatherV2", "ResourceGather") for op in tf.compat.v1.get_default_graph().get_operations()
-    )
+    if tf.executing_eagerly():
+        return True
+    operations = tf.compat.v1.get_default_graph().get_operations()
+    return any(op.type in ("GatherV2", "ResourceGather") for op in operations)
 
 
 def _spec(value):
@@ -371,6 +374,16 @@ def accumulate_gradients(
     ).accumulate(None if loss_scale is None else loss_scale.loss_scale.value)
 
 
+def option_names(cls):
+    """Names of the options that tfbig's mixins add to a class."""
+    return {
+        name
+        for c in cls.__mro__
+        if c.__module__.startswith("tfbig.") and issubclass(c, TrainStep) and "__init__" in vars(c)
+        for name in inspect.getfullargspec(c.__init__).kwonlyargs
+    }
+
+
 def set_options(model, options):
     """Sets constructor options as properties."""
     for name, value in options.items():
@@ -401,10 +414,6 @@ class TrainStep(_keras.TrainerOverrides):
         """Hook: the `Cut`."""
         return _cut.Cut(gradient_accumulation_steps=1)
 
-    def _scale_state(self):
-        """Hook: the `LossScaleState`, or None."""
-        return None
-
     def loss_denominator(self, x, y, y_pred, sample_weight):
         """What a scalar loss of a micro-batch was divided by.
 
@@ -422,9 +431,9 @@ class TrainStep(_keras.TrainerOverrides):
             A scalar; or None, the default, for the number of samples.
         """
         del x, y, y_pred, sample_weight
-        return None
 
-    _option_names: tuple[str, ...] = ("log_grad_norm",)
+    # The `LossScaleState` of `DynamicLossScalingMixin`; None without scaling.
+    loss_scale_state: Any = None
     _log_grad_norm = False
 
     def __init_subclass__(cls, **kwargs):
@@ -458,8 +467,8 @@ class TrainStep(_keras.TrainerOverrides):
         return {"log_grad_norm": self._log_grad_norm}
 
     def _rebuild_step(self):
-        self.train_function = None
-        self.test_function = None
+        self.train_function: Any = None
+        self.test_function: Any = None
 
     get_config = _keras.ConfigWith(lambda: TrainStep, "_option_config")
 
@@ -469,8 +478,7 @@ class TrainStep(_keras.TrainerOverrides):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
-        names = {n for c in cls.__mro__ for n in getattr(c, "_option_names", ())}
-        options = {name: config.pop(name) for name in names & set(config)}
+        options = {name: config.pop(name) for name in option_names(cls) & set(config)}
         extra = {} if custom_objects is None else {"custom_objects": custom_objects}
         model = super().from_config(config, **extra)
         set_options(model, options)
@@ -520,7 +528,7 @@ class TrainStep(_keras.TrainerOverrides):
 
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
-        scale = self._scale_state()
+        scale = self.loss_scale_state
         if self._is_plain() and scale is None and not self.log_grad_norm:
             return self._compiled(super().train_step)(data)
 

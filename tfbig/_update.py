@@ -127,9 +127,7 @@ def _apply_if_finite(optimizer, gradients, variables, loss_scale, flags):
         finite = tf.reduce_all(flags)
 
         def apply():
-            strategy.extended.call_for_each_replica(
-                _apply, args=(optimizer, gradients, variables)
-            )
+            strategy.extended.call_for_each_replica(_apply, args=(optimizer, gradients, variables))
 
         # merge_call may not run inside a cond in replica context (tf.distribute
         # raises), and the optimizer needs one, so the branch is taken out here.
@@ -137,9 +135,7 @@ def _apply_if_finite(optimizer, gradients, variables, loss_scale, flags):
         loss_scale.update(finite, flags)
 
     if _keras.needs_no_merge_call():
-        tf.cond(
-            tf.reduce_all(flags), lambda: _apply(optimizer, gradients, variables), lambda: None
-        )
+        tf.cond(tf.reduce_all(flags), lambda: _apply(optimizer, gradients, variables), lambda: None)
         loss_scale.update(tf.reduce_all(flags), flags)
     else:
         tf.distribute.get_replica_context().merge_call(decide, args=(flags, gradients))

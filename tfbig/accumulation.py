@@ -42,7 +42,6 @@ class GradientAccumulationMixin(_step.TrainStep):
     2
     """
 
-    _option_names = ("gradient_accumulation_steps", "micro_batch_size")
     _batch_cut = _cut.Cut(gradient_accumulation_steps=1)
 
     def __init__(self, *args, gradient_accumulation_steps=None, micro_batch_size=None, **kwargs):

@@ -5,11 +5,11 @@ would catch without knowing tfbig.
 """
 
 __all__ = (
-    "TfbigError",
     "BackendError",
     "InvalidOptionError",
     "LossScaleError",
     "MixinOrderError",
+    "TfbigError",
     "UnsupportedModelError",
     "UnsupportedStrategyError",
 )

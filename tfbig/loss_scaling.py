@@ -179,10 +179,9 @@ class LossScaleState(_keras.SavedState):
             ),
         }
         written = [_keras.native(getattr(self, name)).assign(new[name]) for name in self._names]
-        with tf.control_dependencies(written if not tf.executing_eagerly() else []):
-            tf.debugging.assert_less(
-                consecutive, tf.constant(settings.max_consecutive_skips, tf.int64), _keras.TOO_MANY_SKIPS
-            )
+        limit = tf.constant(settings.max_consecutive_skips, tf.int64)
+        with tf.control_dependencies([] if tf.executing_eagerly() else written):
+            tf.debugging.assert_less(consecutive, limit, _keras.TOO_MANY_SKIPS)
 
     def error(self, variables):
         """The `LossScaleError` that says what happened, and where."""
@@ -227,9 +226,7 @@ class DynamicLossScalingMixin(_step.TrainStep):
     32768.0
     """
 
-    _option_names = ("loss_scale",)
     _loss_scale = "auto"
-    loss_scale_state = None
 
     def __init__(self, *args, loss_scale="auto", **kwargs):
         _checked(loss_scale)
@@ -266,9 +263,6 @@ class DynamicLossScalingMixin(_step.TrainStep):
 
     def _options(self):
         return super()._options() | {"loss_scale": self._loss_scale}
-
-    def _scale_state(self):
-        return self.loss_scale_state
 
     def _reset_loss_scale(self):
         settings, is_fixed = _settings(self._loss_scale, self)

@@ -1,6 +1,6 @@
 """`Model`, `Sequential` and `extend`: Keras models with both mixins."""
 
-import functools
+from typing import Any
 
 import keras
 
@@ -107,25 +107,29 @@ def extend(model_or_class, **options):
     return _extended_model(model_or_class, options)
 
 
-_EXTENDED = {keras.Model: Model, keras.Sequential: Sequential, _keras.Functional: FunctionalModel}
+# Keras class -> its subclass with the mixins.
+_EXTENDED: dict[type, Any] = {
+    keras.Model: Model,
+    keras.Sequential: Sequential,
+    _keras.Functional: FunctionalModel,
+}
 
 
-@functools.cache
 def _extended_class(cls):
-    if issubclass(cls, GradientAccumulationMixin) and issubclass(cls, DynamicLossScalingMixin):
-        return cls
-    if cls in _EXTENDED:
-        return _EXTENDED[cls]
     mixins = [
         m for m in (GradientAccumulationMixin, DynamicLossScalingMixin) if not issubclass(cls, m)
     ]
-    extended = type(
-        f"Extended{cls.__name__}",
-        (Extended, *mixins, cls),
-        {"__module__": __name__, "__doc__": cls.__doc__, "_extends": cls},
-    )
-    _keras.register_as(extended, "tfbig>Extended")
-    return extended
+    if not mixins:
+        return cls
+    if cls not in _EXTENDED:
+        extended = type(
+            f"Extended{cls.__name__}",
+            (Extended, *mixins, cls),
+            {"__module__": __name__, "__doc__": cls.__doc__, "_extends": cls},
+        )
+        _keras.register_as(extended, "tfbig>Extended")
+        _EXTENDED[cls] = extended
+    return _EXTENDED[cls]
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
@@ -162,7 +166,7 @@ class Extended(_step.TrainStep):
 
 
 def _extended_model(model, options):
-    known = {n for c in Model.__mro__ for n in getattr(c, "_option_names", ())}
+    known = _step.option_names(Model)
     unknown = set(options) - known
     if unknown:
         raise errors.InvalidOptionError(
