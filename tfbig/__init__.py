@@ -1,7 +1,7 @@
 """tfbig: one update is one update of the whole effective batch, on any hardware."""
 
 from tfbig import errors
-from tfbig._step import accumulate_gradients
+from tfbig._micro_batches import accumulate_gradients
 from tfbig._update import apply_gradients
 from tfbig._version import __version__ as __version__
 from tfbig.accumulation import GradientAccumulationMixin

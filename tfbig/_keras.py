@@ -14,6 +14,7 @@ import typing
 import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
+from keras.src.backend.tensorflow import trainer as _trainer_tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
 from keras.src.losses import loss as _loss_module
@@ -516,9 +517,15 @@ class TrainerOverrides(_KerasModel):
 
     train_function: typing.Any
     test_function: typing.Any
+    predict_function: typing.Any
 
-    def _check_before_run(self, effective_batch_size):
-        """Hook: raises for what cannot run. `effective_batch_size` may be None."""
+    _batch_size: int | None = None
+
+    def _check_before_run(self, batch_size):
+        """Hook: raises for what cannot run. `batch_size` may be None."""
+
+    def _prepare_training(self, batch_size):
+        """Hook: called before training. `batch_size` may be None."""
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         strategy = self.distribute_strategy
@@ -535,6 +542,7 @@ class TrainerOverrides(_KerasModel):
                 lambda v: v if v is None else tf.TensorSpec([None, *v.shape[1:]], v.dtype),
                 data_batch,
             )
+        self._batch_size = size
         self._check_before_run(size)
         with strategy.scope():
             self._symbolic_build(data_batch=data_batch)
@@ -624,6 +632,7 @@ class TrainerOverrides(_KerasModel):
         return function
 
     def make_train_function(self, force=False):
+        self._prepare_training(self._batch_size)
         if self.train_function is not None and not force:
             return
         function = self._step_function(self.train_step)
@@ -642,6 +651,32 @@ class TrainerOverrides(_KerasModel):
         if self.distribute_strategy.num_replicas_in_sync == 1:
             return super().predict_on_batch(x)
         return self.predict(tf.data.Dataset.from_tensors((x,)), verbose=0)
+
+    def make_predict_function(self, force=False):
+        # Keras compiles one function for all replicas; XLA finds the variables
+        # of the first replica on another device than the second's.
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1 or not self.jit_compile:
+            super().make_predict_function(force)
+            return
+        if self.predict_function is not None and not force:
+            return
+
+        def replica_step(data):
+            step = tf.function(self.predict_step, jit_compile=True, autograph=False)
+            return step(_without_optionals(data))
+
+        def one_step(data):
+            outputs = strategy.run(replica_step, args=(data,))
+            return _trainer_tf.reduce_per_replica(outputs, strategy, reduction="concat")
+
+        one_step = tf.function(one_step, reduce_retracing=True, autograph=False)
+
+        def predict_function(steps):
+            outputs = [one_step(data) for data in steps]
+            return keras.tree.map_structure(lambda *parts: _trainer_tf.concat(parts), *outputs)
+
+        self.predict_function = predict_function
 
     def make_test_function(self, force=False):
         if self.test_function is None or force:

@@ -8,7 +8,6 @@ global batch ── strategy ──> replica's share ── cut ──> micro-ba
                           no : skip, back off, count
 """
 
-import dataclasses
 import inspect
 import warnings
 from typing import Any
@@ -16,362 +15,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbig import _accumulators, _cut, _keras, _reduction, _update, errors
+from tfbig import _cut, _keras, _micro_batches, _reduction, _update, errors
 
-__all__ = ("TrainStep", "accumulate_gradients")
-
-
-@dataclasses.dataclass
-class Loss:
-    """What the loss function of the step returns for a micro-batch.
-
-    Attributes:
-        loss: float scalar.
-        weight: float scalar: what the mean over the micro-batch was divided by,
-            if not by its samples (tokens, say); else None.
-        values: structure of float scalars, reported as means over the effective
-            batch.
-        logs: structure of scalars; those of the last micro-batch are reported.
-    """
-
-    loss: tf.Tensor
-    weight: tf.Tensor | None = None
-    values: list | dict = dataclasses.field(default_factory=list)
-    logs: dict = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class Traits:
-    """What tracing a micro-batch once, without effect, tells.
-
-    Attributes:
-        kinds: kinds of the Keras losses, in the order of the calls.
-        state: list of variables that the forward pass assigns.
-        is_sparse: list of bools, for each trainable variable whether its
-            gradient is a `tf.IndexedSlices`.
-        values: structure of the further values.
-        logs: structure of the logs.
-    """
-
-    kinds: list
-    state: list
-    is_sparse: list
-    values: list | dict
-    logs: dict
-
-
-class MicroBatches:
-    """A replica's share of the effective batch, cut, with its loss function.
-
-    Args:
-        loss_fn: Function of a micro-batch, returning a `Loss`.
-        data: Structure of tensors `(samples, ...)`: the replica's share.
-        cut: `Cut`.
-        variables: Trainable variables whose gradients are wanted; may be empty.
-        metric_variables: Variables that belong to metrics.
-        compiled: Whether XLA compiles the loop.
-        unrolled: Whether the loop is laid out.
-    """
-
-    def __init__(
-        self, loss_fn, data, cut, variables, metric_variables=(), compiled=False, unrolled=False
-    ):
-        self.loss_fn = loss_fn
-        self.data = data
-        self.cut = cut
-        self.variables = list(variables)
-        self.metric_ids = {id(v) for v in metric_variables}
-        self.compiled = compiled
-        self.unrolled = unrolled
-        self.samples = _reduction.checked_samples(_keras.batch_size(data))
-        self.dtype = _accumulators.dtype_for(keras.config.floatx())
-        for variable in variables:
-            self.dtype = _accumulators.wider(self.dtype, variable.dtype)
-        # One micro-batch on one replica: Keras's own reductions are those of
-        # the whole batch.
-        self.is_whole = cut.is_whole and _reduction.replicas() == 1
-        self.traits = self._trace()
-
-    def _trace(self):
-        counter = _reduction.LossCounter()
-        results = []
-
-        def probe(data):
-            with (
-                tf.GradientTape() as tape,
-                _keras.intercepted_losses(counter),
-                _keras.VariableValues() as scope,
-            ):
-                result = self.loss_fn(data)
-            is_sparse = [False] * len(self.variables)
-            if not self.compiled and _looks_up_rows():
-                gradients = tape.gradient(result.loss, [_keras.native(v) for v in self.variables])
-                is_sparse = [isinstance(g, tf.IndexedSlices) for g in gradients]
-            results.append((result, scope.assigned, is_sparse))
-
-        if tf.executing_eagerly():
-            probe(_cut.micro_batch(self.data, 0, 1))
-        else:
-            specs = keras.tree.map_structure(_spec_of_batch, self.data)
-            tf.function(probe, autograph=False).get_concrete_function(specs)
-        result, assigned, is_sparse = results[-1]
-        self._check(result, counter.kinds, assigned)
-        return Traits(
-            kinds=counter.kinds,
-            state=assigned,
-            is_sparse=is_sparse,
-            values=keras.tree.map_structure(_spec, result.values),
-            logs=keras.tree.map_structure(_spec, result.logs),
-        )
-
-    def _check(self, result, kinds, assigned):
-        if result.loss.shape.rank != 0:
-            raise errors.UnsupportedModelError(
-                "The loss must be a scalar. Received: a loss of shape "
-                f"{tuple(result.loss.shape)}. A Keras loss with reduction 'none' returns one "
-                "value per sample; use reduction='sum_over_batch_size', or reduce it in "
-                "`compute_loss`."
-            )
-        if self.is_whole:
-            return
-        if result.weight is not None and any(k != "scalar" for k in kinds):
-            raise errors.UnsupportedModelError(
-                "`loss_denominator` is for losses that come back as scalars; Keras losses know "
-                f"their own denominators. Received: both (reductions: {sorted(set(kinds))}). "
-                "Remove the hook, or compute the whole loss in `compute_loss` from losses with "
-                "reduction=None."
-            )
-        for variable in assigned:
-            if any(variable is v for v in self.variables):
-                raise errors.UnsupportedModelError(
-                    "The forward pass must not assign a trainable variable when the batch is "
-                    "cut: every micro-batch would see other weights. Received: "
-                    f"{variable.path}. Use gradient_accumulation_steps=1 on one replica."
-                )
-
-    def _run(self, step, carry):
-        """Folds `step` over the micro-batches, compiled if asked for."""
-
-        def run():
-            if self.is_whole:
-                return step(self.data, self.samples, carry)
-            return _cut.fold(
-                self.cut,
-                self.data,
-                step,
-                carry,
-                static_sizes=self.compiled,
-                unrolled=self.unrolled,
-            )
-
-        # The exchange stays outside of what XLA compiles.
-        return tf.function(run, jit_compile=True, autograph=False)() if self.compiled else run()
-
-    def denominators(self):
-        """`Denominators` of the effective batch; None where they are not needed.
-
-        Where masks or sample weights make them, this is a pass of its own over
-        the micro-batches, forward only; TensorFlow prunes from it all that the
-        denominators do not depend on.
-        """
-        if self.is_whole or not {"sum", "counted"} & set(self.traits.kinds):
-            return None
-        counts = [tf.cast(self.samples, self.dtype)]
-
-        def count(micro_batch, size, carry):
-            del size
-            counter = _reduction.LossCounter()
-            with _keras.intercepted_losses(counter), _keras.VariableValues():
-                self.loss_fn(micro_batch)
-            return [a + tf.cast(b, self.dtype) for a, b in zip(carry, counter.counted, strict=True)]
-
-        if number := self.traits.kinds.count("counted"):
-            counts += self._run(count, [tf.zeros((), self.dtype)] * number)
-        weight, *counted = tf.unstack(_reduction.all_reduce_sum([tf.stack(counts)])[0])
-        return _reduction.Denominators(weight, counted)
-
-    def accumulate(self, loss_scale=None):
-        """Runs the micro-batches.
-
-        Args:
-            loss_scale: float32 scalar, or None.
-
-        Returns:
-            This replica's `Accumulated`.
-        """
-        if loss_scale is not None:
-            loss_scale = tf.convert_to_tensor(loss_scale)
-        denominators = self.denominators()
-        state = self.traits.state
-        before = [tf.convert_to_tensor(v.value) for v in state]
-        connected: set[int] = set()
-
-        def step(micro_batch, size, carry):
-            weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
-            reducer = None if self.is_whole else _reduction.LossReducer(denominators, weight)
-            with tf.GradientTape() as tape:
-                with (
-                    _keras.intercepted_losses(reducer),
-                    _keras.VariableValues(zip(state, carry["state"], strict=True)) as scope,
-                ):
-                    result = self.loss_fn(micro_batch)
-                loss = scaled_loss = tf.cast(result.loss, self.dtype)
-                if loss_scale is not None:
-                    scaled_loss = loss * tf.cast(loss_scale, self.dtype)
-            gradients = tape.gradient(scaled_loss, [_keras.native(v) for v in self.variables])
-            connected.update(i for i, g in enumerate(gradients) if g is not None)
-            if result.weight is not None and not self.is_whole:
-                weight = tf.cast(result.weight, self.dtype)
-            return {
-                "gradients": [
-                    _accumulators.add(total, gradient, weight)
-                    for total, gradient in zip(carry["gradients"], gradients, strict=True)
-                ],
-                "loss": carry["loss"] + weight * loss,
-                "values": keras.tree.map_structure(
-                    lambda total, value: total + weight * tf.cast(value, self.dtype),
-                    carry["values"],
-                    result.values,
-                ),
-                "weight": carry["weight"] + weight,
-                "state": [scope.get_current_value(v) for v in state],
-                "logs": keras.tree.map_structure(tf.convert_to_tensor, result.logs),
-            }
-
-        zero = tf.zeros((), self.dtype)
-        total = self._run(
-            step,
-            {
-                "gradients": [
-                    _accumulators.start(v, is_sparse)
-                    for v, is_sparse in zip(self.variables, self.traits.is_sparse, strict=True)
-                ],
-                "loss": zero,
-                "values": keras.tree.map_structure(lambda _: zero, self.traits.values),
-                "weight": zero,
-                "state": before,
-                "logs": keras.tree.map_structure(
-                    lambda spec: tf.zeros(spec.shape, spec.dtype), self.traits.logs
-                ),
-            },
-        )
-        return _reduction.Accumulated(
-            variables=self.variables,
-            gradients=[
-                _accumulators.result(g, v) if i in connected else None
-                for i, (g, v) in enumerate(zip(total["gradients"], self.variables, strict=True))
-            ],
-            loss=total["loss"],
-            values=total["values"],
-            weight=total["weight"],
-            samples=self.samples,
-            state=[
-                _reduction.StateChange(v, old, new, id(v) in self.metric_ids)
-                for v, old, new in zip(state, before, total["state"], strict=True)
-            ],
-            logs=total["logs"],
-            loss_scale=loss_scale,
-        )
-
-
-def _looks_up_rows():
-    """Whether rows of a variable were looked up in the graph being traced.
-
-    Only such variables have sparse gradients, and only for them is it worth to
-    trace a backward pass that is not run.
-    """
-    if tf.executing_eagerly():
-        return True
-    operations = tf.compat.v1.get_default_graph().get_operations()
-    return any(op.type in ("GatherV2", "ResourceGather") for op in operations)
-
-
-def _spec(value):
-    if value is None:
-        return None
-    return tf.type_spec_from_value(tf.convert_to_tensor(value) if _is_number(value) else value)
-
-
-def _spec_of_batch(value):
-    """The specification of a batch of any number of samples."""
-    if isinstance(value, tf.Tensor):
-        return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
-    return _spec(value)
-
-
-def _is_number(value):
-    return not isinstance(value, tf.Tensor | tf.RaggedTensor | tf.SparseTensor)
-
-
-def accumulate_gradients(
-    loss_fn,
-    variables,
-    data,
-    *,
-    gradient_accumulation_steps=None,
-    micro_batch_size=None,
-    loss_scale=None,
-    compiled=False,
-):
-    """Runs a loss function on the micro-batches of this replica's share.
-
-    The first half of an update, for a `train_step` that a user writes alone;
-    `tfbig.apply_gradients` is the second. The micro-batches run one after another
-    in one `tf.while_loop`; nothing is exchanged and no variable is assigned
-    before `apply_gradients`, which also writes back what the forward pass made of
-    non-trainable Keras variables (moving statistics, seeds, metrics).
-
-    Args:
-        loss_fn: Function of a micro-batch, which has the structure of `data`.
-            Returns a float scalar, or a pair of it and a dictionary of further
-            float scalars that are to be reported. Scalars are taken as means over
-            the samples of the micro-batch; Keras losses called inside know their
-            own denominators.
-        variables: List of trainable variables. Built, as everything that
-            `loss_fn` uses.
-        data: Structure of tensors of shape `(samples, ...)`.
-        gradient_accumulation_steps: int, micro-batches per replica and update.
-        micro_batch_size: int, samples per replica and micro-batch. Exactly one of
-            the two may be given; neither means one micro-batch.
-        loss_scale: The `loss_scale_state` of a model with
-            `tfbig.DynamicLossScalingMixin`, or None.
-        compiled: Whether XLA compiles the loop.
-
-    Returns:
-        An object to pass to `tfbig.apply_gradients`.
-
-    Raises:
-        InvalidOptionError: If an option is not valid.
-        UnsupportedModelError: If the loss cannot be cut exactly.
-
-    Example:
-
-    >>> w = keras.Variable([1.0, 2.0])
-    >>> optimizer = keras.optimizers.SGD(1.0)
-    >>> optimizer.build([w])
-    >>> x = tf.constant([[1.0, 0.0], [3.0, 0.0], [5.0, 0.0]])
-    >>> share = tfbig.accumulate_gradients(
-    ...     lambda x: tf.reduce_mean(tf.linalg.matvec(x, w)), [w], x, micro_batch_size=2
-    ... )
-    >>> update = tfbig.apply_gradients(optimizer, share)
-    >>> float(update.loss), w.numpy().tolist()
-    (3.0, [-2.0, 2.0])
-    """
-    if gradient_accumulation_steps is None and micro_batch_size is None:
-        gradient_accumulation_steps = 1
-
-    def wrapped(micro_batch):
-        result = loss_fn(micro_batch)
-        loss, values = result if isinstance(result, tuple | list) else (result, {})
-        return Loss(tf.convert_to_tensor(loss), values=values)
-
-    return MicroBatches(
-        wrapped,
-        data,
-        _cut.Cut(gradient_accumulation_steps, micro_batch_size),
-        variables,
-        compiled=compiled,
-    ).accumulate(None if loss_scale is None else loss_scale.loss_scale.value)
+__all__ = ("TrainStep",)
 
 
 def option_names(cls):
@@ -411,8 +57,12 @@ class TrainStep(_keras.TrainerOverrides):
     """
 
     def _cut(self):
-        """Hook: the `Cut`."""
+        """Hook: the `Cut` of an update."""
         return _cut.Cut(gradient_accumulation_steps=1)
+
+    def _evaluation_cut(self):
+        """Hook: the `Cut` of a batch that is evaluated."""
+        return self._cut()
 
     def loss_denominator(self, x, y, y_pred, sample_weight):
         """What a scalar loss of a micro-batch was divided by.
@@ -493,6 +143,12 @@ class TrainStep(_keras.TrainerOverrides):
             kwargs["auto_scale_loss"] = False
             super().compile(optimizer, *args, **kwargs)
         _keras.check_losses(self)
+        if not hasattr(self, "loss_scale") and _keras.computes_in_float16(self):
+            warnings.warn(
+                "The model computes in float16 without loss scaling, so small gradients become "
+                "zero. Add tfbig.DynamicLossScalingMixin, or use mixed_bfloat16.",
+                stacklevel=3,
+            )
         if optimizer is not None:
             _keras.track_for_checkpoint(self, "optimizer", optimizer)
 
@@ -506,33 +162,18 @@ class TrainStep(_keras.TrainerOverrides):
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
 
-    def _check_before_run(self, effective_batch_size):
+    def _check_before_run(self, batch_size):
         _keras.check_scope(self)
-        steps, replicas = self._cut().gradient_accumulation_steps, _reduction.replicas_of(self)
-        if effective_batch_size == 0:
+        if batch_size == 0:
             raise errors.InvalidOptionError(_reduction.NO_SAMPLES)
-        if steps is None or effective_batch_size is None:
-            return
-        share = -(-effective_batch_size // replicas)
-        if steps > share and self._warned_of != (steps, share):
-            self._warned_of = (steps, share)
-            warnings.warn(
-                f"`gradient_accumulation_steps` is larger than a replica's share of the batch. "
-                f"Received: gradient_accumulation_steps={steps} for {share} samples per replica "
-                f"(batch of {effective_batch_size}, {replicas} replica(s)). "
-                f"{share} micro-batches are used.",
-                stacklevel=4,
-            )
-
-    _warned_of: tuple | None = None
 
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
         scale = self.loss_scale_state
-        if self._is_plain() and scale is None and not self.log_grad_norm:
+        if self._is_plain(self._cut()) and scale is None and not self.log_grad_norm:
             return self._compiled(super().train_step)(data)
 
-        share = self._micro_batches(data, training=True).accumulate(
+        share = self._share(data, self._cut(), training=True).accumulate(
             None if scale is None else scale.loss_scale.value
         )
         update = _update.apply_gradients(
@@ -547,32 +188,35 @@ class TrainStep(_keras.TrainerOverrides):
 
     def test_step(self, data):
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
-        if self._is_plain():
+        if self._is_plain(self._evaluation_cut()):
             return self._compiled(super().test_step)(data)
-        share = self._micro_batches(data, training=False).accumulate()
+        share = self._share(data, self._evaluation_cut(), training=False).accumulate()
         return self._logs(share, _update.without_gradients(share))
 
-    def _is_plain(self):
-        return self._cut().is_whole and _reduction.replicas() == 1
+    def _is_plain(self, cut):
+        # Then Keras's own step does it, number for number.
+        return cut.is_whole and _reduction.replicas() == 1
 
     def _compiled(self, step):
         return tf.function(step, jit_compile=True, autograph=False) if self.jit_compile else step
 
-    def _micro_batches(self, data, training):
+    def _share(self, data, cut, training):
+        """This replica's share of a batch, as `MicroBatches`."""
+
         def loss_fn(micro_batch):
             with _keras.output_losses(self) as output_losses:
                 loss, *batch = _keras.forward(self, micro_batch, training)
-            return Loss(
+            return _micro_batches.Loss(
                 tf.convert_to_tensor(loss),
                 weight=self.loss_denominator(*batch),
                 values=output_losses,
                 logs=_keras.update_metrics(self, *batch),
             )
 
-        return MicroBatches(
+        return _micro_batches.MicroBatches(
             loss_fn,
             data,
-            self._cut(),
+            cut,
             self.trainable_variables if training else [],
             metric_variables=self.metrics_variables,
             compiled=bool(self.jit_compile),

@@ -1,6 +1,8 @@
 """Gradient accumulation inside one `train_step`."""
 
-from tfbig import _cut, _step
+import warnings
+
+from tfbig import _cut, _reduction, _step
 
 __all__ = ("GradientAccumulationMixin",)
 
@@ -43,6 +45,8 @@ class GradientAccumulationMixin(_step.TrainStep):
     """
 
     _batch_cut = _cut.Cut(gradient_accumulation_steps=1)
+    _cut_of_evaluation: _cut.Cut | None = None
+    _warned_of: tuple | None = None
 
     def __init__(self, *args, gradient_accumulation_steps=None, micro_batch_size=None, **kwargs):
         if gradient_accumulation_steps is None and micro_batch_size is None:
@@ -58,8 +62,7 @@ class GradientAccumulationMixin(_step.TrainStep):
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value):
-        self._batch_cut = _cut.Cut(gradient_accumulation_steps=value)
-        self._rebuild_step()
+        self._set_cut(_cut.Cut(gradient_accumulation_steps=value))
 
     @property
     def micro_batch_size(self):
@@ -68,7 +71,11 @@ class GradientAccumulationMixin(_step.TrainStep):
 
     @micro_batch_size.setter
     def micro_batch_size(self, value):
-        self._batch_cut = _cut.Cut(micro_batch_size=value)
+        self._set_cut(_cut.Cut(micro_batch_size=value))
+
+    def _set_cut(self, cut):
+        self._batch_cut = cut
+        self._cut_of_evaluation = None
         self._rebuild_step()
 
     def _options(self):
@@ -79,3 +86,34 @@ class GradientAccumulationMixin(_step.TrainStep):
 
     def _cut(self):
         return self._batch_cut
+
+    def _evaluation_cut(self):
+        # No more samples at a time than in training. A number of micro-batches
+        # says nothing about a batch of another size, so what it came to in the
+        # last training is taken; before any, the batch is not cut.
+        if self.micro_batch_size is not None:
+            return self._batch_cut
+        return self._cut_of_evaluation or _cut.Cut(gradient_accumulation_steps=1)
+
+    def _prepare_training(self, batch_size):
+        steps, cut = self.gradient_accumulation_steps, self._batch_cut
+        if not (steps is None or steps == 1 or batch_size is None):
+            share = -(-batch_size // _reduction.replicas_of(self))
+            cut = _cut.Cut(micro_batch_size=-(-share // min(steps, share)))
+            if steps > share:
+                self._warn_of_few_samples(batch_size, share)
+        if cut != self._cut_of_evaluation:
+            self._cut_of_evaluation = cut
+            self.test_function = None
+
+    def _warn_of_few_samples(self, batch_size, share):
+        steps = self.gradient_accumulation_steps
+        if self._warned_of == (steps, share):
+            return
+        self._warned_of = (steps, share)
+        warnings.warn(
+            "`gradient_accumulation_steps` is larger than a replica's share of the batch. "
+            f"Received: gradient_accumulation_steps={steps} for {share} samples per replica "
+            f"(batch of {batch_size}). {share} micro-batches of one sample are used.",
+            stacklevel=5,
+        )

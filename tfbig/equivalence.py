@@ -159,9 +159,9 @@ def _both(model, data):
     strategy = model.distribute_strategy
     found = {}
 
-    def share(data):
-        micro_batches = model._micro_batches(model._share_of_replica(data), training=True)
-        accumulated = _reduction.exchange(micro_batches.accumulate())
+    def replica(data):
+        share = model._share(model._share_of_replica(data), model._cut(), training=True)
+        accumulated = _reduction.exchange(share.accumulate())
         found["state"] = [c.variable for c in accumulated.state if not c.is_metric]
         return {
             "loss": accumulated.loss / accumulated.weight,
@@ -170,7 +170,7 @@ def _both(model, data):
         }
 
     def cut(data):
-        results = strategy.run(share, args=(data,))
+        results = strategy.run(replica, args=(data,))
         return tf.nest.map_structure(lambda v: strategy.experimental_local_results(v)[0], results)
 
     def whole(data):
