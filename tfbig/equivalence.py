@@ -159,7 +159,7 @@ def _both(model, data):
     strategy = model.distribute_strategy
     found = {}
 
-    def replica(data):
+    def cut(data):
         share = model._share(model._share_of_replica(data), model._cut(), training=True)
         accumulated = _reduction.exchange(share.accumulate())
         found["state"] = [c.variable for c in accumulated.state if not c.is_metric]
@@ -168,10 +168,6 @@ def _both(model, data):
             "gradient": [_dense(g, accumulated.weight) for g in accumulated.gradients],
             "state": [c.after for c in accumulated.state if not c.is_metric],
         }
-
-    def cut(data):
-        results = strategy.run(replica, args=(data,))
-        return tf.nest.map_structure(lambda v: strategy.experimental_local_results(v)[0], results)
 
     def whole(data):
         with (
@@ -187,8 +183,17 @@ def _both(model, data):
             "state": [tf.convert_to_tensor(scope.get_current_value(v)) for v in found["state"]],
         }
 
-    results = [f if model.run_eagerly else tf.function(f, autograph=False) for f in (cut, whole)]
-    of_cut, of_whole = (f(data) for f in results)
+    def first_result(function):
+        def run(data):
+            results = strategy.run(function, args=(data,))
+            return tf.nest.map_structure(
+                lambda v: strategy.experimental_local_results(v)[0], results
+            )
+
+        return run if model.run_eagerly else tf.function(run, autograph=False)
+
+    of_cut = first_result(cut)(data)
+    of_whole = first_result(whole)(data)
     return of_whole, of_cut, found["state"]
 
 
