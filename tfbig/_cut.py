@@ -125,6 +125,12 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
     samples = _keras.batch_size(data)
     if unrolled:
         steps = cut.gradient_accumulation_steps
+        tf.debugging.assert_greater_equal(
+            samples,
+            steps,
+            "A model with synchronized layers needs at least `gradient_accumulation_steps` "
+            "samples on every replica in every batch. Use drop_remainder=True, or fewer steps.",
+        )
         for k in range(steps):
             begin, end = k * samples // steps, (k + 1) * samples // steps
             carry = step(micro_batch(data, begin, end - begin), end - begin, carry)

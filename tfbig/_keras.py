@@ -196,6 +196,19 @@ def has_synchronized_layers(model):
     return any(getattr(layer, "synchronized", False) for layer in model._flatten_layers())
 
 
+@contextlib.contextmanager
+def without_synchronization(model):
+    """Within it, no layer exchanges: a nested graph may not hold an exchange."""
+    layers = [x for x in model._flatten_layers() if getattr(x, "synchronized", False)]
+    for layer in layers:
+        layer.synchronized = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.synchronized = True
+
+
 class VariableValues(keras.StatelessScope):
     """A scope in which assignments to Keras variables change nothing outside.
 
@@ -308,6 +321,22 @@ def _all_reduce_sum_gradients(
 
 
 TFOptimizer._all_reduce_sum_gradients = _all_reduce_sum_gradients
+
+_overwrite_in_cross_replica_context = TFOptimizer._overwrite_model_variables_with_average_value
+
+
+def _overwrite_with_average(self, trainable_variables):
+    # `ema_overwrite_frequency` calls it in replica context, where Keras's own
+    # raises; every replica writes its own copy there.
+    if tf.distribute.in_cross_replica_context():
+        _overwrite_in_cross_replica_context(self, trainable_variables)
+        return
+    averages = self._model_variables_moving_average
+    for variable, average in zip(trainable_variables, averages, strict=True):
+        native(variable).assign(native(average))
+
+
+TFOptimizer._overwrite_model_variables_with_average_value = _overwrite_with_average
 
 
 def needs_no_merge_call():
@@ -452,9 +481,13 @@ def batch_size(data):
     """Number of samples of a (nested) batch: an int if static, else a tensor."""
     first = next(v for v in keras.tree.flatten(data) if v is not None)
     if isinstance(first, tf.SparseTensor):
-        return first.shape[0] if first.shape[0] is not None else first.dense_shape[0]
+        return (
+            first.shape[0]
+            if first.shape[0] is not None
+            else tf.cast(first.dense_shape[0], tf.int32)
+        )
     if isinstance(first, tf.RaggedTensor):
-        return first.nrows()
+        return tf.cast(first.nrows(), tf.int32)
     return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
 
 

@@ -1,5 +1,6 @@
 """The loop over micro-batches: one replica's share of an update, before the exchange."""
 
+import contextlib
 import dataclasses
 
 import keras
@@ -60,10 +61,20 @@ class MicroBatches:
         metric_variables: Variables that belong to metrics.
         compiled: Whether XLA compiles the loop.
         unrolled: Whether the loop is laid out.
+        trace_scope: Makes the context in which the loss function is traced to
+            see what it does.
     """
 
     def __init__(
-        self, loss_fn, data, cut, variables, metric_variables=(), compiled=False, unrolled=False
+        self,
+        loss_fn,
+        data,
+        cut,
+        variables,
+        metric_variables=(),
+        compiled=False,
+        unrolled=False,
+        trace_scope=contextlib.nullcontext,
     ):
         self.loss_fn = loss_fn
         self.data = data
@@ -85,14 +96,15 @@ class MicroBatches:
                 "replicas, needs a fixed number of them. Received: "
                 f"micro_batch_size={cut.micro_batch_size}. Use gradient_accumulation_steps."
             )
-        self.traits = self._trace()
+        self.traits = self._trace(trace_scope)
 
-    def _trace(self):
+    def _trace(self, trace_scope):
         counter = _reduction.LossCounter()
         results = []
 
         def probe(data):
             with (
+                trace_scope(),
                 tf.GradientTape() as tape,
                 _keras.intercepted_losses(counter),
                 _keras.VariableValues() as scope,

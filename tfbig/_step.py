@@ -8,6 +8,7 @@ global batch ── strategy ──> replica's share ── cut ──> micro-ba
                           no : skip, back off, count
 """
 
+import functools
 import inspect
 import warnings
 from typing import Any
@@ -213,14 +214,17 @@ class TrainStep(_keras.TrainerOverrides):
                 logs=_keras.update_metrics(self, *batch),
             )
 
+        synchronized = training and _keras.has_synchronized_layers(self)
         return _micro_batches.MicroBatches(
             loss_fn,
             data,
             cut,
             self.trainable_variables if training else [],
             metric_variables=self.metrics_variables,
-            compiled=bool(self.jit_compile),
-            unrolled=training and _keras.has_synchronized_layers(self),
+            # An exchange may stand neither in a loop nor in an XLA program.
+            compiled=bool(self.jit_compile) and not synchronized,
+            unrolled=synchronized,
+            trace_scope=functools.partial(_keras.without_synchronization, self),
         )
 
     def _logs(self, share, update):
