@@ -18,7 +18,9 @@ def _examples():
     ]
     finder = doctest.DocTestFinder(exclude_empty=True)
     for module in modules:
-        for test in finder.find(module, extraglobs={"keras": keras, "np": np, "tf": tf, "tfbig": tfbig}):
+        for test in finder.find(
+            module, extraglobs={"keras": keras, "np": np, "tf": tf, "tfbig": tfbig}
+        ):
             if test.examples:
                 yield test
 
