@@ -10,6 +10,7 @@ import functools
 import importlib
 import threading
 import typing
+import weakref
 
 import keras
 import tensorflow as tf
@@ -396,6 +397,34 @@ class SavedState(KerasAutoTrackable, KerasSaveable):
         for name in self._names:
             if name in store.keys():  # noqa: SIM118  A store is no dictionary.
                 getattr(self, name).assign(store[name])
+
+
+class SeedStates(SavedState):
+    """The states of a model's seed generators, which Keras saves nowhere.
+
+    Without them a resumed run would draw its dropout masks from the start again.
+    """
+
+    def __init__(self, model):
+        self._model: typing.Any = weakref.ref(model)
+
+    def _states(self):
+        # Looked up late: a layer may make its generator in `build`.
+        layers = self._model()._flatten_layers()
+        generators = [g for layer in layers for g in getattr(layer, "_seed_generators", ())]
+        return {str(k): g.state for k, g in enumerate(generators)}
+
+    def save_own_variables(self, store):
+        for name, state in self._states().items():
+            store[name] = state.numpy()
+
+    def load_own_variables(self, store):
+        for name, state in self._states().items():
+            if name in store.keys():  # noqa: SIM118  A store is no dictionary.
+                state.assign(store[name])
+
+    def _trackable_children(self, *args, **kwargs):
+        return {name: native(state) for name, state in self._states().items()}
 
 
 def track_for_checkpoint(model, name, value):

@@ -150,6 +150,7 @@ class TrainStep(_keras.TrainerOverrides):
                 "zero. Add tfbig.DynamicLossScalingMixin, or use mixed_bfloat16.",
                 stacklevel=3,
             )
+        self.seed_states = _keras.SeedStates(self)
         if optimizer is not None:
             _keras.track_for_checkpoint(self, "optimizer", optimizer)
 

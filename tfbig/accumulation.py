@@ -40,7 +40,7 @@ class GradientAccumulationMixin(_step.TrainStep):
     ... )
     >>> model.compile("sgd", "mse")
     >>> history = model.fit(np.ones((16, 4)), np.ones((16, 1)), batch_size=8, verbose=0)
-    >>> int(model.optimizer.iterations)
+    >>> int(model.optimizer.iterations.numpy())
     2
     """
 
