@@ -68,15 +68,19 @@ class Cut:
             `((size, count), (size, count))`; int32 scalars, or ints for an int.
             The first micro-batches have the first size, the rest the second.
         """
-        at_least_one = max if isinstance(samples, int) else tf.maximum
+        is_static = isinstance(samples, int)
+        at_most, at_least = (min, max) if is_static else (tf.minimum, tf.maximum)
+
+        def size(value):
+            # Never none and never all too many: XLA compiles also what does not run.
+            return at_most(at_least(value, 1), samples)
+
         if self.micro_batch_size is not None:
-            size = self.micro_batch_size
-            rest = samples % size
-            return (size, samples // size), (rest, (rest + size - 1) // size)
-        at_most = min if isinstance(samples, int) else tf.minimum
-        count = at_least_one(at_most(self.gradient_accumulation_steps, samples), 1)
+            large, rest = self.micro_batch_size, samples % self.micro_batch_size
+            return (size(large), samples // large), (size(rest), at_most(rest, 1))
+        count = at_least(at_most(self.gradient_accumulation_steps, samples), 1)
         small, larger = samples // count, samples % count
-        return (at_most(small + 1, samples), larger), (small, at_most(count - larger, samples))
+        return (size(small + 1), larger), (size(small), at_most(count - larger, samples))
 
 
 def micro_batch(data, begin, size):
@@ -137,6 +141,9 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
         return carry
 
     def loop(carry, count, bounds):
+        if isinstance(count, int) and count == 0:
+            return carry
+
         def body(k, carry):
             begin, size = bounds(k)
             return k + 1, step(micro_batch(data, begin, size), size, carry)

@@ -39,6 +39,8 @@ class Traits:
         state: list of variables that the forward pass assigns.
         is_sparse: list of bools, for each trainable variable whether its
             gradient is a `tf.IndexedSlices`.
+        connected: indices of trainable variables that have a gradient, as far as
+            known: without eager execution, tracing the loop adds to them.
         values: structure of the further values.
         logs: structure of the logs.
     """
@@ -46,6 +48,7 @@ class Traits:
     kinds: list
     state: list
     is_sparse: list
+    connected: set
     values: list | dict
     logs: dict
 
@@ -110,25 +113,32 @@ class MicroBatches:
                 _keras.VariableValues() as scope,
             ):
                 result = self.loss_fn(data)
-            is_sparse = [False] * len(self.variables)
-            if not self.compiled and _looks_up_rows():
+            gradients = [None] * len(self.variables)
+            if tf.executing_eagerly() or (not self.compiled and _looks_up_rows()):
                 gradients = tape.gradient(result.loss, [_keras.native(v) for v in self.variables])
-                is_sparse = [isinstance(g, tf.IndexedSlices) for g in gradients]
-            results.append((result, scope.assigned, is_sparse))
+            results.append((result, scope.assigned, gradients))
 
         if tf.executing_eagerly():
-            probe(_cut.micro_batch(self.data, 0, 1))
+            probe(self._one_sample())
         else:
             specs = keras.tree.map_structure(_spec_of_batch, self.data)
             tf.function(probe, autograph=False).get_concrete_function(specs)
-        result, assigned, is_sparse = results[-1]
+        result, assigned, gradients = results[-1]
         self._check(result, counter.kinds, assigned)
         return Traits(
             kinds=counter.kinds,
             state=assigned,
-            is_sparse=is_sparse,
+            is_sparse=[isinstance(g, tf.IndexedSlices) for g in gradients],
+            connected={i for i, g in enumerate(gradients) if g is not None},
             values=keras.tree.map_structure(_spec, result.values),
             logs=keras.tree.map_structure(_spec, result.logs),
+        )
+
+    def _one_sample(self):
+        if self.samples > 0:
+            return _cut.micro_batch(self.data, 0, 1)
+        return keras.tree.map_structure(
+            lambda v: v if v is None else tf.zeros([1, *v.shape[1:]], v.dtype), self.data
         )
 
     def _check(self, result, kinds, assigned):
@@ -171,8 +181,14 @@ class MicroBatches:
                 unrolled=self.unrolled,
             )
 
-        # The exchange stays outside of what XLA compiles.
-        return tf.function(run, jit_compile=True, autograph=False)() if self.compiled else run()
+        if not self.compiled:
+            return run()
+        # The exchange stays outside of what XLA compiles, and so does the case of no
+        # samples, for which some operations have no XLA program.
+        compiled = tf.function(run, jit_compile=True, autograph=False)
+        if _reduction.replicas() == 1:
+            return compiled()
+        return tf.cond(self.samples > 0, compiled, lambda: carry)
 
     def denominators(self):
         """`Denominators` of the effective batch; None where they are not needed.
@@ -211,7 +227,7 @@ class MicroBatches:
         denominators = self.denominators()
         state = self.traits.state
         before = [tf.convert_to_tensor(v.value) for v in state]
-        connected: set[int] = set()
+        connected = set(self.traits.connected)
 
         def step(micro_batch, size, carry):
             weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
@@ -287,8 +303,6 @@ def _looks_up_rows():
     Only such variables have sparse gradients, and only for them is it worth to
     trace a backward pass that is not run.
     """
-    if tf.executing_eagerly():
-        return True
     operations = tf.compat.v1.get_default_graph().get_operations()
     return any(op.type in ("GatherV2", "ResourceGather") for op in operations)
 

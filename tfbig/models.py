@@ -34,10 +34,28 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
     """
 
     def __new__(cls, *args, **kwargs):
-        # As keras.Model does; Keras would otherwise change this class itself.
-        if cls is Model and _keras.is_functional(args, kwargs):
-            cls = FunctionalModel
+        # As keras.Model does; Keras would otherwise change this class itself, for
+        # the whole process, and models that are not functional could not be made.
+        if _keras.is_functional(args, kwargs) and not issubclass(cls, _keras.Functional):
+            cls = _functional_class(cls)
         return super().__new__(cls, *args, **kwargs)
+
+
+def _functional_class(cls):
+    """The subclass of a subclass of `Model` that is made from inputs and outputs."""
+    if cls not in _FUNCTIONAL:
+        made = type(
+            cls.__name__,
+            (cls, FunctionalModel),
+            {
+                "__module__": cls.__module__,
+                "__qualname__": cls.__qualname__,
+                "__doc__": cls.__doc__,
+            },
+        )
+        _keras.register_as(made, _keras.registered_name(cls))
+        _FUNCTIONAL[cls] = made
+    return _FUNCTIONAL[cls]
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
@@ -106,6 +124,9 @@ def extend(model_or_class, **options):
         )
     return _extended_model(model_or_class, options)
 
+
+# Subclass of `Model` -> its subclass that is functional.
+_FUNCTIONAL: dict[type, Any] = {Model: FunctionalModel}
 
 # Keras class -> its subclass with the mixins.
 _EXTENDED: dict[type, Any] = {

@@ -1,0 +1,680 @@
+"""Classes, `extend`, and what is saved: a tfbig model is its plain twin and loses nothing."""
+
+import copy
+import importlib.resources
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfbig
+from tests.conftest import make_strategy
+from tfbig import errors
+
+# Float64 sums in another order differ by some 1e-16 of values near 1.
+TOLERANCE = 1e-10
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(14, 4)), RNG.normal(size=(14, 2))
+
+OPTIONS = {"gradient_accumulation_steps": 3, "log_grad_norm": True, "loss_scale": 64.0}
+on_strategies = pytest.mark.parametrize("name", ["default", "mirrored_2"])
+
+
+def dense(units, seed, **kwargs):
+    return keras.layers.Dense(
+        units, kernel_initializer=keras.initializers.GlorotUniform(seed), **kwargs
+    )
+
+
+def functional(cls, **options):
+    x = keras.Input((4,))
+    return cls(x, dense(2, 2)(dense(5, 1, activation="tanh")(x)), **options)
+
+
+def sequential(cls, **options):
+    return cls([keras.Input((4,)), dense(5, 1, activation="tanh"), dense(2, 2)], **options)
+
+
+def unbuilt_sequential(cls, **options):
+    return cls([dense(5, 1, activation="tanh"), dense(2, 2)], **options)
+
+
+def net(base):
+    class Net(base):
+        def __init__(self, units=5, **kwargs):
+            super().__init__(**kwargs)
+            self.units = units
+            self.hidden, self.out = dense(units, 1, activation="tanh"), dense(2, 2)
+
+        def call(self, x):
+            return self.out(self.hidden(x))
+
+        def get_config(self):
+            return super().get_config() | {"units": self.units}
+
+    return Net
+
+
+@keras.saving.register_keras_serializable("tests")
+class PlainNet(net(keras.Model)):
+    """A user's model with a `get_config` of its own."""
+
+
+@keras.saving.register_keras_serializable("tests")
+class BigNet(net(tfbig.Model)):
+    pass
+
+
+@keras.saving.register_keras_serializable("tests")
+class NetOfDefaultConfig(keras.Model):
+    """Keras makes up its config from the defaults of the constructor."""
+
+    def __init__(self, units=5, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden, self.out = dense(units, 1, activation="tanh"), dense(2, 2)
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+
+@keras.saving.register_keras_serializable("tests")
+class BigNetOfDefaultConfig(tfbig.Model):
+    def __init__(self, units=5, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden, self.out = dense(units, 1, activation="tanh"), dense(2, 2)
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+
+@keras.saving.register_keras_serializable("tests")
+class AccumulatingSequential(tfbig.GradientAccumulationMixin, keras.Sequential):
+    pass
+
+
+@keras.saving.register_keras_serializable("tests")
+class ScalingSequential(tfbig.DynamicLossScalingMixin, keras.Sequential):
+    pass
+
+
+@keras.saving.register_keras_serializable("tests")
+class AccumulatingNet(tfbig.GradientAccumulationMixin, net(keras.Model)):
+    pass
+
+
+@keras.saving.register_keras_serializable("tests")
+class ScalingNet(tfbig.DynamicLossScalingMixin, net(keras.Model)):
+    pass
+
+
+@keras.saving.register_keras_serializable("tests")
+class AccumulatingModel(tfbig.GradientAccumulationMixin, keras.Model):
+    pass
+
+
+ACCUMULATION = {"micro_batch_size": 2, "log_grad_norm": True}
+SCALING = {"loss_scale": 64.0, "log_grad_norm": True}
+
+# Each row: the model, its plain twin.
+MODELS = {
+    "functional": (lambda: functional(tfbig.Model, **OPTIONS), lambda: functional(keras.Model)),
+    "sequential": (
+        lambda: sequential(tfbig.Sequential, **OPTIONS),
+        lambda: sequential(keras.Sequential),
+    ),
+    "unbuilt": (
+        lambda: unbuilt_sequential(tfbig.Sequential, **OPTIONS),
+        lambda: unbuilt_sequential(keras.Sequential),
+    ),
+    "subclassed": (lambda: BigNet(units=6, **OPTIONS), lambda: PlainNet(units=6)),
+    "default_config": (
+        lambda: BigNetOfDefaultConfig(**OPTIONS),
+        lambda: NetOfDefaultConfig(),
+    ),
+    "accumulation_sequential": (
+        lambda: sequential(AccumulatingSequential, **ACCUMULATION),
+        lambda: sequential(keras.Sequential),
+    ),
+    "scaling_sequential": (
+        lambda: sequential(ScalingSequential, **SCALING),
+        lambda: sequential(keras.Sequential),
+    ),
+    "accumulation_subclassed": (
+        lambda: AccumulatingNet(units=6, **ACCUMULATION),
+        lambda: PlainNet(units=6),
+    ),
+    "scaling_subclassed": (lambda: ScalingNet(units=6, **SCALING), lambda: PlainNet(units=6)),
+    "mixin_functional": (
+        lambda: functional(AccumulatingModel, **ACCUMULATION),
+        lambda: functional(keras.Model),
+    ),
+    "extended_functional": (
+        lambda: tfbig.extend(functional(keras.Model), **OPTIONS),
+        lambda: functional(keras.Model),
+    ),
+    "extended_sequential": (
+        lambda: tfbig.extend(sequential(keras.Sequential), **OPTIONS),
+        lambda: sequential(keras.Sequential),
+    ),
+    "extended_unbuilt": (
+        lambda: tfbig.extend(unbuilt_sequential(keras.Sequential), **OPTIONS),
+        lambda: unbuilt_sequential(keras.Sequential),
+    ),
+    "extended_subclassed": (
+        lambda: tfbig.extend(PlainNet(units=6), **OPTIONS),
+        lambda: PlainNet(units=6),
+    ),
+    "extended_default_config": (
+        lambda: tfbig.extend(NetOfDefaultConfig(), **OPTIONS),
+        lambda: NetOfDefaultConfig(),
+    ),
+    "extended_class": (
+        lambda: tfbig.extend(PlainNet)(units=6, **OPTIONS),
+        lambda: PlainNet(units=6),
+    ),
+}
+every_model = pytest.mark.parametrize("kind", MODELS)
+
+
+def compiled(model):
+    model.compile(keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
+    return model
+
+
+def fit(model, **kwargs):
+    # 14 samples in batches of 5: neither divides by 2 or 3, and 4 remain.
+    return model.fit(X, Y, **{"batch_size": 5, "verbose": 0, "shuffle": False} | kwargs)
+
+
+def assert_same(got, want, atol=TOLERANCE):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def options_of(model):
+    return {n: getattr(model, n) for n in OPTIONS | ACCUMULATION if hasattr(model, n)}
+
+
+def state_of(model):
+    """All that training goes on from."""
+    scale = getattr(model, "loss_scale_state", None)
+    scale = [] if scale is None else [getattr(scale, n).numpy() for n in type(scale)._names]
+    return [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables), *scale]
+
+
+# --- The plain twin ----------------------------------------------------------
+
+
+@every_model
+@on_strategies
+def test_is_the_plain_twin(kind, name, float64):
+    make, make_plain = MODELS[kind]
+    with make_strategy(name).scope():
+        model = compiled(make())
+    keras.backend.clear_session()
+    plain = compiled(make_plain())
+    history, plain_history = fit(model, epochs=2), fit(plain, epochs=2)
+    assert_same(model.get_weights(), plain.get_weights())
+    for key in ("loss", "mae"):
+        assert_same(history.history[key], plain_history.history[key])
+    assert len(history.history["grad_norm"]) == 2
+    for attribute in ("weights", "trainable_variables", "non_trainable_variables", "layers"):
+        own, others = getattr(model, attribute), getattr(plain, attribute)
+        assert [v.name for v in own] == [v.name for v in others]
+    # `variables` adds the metrics, but not the loss scale.
+    assert [v.shape for v in model.variables] == [v.shape for v in plain.variables]
+    plain.set_weights(model.get_weights())
+    assert_same([model.predict(X, verbose=0)], [plain.predict(X, verbose=0)])
+    assert model.count_params() == plain.count_params()
+
+
+def test_isinstance_and_names():
+    for kind, (make, make_plain) in MODELS.items():
+        model = make()
+        assert isinstance(model, keras.Model), kind
+        assert isinstance(model, keras.Sequential) == isinstance(make_plain(), keras.Sequential)
+    assert isinstance(functional(tfbig.Model), tfbig.Model)
+    assert functional(tfbig.Model, name="net").name == "net"
+    # Keras would put Functional among the bases of the class itself.
+    assert "Functional" not in [c.__name__ for c in tfbig.Model.__mro__]
+
+
+# --- Options -----------------------------------------------------------------
+
+
+@every_model
+def test_options_are_attributes_and_in_the_config(kind):
+    model = MODELS[kind][0]()
+    config = model.get_config()
+    for option, value in options_of(model).items():
+        assert config[option] == value
+    wanted = ACCUMULATION if kind.startswith(("accum", "mixin")) else OPTIONS
+    wanted = SCALING if kind.startswith("scaling") else wanted
+    assert {n: getattr(model, n) for n in wanted} == wanted
+
+
+def test_every_option_is_an_argument_of_the_constructor():
+    signatures = set()
+    for cls in tfbig.Model.__mro__[:5]:
+        if "tfbig" in cls.__module__ and "__init__" in cls.__dict__:
+            signatures |= set(inspect.signature(cls.__init__).parameters)
+    signatures |= {"log_grad_norm"}
+    names = {"gradient_accumulation_steps", "micro_batch_size", "log_grad_norm", "loss_scale"}
+    assert signatures - {"self", "args", "kwargs"} == names
+    assert names <= set(functional(tfbig.Model).get_config())
+
+
+@every_model
+def test_config_and_clone_keep_options(kind):
+    model = MODELS[kind][0]()
+    again = type(model).from_config(model.get_config())
+    clones = [again]
+    if kind in ("unbuilt", "extended_unbuilt") or "functional" in kind or "sequential" in kind:
+        clones.append(keras.models.clone_model(model))
+    for clone in clones:
+        assert options_of(clone) == options_of(model)
+        assert type(clone) is type(model)
+        clone(X)
+        assert not {id(v) for v in clone.weights} & {id(v) for v in model.weights}
+
+
+def test_settings_survive_the_config():
+    settings = tfbig.DynamicLossScale(initial_scale=8.0, growth_interval=7, hysteresis=2)
+    model = sequential(tfbig.Sequential, loss_scale=settings)
+    again = tfbig.Sequential.from_config(model.get_config())
+    assert again.get_config()["loss_scale"] == model.get_config()["loss_scale"]
+    again.compile("sgd", "mse")
+    assert again.loss_scale_state.settings == settings
+
+
+class CallCounter(keras.layers.Layer):
+    calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x
+
+
+def test_setting_an_option_rebuilds_the_step():
+    counter = CallCounter()
+    model = tfbig.Sequential([keras.Input((4,)), counter, dense(2, 1)])
+    model.compile("sgd", "mse", run_eagerly=True)
+
+    def calls():
+        counter.calls = 0
+        model.train_on_batch(X[:12], Y[:12])
+        return counter.calls
+
+    model.gradient_accumulation_steps = 2
+    calls()
+    base = calls() - 2  # Calls that look at the shapes.
+    for steps in (3, 6, 2, 12):
+        model.gradient_accumulation_steps = steps
+        assert (model.gradient_accumulation_steps, model.micro_batch_size) == (steps, None)
+        assert calls() == base + steps
+    model.micro_batch_size = 3
+    assert (model.gradient_accumulation_steps, model.micro_batch_size) == (None, 3)
+    assert calls() == base + 4
+
+
+def test_setting_an_option_rebuilds_a_compiled_step(float64):
+    model = sequential(tfbig.Sequential)
+    plain = sequential(keras.Sequential)
+    for m in (model, plain):
+        m.compile(keras.optimizers.SGD(0.1), "mse")
+    fit(model)
+    traced = model.train_function
+    model.micro_batch_size = 2
+    model.loss_scale = 8.0
+    model.log_grad_norm = True
+    assert model.train_function is not traced
+    history = fit(model).history
+    assert history["loss_scale"] == [8.0]
+    assert "grad_norm" in history
+    model.loss_scale = None
+    assert "loss_scale" not in fit(model).history
+    assert model.loss_scale is None
+    fit(plain, epochs=3)
+    assert_same(model.get_weights(), plain.get_weights())
+
+
+def test_loss_scale_holds_what_holds_now():
+    model = sequential(tfbig.Sequential)
+    assert (model.loss_scale, model.skipped_updates) == (None, 0)
+    for option, scale in {"dynamic": 2.0**15, 4: 4.0, "auto": None, None: None}.items():
+        model.loss_scale = option
+        assert model.loss_scale == scale
+    keras.config.set_dtype_policy("mixed_float16")
+    half = sequential(tfbig.Sequential)
+    assert half.loss_scale == 2.0**15
+    half.compile("sgd", "mse")
+    assert not isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert half.loss_scale == 2.0**15
+
+
+# --- extend ------------------------------------------------------------------
+
+
+def test_extend_shares_everything_and_leaves_the_original():
+    for make in (functional, sequential, unbuilt_sequential):
+        plain = make(keras.Model if make is functional else keras.Sequential)
+        plain.compile("sgd", "mse")
+        before, cls = dict(plain.__dict__), type(plain)
+        model = tfbig.extend(plain, **OPTIONS)
+        assert type(plain) is cls
+        assert set(plain.__dict__) == set(before)
+        assert not hasattr(plain, "gradient_accumulation_steps")
+        assert all(a is b for a, b in zip(model.layers, plain.layers, strict=True))
+        assert all(a is b for a, b in zip(model.weights, plain.weights, strict=True))
+        assert model.optimizer is plain.optimizer
+        # The original still trains by itself, and not by tfbig's step.
+        fit(plain)
+        assert plain.optimizer.iterations.numpy() == 3
+        assert "grad_norm" in fit(model).history
+
+
+def test_extend_of_a_class():
+    extended = tfbig.extend(PlainNet)
+    assert issubclass(extended, PlainNet)
+    assert tfbig.extend(PlainNet) is extended
+    assert tfbig.extend(extended) is extended
+    assert tfbig.extend(keras.Model) is tfbig.Model
+    assert tfbig.extend(keras.Sequential) is tfbig.Sequential
+    assert extended(units=3, micro_batch_size=4).micro_batch_size == 4
+    assert extended(units=3).units == 3
+
+
+def test_extend_of_an_extended_model_changes_options():
+    model = tfbig.extend(sequential(keras.Sequential), micro_batch_size=2)
+    again = tfbig.extend(model, micro_batch_size=3)
+    assert (again.micro_batch_size, model.micro_batch_size) == (3, 2)
+
+
+@on_strategies
+@pytest.mark.parametrize("make", [functional, sequential, lambda cls: PlainNet()])
+def test_extend_of_a_trained_model_continues_it(name, make, float64):
+    def trained(name):
+        keras.backend.clear_session()
+        with make_strategy(name).scope():
+            return compiled(make(keras.Sequential if make is sequential else keras.Model))
+
+    plain = trained("default")
+    fit(plain)
+    # Plain Keras cannot train it under Mirrored, so its state is carried over.
+    state = [v.numpy() for v in plain.optimizer.variables]
+    origin = trained(name)
+    with make_strategy(name).scope():
+        origin(X)
+        origin.set_weights(plain.get_weights())
+        origin.optimizer.build(origin.trainable_variables)
+        for variable, value in zip(origin.optimizer.variables, state, strict=True):
+            variable.assign(value)
+        model = tfbig.extend(origin, **OPTIONS)
+    assert model.optimizer.iterations.numpy() == 3
+    history, plain_history = fit(model, epochs=2), fit(plain, epochs=2)
+    assert_same(model.get_weights(), plain.get_weights())
+    assert_same([v.numpy() for v in model.optimizer.variables][:2], [9, 0.02])
+    assert_same(
+        [v.numpy() for v in model.optimizer.variables],
+        [v.numpy() for v in plain.optimizer.variables],
+    )
+    assert_same(history.history["mae"], plain_history.history["mae"])
+
+
+def test_extend_takes_off_a_loss_scale_optimizer():
+    keras.config.set_dtype_policy("mixed_float16")
+    plain = compiled(sequential(keras.Sequential))
+    fit(plain)
+    wrapper = plain.optimizer
+    assert isinstance(wrapper, keras.optimizers.LossScaleOptimizer)
+    model = tfbig.extend(plain, gradient_accumulation_steps=2)
+    assert model.optimizer is wrapper.inner_optimizer
+    assert plain.optimizer is wrapper
+    settings = model.loss_scale_state.settings
+    assert settings.initial_scale == wrapper.initial_scale
+    assert settings.growth_interval == wrapper.dynamic_growth_steps
+    before = int(plain.optimizer.inner_optimizer.iterations.numpy())
+    fit(model)
+    assert model.optimizer.iterations.numpy() == before + 3 - model.skipped_updates
+    assert tfbig.extend(plain, loss_scale=4.0).loss_scale == 4.0
+
+
+def test_extend_keeps_the_scale_that_was_reached():
+    keras.config.set_dtype_policy("mixed_float16")
+    plain = compiled(sequential(keras.Sequential))
+    fit(plain)
+    plain.optimizer.dynamic_scale.assign(256.0)
+    model = tfbig.extend(plain, gradient_accumulation_steps=2)
+    assert model.loss_scale == 256.0
+
+
+def test_extend_keeps_compile_settings():
+    plain = sequential(keras.Sequential)
+    plain.compile(
+        "sgd",
+        keras.losses.MeanAbsoluteError(),
+        metrics=["mse"],
+        weighted_metrics=["mae"],
+        steps_per_execution=2,
+        jit_compile=False,
+        run_eagerly=False,
+    )
+    model = tfbig.extend(plain)
+    assert isinstance(model.loss, keras.losses.MeanAbsoluteError)
+    assert model.steps_per_execution == 2
+    assert model.jit_compile is False
+    assert list(fit(model).history) == ["loss", "mae", "mse"]
+    assert tfbig.extend(sequential(keras.Sequential)).compiled is False
+
+
+# --- Saving ------------------------------------------------------------------
+
+
+@every_model
+def test_saved_model_continues_like_the_uninterrupted(kind, tmp_path, float64):
+    model = compiled(MODELS[kind][0]())
+    fit(model)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert type(loaded) is type(model)
+    assert options_of(loaded) == options_of(model)
+    assert_same(state_of(loaded), state_of(model), atol=0)
+    histories = [fit(m, epochs=2).history for m in (model, loaded)]
+    assert_same(state_of(loaded), state_of(model), atol=0)
+    assert list(histories[0]) == list(histories[1])
+
+
+@on_strategies
+def test_saved_loss_scale_moves_on(name, tmp_path):
+    settings = tfbig.DynamicLossScale(initial_scale=8.0, growth_interval=2)
+    with make_strategy(name).scope():
+        model = compiled(sequential(tfbig.Sequential, loss_scale=settings, micro_batch_size=2))
+    fit(model)  # Three updates: grown once, and one more finite update.
+    model.train_on_batch(np.full((4, 4), np.inf), Y[:4])
+    assert (model.loss_scale, model.skipped_updates) == (8.0, 1)
+    fit(model, epochs=3)
+    assert model.loss_scale == 8.0 * 2**4
+    path = tmp_path / "model.keras"
+    model.save(path)
+    model.save_weights(tmp_path / "m.weights.h5")
+    with make_strategy(name).scope():
+        loaded = keras.saving.load_model(path)
+        other = compiled(sequential(tfbig.Sequential, loss_scale=settings, micro_batch_size=2))
+        other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "m.weights.h5")
+    assert (loaded.loss_scale, loaded.skipped_updates) == (128.0, 1)
+    fit(model)
+    for m in (loaded, other):
+        fit(m)
+        assert_same(state_of(m), state_of(model), atol=0)
+
+
+@pytest.mark.parametrize("kind", ["functional", "subclassed", "extended_sequential"])
+def test_weights_files_are_exchanged_with_the_twin(kind, tmp_path):
+    make, make_plain = MODELS[kind]
+    model, plain = compiled(make()), compiled(make_plain())
+    fit(model)
+    model.save_weights(tmp_path / "big.weights.h5")
+    plain(X)
+    plain.optimizer.build(plain.trainable_variables)  # Plain Keras would warn without.
+    plain.load_weights(tmp_path / "big.weights.h5")
+    assert_same(plain.get_weights(), model.get_weights(), atol=0)
+    fit(plain)
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    scale = model.loss_scale
+    model.load_weights(tmp_path / "plain.weights.h5")
+    assert_same(model.get_weights(), plain.get_weights(), atol=0)
+    assert model.loss_scale == scale
+    assert model.optimizer.iterations.numpy() == 6
+
+
+@pytest.mark.parametrize("kind", ["functional", "subclassed", "extended_subclassed"])
+def test_checkpoint_holds_all(kind, tmp_path):
+    def make():
+        model = MODELS[kind][0]()
+        model.loss_scale = tfbig.DynamicLossScale(initial_scale=8.0, growth_interval=2)
+        return compiled(model)
+
+    model, other = make(), make()
+    fit(model)
+    path = tf.train.Checkpoint(model=model).write(str(tmp_path / "checkpoint"))
+    other(X)
+    other.optimizer.build(other.trainable_variables)
+    tf.train.Checkpoint(model=other).read(path).assert_existing_objects_matched()
+    assert other.loss_scale == 16.0
+    assert_same(state_of(other), state_of(model), atol=0)
+    for m in (model, other):
+        fit(m)
+    assert_same(state_of(other), state_of(model), atol=0)
+
+
+@pytest.mark.parametrize("kind", ["functional", "subclassed", "extended_sequential"])
+def test_export(kind, tmp_path):
+    model = compiled(MODELS[kind][0]())
+    fit(model)
+    model.export(str(tmp_path / "saved"), verbose=False)
+    artifact = tf.saved_model.load(str(tmp_path / "saved"))
+    served = artifact.serve(tf.constant(X, tf.float32))
+    # One float32 graph in two sessions: XLA or grouping may round the last bit otherwise.
+    np.testing.assert_allclose(served, model.predict(X, verbose=0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["functional", "sequential", "extended_functional"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_models_of_their_own(kind, duplicate):
+    model = compiled(MODELS[kind][0]())
+    fit(model)
+    other = duplicate(model)
+    assert type(other) is type(model)
+    assert options_of(other) == options_of(model)
+    assert_same(other.get_weights(), model.get_weights(), atol=0)
+    fit(other)
+    assert abs(other.get_weights()[0] - model.get_weights()[0]).max() > 1e-3
+
+
+def run_python(code, *args):
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+
+
+def test_loads_in_a_process_that_only_imports_tfbig(tmp_path):
+    settings = tfbig.DynamicLossScale(initial_scale=8.0, growth_interval=2)
+    options = {"gradient_accumulation_steps": 3, "loss_scale": settings}
+    plain = functional(keras.Model)
+    models = [
+        functional(tfbig.Model, **options),
+        sequential(tfbig.Sequential, **options),
+        tfbig.extend(plain, **options),
+    ]
+    expected = []
+    for i, model in enumerate(models):
+        fit(compiled(model))
+        model.save(tmp_path / f"{i}.keras")
+        fit(model)
+        expected.append(model.get_weights())
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    done = run_python(
+        """
+        import sys, pathlib, keras, numpy as np, tfbig
+        place = pathlib.Path(sys.argv[1])
+        data = np.load(place / "data.npz")
+        for i in range(3):
+            model = keras.saving.load_model(place / f"{i}.keras")
+            print(type(model).__name__, model.gradient_accumulation_steps, model.loss_scale)
+            model.fit(data["x"], data["y"], batch_size=5, shuffle=False, verbose=0)
+            np.savez(place / f"{i}.npz", *model.get_weights())
+        """,
+        tmp_path,
+    )
+    names = [type(m).__name__ for m in models]
+    assert done.stdout.splitlines() == [f"{n} 3 16.0" for n in names], done.stderr
+    for i, weights in enumerate(expected):
+        loaded = np.load(tmp_path / f"{i}.npz")
+        # The same float32 operations in the same order.
+        assert_same([loaded[f"arr_{k}"] for k in range(len(weights))], weights, atol=1e-7)
+
+
+def test_an_unknown_extended_class_is_named(tmp_path):
+    class Local(PlainNet):
+        pass
+
+    Local.__module__ = "tfbig"  # A module without such a class.
+    model = tfbig.extend(Local(units=3))
+    model(X)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises((errors.InvalidOptionError, TypeError), match=r"Local"):
+        keras.saving.load_model(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Local": Local})
+    assert_same(loaded.get_weights(), model.get_weights(), atol=0)
+
+
+# --- The package -------------------------------------------------------------
+
+
+def test_import_is_light():
+    # Keras itself imports matplotlib and scikit-learn where they are installed.
+    done = run_python("""
+        import sys, tensorflow, keras
+        before = set(sys.modules)
+        import tfbig
+        heavy = {"keras_tuner", "optuna", "sklearn", "matplotlib", "tensorboard", "hyperopt"}
+        print(sorted(heavy & {name.partition(".")[0] for name in set(sys.modules) - before}))
+        print(sorted((heavy - {"sklearn", "matplotlib"}) & set(sys.modules)))
+        """)
+    assert done.stdout.split() == ["[]", "[]"], done.stderr
+
+
+def test_public_names():
+    assert isinstance(tfbig.__all__, tuple)
+    assert list(tfbig.__all__) == sorted(tfbig.__all__)
+    assert not [n for n in tfbig.__all__ if n.startswith("_")]
+    # Public submodules may show; no name of another package may.
+    public = {n for n in dir(tfbig) if not n.startswith("_")}
+    modules = {n for n in public if inspect.ismodule(getattr(tfbig, n))}
+    assert public - modules == set(tfbig.__all__) - {"errors"}
+    assert {getattr(tfbig, n).__package__ for n in modules} <= {
+        "tfbig",
+        *map("tfbig.".__add__, modules),
+    }
+    assert tfbig.__version__
+
+
+def test_py_typed_is_shipped():
+    assert importlib.resources.files(tfbig).joinpath("py.typed").is_file()
