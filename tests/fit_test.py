@@ -388,8 +388,7 @@ def own_metrics(base):
 
         def compute_metrics(self, x, y, y_pred, sample_weight=None):
             self.largest.update_state(keras.ops.max(y_pred, axis=-1))
-            logs = super().compute_metrics(x, y, y_pred, sample_weight)
-            return logs | {"renamed": self.largest.result()}
+            return super().compute_metrics(x, y, y_pred, sample_weight)
 
     return Net
 
@@ -459,6 +458,19 @@ def test_models_that_users_write(name, options, kind):
         return arrays(16, 7, validation_data=(X[19:30], Y[19:30]), validation_batch_size=4)(model)
 
     both(name, options, MODELS[kind], compile_mse, feed)
+
+
+@on_strategies
+def test_logs_that_compute_metrics_adds_are_those_of_the_whole_batch(name):
+    def make(base):
+        class Net(own_metrics(base)):
+            def compute_metrics(self, x, y, y_pred, sample_weight=None):
+                logs = super().compute_metrics(x, y, y_pred, sample_weight)
+                return logs | {"renamed": self.largest.result()}
+
+        return Net
+
+    both(name, BY_2, of_class(make), compile_mse, arrays(16, 7))
 
 
 @on_strategies

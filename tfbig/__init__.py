@@ -1,5 +1,6 @@
 """tfbig: one update is one update of the whole effective batch, on any hardware."""
 
+from tfbig import _backend as _backend  # First: it looks before Keras is imported.
 from tfbig import errors
 from tfbig._micro_batches import accumulate_gradients
 from tfbig._update import apply_gradients

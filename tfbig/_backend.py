@@ -1,19 +1,31 @@
 """Refuses another Keras backend than TensorFlow, before Keras is imported."""
 
+import json
 import os
+import pathlib
 
 from tfbig import errors
 
 
-def check(backend, source):
+def check(backend):
     """Raises `BackendError` unless `backend` is "tensorflow"."""
     if backend != "tensorflow":
         raise errors.BackendError(
-            "tfbig needs Keras on the TensorFlow backend. Received: "
-            f"{backend!r} (from {source}). Set the environment variable "
-            "KERAS_BACKEND=tensorflow before Keras is imported."
+            f"tfbig needs Keras on the TensorFlow backend. Received: {backend!r}. Set the "
+            "environment variable KERAS_BACKEND=tensorflow before Keras is imported."
         )
 
 
-# Keras itself would fail here on a backend that is not installed.
-check(os.environ.get("KERAS_BACKEND") or "tensorflow", "KERAS_BACKEND")
+def _configured():
+    """The backend that Keras is going to use, as it looks for it."""
+    if os.environ.get("KERAS_BACKEND"):
+        return os.environ["KERAS_BACKEND"]
+    home = pathlib.Path(os.environ.get("KERAS_HOME") or pathlib.Path.home() / ".keras")
+    try:
+        return json.loads((home / "keras.json").read_text()).get("backend") or "tensorflow"
+    except (OSError, ValueError):
+        return "tensorflow"
+
+
+# Keras itself would fail to import on a backend that is not installed.
+check(_configured())

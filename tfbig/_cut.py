@@ -45,16 +45,20 @@ class Cut:
                 f"micro_batch_size={size!r}."
             )
         if steps is not None:
-            positive_integer(
+            steps = positive_integer(
                 "gradient_accumulation_steps", steps, "Use 1 to turn accumulation off."
             )
+            object.__setattr__(self, "gradient_accumulation_steps", steps)
         elif size == "auto":
             raise NotImplementedError(
                 "`micro_batch_size='auto'` is not implemented yet. Pass the number of samples "
                 "that fit into one replica's memory."
             )
         else:
-            positive_integer("micro_batch_size", size, "Pass the samples that fit into memory.")
+            size = positive_integer(
+                "micro_batch_size", size, "Pass the samples that fit into memory."
+            )
+            object.__setattr__(self, "micro_batch_size", size)
 
     @property
     def is_whole(self):

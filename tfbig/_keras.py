@@ -30,11 +30,12 @@ from keras.src.utils import python_utils
 
 from tfbig import _backend, errors
 
-# Marks the assertion that ends training in a graph.
+# Messages of assertions in a graph, by which their errors are told apart.
 TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
+NO_SAMPLES = "A batch must hold at least one sample. Received: a batch of 0 samples."
 
 
-_backend.check(keras.backend.backend(), "~/.keras/keras.json")
+_backend.check(keras.backend.backend())
 
 
 # --- Losses ------------------------------------------------------------------
@@ -158,6 +159,16 @@ def check_losses(model):
             )
 
 
+def check_is_scalar(loss):
+    """Refuses a loss of one value per sample."""
+    if loss is not None and loss.shape.rank != 0:
+        raise errors.UnsupportedModelError(
+            f"The loss must be a scalar. Received: a loss of shape {tuple(loss.shape)}. A Keras "
+            "loss with reduction 'none' returns one value per sample; use "
+            "reduction='sum_over_batch_size', or reduce it in `compute_loss`."
+        )
+
+
 # --- Forward pass ------------------------------------------------------------
 
 
@@ -269,7 +280,7 @@ def check_scope(model):
         )
     optimizer = model.optimizer
     owner = getattr(optimizer, "_distribution_strategy", None)
-    if strategy is not None and owner is not None and owner is not strategy:
+    if owner is not None and owner is not model.distribute_strategy:
         raise errors.UnsupportedStrategyError(
             "The optimizer must be made in the scope of the model's strategy. Received: "
             f"{type(optimizer).__name__} made under {_name(owner)}, model under "
@@ -466,8 +477,11 @@ def with_class(model, cls):
     sequential, subclassed). The copy is shallow, but for what tracking appends
     to.
     """
-    copy = object.__new__(cls)
+    copy = cls.__new__(cls)
+    # Keras wraps these methods of every layer; the model's would build the model.
+    own = {n: copy.__dict__[n] for n in ("build", "quantize") if n in copy.__dict__}
     copy.__dict__.update(model.__dict__)
+    copy.__dict__.update(own)
     for name, value in model.__dict__.items():
         if name.startswith("_self_") and isinstance(value, list | dict):
             copy.__dict__[name] = value.copy()
@@ -583,8 +597,8 @@ class TrainerOverrides(_KerasModel):
 
     _batch_size: int | None = None
 
-    def _check_before_run(self, batch_size):
-        """Hook: raises for what cannot run. `batch_size` may be None."""
+    def _check_before_run(self):
+        """Hook: raises for what cannot run."""
 
     def _prepare_training(self, batch_size):
         """Hook: called before training. `batch_size` may be None."""
@@ -593,7 +607,7 @@ class TrainerOverrides(_KerasModel):
         strategy = self.distribute_strategy
         size = None
         if iterator is not None:
-            size = _effective_batch_size(iterator)
+            size = 0 if iterator.num_batches == 0 else _effective_batch_size(iterator)
             data_batch = _specs_of_one_replica(iterator._distributed_dataset)
         elif data_batch is not None:
             data_batch = keras.tree.map_structure(
@@ -604,10 +618,17 @@ class TrainerOverrides(_KerasModel):
                 lambda v: v if v is None else tf.TensorSpec([None, *v.shape[1:]], v.dtype),
                 data_batch,
             )
+        if size == 0:
+            raise errors.InvalidOptionError(NO_SAMPLES)
         self._batch_size = size
-        self._check_before_run(size)
+        self._check_before_run()
         with strategy.scope():
             self._symbolic_build(data_batch=data_batch)
+
+    def _compute_loss(self, *args, **kwargs):
+        loss = super()._compute_loss(*args, **kwargs)
+        check_is_scalar(loss)
+        return loss
 
     def _share_of_replica(self, data):
         """The part of a batch that this replica trains on."""
@@ -684,12 +705,20 @@ class TrainerOverrides(_KerasModel):
         else:
             one_step_on_data = one_step
 
-        def function(iterator):
+        def run(iterator):
             if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
                 return on_iterator(iterator)
             for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
                 logs = one_step_on_data(data)
             return logs
+
+        def function(iterator):
+            try:
+                return run(iterator)
+            except tf.errors.InvalidArgumentError as e:
+                if NO_SAMPLES in str(e):
+                    raise errors.InvalidOptionError(NO_SAMPLES) from None
+                raise
 
         return function
 

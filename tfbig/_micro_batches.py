@@ -80,13 +80,13 @@ class MicroBatches:
         trace_scope=contextlib.nullcontext,
     ):
         self.loss_fn = loss_fn
-        self.data = data
+        self.data = _reduction.checked_data(data)
         self.cut = cut
         self.variables = list(variables)
         self.metric_ids = {id(v) for v in metric_variables}
         self.compiled = compiled
         self.unrolled = unrolled
-        self.samples = _reduction.checked_samples(_keras.batch_size(data))
+        self.samples = tf.convert_to_tensor(_keras.batch_size(data), tf.int32)
         self.dtype = _accumulators.dtype_for(keras.config.floatx())
         for variable in variables:
             self.dtype = _accumulators.wider(self.dtype, variable.dtype)
@@ -142,13 +142,7 @@ class MicroBatches:
         )
 
     def _check(self, result, kinds, assigned):
-        if result.loss.shape.rank != 0:
-            raise errors.UnsupportedModelError(
-                "The loss must be a scalar. Received: a loss of shape "
-                f"{tuple(result.loss.shape)}. A Keras loss with reduction 'none' returns one "
-                "value per sample; use reduction='sum_over_batch_size', or reduce it in "
-                "`compute_loss`."
-            )
+        _keras.check_is_scalar(result.loss)
         if self.is_whole:
             return
         if result.weight is not None and any(k != "scalar" for k in kinds):

@@ -206,20 +206,26 @@ class Accumulated:
     loss_scale: tf.Tensor | None
 
 
-def checked_samples(samples):
-    """The number of samples as a tensor; a batch without samples is refused.
+def checked_data(data):
+    """The data, refused if it holds no sample.
 
-    A replica's share may be empty, the batch of all replicas may not.
+    A replica's share may be empty, the batch of all replicas may not; `exchange`
+    looks at that.
     """
-    tensor = tf.convert_to_tensor(samples, tf.int32)
-    if replicas() == 1:
-        if isinstance(samples, int) and samples == 0:
-            raise errors.InvalidOptionError(NO_SAMPLES)
-        tf.debugging.assert_positive(tensor, NO_SAMPLES)
-    return tensor
+    if replicas() > 1:
+        return data
+    samples = _keras.batch_size(data)
+    if isinstance(samples, int) and samples == 0:
+        raise errors.InvalidOptionError(_keras.NO_SAMPLES)
+    # Else the update could run before the assertion fails.
+    with _after(tf.debugging.assert_positive(samples, _keras.NO_SAMPLES)):
+        return tf.nest.map_structure(
+            lambda v: v if v is None else tf.identity(v), data, expand_composites=True
+        )
 
 
-NO_SAMPLES = "A batch must hold at least one sample. Received: a batch of 0 samples."
+def _after(assertion):
+    return tf.control_dependencies([] if assertion is None else [assertion])
 
 
 def exchange(share):
@@ -254,7 +260,8 @@ def exchange(share):
 
     gradients = iter(summed[: len(connected)])
     loss, weight, active, *values = tf.unstack(summed[len(connected)])
-    tf.debugging.assert_positive(active, NO_SAMPLES)
+    with _after(tf.debugging.assert_positive(active, _keras.NO_SAMPLES)):
+        weight = tf.identity(weight)
     messages = iter(summed[len(connected) + 1 :])
 
     def received(change):

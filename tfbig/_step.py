@@ -41,7 +41,9 @@ def set_options(model, options):
 _SUPPORTED_STRATEGIES = (tf.distribute.OneDeviceStrategy, tf.distribute.MirroredStrategy)
 
 
-def _check_strategy(strategy):
+def check_strategy():
+    """Refuses the current strategy if it is not supported."""
+    strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
     if strategy is not None and not isinstance(strategy, _SUPPORTED_STRATEGIES):
         raise errors.UnsupportedStrategyError(
             "tfbig supports the default strategy, OneDeviceStrategy and MirroredStrategy. "
@@ -100,7 +102,7 @@ class TrainStep(_keras.TrainerOverrides):
             )
 
     def __init__(self, *args, log_grad_norm=False, **kwargs):
-        _check_strategy(tf.distribute.get_strategy() if tf.distribute.has_strategy() else None)
+        check_strategy()
         super().__init__(*args, **kwargs)
         self._log_grad_norm = bool(log_grad_norm)
 
@@ -164,16 +166,14 @@ class TrainStep(_keras.TrainerOverrides):
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
 
-    def _check_before_run(self, batch_size):
+    def _check_before_run(self):
         _keras.check_scope(self)
-        if batch_size == 0:
-            raise errors.InvalidOptionError(_reduction.NO_SAMPLES)
 
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
         scale = self.loss_scale_state
         if self._is_plain(self._cut()) and scale is None and not self.log_grad_norm:
-            return self._compiled(super().train_step)(data)
+            return self._plain(super().train_step, data)
 
         share = self._share(data, self._cut(), training=True).accumulate(
             None if scale is None else scale.loss_scale.value
@@ -191,7 +191,7 @@ class TrainStep(_keras.TrainerOverrides):
     def test_step(self, data):
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
         if self._is_plain(self._evaluation_cut()):
-            return self._compiled(super().test_step)(data)
+            return self._plain(super().test_step, data)
         share = self._share(data, self._evaluation_cut(), training=False).accumulate()
         return self._logs(share, _update.without_gradients(share))
 
@@ -199,8 +199,16 @@ class TrainStep(_keras.TrainerOverrides):
         # Then Keras's own step does it, number for number.
         return cut.is_whole and _reduction.replicas() == 1
 
-    def _compiled(self, step):
-        return tf.function(step, jit_compile=True, autograph=False) if self.jit_compile else step
+    def _plain(self, step, data):
+        """Runs a step of Keras, compiled by XLA if asked for."""
+        data = _reduction.checked_data(data)
+        if self.jit_compile:
+            step = tf.function(step, jit_compile=True, autograph=False)
+        # An optimizer's counter does not depend on the data otherwise.
+        with tf.control_dependencies(
+            [v for v in tf.nest.flatten(data, expand_composites=True) if v is not None]
+        ):
+            return step(data)
 
     def _share(self, data, cut, training):
         """This replica's share of a batch, as `MicroBatches`."""

@@ -93,7 +93,9 @@ def apply_gradients(optimizer, accumulated, loss_scale=None, log_grad_norm=False
 
     finite = None
     if loss_scale is None:
-        _apply(optimizer, gradients, batch.variables)
+        # The optimizer's counter does not depend on the gradients otherwise.
+        with tf.control_dependencies([batch.weight]):
+            _apply(optimizer, gradients, batch.variables)
     else:
         flags = _finite_flags(gradients)
         finite = tf.reduce_all(flags)

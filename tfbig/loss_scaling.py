@@ -69,10 +69,9 @@ class DynamicLossScale:
             require(integer and value >= 1, name, "an integer >= 1")
         for name in ("initial_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
             value = getattr(self, name)
-            require(is_finite_number(value) and value > 0, name, "a finite number > 0")
+            require(is_positive_float32(value), name, f"a finite number > 0, {_RANGE}")
         require(self.growth_factor > 1, "growth_factor", "greater than 1")
         require(self.backoff_factor < 1, "backoff_factor", "less than 1")
-        require(self.max_scale <= 2.0**126, "max_scale", "at most 2**126, which float32 holds")
         require(
             self.min_scale <= self.initial_scale <= self.max_scale,
             "initial_scale",
@@ -87,10 +86,13 @@ class DynamicLossScale:
         return cls(**config)
 
 
-def is_finite_number(value):
-    """Whether `value` is an int or float, neither bool nor inf nor NaN."""
+_RANGE = "between 2**-126 and 2**126, which float32 holds"
+
+
+def is_positive_float32(value):
+    """Whether `value` is a number, not a bool, in the range of positive float32."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < float("inf")
+    return number and 2.0**-126 <= value <= 2.0**126
 
 
 class LossScaleState(_keras.SavedState):
@@ -275,10 +277,10 @@ def _checked(option):
     if isinstance(option, dict):
         option = keras.saving.deserialize_keras_object(option)
     valid = option is None or option in ("auto", "dynamic") or isinstance(option, DynamicLossScale)
-    if not valid and not (is_finite_number(option) and option > 0):
+    if not valid and not is_positive_float32(option):
         raise errors.InvalidOptionError(
-            "`loss_scale` must be 'auto', 'dynamic', a finite number > 0, None or a "
-            f"tfbig.DynamicLossScale. Received: loss_scale={option!r}."
+            f"`loss_scale` must be 'auto', 'dynamic', a finite number > 0, None or a "
+            f"tfbig.DynamicLossScale. Received: loss_scale={option!r}. A number must be {_RANGE}."
         )
     return option
 

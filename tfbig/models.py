@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from tfbig import _keras, _step, errors
+from tfbig import _cut, _keras, _step, errors
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 
@@ -193,8 +193,13 @@ def _extended_model(model, options):
         raise errors.InvalidOptionError(
             f"Unknown options for `extend`: {sorted(unknown)}. Known are {sorted(known)}."
         )
+    _step.check_strategy()
+    if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
+        _cut.Cut(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
+    wrapper = None
     if isinstance(optimizer, _keras.LossScaleOptimizer):
+        wrapper = optimizer
         scale = DynamicLossScale(
             initial_scale=optimizer.initial_scale,
             growth_interval=optimizer.dynamic_growth_steps,
@@ -204,6 +209,10 @@ def _extended_model(model, options):
     extended = _keras.with_class(model, _extended_class(type(model)))
     _step.set_options(extended, options)
     _keras.recompile(extended, optimizer)
+    state = extended.loss_scale_state
+    if wrapper is not None and wrapper.built and state is not None:
+        state.loss_scale.assign(wrapper.dynamic_scale)
+        state.finite_updates.assign(wrapper.step_counter)
     return extended
 
 
