@@ -198,6 +198,14 @@ def test_synchronized_batch_normalization_fails_in_a_while_loop():
         run(in_loop)
 
 
+def test_the_end_of_data_of_unknown_cardinality_counts_as_an_update():
+    model = linear("default")
+    data = tf.data.Dataset.from_tensor_slices((np.zeros((3, 1)), np.zeros((3, 1))))
+    with pytest.warns(UserWarning, match="ran out of data"):
+        model.fit(data.filter(lambda *_: True).batch(1), verbose=0, shuffle=False)
+    assert int(model.optimizer.iterations) == 4
+
+
 def test_clone_of_a_sequential_subclass_is_a_plain_sequential():
     class Chain(keras.Sequential):
         pass

@@ -148,6 +148,12 @@ def update_losses(model, loss, samples, output_losses, weight):
             metric.update_state(value, sample_weight=weight)
 
 
+def loss_names(model):
+    """Names in the logs of the losses that `update_losses` adds."""
+    metrics = model._compile_loss.metrics if model._compile_loss is not None else []
+    return {model._loss_tracker.name, *(m.name for m in metrics)}
+
+
 def check_losses(model):
     """Refuses losses that return one value per sample."""
     for loss in keras.tree.flatten(model.loss):
@@ -543,11 +549,11 @@ def _without_optionals(data):
 
 def _specs_of_one_replica(dataset):
     def spec(s):
-        if isinstance(s, tf.OptionalSpec) or s is None:
-            return None
         # A PerReplicaSpec holds one spec per replica.
         parts = getattr(s, "_value_specs", None)
-        return parts[0] if parts else s
+        s = parts[0] if parts else s
+        # What stands for None has no shape.
+        return s if hasattr(s, "shape") and not isinstance(s, tf.OptionalSpec) else None
 
     return tf.nest.map_structure(spec, dataset.element_spec)
 
@@ -609,6 +615,12 @@ class TrainerOverrides(_KerasModel):
         if iterator is not None:
             size = 0 if iterator.num_batches == 0 else _effective_batch_size(iterator)
             data_batch = _specs_of_one_replica(iterator._distributed_dataset)
+            if strategy.num_replicas_in_sync > 1 and None in keras.tree.flatten(data_batch):
+                raise errors.UnsupportedStrategyError(
+                    "None among the inputs cannot be handed to several replicas: "
+                    "tf.distribute's iterators fail on it. Received: a dataset of "
+                    f"{data_batch}. Use one replica, or a tensor in place of None."
+                )
         elif data_batch is not None:
             data_batch = keras.tree.map_structure(
                 lambda v: v if v is None else tf.convert_to_tensor(v), data_batch

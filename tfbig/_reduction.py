@@ -228,6 +228,12 @@ def _after(assertion):
     return tf.control_dependencies([] if assertion is None else [assertion])
 
 
+def _cast(gradient, dtype):
+    if isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return tf.cast(gradient, dtype)
+
+
 def exchange(share):
     """Sums what the replicas accumulated, in one exchange.
 
@@ -255,7 +261,8 @@ def exchange(share):
         return is_first * tf.cast(change.after - change.before, dtype)
 
     shared_state = [c for c in share.state if not c.is_metric]
-    connected = [g for g in share.gradients if g is not None]
+    # Of one dtype, the widest, so that all go in one package.
+    connected = [_cast(g, dtype) for g in share.gradients if g is not None]
     summed = all_reduce_sum([*connected, scalars, *map(message, shared_state)])
 
     gradients = iter(summed[: len(connected)])
@@ -276,7 +283,7 @@ def exchange(share):
 
     return dataclasses.replace(
         share,
-        gradients=[None if g is None else next(gradients) for g in share.gradients],
+        gradients=[None if g is None else _cast(next(gradients), g.dtype) for g in share.gradients],
         loss=loss,
         values=tf.nest.pack_sequence_as(share.values, values),
         weight=weight,

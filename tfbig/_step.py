@@ -245,4 +245,6 @@ class TrainStep(_keras.TrainerOverrides):
         )
         weight = tf.cast(reported, tf.int32)
         _keras.update_losses(self, loss, weight * share.samples, values, weight)
-        return dict(self.get_metrics_result()) | update.logs
+        # The losses in the logs of a micro-batch are those before this update.
+        own = {k: v for k, v in update.logs.items() if k not in _keras.loss_names(self)}
+        return dict(self.get_metrics_result()) | own
