@@ -181,10 +181,6 @@ SAME_BATCHES = {"unknown_cardinality": "dataset", "finite_generator": "one_epoch
 @functools.cache
 def plain_training(feed):
     feed = SAME_BATCHES.get(feed, feed)
-    if feed == "unknown_cardinality":
-        # Where Keras only meets the end of the data, it counts an update that is none
-        # (see canaries_test.py); the same data of known cardinality are right.
-        feed = "dataset"
     return train(PLAIN, "default", functional, compile_classifier, FEEDS[feed])
 
 
