@@ -197,9 +197,10 @@ def _extended_model(model, options):
     if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
         _cut.Cut(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
-    wrapper = None
+    reached = None
     if isinstance(optimizer, _keras.LossScaleOptimizer):
-        wrapper = optimizer
+        if optimizer.built and "loss_scale" not in options:
+            reached = optimizer
         scale = DynamicLossScale(
             initial_scale=optimizer.initial_scale,
             growth_interval=optimizer.dynamic_growth_steps,
@@ -209,10 +210,9 @@ def _extended_model(model, options):
     extended = _keras.with_class(model, _extended_class(type(model)))
     _step.set_options(extended, options)
     _keras.recompile(extended, optimizer)
-    state = extended.loss_scale_state
-    if wrapper is not None and wrapper.built and state is not None:
-        state.loss_scale.assign(wrapper.dynamic_scale)
-        state.finite_updates.assign(wrapper.step_counter)
+    if reached is not None:
+        extended.loss_scale_state.loss_scale.assign(reached.dynamic_scale)
+        extended.loss_scale_state.finite_updates.assign(reached.step_counter)
     return extended
 
 
