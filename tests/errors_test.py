@@ -450,7 +450,7 @@ def test_mixins_stand_before_the_keras_class(base, mixins):
         type("Net", (base, *mixins), {})
 
 
-@pytest.mark.parametrize("value", [None, 1, "model", object(), len, np.zeros(2)], ids=repr)
+@pytest.mark.parametrize("value", [None, 1, "model", {}, len, np.zeros(2)], ids=repr)
 def test_extend_takes_models_only(value):
     with refused(
         errors.InvalidOptionError, ValueError, "takes a keras.Model", type(value).__name__
