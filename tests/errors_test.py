@@ -704,4 +704,7 @@ def test_an_ordinary_fit_warns_of_nothing(name, jit_compile):
         for logger in loggers:
             logger.removeHandler(handler)
     assert [str(w.message) for w in caught if w.category is not DeprecationWarning] == []
-    assert [r.getMessage() for r in records] == []
+    # TensorFlow counts traces over all models of the process, those of other tests
+    # among them; exchange_test.py counts the traces of one model.
+    messages = [r.getMessage() for r in records if "function retracing" not in r.getMessage()]
+    assert messages == []
