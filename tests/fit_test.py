@@ -360,9 +360,28 @@ def ragged_net(base):
             )
 
         def call(self, x):
-            return tf.reduce_sum(self.table(x.to_tensor()), 1)
+            # Of one length: else the padding of a sample depends on its neighbours.
+            return tf.reduce_sum(self.table(x.to_tensor(shape=(None, 5))), 1)
 
     return Net
+
+
+@on_strategies
+def test_ragged_inputs(name):
+    rows = tf.RaggedTensor.from_row_lengths(RNG.integers(0, 6, 45), [1, 2, 3, 4, 5] * 3)
+    data = tf.data.Dataset.from_tensor_slices((rows, Y[:15])).batch(7)
+
+    def feed(model):
+        return model.fit(data, epochs=2, verbose=0, shuffle=False)
+
+    def build(api):
+        model = ragged_net(api.Model)(**api.options)
+        if api is PLAIN:  # Which builds it for dense inputs, and fails.
+            model(rows)
+        return model
+
+    (model, _), (plain, _) = both(name, BY_2, build, compile_mse, feed)
+    assert_same_values(model.evaluate(data, verbose=0), plain.evaluate(data, verbose=0))
 
 
 # --- Models ------------------------------------------------------------------
@@ -470,18 +489,24 @@ def test_models_that_users_write(name, options, kind):
     both(name, options, MODELS[kind], compile_mse, feed)
 
 
-# Replicas do not share the metric that the user keeps; each adds its own result.
-@pytest.mark.parametrize("name", ["default", "one_device"])
-def test_logs_that_compute_metrics_adds_are_those_of_the_whole_batch(name):
-    def make(base):
-        class Net(own_metrics(base)):
-            def compute_metrics(self, x, y, y_pred, sample_weight=None):
-                logs = super().compute_metrics(x, y, y_pred, sample_weight)
-                return logs | {"renamed": self.largest.result()}
+def renamed_metric(base):
+    class Net(own_metrics(base)):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            logs = super().compute_metrics(x, y, y_pred, sample_weight)
+            return logs | {"renamed": self.largest.result()}
 
-        return Net
+    return Net
 
-    both(name, BY_2, of_class(make), compile_mse, arrays(16, 7))
+
+@pytest.mark.filterwarnings("ignore:`compute_metrics` should return")
+def test_logs_that_compute_metrics_adds_are_those_of_the_whole_batch():
+    both("default", BY_2, of_class(renamed_metric), compile_mse, arrays(16, 7))
+
+
+def test_logs_that_no_metric_holds_are_warned_of_under_replicas():
+    # Replicas do not share what the user computes; the mean of it is no result.
+    with pytest.warns(UserWarning, match=r"averaged over the replicas.*\['renamed'\]"):
+        train(big(), "mirrored_2", of_class(renamed_metric), compile_mse, arrays(16, 7))
 
 
 @on_strategies

@@ -558,6 +558,41 @@ def _specs_of_one_replica(dataset):
     return tf.nest.map_structure(spec, dataset.element_spec)
 
 
+def _is_composite(spec):
+    return isinstance(spec, tf.RaggedTensorSpec | tf.SparseTensorSpec)
+
+
+def _placeholder(spec):
+    if isinstance(spec, tf.RaggedTensorSpec):
+        inner = spec.shape[spec.ragged_rank + 1 :]
+        return tf.compat.v1.ragged.placeholder(spec.dtype, spec.ragged_rank, inner)
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.compat.v1.sparse_placeholder(spec.dtype, spec.shape)
+    return spec if spec is None else tf.compat.v1.placeholder(spec.dtype, spec.shape)
+
+
+def _build_by_call(model, specs):
+    """Builds a model for ragged or sparse inputs by tracing a call.
+
+    Keras builds it for dense ones of the same shape, on which `to_tensor()` and
+    the like fail.
+    """
+
+    def call():
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+            keras.tree.map_structure(_placeholder, specs)
+        )
+        y_pred = model(x, training=False)
+        if model._compile_metrics is not None:
+            model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        if model._compile_loss is not None:
+            model._compute_loss(x, y, y_pred, sample_weight, training=False)
+
+    layers = [*model._flatten_layers(), model._compile_metrics, model._compile_loss]
+    if not all(layer is None or layer.built for layer in layers):
+        keras.src.backend.compute_output_spec(call)
+
+
 def _effective_batch_size(iterator):
     """The batch size of an epoch iterator, or None where it is not known."""
     size = iterator.data_adapter.batch_size
@@ -635,6 +670,8 @@ class TrainerOverrides(_KerasModel):
         self._batch_size = size
         self._check_before_run()
         with strategy.scope():
+            if any(_is_composite(spec) for spec in keras.tree.flatten(data_batch)):
+                _build_by_call(self, data_batch)
             self._symbolic_build(data_batch=data_batch)
 
     def _compute_loss(self, *args, **kwargs):

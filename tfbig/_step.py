@@ -247,4 +247,13 @@ class TrainStep(_keras.TrainerOverrides):
         _keras.update_losses(self, loss, weight * share.samples, values, weight)
         # The losses in the logs of a micro-batch are those before this update.
         own = {k: v for k, v in update.logs.items() if k not in _keras.loss_names(self)}
-        return dict(self.get_metrics_result()) | own
+        results = dict(self.get_metrics_result())
+        if own.keys() - results.keys() and not self._is_plain(self._cut()):
+            warnings.warn(
+                "`compute_metrics` should return results of the model's metrics only, when a "
+                "batch is cut. A value of its own is that of the last micro-batch, averaged "
+                f"over the replicas. Received: {sorted(own.keys() - results.keys())}. Make a "
+                "keras.metrics.Metric of it, an attribute of the model, with the same name.",
+                stacklevel=2,
+            )
+        return results | own
