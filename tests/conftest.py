@@ -6,6 +6,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import functools
+import gc
 
 import keras
 import pytest
@@ -78,6 +79,8 @@ def mirrored():
 def seed():
     """Fresh Keras state and seeds for every test."""
     keras.backend.clear_session()
+    # It collects garbage; without this, all that TensorFlow keeps would be looked at each time.
+    gc.freeze()
     keras.utils.set_random_seed(1)
 
 

@@ -44,8 +44,11 @@ on_strategies = pytest.mark.parametrize("name", REPLICATED)
 # A cut on one device, and replicas with and without one: the rest is the sum of these.
 on_strategies_and_cuts = pytest.mark.parametrize(
     ("name", "options"),
-    [("default", K3), ("mirrored_2", K1), ("mirrored_2", BY_2)],
-    ids=["default-k3", "mirrored_2-k1", "mirrored_2-by2"],
+    [
+        pytest.param("default", K3, id="default-k3"),
+        pytest.param("mirrored_2", K1, id="mirrored_2-k1", marks=pytest.mark.slow),
+        pytest.param("mirrored_2", BY_2, id="mirrored_2-by2"),
+    ],
 )
 on_cuts = pytest.mark.parametrize("options", [K1, K3, BY_2], ids=["k1", "k3", "by2"])
 
