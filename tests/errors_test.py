@@ -506,11 +506,15 @@ def test_accumulate_gradients_wants_a_scalar():
 def test_errors_are_exported_with_their_built_in_parent():
     parents = {
         "BackendError": ImportError,
+        "BackupError": ValueError,
+        "ClusterError": ValueError,
         "InvalidOptionError": ValueError,
         "LossScaleError": RuntimeError,
         "MixinOrderError": TypeError,
         "UnsupportedModelError": ValueError,
         "UnsupportedStrategyError": ValueError,
+        "WorkerUnavailableError": TimeoutError,
+        "WorkersDisagreeError": ValueError,
     }
     assert set(errors.__all__) == {"TfbigError", *parents}
     for name, parent in parents.items():
@@ -597,9 +601,9 @@ def test_central_storage_is_refused(make):
         refused(
             errors.UnsupportedStrategyError,
             ValueError,
-            "supports the default strategy, OneDeviceStrategy and MirroredStrategy",
+            "supports the default strategy, OneDeviceStrategy, MirroredStrategy and ",
             "Received: CentralStorageStrategy",
-            "Use tf.distribute.MirroredStrategy()",
+            "Use tfbig.distribute.get_strategy()",
         ),
     ):
         make()

@@ -1,7 +1,7 @@
 """tfbig: one update is one update of the whole effective batch, on any hardware."""
 
 from tfbig import _backend as _backend  # First: it looks before Keras is imported.
-from tfbig import errors
+from tfbig import callbacks, distribute, errors
 from tfbig._micro_batches import accumulate_gradients
 from tfbig._update import apply_gradients
 from tfbig._version import __version__ as __version__
@@ -18,7 +18,9 @@ __all__ = (
     "Sequential",
     "accumulate_gradients",
     "apply_gradients",
+    "callbacks",
     "check_equivalence",
+    "distribute",
     "errors",
     "extend",
 )

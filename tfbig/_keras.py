@@ -5,9 +5,11 @@ workaround states the reason; `tests/canaries_test.py` demonstrates each defect
 and fails on the day upstream mends it.
 """
 
+import collections
 import contextlib
 import functools
 import importlib
+import random
 import threading
 import typing
 import weakref
@@ -26,7 +28,10 @@ from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer as Loss
 from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers import trainer as _trainer
+from keras.src.trainers.data_adapters import array_slicing
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.utils import python_utils
+from tensorflow.python.eager import context as tf_context
 
 from tfbig import _backend, errors
 
@@ -146,6 +151,29 @@ def update_losses(model, loss, samples, output_losses, weight):
     if output_losses:
         for metric, value in zip(model._compile_loss.metrics, output_losses, strict=True):
             metric.update_state(value, sample_weight=weight)
+
+
+def is_summed(variable):
+    """Whether a metric's variable stands for the sum over the replicas, as most do."""
+    return variable.aggregation == "sum" and variable.dtype.startswith(("float", "bfloat"))
+
+
+def metrics_results(model, replicas):
+    """Results of the metrics, in replica context, for the samples of all replicas.
+
+    Each replica holds an equal part of every sum; see `_reduction.exchange`.
+    """
+    if replicas == 1:
+        return dict(model.get_metrics_result())
+    totals = [(v, v.value * replicas) for v in model.metrics_variables if is_summed(v)]
+    with VariableValues(totals):
+        return dict(model.get_metrics_result())
+
+
+def returns_global_logs(step):
+    """Marks a step whose logs are those of all replicas, on every replica."""
+    step.returns_global_logs = True
+    return step
 
 
 def loss_names(model):
@@ -405,6 +433,10 @@ class SavedState(KerasAutoTrackable, KerasSaveable):
     def _obj_type(self):
         return "Metric"  # Which private attributes Keras passes over.
 
+    def variables(self):
+        """The variables, in the order of their names."""
+        return [getattr(self, name) for name in self._names]
+
     def save_own_variables(self, store):
         for name in self._names:
             store[name] = getattr(self, name).numpy()
@@ -424,6 +456,9 @@ class SeedStates(SavedState):
 
     def __init__(self, model):
         self._model: typing.Any = weakref.ref(model)
+
+    def variables(self):
+        return list(self._states().values())
 
     def _states(self):
         # Looked up late: a layer may make its generator in `build`.
@@ -604,14 +639,170 @@ def _effective_batch_size(iterator):
     return size if size is not None and size > 0 else None
 
 
-# --- fit, evaluate, predict --------------------------------------------------
+def global_seed():
+    """The seed of `tf.random.set_seed` or `keras.utils.set_random_seed`, or None."""
+    return tf_context.global_seed()
 
 
-def _is_placed(strategy, data):
-    """Whether `data` came from a distributed iterator of several replicas."""
-    return strategy.num_replicas_in_sync == 1 or any(
-        isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
+def is_sharded(dataset):
+    """Whether `shard` was called on a dataset, or on one it is made from."""
+    return type(dataset).__name__ == "_ShardDataset" or any(
+        is_sharded(source) for source in dataset._inputs()
     )
+
+
+def compile_settings(model):
+    """The settings of `compile` as a dictionary of what JSON takes."""
+
+    def serialized(value):
+        try:
+            return keras.saving.serialize_keras_object(value)
+        except (TypeError, ValueError):
+            return type(value).__name__
+
+    config = model._compile_config.config if model._compile_config is not None else {}
+    return {name: serialized(value) for name, value in config.items()}
+
+
+@contextlib.contextmanager
+def reseeded_shuffling(seed):
+    """Within it, `fit` on arrays shuffles by this seed, in each epoch anew.
+
+    Keras shuffles in each epoch alike once a seed is set, and in ways that cannot
+    be repeated if none is.
+    """
+    previous = getattr(_thread, "shuffle_seed", None)
+    _thread.shuffle_seed = seed
+    try:
+        yield
+    finally:
+        _thread.shuffle_seed = previous
+
+
+_get_tf_dataset = ArrayDataAdapter.get_tf_dataset
+
+
+def _reseeded_tf_dataset(self):
+    seed = getattr(_thread, "shuffle_seed", None)
+    if seed is None or self._shuffle is not True:
+        return _get_tf_dataset(self)
+    inputs = array_slicing.convert_to_sliceable(self._inputs, target_backend="tensorflow")
+    inputs = keras.tree.lists_to_tuples(inputs)
+
+    def permutation(key):
+        indices = tf.range(self._num_samples, dtype=tf.int64)
+        return tf.random.experimental.stateless_shuffle(indices, tf.stack([seed, key]))
+
+    def batches(indices):
+        return tf.data.Dataset.from_tensor_slices(indices).batch(self._batch_size)
+
+    def samples(indices, arrays):
+        def part(value):
+            if isinstance(value, array_slicing.TensorflowSparseWrapper):
+                return array_slicing.slice_tensorflow_sparse_wrapper(value, indices)
+            return tf.gather(value, indices)
+
+        return keras.tree.map_structure(part, arrays)
+
+    keys = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).take(1)
+    whole = tf.data.Dataset.from_tensors(inputs).repeat()
+    return (
+        tf.data.Dataset.zip(keys.map(permutation).flat_map(batches), whole)
+        .map(samples, num_parallel_calls=tf.data.AUTOTUNE)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+
+
+ArrayDataAdapter.get_tf_dataset = _reseeded_tf_dataset
+
+
+def new_seed():
+    """A seed to shuffle by: made from the global one, else from the system's entropy."""
+    seed = global_seed()
+    return random.SystemRandom().getrandbits(62) if seed is None else seed
+
+
+def set_initial_epoch(model, epoch):
+    """Has the next `fit`, or the one that begins, start with this epoch."""
+    model._initial_epoch = epoch
+
+
+def known_batches(model):
+    """Batches of an epoch of the running `fit`, where that is known, else None."""
+    return model._epoch_iterator._num_batches
+
+
+def resume_data(model, epochs, batches, num_batches):
+    """Moves the data of the `fit` that begins to where an earlier one was.
+
+    Args:
+        model: `keras.Model`.
+        epochs: int, epochs that are complete.
+        batches: int, batches of the next one that are consumed.
+        num_batches: int, what `known_batches` was there; or None.
+    """
+    iterator = model._epoch_iterator
+    enumerate_epoch = iterator._enumerate_iterator
+    if epochs and iterator._num_batches is None and not iterator.steps_per_epoch:
+        # The first epoch of data of unknown length ends when they do.
+        iter(iterator._get_iterator())
+        iterator.data_adapter.on_epoch_begin()
+        iterator.data_adapter.on_epoch_end()
+        iterator._num_batches = num_batches
+        epochs -= 1
+    for _ in range(epochs):
+        # Makes the iterators that the epoch made, which moves seeds on, and reads nothing.
+        collections.deque(enumerate_epoch(), maxlen=0)
+
+    def rest_of_epoch():
+        iterator._enumerate_iterator = enumerate_epoch
+        # With steps_per_epoch, one iterator goes on through all epochs.
+        unread = None
+        for begin, end, data in enumerate_epoch():
+            if unread is None:
+                unread = iterator._steps_seen - iterator.steps_per_execution
+            if begin < batches:
+                unread += end + 1 - begin
+                continue
+            for _ in range(unread):
+                next(data)
+            unread = 0
+            yield begin, end, data
+
+    iterator._enumerate_iterator = rest_of_epoch
+
+
+def values_of(variables):
+    """NumPy values of variables that are the same on all replicas.
+
+    Of what is summed over the replicas, such as metrics, the sum.
+    """
+    return [_copies(v)[0].numpy() * _parts(v) for v in variables]
+
+
+def assign_all(variables, values):
+    """Assigns what `values_of` returned; nothing is exchanged with other workers."""
+    for variable, value in zip(variables, values, strict=True):
+        for copy in _copies(variable):
+            copy.assign(value / _parts(variable) if _parts(variable) > 1 else value)
+
+
+def _copies(variable):
+    """The `tf.Variable` of each replica of this process."""
+    variable = native(variable)
+    is_distributed = isinstance(variable, tf.distribute.DistributedValues)
+    return variable.values if is_distributed else (variable,)
+
+
+def _parts(variable):
+    """How many replicas hold a part of what the variable stands for."""
+    is_distributed = isinstance(native(variable), tf.distribute.DistributedValues)
+    if not is_distributed or not is_summed(variable):
+        return 1
+    return native(variable).distribute_strategy.num_replicas_in_sync
+
+
+# --- fit, evaluate, predict --------------------------------------------------
 
 
 # To mypy the mixins are Keras models; in truth they stand before one.
@@ -637,6 +828,8 @@ class TrainerOverrides(_KerasModel):
     predict_function: typing.Any
 
     _batch_size: int | None = None
+    # The iterator of the running, or last, `fit` or `evaluate`.
+    _epoch_iterator: typing.Any = None
 
     def _check_before_run(self):
         """Hook: raises for what cannot run."""
@@ -648,6 +841,7 @@ class TrainerOverrides(_KerasModel):
         strategy = self.distribute_strategy
         size = None
         if iterator is not None:
+            self._epoch_iterator = iterator
             size = 0 if iterator.num_batches == 0 else _effective_batch_size(iterator)
             data_batch = _specs_of_one_replica(iterator._distributed_dataset)
             if strategy.num_replicas_in_sync > 1 and None in keras.tree.flatten(data_batch):
@@ -674,6 +868,10 @@ class TrainerOverrides(_KerasModel):
                 _build_by_call(self, data_batch)
             self._symbolic_build(data_batch=data_batch)
 
+    def _get_metrics_result_or_logs(self, logs):
+        # Without logs the epoch was resumed after its last batch.
+        return super()._get_metrics_result_or_logs(logs or self.get_metrics_result())
+
     def _compute_loss(self, *args, **kwargs):
         loss = super()._compute_loss(*args, **kwargs)
         check_is_scalar(loss)
@@ -691,35 +889,39 @@ class TrainerOverrides(_KerasModel):
         begin, end = ((i * size + replicas - 1) // replicas for i in (index, index + 1))
         return keras.tree.map_structure(lambda v: v if v is None else v[begin:end], data)
 
-    def _global_logs(self, logs):
-        """The logs of all replicas as one: metrics are read over the replicas."""
+    def _global_logs(self, replica_step, data):
+        """Runs a step on all replicas; returns its logs, those of all replicas as one."""
         strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync == 1:
-            return logs
-        logs = keras.tree.map_structure(
-            lambda v: tf.reduce_mean(
-                tf.stack([tf.cast(x, tf.float32) for x in strategy.experimental_local_results(v)])
-            ),
-            logs,
+            return strategy.run(replica_step, args=(data,))
+        is_global = getattr(replica_step, "returns_global_logs", False) and all(
+            is_summed(v) for v in self.metrics_variables
         )
-        if isinstance(logs, dict):
+
+        is_placed = any(
+            isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
+        )
+
+        def step(data):
+            logs = replica_step(data if is_placed else self._share_of_replica(data))
+            if is_global:
+                return logs
+            mean = tf.distribute.get_replica_context().all_reduce(
+                "MEAN", [tf.cast(v, tf.float32) for v in tf.nest.flatten(logs)]
+            )
+            return tf.nest.pack_sequence_as(logs, mean)
+
+        logs = tf.nest.map_structure(
+            lambda v: strategy.experimental_local_results(v)[0], strategy.run(step, args=(data,))
+        )
+        if isinstance(logs, dict) and not is_global:
             results = self.get_metrics_result()
             logs |= {k: v for k, v in results.items() if k in logs}
         return logs
 
     def _step_function(self, replica_step):
-        strategy = self.distribute_strategy
-
         def one_step(data):
-            data = _without_optionals(data)
-            if _is_placed(strategy, data):
-                step = replica_step
-            else:
-
-                def step(data):
-                    return replica_step(self._share_of_replica(data))
-
-            return self._global_logs(strategy.run(step, args=(data,)))
+            return self._global_logs(replica_step, _without_optionals(data))
 
         def many_steps(iterator):
             # Keras nests two tf.functions here, which fails under

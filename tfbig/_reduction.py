@@ -41,7 +41,9 @@ def all_reduce_sum(tensors):
     """Sums a list of tensors over all replicas in one exchange."""
     if replicas() == 1 or not tensors:
         return list(tensors)
-    return list(tf.distribute.get_replica_context().all_reduce("SUM", list(tensors)))
+    # Outputs of loops are on no device, of which an exchange over workers complains.
+    tensors = [tf.identity(t) for t in tensors]
+    return list(tf.distribute.get_replica_context().all_reduce("SUM", tensors))
 
 
 @dataclasses.dataclass
@@ -167,8 +169,8 @@ class StateChange:
         variable: `keras.Variable`.
         before: tensor, its value before the first micro-batch.
         after: tensor, its value after the last.
-        is_metric: whether it belongs to a metric, whose replicas are summed
-            only when the result is read.
+        is_metric: whether it belongs to a metric, whose value is the sum over the
+            replicas.
     """
 
     variable: keras.Variable
@@ -189,10 +191,13 @@ class Accumulated:
         loss: float scalar, sum of weight times (unscaled) loss.
         values: structure of float scalars, likewise summed.
         weight: float scalar, sum of the weights of the micro-batches.
-        samples: int32 scalar, samples of this replica (never summed).
+        samples: int32 scalar.
         state: list of `StateChange`.
-        logs: structure of the last micro-batch's logs.
+        logs: structure of the last micro-batch's logs; exchanged, their mean over
+            the replicas.
         loss_scale: float32 scalar, or None.
+        stop: float scalar, 1 if this replica's worker asks to stop; exchanged, the
+            sum. Or None.
     """
 
     variables: list
@@ -204,6 +209,7 @@ class Accumulated:
     state: list
     logs: dict
     loss_scale: tf.Tensor | None
+    stop: tf.Tensor | None = None
 
 
 def checked_data(data):
@@ -238,7 +244,8 @@ def exchange(share):
     """Sums what the replicas accumulated, in one exchange.
 
     Moving statistics (floating-point state) become the mean over the replicas
-    that had samples. Counters and seeds (integers) advance as on replica 0.
+    that had samples. Counters and seeds (integers) advance as on replica 0. A
+    metric's sum is shared out, so that every replica knows all of it.
 
     Args:
         share: `Accumulated` of this replica, in replica context.
@@ -252,30 +259,39 @@ def exchange(share):
     dtype = share.loss.dtype
     has_samples = tf.cast(share.samples > 0, dtype)
     is_first = tf.cast(tf.equal(context.replica_id_in_sync_group, 0), dtype)
-    scalars = tf.stack([share.loss, share.weight, has_samples, *tf.nest.flatten(share.values)])
+    samples = tf.cast(share.samples, dtype)
+    logs = [has_samples * tf.cast(v, dtype) for v in tf.nest.flatten(share.logs)]
+    values = tf.nest.flatten(share.values)
+    stop = tf.zeros((), dtype) if share.stop is None else tf.cast(share.stop, dtype)
+    scalars = tf.stack([share.loss, share.weight, has_samples, samples, stop, *values, *logs])
 
     def message(change):
+        if change.is_metric:
+            return tf.cast(change.after, dtype)
         if change.variable.dtype.startswith(("float", "bfloat")):
             return has_samples * tf.cast(change.after, dtype)
         # The advance is small; the value (a seed) may not fit into a float.
         return is_first * tf.cast(change.after - change.before, dtype)
 
-    shared_state = [c for c in share.state if not c.is_metric]
+    shared_state = [c for c in share.state if not c.is_metric or _keras.is_summed(c.variable)]
     # Of one dtype, the widest, so that all go in one package.
     connected = [_cast(g, dtype) for g in share.gradients if g is not None]
     summed = all_reduce_sum([*connected, scalars, *map(message, shared_state)])
 
     gradients = iter(summed[: len(connected)])
-    loss, weight, active, *values = tf.unstack(summed[len(connected)])
+    loss, weight, active, samples, stop, *rest = tf.unstack(summed[len(connected)])
+    values, logs = rest[: len(values)], rest[len(values) :]
     with _after(tf.debugging.assert_positive(active, _keras.NO_SAMPLES)):
         weight = tf.identity(weight)
     messages = iter(summed[len(connected) + 1 :])
 
     def received(change):
-        if change.is_metric:
+        if not any(change is c for c in shared_state):
             return change
         value = next(messages)
-        if change.variable.dtype.startswith(("float", "bfloat")):
+        if change.is_metric:
+            after = tf.cast(value / context.num_replicas_in_sync, change.after.dtype)
+        elif change.variable.dtype.startswith(("float", "bfloat")):
             after = tf.cast(value / active, change.after.dtype)
         else:
             after = change.before + tf.cast(value, change.before.dtype)
@@ -287,5 +303,8 @@ def exchange(share):
         loss=loss,
         values=tf.nest.pack_sequence_as(share.values, values),
         weight=weight,
+        samples=tf.cast(samples, tf.int32),
         state=[received(c) for c in share.state],
+        logs=tf.nest.pack_sequence_as(share.logs, [v / active for v in logs]),
+        stop=None if share.stop is None else stop,
     )

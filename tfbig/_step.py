@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbig import _cut, _keras, _micro_batches, _reduction, _update, errors
+from tfbig import _cut, _fit, _keras, _micro_batches, _reduction, _update, errors
 
 __all__ = ("TrainStep",)
 
@@ -38,7 +38,11 @@ def set_options(model, options):
             setattr(model, name, value)
 
 
-_SUPPORTED_STRATEGIES = (tf.distribute.OneDeviceStrategy, tf.distribute.MirroredStrategy)
+_SUPPORTED_STRATEGIES = (
+    tf.distribute.OneDeviceStrategy,
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
 
 
 def check_strategy():
@@ -46,9 +50,9 @@ def check_strategy():
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
     if strategy is not None and not isinstance(strategy, _SUPPORTED_STRATEGIES):
         raise errors.UnsupportedStrategyError(
-            "tfbig supports the default strategy, OneDeviceStrategy and MirroredStrategy. "
-            f"Received: {type(strategy).__name__}. Use "
-            "tf.distribute.MirroredStrategy() for the devices of one machine."
+            "tfbig supports the default strategy, OneDeviceStrategy, MirroredStrategy and "
+            f"MultiWorkerMirroredStrategy. Received: {type(strategy).__name__}. Use "
+            "tfbig.distribute.get_strategy()."
         )
 
 
@@ -85,6 +89,7 @@ class TrainStep(_keras.TrainerOverrides):
         """
         del x, y, y_pred, sample_weight
 
+    _stop_request: Any = None
     # The `LossScaleState` of `DynamicLossScalingMixin`; None without scaling.
     loss_scale_state: Any = None
     _log_grad_norm = False
@@ -115,6 +120,17 @@ class TrainStep(_keras.TrainerOverrides):
     def log_grad_norm(self, value):
         self._log_grad_norm = bool(value)
         self._rebuild_step()
+
+    @property
+    def stop_request(self):
+        """The `StopRequest` of a callback; None without one, or without other workers."""
+        return self._stop_request
+
+    @stop_request.setter
+    def stop_request(self, value):
+        if value is not self._stop_request:
+            self._stop_request = value
+            self._rebuild_step()
 
     def _options(self):
         return {"log_grad_norm": self._log_grad_norm}
@@ -169,6 +185,12 @@ class TrainStep(_keras.TrainerOverrides):
     def _check_before_run(self):
         _keras.check_scope(self)
 
+    def fit(self, *args, **kwargs):
+        arguments = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        with _fit.prepared(self, arguments, self._options()) as arguments:
+            return super().fit(**arguments)
+
+    @_keras.returns_global_logs
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
         scale = self.loss_scale_state
@@ -178,22 +200,27 @@ class TrainStep(_keras.TrainerOverrides):
         share = self._share(data, self._cut(), training=True).accumulate(
             None if scale is None else scale.loss_scale.value
         )
+        if self.stop_request is not None:
+            share.stop = self.stop_request.sent()
         update = _update.apply_gradients(
             self.optimizer, share, loss_scale=scale, log_grad_norm=self.log_grad_norm
         )
-        logs = self._logs(share, update)
+        if update.stop is not None:
+            self.stop_request.receive(update.stop)
+        logs = self._logs(update)
         if scale is not None:
             logs |= scale.logs()
         if self.log_grad_norm:
             logs["grad_norm"] = update.gradient_norm
         return logs
 
+    @_keras.returns_global_logs
     def test_step(self, data):
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
         if self._is_plain(self._evaluation_cut()):
             return self._plain(super().test_step, data)
         share = self._share(data, self._evaluation_cut(), training=False).accumulate()
-        return self._logs(share, _update.without_gradients(share))
+        return self._logs(_update.without_gradients(share))
 
     def _is_plain(self, cut):
         # Then Keras's own step does it, number for number.
@@ -236,18 +263,19 @@ class TrainStep(_keras.TrainerOverrides):
             trace_scope=functools.partial(_keras.without_synchronization, self),
         )
 
-    def _logs(self, share, update):
+    def _logs(self, update):
         # A skipped update's loss is left out of the mean if it is not finite:
         # one bad batch would otherwise hide the loss of the whole epoch.
         reported = _update.is_reported(update)
         loss, *values = (
             tf.where(reported, v, tf.zeros_like(v)) for v in (update.loss, *update.values)
         )
-        weight = tf.cast(reported, tf.int32)
-        _keras.update_losses(self, loss, weight * share.samples, values, weight)
+        weight = tf.cast(reported, loss.dtype)
+        samples = weight * tf.cast(update.samples, loss.dtype) / _reduction.replicas()
+        _keras.update_losses(self, loss, samples, values, weight)
         # The losses in the logs of a micro-batch are those before this update.
         own = {k: v for k, v in update.logs.items() if k not in _keras.loss_names(self)}
-        results = dict(self.get_metrics_result())
+        results = _keras.metrics_results(self, _reduction.replicas())
         if own.keys() - results.keys() and not self._is_plain(self._cut()):
             warnings.warn(
                 "`compute_metrics` should return results of the model's metrics only, when a "

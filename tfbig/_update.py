@@ -21,14 +21,18 @@ class Update:
             nothing checks, because there is no loss scale.
         gradient_norm: float scalar, the global norm of the gradient before
             clipping, or None.
+        samples: int32 scalar, samples of the effective batch.
         logs: logs of the last micro-batch.
+        stop: float scalar, how many replicas ask to stop; or None.
     """
 
     loss: tf.Tensor
     values: list | dict
     is_finite: tf.Tensor | None
     gradient_norm: tf.Tensor | None
+    samples: tf.Tensor
     logs: dict
+    stop: tf.Tensor | None = None
 
 
 def global_norm(gradients):
@@ -101,7 +105,7 @@ def apply_gradients(optimizer, accumulated, loss_scale=None, log_grad_norm=False
         finite = tf.reduce_all(flags)
         _apply_if_finite(optimizer, gradients, batch.variables, loss_scale, flags)
     _assign_state(batch.state, finite, loss)
-    return Update(loss, values, finite, norm, batch.logs)
+    return Update(loss, values, finite, norm, batch.samples, batch.logs, batch.stop)
 
 
 def without_gradients(accumulated):
@@ -113,6 +117,7 @@ def without_gradients(accumulated):
         tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values),
         None,
         None,
+        batch.samples,
         batch.logs,
     )
 

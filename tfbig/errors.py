@@ -6,12 +6,16 @@ would catch without knowing tfbig.
 
 __all__ = (
     "BackendError",
+    "BackupError",
+    "ClusterError",
     "InvalidOptionError",
     "LossScaleError",
     "MixinOrderError",
     "TfbigError",
     "UnsupportedModelError",
     "UnsupportedStrategyError",
+    "WorkerUnavailableError",
+    "WorkersDisagreeError",
 )
 
 
@@ -21,6 +25,14 @@ class TfbigError(Exception):
 
 class BackendError(TfbigError, ImportError):
     """Keras runs on another backend than TensorFlow."""
+
+
+class BackupError(TfbigError, ValueError):
+    """A backup cannot be restored: it is of another model, or damaged."""
+
+
+class ClusterError(TfbigError, ValueError):
+    """The description of a multi-worker job, or this worker's address, cannot be used."""
 
 
 class InvalidOptionError(TfbigError, ValueError):
@@ -41,3 +53,11 @@ class UnsupportedModelError(TfbigError, ValueError):
 
 class UnsupportedStrategyError(TfbigError, ValueError):
     """The distribution strategy is not supported, or does not own the model."""
+
+
+class WorkerUnavailableError(TfbigError, TimeoutError):
+    """Another worker of the job did not come up, or does not answer."""
+
+
+class WorkersDisagreeError(TfbigError, ValueError):
+    """The workers of a job run different models, data or settings."""

@@ -1,0 +1,96 @@
+"""What has to hold before `fit` begins: workers that agree, seeds, callbacks."""
+
+import contextlib
+import json
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbig import _keras, _workers
+
+__all__ = ("prepared",)
+
+
+@contextlib.contextmanager
+def prepared(model, arguments, options):
+    """Within it, `fit` may run.
+
+    A callback with a method `around_fit(model, arguments)`, which returns a context
+    manager, is entered here: it may change the arguments, and leaves when training
+    ends in whatever way.
+
+    Args:
+        model: `keras.Model`.
+        arguments: dictionary, the arguments of `fit` by name.
+        options: dictionary, the options of the model.
+
+    Yields:
+        The arguments to call `fit` with.
+    """
+    workers = _workers.Workers.of(model.distribute_strategy)
+    arguments = dict(arguments)
+    with contextlib.ExitStack() as stack:
+        if workers.count > 1:
+            workers.agree("fit", _fingerprint(model, arguments, options))
+            _warn_of_same_samples(arguments.get("x"))
+            if not workers.is_chief and arguments.get("verbose", "auto") == "auto":
+                arguments["verbose"] = 0
+            if _keras.global_seed() is None:
+                # Workers that shuffle each in its own way would share no batch.
+                seed = workers.exchange("a seed", str(_keras.new_seed()))[0]
+                stack.enter_context(_keras.reseeded_shuffling(int(seed)))
+        for callback in keras.tree.flatten(arguments.get("callbacks") or []):
+            if hasattr(callback, "around_fit"):
+                stack.enter_context(callback.around_fit(model, arguments))
+        yield arguments
+
+
+def _fingerprint(model, arguments, options):
+    """What must be the same on all workers, as a dictionary of str."""
+    found = {
+        "variables": [
+            f"{'x'.join(map(str, v.shape))} {v.dtype}{'' if v.trainable else ' (fixed)'}"
+            for v in model.weights
+        ]
+        if model.built
+        else "not built",
+        "model": type(model).__name__,
+        "dtype policy": model.dtype_policy.name,
+        "floatx": keras.config.floatx(),
+        "seed": _keras.global_seed(),
+        "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
+    }
+    found |= {f"option {name}": value for name, value in options.items()}
+    found |= {f"compile's {k}": v for k, v in _keras.compile_settings(model).items()}
+    for name, value in arguments.items():
+        if name == "callbacks":
+            value = [type(c).__name__ for c in keras.tree.flatten(value or [])]
+        if name != "verbose":
+            found[f"argument {name}"] = keras.tree.map_structure(_described, value)
+    return {k: json.dumps(v, default=str, sort_keys=True) for k, v in found.items()}
+
+
+def _described(value):
+    """A value of which addresses and samples are left out."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray | tf.Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return type(value).__name__
+
+
+def _warn_of_same_samples(data):
+    policy = tf.data.experimental.AutoShardPolicy.OFF
+    if not isinstance(data, tf.data.Dataset) or (
+        data.options().experimental_distribute.auto_shard_policy != policy
+    ):
+        return
+    if not _keras.is_sharded(data):
+        warnings.warn(
+            "The dataset would hand every worker the same samples: its auto_shard_policy is OFF "
+            "and there is no `shard` in it. Leave the policy at DATA, or call dataset.shard("
+            "workers, index).",
+            stacklevel=4,
+        )

@@ -1,0 +1,289 @@
+"""Callbacks: backups that a training goes on from, effects of the chief alone."""
+
+import contextlib
+import sys
+import warnings
+from typing import Any
+
+import keras
+
+from tfbig import _backup, _keras, _stop, _workers, errors
+
+__all__ = ("PREEMPTED", "BackupAndRestore", "ChiefOnly")
+
+# Exit code of a program that was preempted and has a backup. Kubeflow restarts a
+# replica with a code over 127, and reserves this one for programs.
+PREEMPTED = 138
+
+
+class BackupAndRestore(keras.callbacks.Callback):
+    """Backs a training up, and goes on from there when the program starts again.
+
+    An interrupted and resumed training ends with the weights of the uninterrupted
+    one: model, optimizer, loss scale, metrics and the states of random generators
+    are restored, and the epoch goes on with the batch that comes next. Arrays are
+    shuffled in each epoch by a seed that the backup keeps; a `tf.data.Dataset` of
+    your own must shuffle by a seed, as after `keras.utils.set_random_seed`.
+
+    On several workers every one has the callback, with the same directory, that all
+    can read. The chief writes.
+
+    The backup is one file, replaced in one step after it is complete. If it cannot be
+    written, training goes on with a warning and the previous one stays.
+
+    SIGTERM, by which machines are preempted, takes a backup after the running update,
+    on all workers the same, wherever the signal arrived; then the program ends
+    with exit code 138 (`tfbig.callbacks.PREEMPTED`).
+
+    Args:
+        backup_dir: str or path, where the backup is kept. Not for anything else.
+        save_freq: "epoch", or int, after how many updates a backup is taken.
+            Defaults to "epoch". With `steps_per_execution` they are taken after the
+            execution that reaches the number.
+        on_preemption: "exit": as above. A function without arguments: it is called
+            after the backup, instead of the exit, and training ends as with
+            `model.stop_training`. None: SIGTERM is left alone. Defaults to "exit".
+        delete_checkpoint: bool, whether the backup is removed when training has
+            ended. Defaults to True, as in Keras. With False, a `fit` that is complete
+            does nothing when run again.
+
+    Raises:
+        InvalidOptionError: If an argument is not valid.
+        BackupError: At the start of `fit`, if there is a backup of another model, or
+            a damaged one. It is kept.
+
+    Example:
+
+    >>> import tempfile
+    >>> model = tfbig.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> backup = tfbig.callbacks.BackupAndRestore(tempfile.mkdtemp(), save_freq=100)
+    >>> history = model.fit(
+    ...     np.ones((16, 4)), np.ones((16, 1)), epochs=3, verbose=0, callbacks=[backup]
+    ... )
+    >>> history.epoch
+    [0, 1, 2]
+    """
+
+    def __init__(
+        self, backup_dir, save_freq="epoch", *, on_preemption="exit", delete_checkpoint=True
+    ):
+        super().__init__()
+        if not str(backup_dir):
+            raise errors.InvalidOptionError("`backup_dir` must not be empty. Received: ''.")
+        is_number = isinstance(save_freq, int) and not isinstance(save_freq, bool)
+        if save_freq != "epoch" and not (is_number and save_freq >= 1):
+            raise errors.InvalidOptionError(
+                "`save_freq` must be 'epoch' or an integer >= 1, a number of updates. "
+                f"Received: save_freq={save_freq!r}."
+            )
+        if on_preemption not in ("exit", None) and not callable(on_preemption):
+            raise errors.InvalidOptionError(
+                "`on_preemption` must be 'exit', a function or None. Received: "
+                f"on_preemption={on_preemption!r}."
+            )
+        self.backup_dir = backup_dir
+        self.save_freq = save_freq
+        self.on_preemption = on_preemption
+        self.delete_checkpoint = delete_checkpoint
+        self._stop: Any = None
+
+    def set_model(self, model):
+        super().set_model(model)
+        if self._stop is None:
+            raise errors.UnsupportedModelError(
+                "tfbig.callbacks.BackupAndRestore needs a model of tfbig. Received: "
+                f"{type(model).__name__}. Use tfbig.extend(model), or "
+                "keras.callbacks.BackupAndRestore."
+            )
+
+    @contextlib.contextmanager
+    def around_fit(self, model, arguments):
+        """Called by `fit` of a tfbig model; the callback works in here only."""
+        del arguments
+        self._workers = _workers.Workers.of(model.distribute_strategy)
+        self._backup = self._read()
+        self._seed = self._backup.seed if self._backup else self._new_seed()
+        self._keep = not self.delete_checkpoint
+        self._epoch = self._batch = self._since_backup = 0
+        self._metrics = []
+        is_shared = self._workers.count > 1
+        self._stop = _stop.StopRequest(model.distribute_strategy, is_shared)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_keras.reseeded_shuffling(self._seed))
+                if self.on_preemption is not None:
+                    stack.enter_context(self._stop.listening())
+                    model.stop_request = self._stop if is_shared else None
+                yield
+        finally:
+            _keras.set_initial_epoch(model, 0)
+            model.stop_request = self._stop = None
+
+    def _read(self):
+        """The backup, which must be the same on all workers."""
+        backup = _backup.read(self.backup_dir)
+        seen = f"epoch {backup.epoch}, batch {backup.batch}" if backup else "none"
+        self._workers.agree("BackupAndRestore", {"backup": f"{seen}, in {self.backup_dir}"})
+        return backup
+
+    def _new_seed(self):
+        return int(self._workers.exchange("a seed", str(_keras.new_seed()))[0])
+
+    def on_train_begin(self, logs=None):
+        backup, self._backup = self._backup, None
+        if backup is None:
+            return
+        state = _backup.State(self.model)
+        if backup.described != state.described:
+            raise errors.BackupError(
+                f"The backup in {self.backup_dir} is of another model, optimizer or loss scale: "
+                f"{_first_difference(backup.described, state.described)}. It is left as it is. "
+                "Use another directory, or the model that it was made of."
+            )
+        _keras.assign_all(state.variables, backup.arrays)
+        self._epoch, self._batch = backup.epoch, backup.batch
+        self._metrics = backup.arrays[len(backup.arrays) - len(state.metrics) :]
+        _keras.set_initial_epoch(self.model, self._epoch)
+        _keras.resume_data(self.model, backup.epoch, backup.batch, backup.num_batches)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._epoch != epoch:  # With initial_epoch.
+            self._epoch, self._batch = epoch, 0
+        if self._batch:
+            # Keras has just reset them.
+            _keras.assign_all(_backup.State(self.model).metrics, self._metrics)
+        self._metrics = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._stop.send()
+
+    def on_train_batch_end(self, batch, logs=None):
+        done = batch + 1
+        self._since_backup += done - self._batch
+        self._batch = done
+        if self._stop.is_agreed():
+            self._end()
+        elif self.save_freq != "epoch" and self._since_backup >= self.save_freq:
+            self._write()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._epoch, self._batch = epoch + 1, 0
+        if self.save_freq == "epoch" and not self._stop.is_handled:
+            self._write()
+
+    def on_train_end(self, logs=None):
+        if self._stop.is_handled:
+            return
+        if self._keep:
+            self._write()
+            return
+        # Not before all are here: one that failed now would start from nothing.
+        self._workers.wait_for_all("the end of fit")
+        if self._workers.is_chief:
+            _backup.remove(self.backup_dir)
+
+    def _write(self):
+        self._since_backup = 0
+        if not self._workers.is_chief:
+            return
+        state = _backup.State(self.model)
+        backup = _backup.Backup(
+            epoch=self._epoch,
+            batch=self._batch,
+            num_batches=_keras.known_batches(self.model),
+            seed=self._seed,
+            described=state.described,
+            arrays=_keras.values_of(state.variables),
+        )
+        try:
+            _backup.write(self.backup_dir, backup)
+        except OSError as e:
+            warnings.warn(
+                f"The backup in {self.backup_dir} could not be written: {e}. Training goes on; "
+                "the previous backup, if there is one, is intact.",
+                stacklevel=2,
+            )
+
+    def _end(self):
+        """Ends training after the update that was, with a backup."""
+        self._stop.is_handled = True
+        self._write()
+        # A worker that ends takes the others with it, so the chief must be done.
+        self._workers.wait_for_all("the backup at a preemption")
+        if self.on_preemption != "exit":
+            self.model.stop_training = True
+            self.on_preemption()
+            return
+        print(
+            f"tfbig: preempted after batch {self._batch} of epoch {self._epoch + 1}; the backup is "
+            f"in {self.backup_dir}",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(PREEMPTED)
+
+
+def _first_difference(saved, present):
+    for k in range(max(len(saved), len(present))):
+        pair = [lines[k] if k < len(lines) else "nothing" for lines in (saved, present)]
+        if pair[0] != pair[1]:
+            return "it holds {!r} where the model has {!r}".format(*pair)
+    return "its number of arrays differs"
+
+
+class ChiefOnly(keras.callbacks.Callback):
+    """Callbacks that write files or print, on the chief alone.
+
+    On the other workers of a job they do nothing. What they see is the same on all
+    workers: logs are those of all samples.
+
+    Args:
+        callbacks: A callback, or several.
+
+    Raises:
+        InvalidOptionError: If an argument is not a Keras callback.
+
+    Example:
+
+    >>> callback = tfbig.callbacks.ChiefOnly(keras.callbacks.CSVLogger("history.csv"))
+    """
+
+    def __init__(self, *callbacks):
+        super().__init__()
+        self.callbacks = keras.tree.flatten(callbacks)
+        for callback in self.callbacks:
+            if not isinstance(callback, keras.callbacks.Callback):
+                raise errors.InvalidOptionError(
+                    f"`callbacks` must be Keras callbacks. Received: {callback!r}."
+                )
+        self._active = self.callbacks
+
+    def set_params(self, params):
+        super().set_params(params)
+        for callback in self.callbacks:
+            callback.set_params(params)
+
+    def set_model(self, model):
+        super().set_model(model)
+        is_chief = _workers.Workers.of(model.distribute_strategy).is_chief
+        self._active = self.callbacks if is_chief else []
+        for callback in self._active:
+            callback.set_model(model)
+
+
+def _forward(name):
+    def call(self, *args, **kwargs):
+        for callback in self._active:
+            getattr(callback, name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+for _name in (
+    *(f"on_{run}_{moment}" for run in ("train", "test", "predict") for moment in ("begin", "end")),
+    *(f"on_{run}_batch_{end}" for run in ("train", "test", "predict") for end in ("begin", "end")),
+    *(f"on_epoch_{moment}" for moment in ("begin", "end")),
+):
+    setattr(ChiefOnly, _name, _forward(_name))

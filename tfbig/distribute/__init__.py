@@ -1,0 +1,5 @@
+"""Which devices and workers a program runs on."""
+
+from tfbig.distribute._strategy import get_strategy, is_chief
+
+__all__ = ("get_strategy", "is_chief")

@@ -1,0 +1,190 @@
+"""`get_strategy`: the `tf.distribute` strategy for what there is."""
+
+import contextlib
+import signal
+import threading
+
+import tensorflow as tf
+
+from tfbig import _workers, errors
+from tfbig.distribute import _cluster
+
+__all__ = ("get_strategy", "is_chief")
+
+KINDS = ("auto", "multi_worker", "mirrored", "one_device", "default")
+
+
+def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
+    """Makes the strategy for the devices and workers that there are.
+
+    To be called once, before anything else of TensorFlow runs. What was chosen,
+    and why, is one line of TensorFlow's log.
+
+    Args:
+        kind: "auto": several workers where TF_CONFIG (set by `tfbig.launch`, or
+            by Kubeflow) or SLURM say so, else a mirrored strategy where there
+            are several GPUs, else the default strategy. Or "multi_worker",
+            "mirrored", "one_device" or "default", to have just that.
+        devices: For "mirrored": int, how many replicas, or a list of device
+            names such as `["GPU:0", "GPU:1"]`. Without GPUs a number makes as
+            many logical CPU devices. By default all GPUs. For "one_device": a
+            device name, by default the first GPU or CPU.
+        timeout: float, seconds to wait for the other workers to come up.
+        port: int, port of the first task of each node under SLURM; by default
+            made from the number of the job.
+
+    Returns:
+        A `tf.distribute.Strategy`.
+
+    Raises:
+        ClusterError: If TF_CONFIG or SLURM's variables cannot be used, or kind is
+            "multi_worker" and there are none.
+        InvalidOptionError: If an argument is not valid.
+        WorkerUnavailableError: If a worker does not come up in time.
+
+    Example:
+
+    >>> type(tfbig.distribute.get_strategy("default")).__name__
+    '_DefaultDistributionStrategy'
+    """
+    if kind not in KINDS:
+        raise errors.InvalidOptionError(
+            f"`kind` must be one of {', '.join(KINDS)}. Received: kind={kind!r}."
+        )
+    if devices is not None and kind not in ("mirrored", "one_device"):
+        raise errors.InvalidOptionError(
+            "`devices` goes with kind='mirrored' or 'one_device'. Received: "
+            f"kind={kind!r}, devices={devices!r}."
+        )
+    strategy, why = _MAKERS[kind](devices, timeout, port)
+    name = type(strategy).__name__.lstrip("_")
+    tf.get_logger().info("tfbig: %s, %s replica(s), %s", name, strategy.num_replicas_in_sync, why)
+    return strategy
+
+
+def is_chief(strategy):
+    """Whether this process is the one of a job that writes files and prints.
+
+    Always true in a program of one process.
+
+    Args:
+        strategy: `tf.distribute.Strategy`, the one that the program made.
+
+    Example:
+
+    >>> tfbig.distribute.is_chief(tf.distribute.get_strategy())
+    True
+    """
+    return _workers.Workers.of(strategy).is_chief
+
+
+def _auto(devices, timeout, port):
+    del devices
+    cluster = _cluster.find(port=port)
+    if cluster is not None and len(cluster.tasks) > 1:
+        return _over_workers(cluster, timeout)
+    gpus = tf.config.list_physical_devices("GPU")
+    found = f"as there are {len(gpus)} GPUs and no other workers"
+    if len(gpus) > 1:
+        return tf.distribute.MirroredStrategy(), found
+    return tf.distribute.get_strategy(), found
+
+
+def _multi_worker(devices, timeout, port):
+    del devices
+    cluster = _cluster.find(port=port)
+    if cluster is None:
+        raise errors.ClusterError(
+            "kind='multi_worker' needs a description of the job: TF_CONFIG, or SLURM's variables. "
+            "Received: neither. Start the program with `python -m tfbig.launch --workers N`, "
+            "`srun`, or as a TFJob."
+        )
+    return _over_workers(cluster, timeout)
+
+
+def _over_workers(cluster, timeout):
+    if len(cluster.tasks) > 1:
+        _cluster.wait_for_workers(cluster, timeout)
+    try:
+        with _sigterm_kept():
+            strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster.resolver())
+    except RuntimeError as e:
+        raise errors.ClusterError(
+            "The strategy for several workers must be made before TensorFlow runs anything else, "
+            f"and once. TensorFlow says: {e}"
+        ) from None
+    return strategy, (
+        f"as {cluster.source} lists {len(cluster.tasks)} workers; this is {cluster.own_task}"
+    )
+
+
+@contextlib.contextmanager
+def _sigterm_kept():
+    """Keeps what SIGTERM does: TensorFlow's server would only make a note of it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _mirrored(devices, timeout, port):
+    del timeout, port
+    gpus = tf.config.list_physical_devices("GPU")
+    kind = "GPU" if gpus else "CPU"
+    if devices is None:
+        devices = len(gpus) or 1
+    if isinstance(devices, list | tuple):
+        return tf.distribute.MirroredStrategy(list(devices)), "as asked for"
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise errors.InvalidOptionError(
+            "`devices` must be an integer >= 1 or a list of device names. Received: "
+            f"devices={devices!r}."
+        )
+    if gpus and devices > len(gpus):
+        raise errors.InvalidOptionError(
+            f"`devices` must be at most the number of GPUs, {len(gpus)}. Received: "
+            f"devices={devices}. Hide the GPUs with CUDA_VISIBLE_DEVICES=-1 to use the CPU."
+        )
+    if not gpus:
+        _make_logical_cpus(devices)
+    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(devices)]), "as asked for"
+
+
+def _make_logical_cpus(count):
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    if len(tf.config.get_logical_device_configuration(cpu) or [None]) >= count:
+        return
+    try:
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * count
+        )
+    except RuntimeError:
+        raise errors.InvalidOptionError(
+            f"{count} logical CPU devices cannot be made any more: TensorFlow has started. Call "
+            "get_strategy before anything else, or give devices=1."
+        ) from None
+
+
+def _one_device(devices, timeout, port):
+    del timeout, port
+    if devices is None:
+        devices = "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+    if not isinstance(devices, str):
+        raise errors.InvalidOptionError(
+            f"`devices` must be one device name, as 'GPU:0'. Received: devices={devices!r}."
+        )
+    return tf.distribute.OneDeviceStrategy(devices), "as asked for"
+
+
+def _default(devices, timeout, port):
+    del devices, timeout, port
+    return tf.distribute.get_strategy(), "as asked for"
+
+
+_MAKERS = {
+    "auto": _auto,
+    "multi_worker": _multi_worker,
+    "mirrored": _mirrored,
+    "one_device": _one_device,
+    "default": _default,
+}

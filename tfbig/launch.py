@@ -1,0 +1,312 @@
+"""Starts a multi-worker job on this machine: `python -m tfbig.launch --workers N script.py ...`.
+
+Every worker is a process with its own `TF_CONFIG`, which
+`tfbig.distribute.get_strategy` reads. Their output is labelled by worker. The
+first worker that fails ends the job: its exit code becomes that of the
+launcher, and all others are ended. With `--max_restarts R` the job is started
+again, up to R times; a program that backs up with
+`tfbig.callbacks.BackupAndRestore` goes on where it was.
+
+For more than one machine, SLURM or Kubernetes start the processes; see README.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+__all__ = ("main",)
+
+# Exit codes of this program's own making; others are the first failing worker's.
+INTERRUPTED = 130
+
+# From <linux/prctl.h>: the signal that a process gets when its parent dies.
+_PR_SET_PDEATHSIG = 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m tfbig.launch",
+        description="Starts a Python program as a multi-worker job on this machine.",
+        epilog="Exit code: 0 if all workers succeed, else that of the first worker that "
+        "fails (128 + n if signal n ended it), 130 after Ctrl-C, 2 for wrong arguments.",
+    )
+    parser.add_argument("--workers", type=_positive, required=True, help="number of processes")
+    parser.add_argument(
+        "--per_worker_devices",
+        type=_positive,
+        metavar="D",
+        help="GPUs of each worker: worker i sees the i-th D of those in CUDA_VISIBLE_DEVICES "
+        "(or of 0, 1, ...). By default every worker sees all devices",
+    )
+    parser.add_argument(
+        "--max_restarts",
+        type=_not_negative,
+        default=0,
+        metavar="R",
+        help="start the job again after a failure, up to R times (default: 0)",
+    )
+    parser.add_argument(
+        "--grace_period",
+        type=_seconds,
+        default=5.0,
+        metavar="S",
+        help="seconds that workers have to end by themselves before they are killed (default: 5)",
+    )
+    parser.add_argument("script", help="Python program that every worker runs")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def _positive(text):
+    return _integer(text, 1)
+
+
+def _not_negative(text):
+    return _integer(text, 0)
+
+
+def _integer(text, least):
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be an integer >= {least}. Received: {text}")
+    return value
+
+
+def _seconds(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds >= 0. Received: {text}")
+    return value
+
+
+def _free_ports(count):
+    """Ports that are free now; held together, so that they differ."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def _environment(index, addresses, devices):
+    task = {"type": "worker", "index": index}
+    environment = {
+        **os.environ,
+        "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task}),
+        # Else lines of a worker that is killed are lost in its buffer.
+        "PYTHONUNBUFFERED": "1",
+    }
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    return environment
+
+
+def _devices_of(index, per_worker, workers):
+    """The GPUs of one worker, or None if they are not divided."""
+    if per_worker is None:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(i) for i in range(index * per_worker, (index + 1) * per_worker)]
+    devices = [d for d in visible.split(",") if d.strip() not in ("", "-1")]
+    if devices and len(devices) < per_worker * workers:
+        raise SystemExit(
+            f"python -m tfbig.launch: --workers={workers} with --per_worker_devices={per_worker} "
+            f"need {workers * per_worker} devices. Received: CUDA_VISIBLE_DEVICES={visible}."
+        )
+    # An empty list hides all: the workers use the CPU.
+    return devices[index * per_worker : (index + 1) * per_worker] or ["-1"]
+
+
+def _end_with_parent():
+    """In the child: dies with the launcher, even if that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclasses.dataclass
+class _Worker:
+    """One process of the job.
+
+    Attributes:
+        index: int, its task index.
+        process: `subprocess.Popen`, leader of a process group of its own.
+        printers: threads that copy its output.
+    """
+
+    index: int
+    process: subprocess.Popen
+    printers: list
+
+    @property
+    def exit_code(self):
+        """None while it runs; 128 + n if signal n ended it."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def send(self, number):
+        # To the group: the worker may have started processes itself.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+class _Printer:
+    """Copies lines of several streams to one, each labelled, none torn."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def start(self, source, target, label):
+        def copy():
+            with source:
+                for line in source:
+                    with self.lock:
+                        target.write(label + line.rstrip(b"\r\n") + b"\n")
+                        target.flush()
+
+        thread = threading.Thread(target=copy, daemon=True)
+        thread.start()
+        return thread
+
+
+class _Job:
+    """All workers of one start."""
+
+    def __init__(self, options, printer):
+        self.grace_period = options.grace_period
+        addresses = [f"127.0.0.1:{port}" for port in _free_ports(options.workers)]
+        width = len(str(options.workers - 1))
+        command = [sys.executable, options.script, *options.arguments]
+        self.workers = []
+        for i in range(options.workers):
+            devices = _devices_of(i, options.per_worker_devices, options.workers)
+            process = subprocess.Popen(
+                command,
+                env=_environment(i, addresses, devices),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+            label = f"[worker {i:>{width}}] ".encode()
+            outputs: Any = (
+                (process.stdout, sys.stdout.buffer),
+                (process.stderr, sys.stderr.buffer),
+            )
+            printers = [printer.start(source, target, label) for source, target in outputs]
+            self.workers.append(_Worker(i, process, printers))
+
+    def wait(self):
+        """Waits until all succeeded or one failed; returns that one, or None."""
+        while True:
+            codes = [w.exit_code for w in self.workers]
+            # Among those that failed within one look, a signal's death is the
+            # cause, an error that another is gone its consequence.
+            failed = [w for w, code in zip(self.workers, codes, strict=True) if code]
+            if failed:
+                return max(failed, key=lambda w: w.exit_code)
+            if None not in codes:
+                return None
+            time.sleep(0.05)
+
+    def end(self, number=signal.SIGTERM, within=None):
+        """Ends all workers, their children too, and prints what they still say."""
+        running = [w for w in self.workers if w.exit_code is None]
+        for worker in running:
+            worker.send(number)
+        deadline = time.monotonic() + (self.grace_period if within is None else within)
+        while time.monotonic() < deadline and any(w.exit_code is None for w in running):
+            time.sleep(0.05)
+        for worker in self.workers:
+            worker.send(signal.SIGKILL)
+            worker.process.wait()
+            for printer in worker.printers:
+                printer.join(timeout=1)
+
+
+class _Terminated(BaseException):
+    """SIGTERM to the launcher."""
+
+
+def _raise_terminated(number, frame):
+    raise _Terminated
+
+
+def _say(text):
+    print(f"tfbig.launch: {text}", file=sys.stderr, flush=True)
+
+
+def _described(worker):
+    code = worker.process.poll()
+    if code < 0:
+        return f"worker {worker.index} was ended by {signal.Signals(-code).name}"
+    return f"worker {worker.index} failed with exit code {code}"
+
+
+def _run(options, printer):
+    """Starts the job once; returns the exit code and what happened."""
+    job = None
+    try:
+        job = _Job(options, printer)
+        failed = job.wait()
+        if failed is None:
+            return 0, "all workers succeeded"
+        return failed.exit_code, _described(failed)
+    finally:
+        error = sys.exc_info()[0]
+        if job is not None:
+            number = signal.SIGINT if error is KeyboardInterrupt else signal.SIGTERM
+            with _no_traceback_of_second_ctrl_c(job):
+                job.end(number)
+
+
+@contextlib.contextmanager
+def _no_traceback_of_second_ctrl_c(job):
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated):
+        job.end(signal.SIGKILL, within=0)
+
+
+def main(arguments=None):
+    """Runs the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    if not os.path.isfile(options.script):
+        _parser().error(f"script must be a Python file. Received: {options.script}")
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    printer = _Printer()
+    try:
+        for attempt in range(options.max_restarts + 1):
+            code, what = _run(options, printer)
+            if code == 0:
+                break
+            left = options.max_restarts - attempt
+            _say(f"{what}; all workers are ended" + (f", {left} restarts are left" * (left > 0)))
+        return code
+    except KeyboardInterrupt:
+        _say("interrupted; all workers are ended")
+        return INTERRUPTED
+    except _Terminated:
+        _say("terminated; all workers are ended")
+        return 128 + signal.SIGTERM
+
+
+if __name__ == "__main__":
+    sys.exit(main())
