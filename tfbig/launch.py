@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
 
 __all__ = ("main",)
 
@@ -39,6 +39,8 @@ def _parser():
         description="Starts a Python program as a multi-worker job on this machine.",
         epilog="Exit code: 0 if all workers succeed, else that of the first worker that "
         "fails (128 + n if signal n ended it), 130 after Ctrl-C, 2 for wrong arguments.",
+        # Arguments of the script are looked at too, and must not be taken for short forms.
+        allow_abbrev=False,
     )
     parser.add_argument("--workers", type=_positive, required=True, help="number of processes")
     parser.add_argument(
@@ -117,27 +119,32 @@ def _environment(index, addresses, devices):
     return environment
 
 
-def _devices_of(index, per_worker, workers):
+def _visible_devices():
+    """What CUDA_VISIBLE_DEVICES lists, or None if it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    return [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1")]
+
+
+def _devices_of(index, per_worker):
     """The GPUs of one worker, or None if they are not divided."""
     if per_worker is None:
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+    devices = _visible_devices()
+    if devices is None:
         return [str(i) for i in range(index * per_worker, (index + 1) * per_worker)]
-    devices = [d for d in visible.split(",") if d.strip() not in ("", "-1")]
-    if devices and len(devices) < per_worker * workers:
-        raise SystemExit(
-            f"python -m tfbig.launch: --workers={workers} with --per_worker_devices={per_worker} "
-            f"need {workers * per_worker} devices. Received: CUDA_VISIBLE_DEVICES={visible}."
-        )
     # An empty list hides all: the workers use the CPU.
     return devices[index * per_worker : (index + 1) * per_worker] or ["-1"]
 
 
-def _end_with_parent():
+def _end_with(launcher):
     """In the child: dies with the launcher, even if that is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The launcher may have died before the call.
+        if os.getppid() != launcher:
+            os._exit(128 + signal.SIGKILL)
 
 
 @dataclasses.dataclass
@@ -161,57 +168,78 @@ class _Worker:
         return code if code is None or code >= 0 else 128 - code
 
     def send(self, number):
-        # To the group: the worker may have started processes itself.
-        with contextlib.suppress(ProcessLookupError):
+        # To the group: the worker may have started processes itself. Where all of
+        # them are gone macOS says PermissionError.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
 
 
 class _Printer:
-    """Copies lines of several streams to one, each labelled, none torn."""
+    """Copies lines of several streams to file descriptors, each labelled, none torn."""
+
+    # Seconds for what workers said last. A process that left a worker's group may
+    # hold its output open for ever.
+    PATIENCE = 1.0
 
     def __init__(self):
         self.lock = threading.Lock()
 
     def start(self, source, target, label):
         def copy():
-            with source:
+            # Without a reader the worker gets the error, as it would without a launcher.
+            with source, contextlib.suppress(BrokenPipeError):
                 for line in source:
                     with self.lock:
-                        target.write(label + line.rstrip(b"\r\n") + b"\n")
-                        target.flush()
+                        _write(target, label + line.rstrip(b"\r\n") + b"\n")
 
         thread = threading.Thread(target=copy, daemon=True)
         thread.start()
         return thread
+
+    def finish(self, threads):
+        """Waits until all is printed, however slow the reader is."""
+        patience = self.PATIENCE
+        while patience > 0 and any(t.is_alive() for t in threads):
+            time.sleep(0.01)
+            # While it is held, a line waits for the reader.
+            if not self.lock.locked():
+                patience -= 0.01
+
+
+def _write(target, data):
+    # Not through sys.stdout: Python aborts at its exit when a thread waits in it.
+    while data:
+        data = data[os.write(target, data) :]
 
 
 class _Job:
     """All workers of one start."""
 
     def __init__(self, options, printer):
-        self.grace_period = options.grace_period
-        addresses = [f"127.0.0.1:{port}" for port in _free_ports(options.workers)]
-        width = len(str(options.workers - 1))
-        command = [sys.executable, options.script, *options.arguments]
+        self.options = options
+        self.printer = printer
         self.workers = []
+
+    def start(self):
+        options = self.options
+        addresses = [f"127.0.0.1:{port}" for port in _free_ports(options.workers)]
         for i in range(options.workers):
-            devices = _devices_of(i, options.per_worker_devices, options.workers)
             process = subprocess.Popen(
-                command,
-                env=_environment(i, addresses, devices),
+                [sys.executable, options.script, *options.arguments],
+                env=_environment(i, addresses, _devices_of(i, options.per_worker_devices)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=functools.partial(_end_with, os.getpid()),
             )
-            label = f"[worker {i:>{width}}] ".encode()
-            outputs: Any = (
-                (process.stdout, sys.stdout.buffer),
-                (process.stderr, sys.stderr.buffer),
-            )
-            printers = [printer.start(source, target, label) for source, target in outputs]
-            self.workers.append(_Worker(i, process, printers))
+            self.workers.append(_Worker(i, process, []))
+        # Not before: a process with threads should not fork.
+        width = len(str(options.workers - 1))
+        for worker in self.workers:
+            label = f"[worker {worker.index:>{width}}] ".encode()
+            for source, target in ((worker.process.stdout, 1), (worker.process.stderr, 2)):
+                worker.printers.append(self.printer.start(source, target, label))
 
     def wait(self):
         """Waits until all succeeded or one failed; returns that one, or None."""
@@ -231,22 +259,29 @@ class _Job:
         running = [w for w in self.workers if w.exit_code is None]
         for worker in running:
             worker.send(number)
-        deadline = time.monotonic() + (self.grace_period if within is None else within)
+        deadline = time.monotonic() + (self.options.grace_period if within is None else within)
         while time.monotonic() < deadline and any(w.exit_code is None for w in running):
             time.sleep(0.05)
         for worker in self.workers:
             worker.send(signal.SIGKILL)
             worker.process.wait()
-            for printer in worker.printers:
-                printer.join(timeout=1)
+        self.printer.finish([thread for w in self.workers for thread in w.printers])
 
 
 class _Terminated(BaseException):
-    """SIGTERM to the launcher."""
+    """A signal to the launcher to end.
+
+    Attributes:
+        number: int, which.
+    """
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
 
 
 def _raise_terminated(number, frame):
-    raise _Terminated
+    raise _Terminated(number)
 
 
 def _say(text):
@@ -256,56 +291,70 @@ def _say(text):
 def _described(worker):
     code = worker.process.poll()
     if code < 0:
-        return f"worker {worker.index} was ended by {signal.Signals(-code).name}"
+        # Real-time signals have no names.
+        name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+        return f"worker {worker.index} was ended by {name}"
     return f"worker {worker.index} failed with exit code {code}"
 
 
 def _run(options, printer):
     """Starts the job once; returns the exit code and what happened."""
-    job = None
+    job = _Job(options, printer)
+    number = signal.SIGTERM
     try:
-        job = _Job(options, printer)
+        job.start()
         failed = job.wait()
         if failed is None:
             return 0, "all workers succeeded"
         return failed.exit_code, _described(failed)
+    except KeyboardInterrupt:
+        number = signal.SIGINT
+        raise
     finally:
-        error = sys.exc_info()[0]
-        if job is not None:
-            number = signal.SIGINT if error is KeyboardInterrupt else signal.SIGTERM
-            with _no_traceback_of_second_ctrl_c(job):
-                job.end(number)
+        try:
+            job.end(number)
+        except (KeyboardInterrupt, _Terminated):
+            # The second one: no more patience.
+            job.end(signal.SIGKILL, within=0)
+            raise
 
 
-@contextlib.contextmanager
-def _no_traceback_of_second_ctrl_c(job):
-    try:
-        yield
-    except (KeyboardInterrupt, _Terminated):
-        job.end(signal.SIGKILL, within=0)
+def _check(parser, options):
+    if not os.path.isfile(options.script):
+        parser.error(f"script must be a Python file. Received: {options.script}")
+    devices = _visible_devices()
+    needed = options.workers * (options.per_worker_devices or 0)
+    if devices and len(devices) < needed:
+        parser.error(
+            f"--workers={options.workers} with --per_worker_devices={options.per_worker_devices} "
+            f"need {needed} devices. Received: CUDA_VISIBLE_DEVICES={','.join(devices)}"
+        )
 
 
 def main(arguments=None):
     """Runs the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    if not os.path.isfile(options.script):
-        _parser().error(f"script must be a Python file. Received: {options.script}")
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup lets SIGHUP be ignored.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _raise_terminated)
     printer = _Printer()
     try:
-        for attempt in range(options.max_restarts + 1):
+        for left in reversed(range(options.max_restarts + 1)):
             code, what = _run(options, printer)
             if code == 0:
                 break
-            left = options.max_restarts - attempt
-            _say(f"{what}; all workers are ended" + (f", {left} restarts are left" * (left > 0)))
+            restarts = f"; restarts left: {left}" if options.max_restarts else ""
+            _say(f"{what}; all workers are ended{restarts}")
         return code
     except KeyboardInterrupt:
         _say("interrupted; all workers are ended")
         return INTERRUPTED
-    except _Terminated:
+    except _Terminated as e:
         _say("terminated; all workers are ended")
-        return 128 + signal.SIGTERM
+        return 128 + e.number
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import socket
 import time
 
 import tensorflow as tf
+from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver as _slurm
 
 from tfbig import errors
 
@@ -57,19 +58,22 @@ class Cluster:
         )
 
 
-def find(environ=os.environ, port=None):
-    """The `Cluster` that the environment describes, or None.
+def find(port=None):
+    """The `Cluster` that the environment variables describe, or None.
 
     TF_CONFIG is what `tfbig.launch` and Kubeflow's TFJob set; SLURM's variables
     are there inside of `srun`.
 
+    Args:
+        port: int, the first port of each node under SLURM, or None.
+
     Raises:
         ClusterError: If the description cannot be used.
     """
-    if environ.get("TF_CONFIG", "").strip():
-        return _from_tf_config(environ["TF_CONFIG"])
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return _from_slurm(environ, port)
+    if os.environ.get("TF_CONFIG", "").strip():
+        return _from_tf_config(os.environ["TF_CONFIG"])
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return _from_slurm(port)
     return None
 
 
@@ -102,10 +106,11 @@ def _from_tf_config(text):
             "(ps), and evaluates inside of fit (evaluator)",
             f"a job {job!r}",
         )
-        valid = isinstance(addresses, list) and all(
-            isinstance(a, str) and re.fullmatch(r".+:\d{1,5}", a) for a in addresses
+        require(
+            isinstance(addresses, list) and all(map(_is_address, addresses)),
+            "list the addresses of a job as strings 'host:port'",
+            addresses,
         )
-        require(valid, "list the addresses of a job as strings 'host:port'", addresses)
     require(len(jobs.get("chief", [])) <= 1, "have at most one chief", jobs.get("chief"))
     counts = collections.Counter(a for addresses in jobs.values() for a in addresses)
     twice = [a for a, count in counts.items() if count > 1]
@@ -114,7 +119,7 @@ def _from_tf_config(text):
     require(isinstance(task, dict), "hold an object as `task`", task)
     job, index = task.get("type"), task.get("index")
     require(
-        job in jobs,
+        isinstance(job, str) and job in jobs,
         f"have a task type that is a job of the cluster ({sorted(jobs)})",
         f"type {job!r}",
     )
@@ -129,25 +134,39 @@ def _from_tf_config(text):
     return Cluster(jobs, job, int(index), "TF_CONFIG")
 
 
-def _from_slurm(environ, port):
-    tasks = int(environ["SLURM_STEP_NUM_TASKS"])
-    # Two jobs of one node must not meet at a port.
-    base = port or 10_000 + int(environ.get("SLURM_JOB_ID", 0)) % 20_000
+def _is_address(text):
+    match = re.fullmatch(r".+:(\d{1,5})", text) if isinstance(text, str) else None
+    return match is not None and 0 < int(match[1]) < 2**16
+
+
+def _from_slurm(port):
+    # Not by TensorFlow's SlurmClusterResolver: it sorts nodes by name, node10 before
+    # node9, but SLURM numbers tasks in the order of its list. And it asks nvidia-smi.
     try:
-        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
-            port_base=base,
-            # The resolver asks nvidia-smi else, which a CPU node lacks; and it divides by
-            # the GPUs of a task. Which GPUs a task sees is left to srun --gpus-per-task.
-            gpus_per_node=tasks,
-            gpus_per_task=1,
-            auto_set_gpu=False,
-        )
-        addresses = resolver.cluster_spec().as_dict()
-    except (RuntimeError, KeyError, ValueError) as e:
+        rank, count = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS"))
+        nodes = _slurm.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
+        tasks = _slurm.expand_tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
+        # Two jobs of one node must not meet at a port.
+        base = port or 10_000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20_000
+        if len(nodes) != len(tasks) or sum(tasks) != count or not 0 <= rank < count:
+            raise ValueError(
+                f"task {rank} of {count} does not fit the nodes {nodes} with {tasks} tasks"
+            )
+    except (KeyError, ValueError) as e:
+        what = f"{e.args[0]} is missing" if isinstance(e, KeyError) else e
         raise errors.ClusterError(
-            f"SLURM's variables do not describe the job: {e}. Start the program with srun."
+            f"SLURM's variables do not describe the job: {what}. Start the program with srun."
         ) from None
-    return Cluster(addresses, resolver.task_type, resolver.task_id, "SLURM")
+    on = [node for node, number in zip(nodes, tasks, strict=True) for _ in range(number)]
+    here = os.environ.get("SLURMD_NODENAME", on[rank])
+    if here != on[rank]:
+        raise errors.ClusterError(
+            f"SLURM must number the tasks node by node. Received: task {rank} on {here}, not on "
+            f"{on[rank]}. Start the program with srun --distribution=block."
+        )
+    ports = [base + i for number in tasks for i in range(number)]
+    addresses = [f"{node}:{p}" for node, p in zip(on, ports, strict=True)]
+    return Cluster({"worker": addresses}, "worker", rank, "SLURM")
 
 
 def wait_for_workers(cluster, timeout):
@@ -169,9 +188,12 @@ def wait_for_workers(cluster, timeout):
     with _listening(own, cluster.own_task):
         while missing and time.monotonic() < deadline:
             for name, address in list(missing.items()):
+                # Of a machine that does not answer, each attempt takes its whole time.
+                left = max(0.01, min(1.0, deadline - time.monotonic()))
                 host, port = address.rsplit(":", 1)
-                with contextlib.suppress(OSError):
-                    socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+                # UnicodeError: a part of the host's name is too long. OverflowError: a port is.
+                with contextlib.suppress(OSError, UnicodeError, OverflowError):
+                    socket.create_connection((host.strip("[]"), int(port)), timeout=left).close()
                     del missing[name]
             time.sleep(0.1 if missing else 0)
     if missing:

@@ -1,6 +1,7 @@
 """`get_strategy`: the `tf.distribute` strategy for what there is."""
 
 import contextlib
+import logging
 import signal
 import threading
 
@@ -18,7 +19,7 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
     """Makes the strategy for the devices and workers that there are.
 
     To be called once, before anything else of TensorFlow runs. What was chosen,
-    and why, is one line of TensorFlow's log.
+    and why, is one line of the log "tfbig" of Python's logging, shown on stderr.
 
     Args:
         kind: "auto": several workers where TF_CONFIG (set by `tfbig.launch`, or
@@ -56,10 +57,29 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
             "`devices` goes with kind='mirrored' or 'one_device'. Received: "
             f"kind={kind!r}, devices={devices!r}."
         )
+    valid = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout >= 0
+    if not valid:
+        raise errors.InvalidOptionError(
+            f"`timeout` must be a number of seconds >= 0. Received: timeout={timeout!r}."
+        )
+    if port is not None and (type(port) is not int or not 0 < port < 2**16):
+        raise errors.InvalidOptionError(
+            f"`port` must be an integer from 1 to 65535. Received: port={port!r}."
+        )
     strategy, why = _MAKERS[kind](devices, timeout, port)
     name = type(strategy).__name__.lstrip("_")
-    tf.get_logger().info("tfbig: %s, %s replica(s), %s", name, strategy.num_replicas_in_sync, why)
+    _logger().info("tfbig: %s, %s replica(s), %s", name, strategy.num_replicas_in_sync, why)
     return strategy
+
+
+def _logger():
+    """The logger of this package, which shows what it says unless told otherwise."""
+    logger = logging.getLogger("tfbig")
+    if not logger.handlers and logger.level == logging.NOTSET:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
 
 
 def is_chief(strategy):
@@ -122,9 +142,11 @@ def _over_workers(cluster, timeout):
 def _sigterm_kept():
     """Keeps what SIGTERM does: TensorFlow's server would only make a note of it."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _mirrored(devices, timeout, port):
@@ -133,11 +155,12 @@ def _mirrored(devices, timeout, port):
     kind = "GPU" if gpus else "CPU"
     if devices is None:
         devices = len(gpus) or 1
-    if isinstance(devices, list | tuple):
+    if isinstance(devices, list | tuple) and devices:
+        _require_devices(devices)
         return tf.distribute.MirroredStrategy(list(devices)), "as asked for"
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise errors.InvalidOptionError(
-            "`devices` must be an integer >= 1 or a list of device names. Received: "
+            "`devices` must be an integer >= 1 or a list of one or more device names. Received: "
             f"devices={devices!r}."
         )
     if gpus and devices > len(gpus):
@@ -152,7 +175,8 @@ def _mirrored(devices, timeout, port):
 
 def _make_logical_cpus(count):
     cpu = tf.config.list_physical_devices("CPU")[0]
-    if len(tf.config.get_logical_device_configuration(cpu) or [None]) >= count:
+    made = len(tf.config.get_logical_device_configuration(cpu) or [None])
+    if made >= count:
         return
     try:
         tf.config.set_logical_device_configuration(
@@ -161,7 +185,8 @@ def _make_logical_cpus(count):
     except RuntimeError:
         raise errors.InvalidOptionError(
             f"{count} logical CPU devices cannot be made any more: TensorFlow has started. Call "
-            "get_strategy before anything else, or give devices=1."
+            f"get_strategy before anything else, or give at most devices={made}. Received: "
+            f"devices={count}."
         ) from None
 
 
@@ -173,7 +198,20 @@ def _one_device(devices, timeout, port):
         raise errors.InvalidOptionError(
             f"`devices` must be one device name, as 'GPU:0'. Received: devices={devices!r}."
         )
+    _require_devices(devices)
     return tf.distribute.OneDeviceStrategy(devices), "as asked for"
+
+
+def _require_devices(devices):
+    # TensorFlow takes any name, and computes on the first device then.
+    names = [devices] if isinstance(devices, str) else devices
+    existing = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()]
+    given = [str(name).upper().rpartition("/")[2].removeprefix("DEVICE:") for name in names]
+    if len(set(given)) < len(given) or not set(given) <= set(existing):
+        raise errors.InvalidOptionError(
+            f"`devices` must name devices that there are, each once: {', '.join(existing)}. "
+            f"Received: devices={devices!r}."
+        )
 
 
 def _default(devices, timeout, port):

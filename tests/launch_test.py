@@ -1,0 +1,531 @@
+"""The launcher: who is started and how, what is printed, and that nothing is left running.
+
+The programs that it starts are plain Python, so each start takes a fraction of a second.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+
+import pytest
+
+from tests import job
+
+# Far more than anything here takes, far less than a worker that is left would run.
+LIMIT = 20
+
+PREAMBLE = """
+    import json, os, signal, subprocess, sys, time
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+"""
+# A process is known to be gone when it holds the presence file open no more.
+PRESENT = """
+    presence = open(sys.argv[1], "w")
+    def say(word):
+        print(word, index, file=presence, flush=True)
+"""
+RUN_ON = "time.sleep(60)"
+CHILD = "subprocess.Popen(['sleep', '60'], pass_fds=[presence.fileno()])"
+STUBBORN = """
+    signal.signal(signal.SIGTERM, lambda *_: say("asked"))
+    signal.signal(signal.SIGINT, lambda *_: say("interrupted"))
+    say("up")
+    while True: time.sleep(60)
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes the program of a test."""
+
+    def write(*parts):
+        path = tmp_path / "program.py"
+        path.write_text("\n".join(textwrap.dedent(part) for part in (PREAMBLE, *parts)))
+        return path
+
+    return write
+
+
+class Presence:
+    """A named pipe that processes write to, and hold open while they live."""
+
+    def __init__(self, path):
+        os.mkfifo(path)
+        self.path = path
+        self.end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.said = ""
+
+    def _read(self):
+        """Returns whether a process still holds it."""
+        try:
+            text = os.read(self.end, 65536).decode()
+        except BlockingIOError:
+            return True
+        self.said += text
+        return bool(text)
+
+    def wait_for(self, *lines):
+        deadline = time.monotonic() + LIMIT
+        while not set(lines) <= set(self.said.splitlines()):
+            assert time.monotonic() < deadline, f"{lines} not among {self.said!r}"
+            self._read()
+            time.sleep(0.01)
+
+    def wait_until_all_are_gone(self, within=5):
+        deadline = time.monotonic() + within
+        while self._read():
+            assert time.monotonic() < deadline, f"still running of {self.said!r}"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def presence(tmp_path):
+    presence = Presence(tmp_path / "presence")
+    yield presence
+    os.close(presence.end)
+
+
+def command(script, *arguments, workers=2, options=(), before=()):
+    launcher = [*before, sys.executable, job.LAUNCH]
+    return [*launcher, "--workers", workers, *options, script, *arguments]
+
+
+def launch(*args, timeout=LIMIT, **kwargs):
+    return job.finish(job.start(command(*args, **kwargs)), timeout)
+
+
+@contextlib.contextmanager
+def launching(*args, **kwargs):
+    """A launcher that runs; it is killed if the test fails."""
+    process = job.start(command(*args, **kwargs))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def by_worker(text):
+    """The lines of each worker; every line must be of one."""
+    lines = collections.defaultdict(list)
+    for line in text.splitlines():
+        match = re.fullmatch(r"\[worker (\d)\] (.*)", line)
+        assert match, line
+        lines[int(match[1])].append(match[2])
+    return dict(lines)
+
+
+def of_launcher(text):
+    """The lines that no worker wrote."""
+    return [line for line in text.splitlines() if not line.startswith("[worker ")]
+
+
+# --- What workers are given --------------------------------------------------
+
+
+def test_each_worker_has_the_same_cluster_and_its_own_index(program):
+    done = launch(program("print(os.environ['TF_CONFIG'])"), workers=3)
+    assert done.returncode == 0, done.stderr
+    configs = {i: json.loads(line) for i, (line,) in by_worker(done.stdout).items()}
+    assert sorted(configs) == [0, 1, 2]
+    cluster = configs[0]["cluster"]
+    for i, config in configs.items():
+        assert config == {"cluster": cluster, "task": {"type": "worker", "index": i}}
+    assert list(cluster) == ["worker"]
+    hosts, ports = zip(*(a.split(":") for a in cluster["worker"]), strict=True)
+    assert set(hosts) == {"127.0.0.1"}
+    assert len(set(ports)) == 3
+    assert all(1024 <= int(p) < 65536 for p in ports)
+
+
+def test_it_runs_as_a_module(program):
+    script = program("print(index)")
+    line = [sys.executable, "-W", "error", "-m", "tfbig.launch", "--workers", 1, script]
+    # Here Python imports tfbig, and so TensorFlow, before the launcher.
+    done = job.finish(job.start(line), timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[worker 0] 0\n"), done.stderr
+
+
+def test_arguments_after_the_script_are_the_script_s(program):
+    arguments = ["--workers", "7", "-h", "--help", "--max", "--max_restarts=x", "--", "-1", "--=x"]
+    arguments += ["", "a b", "*", "--grace_period"]
+    done = launch(program("print(json.dumps(sys.argv[1:]))"), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert {i: json.loads(line) for i, (line,) in by_worker(done.stdout).items()} == {
+        0: arguments,
+        1: arguments,
+    }
+
+
+@pytest.mark.parametrize(
+    ("visible", "options", "expected"),
+    [
+        (None, (), [None, None]),
+        ("3,5", (), ["3,5", "3,5"]),
+        (None, ("--per_worker_devices", 2), ["0,1", "2,3"]),
+        ("7,5,GPU-1a2b", ("--per_worker_devices", 1), ["7", "5"]),
+        ("4, 5,6,7", ("--per_worker_devices", 2), ["4,5", "6,7"]),
+        # All hidden, and so for each worker.
+        ("-1", ("--per_worker_devices", 1), ["-1", "-1"]),
+        ("", ("--per_worker_devices", 1), ["-1", "-1"]),
+    ],
+)
+def test_devices_are_divided_if_asked_for(program, visible, options, expected):
+    script = program("print(json.dumps(os.environ.get('CUDA_VISIBLE_DEVICES')))")
+    before = ["env", "-u", "CUDA_VISIBLE_DEVICES"]
+    before += [] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
+    done = launch(script, options=options, before=before)
+    assert done.returncode == 0, done.stderr
+    got = by_worker(done.stdout)
+    assert [json.loads(got[i][0]) for i in (0, 1)] == expected
+
+
+ONE = ["--workers", "1"]
+WRONG = {
+    "no worker": (["--workers", "0"], "--workers: must be an integer >= 1. Received: 0"),
+    "negative": (["--workers", "-1"], "--workers: must be an integer >= 1. Received: -1"),
+    "no number": (["--workers", "x"], "--workers: must be an integer >= 1. Received: x"),
+    "fraction": (["--workers", "1.5"], "--workers: must be an integer >= 1. Received: 1.5"),
+    "missing": ([], "the following arguments are required: --workers"),
+    "short form": (["--work", "2"], "the following arguments are required: --workers"),
+    "grace": ([*ONE, "--grace_period", "-1"], "must be a number of seconds >= 0. Received: -1"),
+    "endless": ([*ONE, "--grace_period", "inf"], "a number of seconds >= 0. Received: inf"),
+    "nan": ([*ONE, "--grace_period", "nan"], "a number of seconds >= 0. Received: nan"),
+    "restarts": ([*ONE, "--max_restarts", "-1"], "must be an integer >= 0. Received: -1"),
+    "devices": ([*ONE, "--per_worker_devices", "0"], "must be an integer >= 1. Received: 0"),
+}
+
+
+def refused(done, message):
+    """Asserts exit code 2 and one line, below the usage, that says why."""
+    assert done.returncode == 2
+    assert done.stdout == ""
+    usage, *_, last = done.stderr.splitlines()
+    assert usage.startswith("usage: python -m tfbig.launch")
+    assert last.startswith("python -m tfbig.launch: error: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_refused(program, case):
+    arguments, message = WRONG[case]
+    line = [sys.executable, job.LAUNCH, *arguments, program("print('started')")]
+    refused(job.finish(job.start(line), LIMIT), message)
+
+
+def test_the_script_must_be_a_file(tmp_path):
+    for path in (tmp_path / "missing.py", tmp_path):
+        refused(launch(path), f"script must be a Python file. Received: {path}")
+
+
+def test_too_few_devices_are_refused(program):
+    before = ["env", "CUDA_VISIBLE_DEVICES=0,1,2"]
+    options = ["--per_worker_devices", 2]
+    done = launch(program("print('started')"), options=options, before=before)
+    refused(done, "need 4 devices. Received: CUDA_VISIBLE_DEVICES=0,1,2")
+
+
+# --- What is printed ---------------------------------------------------------
+
+
+def test_output_is_labelled_and_errors_stay_apart(program):
+    done = launch(
+        program("""
+            print("out", index)
+            print("err", index, file=sys.stderr)
+            print("input", repr(sys.stdin.read()))
+            sys.stdout.write("no end")
+        """)
+    )
+    assert done.returncode == 0
+    assert by_worker(done.stdout) == {i: [f"out {i}", "input ''", "no end"] for i in (0, 1)}
+    assert by_worker(done.stderr) == {i: [f"err {i}"] for i in (0, 1)}
+    assert done.stdout.endswith("no end\n")
+
+
+def test_no_line_is_torn(program):
+    script = program("""
+        for i in range(500):
+            for stream in (1, 2):
+                line = f"{stream} {i} {'x' * (i % 300)} end\\n".encode()
+                # In two parts, as a program with a buffer of its own may.
+                os.write(stream, line[: i % 7])
+                os.write(stream, line[i % 7 :])
+    """)
+    # Both to one place, as in a terminal.
+    done = launch(script, workers=4, before=["sh", "-c", 'exec "$@" 2>&1', "sh"])
+    assert done.returncode == 0
+    got = by_worker(done.stdout)
+    assert sorted(got) == [0, 1, 2, 3]
+    for lines in got.values():
+        for stream in "12":
+            assert [line for line in lines if line[0] == stream] == [
+                f"{stream} {i} {'x' * (i % 300)} end" for i in range(500)
+            ]
+
+
+def test_all_is_printed_to_a_reader_who_is_slow(program, presence):
+    # More than the pipe to the reader holds, and less than that and the worker's pipe.
+    script = program(PRESENT, "say('up'); print(('x' * 99 + '\\n') * 1000, end='')")
+    with launching(script, presence.path, workers=1) as process:
+        presence.wait_for("up 0")
+        presence.wait_until_all_are_gone()
+        time.sleep(1.5)  # The launcher waits 1 s for what is still to be read.
+        assert process.poll() is None
+        out, err = process.communicate(timeout=LIMIT)
+    assert by_worker(out) == {0: ["x" * 99] * 1000}
+    assert (process.returncode, err) == (0, "")
+
+
+def test_a_reader_who_leaves_ends_the_job(program):
+    script = program("while True: print(index); time.sleep(0.01)")
+    with launching(script) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        # As without a launcher: Python's exit code after a BrokenPipeError.
+        assert process.wait(timeout=LIMIT) == 1
+    assert "BrokenPipeError" in err
+    (line,) = of_launcher(err)
+    assert re.fullmatch(r"tfbig.launch: worker \d failed with exit code 1; .* ended", line)
+
+
+# --- A worker that fails -----------------------------------------------------
+
+
+KILL = "os.kill(os.getpid(), signal.{})"
+FAILURES = {
+    "sys.exit(3)": (3, "worker 1 failed with exit code 3"),
+    "sys.exit(-1)": (255, "worker 1 failed with exit code 255"),
+    "raise ValueError": (1, "worker 1 failed with exit code 1"),
+    KILL.format("SIGKILL"): (137, "worker 1 was ended by SIGKILL"),
+    KILL.format("SIGSEGV"): (139, "worker 1 was ended by SIGSEGV"),
+    KILL.format("SIGTERM"): (143, "worker 1 was ended by SIGTERM"),
+}
+if sys.platform == "linux":
+    # It has no name.
+    FAILURES[KILL.format("SIGRTMIN + 1")] = (163, "worker 1 was ended by signal 35")
+
+
+@pytest.mark.parametrize("end", FAILURES)
+def test_the_first_failure_ends_the_job_with_its_exit_code(program, presence, end):
+    code, what = FAILURES[end]
+    done = launch(
+        program(
+            PRESENT,
+            f"if index == 1: {end}",
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit('asked to end'))",
+            RUN_ON,
+        ),
+        presence.path,
+        workers=3,
+    )
+    assert done.returncode == code
+    presence.wait_until_all_are_gone(within=1)
+    assert of_launcher(done.stderr) == [f"tfbig.launch: {what}; all workers are ended"]
+
+
+def test_the_others_have_time_to_end_by_themselves(program, presence):
+    script = program(
+        PRESENT,
+        """
+            def end(*_):
+                time.sleep(0.3)
+                print("saved")
+                sys.exit(0)
+            if index == 1:
+                while not os.path.exists(sys.argv[2]): time.sleep(0.01)
+                sys.exit(4)
+            signal.signal(signal.SIGTERM, end)
+            open(sys.argv[2], "w").close()
+        """,
+        RUN_ON,
+    )
+    done = launch(script, presence.path, script.with_name("ready"))
+    assert done.returncode == 4
+    assert by_worker(done.stdout) == {0: ["saved"]}
+
+
+def test_workers_that_do_not_end_are_killed(program, presence):
+    script = program(
+        PRESENT,
+        """
+            if index == 1:
+                while not os.path.exists(sys.argv[2]): time.sleep(0.01)
+                sys.exit(4)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            open(sys.argv[2], "w").close()
+        """,
+        RUN_ON,
+    )
+    start = time.monotonic()
+    options = ["--grace_period", 0.5]
+    done = launch(script, presence.path, script.with_name("ready"), options=options)
+    assert done.returncode == 4
+    assert 0.5 < time.monotonic() - start < 10
+    presence.wait_until_all_are_gone(within=1)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(0)", 0), ("sys.exit(3)", 3), (KILL.format("SIGKILL"), 137)]
+)
+def test_processes_of_workers_are_ended_too(program, presence, end, code):
+    done = launch(program(PRESENT, CHILD, "say('up')", end), presence.path)
+    assert done.returncode == code
+    presence.wait_until_all_are_gone()
+    assert "up" in presence.said
+
+
+def test_a_process_that_left_its_worker_does_not_hold_the_launcher(program, presence):
+    script = program(
+        PRESENT,
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)",
+        "say(child.pid)",
+        "print('last')",
+    )
+    done = launch(script, presence.path, workers=1)
+    assert (done.returncode, done.stdout) == (0, "[worker 0] last\n")
+    presence.wait_until_all_are_gone()
+    # It goes on until here: it is not of the job any more.
+    os.kill(int(presence.said.split()[0]), signal.SIGKILL)
+
+
+# --- Signals to the launcher -------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
+def test_workers_end_with_a_launcher_that_is_killed(program, presence):
+    with launching(program(PRESENT, STUBBORN), presence.path) as process:
+        presence.wait_for("up 0", "up 1")
+        process.kill()
+        presence.wait_until_all_are_gone()
+        assert process.wait(timeout=LIMIT) == -signal.SIGKILL
+
+
+ENDINGS = {
+    signal.SIGINT: (130, "interrupted", "interrupted"),
+    signal.SIGTERM: (143, "terminated", "asked"),
+    signal.SIGHUP: (129, "terminated", "asked"),
+}
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_signal_ends_the_job(program, presence, number):
+    code, what, said = ENDINGS[number]
+    options = ["--grace_period", 0.3, "--max_restarts", 3]
+    script = program(PRESENT, CHILD, STUBBORN)
+    with launching(script, presence.path, options=options) as process:
+        presence.wait_for("up 0", "up 1")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=LIMIT)
+        presence.wait_until_all_are_gone()
+    assert process.returncode == code
+    # The workers were asked before, and were not started again.
+    presence.wait_for(f"{said} 0", f"{said} 1")
+    assert presence.said.count("up 0") == 1
+    assert (out, err) == ("", f"tfbig.launch: {what}; all workers are ended\n")
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_second_signal_does_not_wait(program, presence, number):
+    code, what, said = ENDINGS[number]
+    script = program(PRESENT, CHILD, STUBBORN)
+    with launching(script, presence.path, options=["--grace_period", 1000]) as process:
+        presence.wait_for("up 0", "up 1")
+        process.send_signal(number)
+        presence.wait_for(f"{said} 0", f"{said} 1")
+        assert process.poll() is None
+        process.send_signal(number)
+        out, err = process.communicate(timeout=LIMIT)
+        presence.wait_until_all_are_gone()
+    assert process.returncode == code
+    assert (out, err) == ("", f"tfbig.launch: {what}; all workers are ended\n")
+
+
+def test_a_signal_after_a_failure_prevents_the_restart(program, presence):
+    options = ["--grace_period", 1000, "--max_restarts", 3]
+    script = program(
+        PRESENT,
+        """
+            if index == 1:
+                while not os.path.exists(sys.argv[2]): time.sleep(0.01)
+                sys.exit(4)
+            signal.signal(signal.SIGTERM, lambda *_: say("asked"))
+            say("up")
+            open(sys.argv[2], "w").close()
+            while True: time.sleep(60)
+        """,
+    )
+    with launching(script, presence.path, script.with_name("r"), options=options) as process:
+        presence.wait_for("asked 0")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=LIMIT)
+        presence.wait_until_all_are_gone()
+    assert process.returncode == 130
+    assert presence.said.count("up 0") == 1
+    assert err == "tfbig.launch: interrupted; all workers are ended\n"
+
+
+def test_nohup_is_honoured(program, presence):
+    before = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    script = program(PRESENT, STUBBORN)
+    options = ["--grace_period", 0.1]
+    with launching(script, presence.path, options=options, before=before) as process:
+        presence.wait_for("up 0", "up 1")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(timeout=LIMIT) == 143
+    presence.wait_until_all_are_gone()
+
+
+# --- Restarts ----------------------------------------------------------------
+
+
+FAILS_AT_FIRST = """
+    with open(sys.argv[1] + str(index), "a") as file:
+        print(os.environ["TF_CONFIG"], file=file)
+    starts = len(open(sys.argv[1] + str(index)).readlines())
+    if index == 0 and starts <= int(sys.argv[2]):
+        # Not before the other has been here too.
+        while True:
+            try:
+                if len(open(sys.argv[1] + "1").readlines()) == starts: break
+            except FileNotFoundError: pass
+            time.sleep(0.01)
+        sys.exit(7)
+    if index == 1 and starts <= int(sys.argv[2]): time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failures", "restarts", "code", "left"),
+    [(1, 3, 0, [3]), (2, 2, 0, [2, 1]), (9, 1, 7, [1, 0]), (1, 0, 7, [None])],
+)
+def test_the_job_is_started_again(program, tmp_path, failures, restarts, code, left):
+    script = program(FAILS_AT_FIRST)
+    done = launch(script, tmp_path / "start", failures, options=["--max_restarts", restarts])
+    assert done.returncode == code
+    assert of_launcher(done.stderr) == [
+        "tfbig.launch: worker 0 failed with exit code 7; all workers are ended"
+        + ("" if n is None else f"; restarts left: {n}")
+        for n in left
+    ]
+    starts = [
+        [json.loads(line)["cluster"]["worker"] for line in path.read_text().splitlines()]
+        for path in (tmp_path / "start0", tmp_path / "start1")
+    ]
+    assert starts[0] == starts[1]
+    assert len(starts[0]) == min(failures, restarts) + 1
+    # Fresh ports: the old ones may still be taken.
+    assert len({tuple(addresses) for addresses in starts[0]}) == len(starts[0])
