@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import tempfile
 import zipfile
 
 import numpy as np
@@ -59,18 +58,19 @@ class State:
     """
 
     def __init__(self, model):
-        scale = model.loss_scale_state
+        scale, optimizer = model.loss_scale_state, model.optimizer
         groups = {
             "weight": model.weights,
-            "optimizer": model.optimizer.variables if model.optimizer is not None else [],
+            type(optimizer).__name__: optimizer.variables if optimizer is not None else [],
             "loss scale": scale.variables() if scale is not None else [],
             "seed": model.seed_states.variables(),
             "metric": model.metrics_variables,
         }
         self.metrics = list(groups["metric"])
         self.variables = [v for variables in groups.values() for v in variables]
+        # Without the names of models, which count up in a process.
         self.described = [
-            f"{group} {v.name} {tuple(v.shape)} {v.dtype}"
+            f"{group} {tuple(v.shape)} {v.dtype}"
             for group, variables in groups.items()
             for v in variables
         ]
@@ -94,16 +94,16 @@ def write(directory, backup):
     }
     arrays = {str(i): array for i, array in enumerate(backup.arrays)}
     arrays[_ABOUT] = np.array(json.dumps(about))
-    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".backup-", suffix=".tmp")
+    temporary = directory / f".backup-{os.getpid()}.tmp"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path_in(directory))
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
     _sync(directory)
 
@@ -126,7 +126,7 @@ def read(directory):
     """
     path = path_in(directory)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             about = json.loads(str(file[_ABOUT]))
             found = about.pop("format")
             if found != FORMAT:

@@ -57,6 +57,7 @@ def _fingerprint(model, arguments, options):
         if model.built
         else "not built",
         "model": type(model).__name__,
+        "layers": [[type(layer).__name__, _settings(layer)] for layer in model.layers],
         "dtype policy": model.dtype_policy.name,
         "floatx": keras.config.floatx(),
         "seed": _keras.global_seed(),
@@ -70,6 +71,16 @@ def _fingerprint(model, arguments, options):
         if name != "verbose":
             found[f"argument {name}"] = keras.tree.map_structure(_described, value)
     return {k: json.dumps(v, default=str, sort_keys=True) for k, v in found.items()}
+
+
+def _settings(layer):
+    """The settings of a layer that are numbers or texts; not its name, which counts up."""
+    try:
+        config = layer.get_config()
+    except (NotImplementedError, TypeError, ValueError):
+        return {}
+    is_simple = (bool, int, float, str)
+    return {k: v for k, v in config.items() if isinstance(v, is_simple) and k != "name"}
 
 
 def _described(value):

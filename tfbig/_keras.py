@@ -689,7 +689,9 @@ def _reseeded_tf_dataset(self):
     inputs = array_slicing.convert_to_sliceable(self._inputs, target_backend="tensorflow")
     inputs = keras.tree.lists_to_tuples(inputs)
 
-    def permutation(key):
+    def permutation(digits):
+        # Another one each time the dataset is iterated, in the order of these times.
+        key = tf.reduce_sum(digits * [1, 2**10, 2**20, 2**30])
         indices = tf.range(self._num_samples, dtype=tf.int64)
         return tf.random.experimental.stateless_shuffle(indices, tf.stack([seed, key]))
 
@@ -704,7 +706,9 @@ def _reseeded_tf_dataset(self):
 
         return keras.tree.map_structure(part, arrays)
 
-    keys = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).take(1)
+    # `shuffle` draws when an iterator is made, `Dataset.random` when it is first read: with
+    # replicas, that happens in the background, and iterators that Keras drops unread race.
+    keys = tf.data.Dataset.range(2**10).shuffle(2**10, seed).batch(4).take(1)
     whole = tf.data.Dataset.from_tensors(inputs).repeat()
     return (
         tf.data.Dataset.zip(keys.map(permutation).flat_map(batches), whole)
@@ -727,49 +731,57 @@ def set_initial_epoch(model, epoch):
     model._initial_epoch = epoch
 
 
-def known_batches(model):
-    """Batches of an epoch of the running `fit`, where that is known, else None."""
-    return model._epoch_iterator._num_batches
+def data_of_fit(model):
+    """The epoch iterator of the `fit` that begins, in `on_train_begin`."""
+    return model._epoch_iterator
 
 
-def resume_data(model, epochs, batches, num_batches):
+def known_batches(iterator):
+    """Batches of an epoch of an epoch iterator, where that is known, else None."""
+    return iterator._num_batches
+
+
+def resume_data(iterator, epochs, batches, num_batches):
     """Moves the data of the `fit` that begins to where an earlier one was.
 
     Args:
-        model: `keras.Model`.
+        iterator: its epoch iterator.
         epochs: int, epochs that are complete.
         batches: int, batches of the next one that are consumed.
         num_batches: int, what `known_batches` was there; or None.
     """
-    iterator = model._epoch_iterator
     enumerate_epoch = iterator._enumerate_iterator
-    if epochs and iterator._num_batches is None and not iterator.steps_per_epoch:
-        # The first epoch of data of unknown length ends when they do.
-        iter(iterator._get_iterator())
-        iterator.data_adapter.on_epoch_begin()
-        iterator.data_adapter.on_epoch_end()
+    # Makes the iterators that the epochs made, which moves seeds on, and reads nothing.
+    if iterator._num_batches is None and not iterator.steps_per_epoch:
+        for _ in range(epochs):
+            iterator.data_adapter.on_epoch_begin()
+            iter(iterator._get_iterator())
+            iterator.data_adapter.on_epoch_end()
+        # What Keras takes it for once the data have ended.
         iterator._num_batches = num_batches
-        epochs -= 1
-    for _ in range(epochs):
-        # Makes the iterators that the epoch made, which moves seeds on, and reads nothing.
-        collections.deque(enumerate_epoch(), maxlen=0)
+    else:
+        for _ in range(epochs):
+            collections.deque(enumerate_epoch(), maxlen=0)
 
     def rest_of_epoch():
         iterator._enumerate_iterator = enumerate_epoch
-        # With steps_per_epoch, one iterator goes on through all epochs.
-        unread = None
+        is_first = True
         for begin, end, data in enumerate_epoch():
-            if unread is None:
-                unread = iterator._steps_seen - iterator.steps_per_execution
+            if is_first:
+                # With steps_per_epoch, one iterator goes on through all epochs.
+                _read(data, iterator._steps_seen - iterator.steps_per_execution)
+                is_first = False
             if begin < batches:
-                unread += end + 1 - begin
-                continue
-            for _ in range(unread):
-                next(data)
-            unread = 0
-            yield begin, end, data
+                _read(data, end + 1 - begin)
+            else:
+                yield begin, end, data
 
     iterator._enumerate_iterator = rest_of_epoch
+
+
+def _read(data, batches):
+    for _ in range(batches):
+        next(data, None)
 
 
 def values_of(variables):
@@ -904,7 +916,7 @@ class TrainerOverrides(_KerasModel):
 
         def step(data):
             logs = replica_step(data if is_placed else self._share_of_replica(data))
-            if is_global:
+            if is_global or not logs:
                 return logs
             mean = tf.distribute.get_replica_context().all_reduce(
                 "MEAN", [tf.cast(v, tf.float32) for v in tf.nest.flatten(logs)]

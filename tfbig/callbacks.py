@@ -131,6 +131,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         return int(self._workers.exchange("a seed", str(_keras.new_seed()))[0])
 
     def on_train_begin(self, logs=None):
+        self._data = _keras.data_of_fit(self.model)
         backup, self._backup = self._backup, None
         if backup is None:
             return
@@ -145,7 +146,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._epoch, self._batch = backup.epoch, backup.batch
         self._metrics = backup.arrays[len(backup.arrays) - len(state.metrics) :]
         _keras.set_initial_epoch(self.model, self._epoch)
-        _keras.resume_data(self.model, backup.epoch, backup.batch, backup.num_batches)
+        _keras.resume_data(self._data, backup.epoch, backup.batch, backup.num_batches)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._epoch != epoch:  # With initial_epoch.
@@ -191,7 +192,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         backup = _backup.Backup(
             epoch=self._epoch,
             batch=self._batch,
-            num_batches=_keras.known_batches(self.model),
+            num_batches=_keras.known_batches(self._data),
             seed=self._seed,
             described=state.described,
             arrays=_keras.values_of(state.variables),

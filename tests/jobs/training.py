@@ -1,0 +1,116 @@
+"""Trains a small model with everything that a backup has to hold.
+
+    training.py DIRECTORY BACKUP_DIR [--save_freq N] [--seconds S] [--strategy KIND] ...
+
+Leaves all weights and optimizer variables of the chief in DIRECTORY/end.npz, and its
+logs in end.json. A line "update N" is printed after each update.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfbig
+
+SAMPLES, BATCH, EPOCHS = 60, 16, 4
+UPDATES = EPOCHS * 4
+
+
+class Progress(keras.callbacks.Callback):
+    """Prints each update, and makes it last."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def on_train_batch_end(self, batch, logs=None):
+        print("update", int(self.model.optimizer.iterations.numpy()), flush=True)
+        time.sleep(self.seconds)
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(SAMPLES, n)).astype("float32") for n in (4, 2)]
+
+
+def data(kind):
+    """Arguments of fit: arrays that Keras shuffles, or a dataset that shuffles itself."""
+    x, y = arrays()
+    if kind == "arrays":
+        return {"x": x, "y": y, "batch_size": BATCH}
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(SAMPLES)
+    if kind == "steps":
+        # Each epoch ends within the data, which go on in the next.
+        return {"x": dataset.batch(BATCH).repeat(), "steps_per_epoch": 3}
+    if kind == "unknown":
+        dataset = dataset.filter(lambda x, y: x[0] < 10)
+    return {"x": dataset.batch(BATCH)}
+
+
+def build(options):
+    model = tfbig.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(8, "relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(options.units),
+        ],
+        gradient_accumulation_steps=2,
+        loss_scale=tfbig.DynamicLossScale(initial_scale=2.0**10, growth_interval=3),
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(0.02, UPDATES)
+    model.compile(
+        keras.optimizers.AdamW(schedule, use_ema=True),
+        "mse",
+        metrics=["mae"],
+        steps_per_execution=options.steps_per_execution,
+    )
+    return model
+
+
+def parse():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("backup_dir")
+    parser.add_argument("--save_freq", default="3")
+    parser.add_argument("--seconds", type=float, default=0)
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--data", default="arrays")
+    parser.add_argument("--steps_per_execution", type=int, default=1)
+    parser.add_argument("--units", type=int, default=2)
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(5)
+    devices = 2 if options.strategy == "mirrored" else None
+    strategy = tfbig.distribute.get_strategy(options.strategy, devices=devices, timeout=60)
+    with strategy.scope():
+        model = build(options)
+    save_freq = options.save_freq if options.save_freq == "epoch" else int(options.save_freq)
+    backup = tfbig.callbacks.BackupAndRestore(options.backup_dir, save_freq)
+    history = model.fit(
+        **data(options.data),
+        epochs=EPOCHS,
+        verbose=0,
+        callbacks=[backup, Progress(options.seconds)],
+        validation_data=arrays(),
+        validation_batch_size=BATCH,
+    )
+    if tfbig.distribute.is_chief(strategy):
+        values = [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables)]
+        np.savez(options.directory / "end.npz", *values)
+        logs = {k: v[-1] for k, v in history.history.items()}
+        (options.directory / "end.json").write_text(json.dumps(logs))
+
+
+if __name__ == "__main__":
+    main()
