@@ -11,6 +11,7 @@ The output directory then holds history.csv, curves.png and model.keras.
 """
 
 import contextlib
+import csv
 import dataclasses
 import math
 import os
@@ -72,11 +73,9 @@ def digits():
             layers.Conv2D(16, **convolution),
             layers.Conv2D(32, **convolution),
             layers.MaxPooling2D(),
-            layers.Dropout(0.3),
             layers.Conv2D(64, **convolution),
             layers.MaxPooling2D(),
             layers.Flatten(),
-            layers.Dropout(0.5),
             # Logits in at least float32: a softmax in float16 loses its tail.
             layers.Dense(10, dtype=keras.config.floatx()),
         ]
@@ -97,9 +96,10 @@ TASKS = {"digits": digits}
 _TASK = flags.DEFINE_enum("task", "digits", sorted(TASKS), "What to train.")
 _STRATEGY = flags.DEFINE_enum(
     "strategy",
-    "default",
-    ["default", "one_device", "mirrored"],
-    "The tf.distribute strategy. mirrored uses GPUs where there are any, else logical CPU devices.",
+    "auto",
+    ["auto", "multi_worker", "mirrored", "one_device", "default"],
+    "The tf.distribute strategy. auto: all workers that TF_CONFIG or SLURM list, else all GPUs, "
+    "else the CPU. mirrored uses GPUs where there are any, else logical CPU devices.",
 )
 _REPLICAS = flags.DEFINE_integer(
     "replicas",
@@ -139,6 +139,15 @@ _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Where the results go. By default runs/<task>."
 )
 _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace a run that --output_dir holds.")
+_BACKUP_DIR = flags.DEFINE_string(
+    "backup_dir",
+    None,
+    "Where backups go. A run that was interrupted, and is started again with the same flags, goes "
+    "on from the last one. All workers must see the directory.",
+)
+_BACKUP_FREQ = flags.DEFINE_integer(
+    "backup_freq", None, "Updates from one backup to the next. By default an epoch.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of weights, shuffling and dropout.", lower_bound=0, upper_bound=2**32 - 1
 )
@@ -188,6 +197,11 @@ def _one_cut(values):
     return None in values.values()
 
 
+@flags.multi_flags_validator(["backup_dir", "backup_freq"], "--backup_freq needs --backup_dir")
+def _backups_have_a_place(values):
+    return values["backup_freq"] is None or values["backup_dir"]
+
+
 @flags.multi_flags_validator(
     ["strategy", "replicas"], "--replicas=2 and more need --strategy=mirrored"
 )
@@ -210,7 +224,8 @@ def _prepare_output_dir():
         with tempfile.TemporaryFile(dir=path):
             pass
         found = [name for name in RESULTS if (path / name).exists()]
-        if found and not _OVERWRITE.value:
+        backup = pathlib.Path(_BACKUP_DIR.value or path / "no backup")
+        if found and not _OVERWRITE.value and not backup.exists():
             raise UsageError(
                 f"--output_dir={path} already holds a run ({', '.join(found)}). Choose another "
                 "or add --overwrite."
@@ -246,38 +261,21 @@ def _quiet_start():
             os.close(stderr)
 
 
-def _make_strategy():
-    """The strategy of the flags, its devices set up."""
-    import tensorflow as tf
-
-    gpus = tf.config.list_physical_devices("GPU")
-    kind = "GPU" if gpus else "CPU"
-    if _STRATEGY.value == "default":
-        return tf.distribute.get_strategy()
-    if _STRATEGY.value == "one_device":
-        return tf.distribute.OneDeviceStrategy(f"{kind}:0")
-    replicas = _REPLICAS.value or len(gpus) or 2
-    if gpus and replicas > len(gpus):
-        raise UsageError(
-            f"--replicas={replicas}, but there are {len(gpus)} GPUs. Ask for at most so many, or "
-            "hide the GPUs with CUDA_VISIBLE_DEVICES=-1."
-        )
-    if not gpus:
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0],
-            [tf.config.LogicalDeviceConfiguration()] * replicas,
-        )
-    return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(replicas)])
-
-
 def _start():
-    """Imports and configures TensorFlow; returns the strategy."""
+    """Configures TensorFlow; returns the strategy."""
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")
-    strategy = _make_strategy()
     import keras
 
+    import tfbig
+
+    devices = _REPLICAS.value
+    if _STRATEGY.value == "mirrored" and not tf.config.list_physical_devices("GPU"):
+        devices = devices or 2
+    strategy = tfbig.distribute.get_strategy(
+        _STRATEGY.value, devices=devices if _STRATEGY.value == "mirrored" else None
+    )
     if _PRECISION.value == "float64":
         keras.config.set_floatx("float64")
     keras.config.set_dtype_policy(_PRECISION.value)
@@ -285,8 +283,6 @@ def _start():
     if _PRECISION.value == "mixed_float16":
         # At the first float16 operation TensorFlow remarks on the processor.
         tf.matmul(tf.ones((1, 1), tf.float16), tf.ones((1, 1), tf.float16))
-    import tfbig  # noqa: F401
-
     return strategy
 
 
@@ -319,19 +315,29 @@ def _updates(model):
     return int(model.optimizer.iterations.numpy())
 
 
-def _make_recorder():
-    """A callback that keeps what the table and the curves need."""
+def _make_recorder(path):
+    """A callback that keeps what the table and the curves need, and writes history.csv.
+
+    Args:
+        path: Where to; of a run that goes on, it holds the epochs so far. None: nowhere.
+    """
     import keras
 
     class Recorder(keras.callbacks.Callback):
         def __init__(self):
             super().__init__()
-            self.epochs = []  # Logs of each epoch.
+            self.epochs = None  # Logs of each epoch; None before the first.
             self.scales = []  # (updates tried, loss scale, skipped updates).
             self.seconds = []  # Of training, without validation, per epoch.
 
         def on_epoch_begin(self, epoch, logs=None):
+            if self.epochs is None:
+                self.epochs = _read_history(path, epoch)
             self._began, self._ended = time.perf_counter(), None
+
+        def on_train_end(self, logs=None):
+            if self.epochs is None:  # All were complete.
+                self.epochs = _read_history(path, _EPOCHS.value)
 
         def on_train_batch_end(self, batch, logs=None):
             self._ended = time.perf_counter()
@@ -341,10 +347,32 @@ def _make_recorder():
                 self.scales.append((tried, float(logs["loss_scale"]), skipped))
 
         def on_epoch_end(self, epoch, logs=None):
-            self.epochs.append(dict(logs))
-            self.seconds.append(self._ended - self._began)
+            self.epochs.append({k: float(v) for k, v in logs.items()})
+            if self._ended is not None:
+                self.seconds.append(self._ended - self._began)
+            if path is not None:
+                _write_history(path, self.epochs)
 
     return Recorder()
+
+
+def _read_history(path, epochs):
+    """The logs of the first epochs in history.csv; fewer if it holds fewer."""
+    if path is None or not epochs or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))[:epochs]
+    return [{k: float(v) for k, v in row.items() if k != "epoch"} for row in rows]
+
+
+def _write_history(path, epochs):
+    # Whole, and in one step: a run may be killed at any time, and go on.
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["epoch", *sorted(epochs[-1])])
+        writer.writeheader()
+        writer.writerows({"epoch": i, **logs} for i, logs in enumerate(epochs))
+    temporary.replace(path)
 
 
 # --- Results -----------------------------------------------------------------
@@ -436,7 +464,7 @@ def _print_table(model, recorder, samples, validation_accuracy):
         "updates": _updates(model),
         "skipped updates": model.skipped_updates,
         "loss scale": scale,
-        "samples/s": f"{samples * len(timed) / sum(timed):,.0f}",
+        "samples/s": f"{samples * len(timed) / sum(timed):,.0f}" if timed else "nothing trained",
         "peak memory": f"{memory / 2**20:,.0f} MiB",
         "validation accuracy": f"{validation_accuracy:.4f}",
     }
@@ -449,19 +477,29 @@ def _print_table(model, recorder, samples, validation_accuracy):
 def _train(path):
     with _quiet_start():
         strategy = _start()
-    import keras
+    import tensorflow as tf
 
-    from tfbig import errors
+    import tfbig
 
     task = TASKS[_TASK.value]()
     (x, y), validation = task.train, task.validation
     updates = _EPOCHS.value * math.ceil(len(x) / _BATCH_SIZE.value)
-    recorder = _make_recorder()
+    is_chief = tfbig.distribute.is_chief(strategy)
+    recorder = _make_recorder(path / "history.csv" if is_chief else None)
+    callbacks = [recorder]
+    if _BACKUP_DIR.value:
+        # Kept: a job that is started again after its end, since one worker failed at the very
+        # last, finds it complete.
+        backup = tfbig.callbacks.BackupAndRestore(
+            _BACKUP_DIR.value, _BACKUP_FREQ.value or "epoch", delete_checkpoint=False
+        )
+        callbacks.append(backup)
     try:
         model = _make_model(task, strategy, updates)
         # Only now, so that a run that cannot begin leaves the old one.
-        for name in RESULTS:
-            (path / name).unlink(missing_ok=True)
+        if is_chief and not (_BACKUP_DIR.value and os.path.exists(_BACKUP_DIR.value)):
+            for name in RESULTS:
+                (path / name).unlink(missing_ok=True)
         model.fit(
             x,
             y,
@@ -469,25 +507,31 @@ def _train(path):
             epochs=_EPOCHS.value,
             validation_data=validation,
             validation_batch_size=_BATCH_SIZE.value,
-            verbose=_VERBOSE.value,
-            callbacks=[recorder, keras.callbacks.CSVLogger(str(path / "history.csv"))],
+            verbose=_VERBOSE.value if is_chief else 0,
+            callbacks=callbacks,
         )
     except KeyboardInterrupt:
         # A second Ctrl-C would leave half a file.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if model.optimizer.built:
+        if model.optimizer.built and is_chief:
             _save(model, recorder, path)
             done = _updates(model)
             return _interrupted(f"{done} of {updates} updates are saved in {path}")
-        return _interrupted("nothing is trained yet")
-    except errors.InvalidOptionError as e:
+        return _interrupted("nothing is trained yet" if is_chief else "the chief saves")
+    except tfbig.errors.InvalidOptionError as e:
         raise UsageError(e) from None
-    except errors.TfbigError as e:
+    except tfbig.errors.TfbigError as e:
         print(f"\ntrain.py: {e}", file=sys.stderr)
         return 1
-    _save(model, recorder, path)
-    _print_table(model, recorder, len(x), recorder.epochs[-1]["val_accuracy"])
-    print(f"\n{', '.join(RESULTS)} are in {path}")
+    except tf.errors.UnavailableError as e:
+        print(f"\ntrain.py: another worker ended: {e.message.splitlines()[0]}", file=sys.stderr)
+        return 1
+    if is_chief:
+        _save(model, recorder, path)
+        _print_table(model, recorder, len(x), recorder.epochs[-1]["val_accuracy"])
+        print(f"\n{', '.join(RESULTS)} are in {path}")
+        if _BACKUP_DIR.value:
+            print(f"{_BACKUP_DIR.value} holds the end of this run: remove it to train anew")
     return 0
 
 
