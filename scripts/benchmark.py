@@ -4,6 +4,11 @@ Every row runs in a process of its own, the rows in turn, several times over. Ti
 that of one effective batch after warm-up, memory the largest resident size of the
 process. The ratio is to plain Keras at the micro-batch, which applies the optimizer
 once per micro-batch.
+
+With --network, tfbig over two workers and a narrow link between them: samples and bytes
+sent against accumulation that exchanges each micro-batch. This needs Linux, iproute2 and
+the right to make network namespaces, which root has; elsewhere it is skipped, which one
+line says, with exit code 0.
 """
 
 import collections
@@ -18,6 +23,7 @@ import subprocess
 import sys
 import time
 
+import benchmark_network
 from absl import app, flags
 
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
@@ -105,6 +111,13 @@ _STEPS_LIST = flags.DEFINE_list(
 _RUNS = flags.DEFINE_integer("runs", 3, "Processes for each row.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 5, "Effective batches timed in a run.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File to write all measurements to.")
+_NETWORK = flags.DEFINE_boolean(
+    "network",
+    False,
+    "Measure an MLP over two workers and a link of 100 Mbit/s instead (as root, on Linux). "
+    "--gradient_accumulation_steps is then 1,4,16 by default, --micro_batch_size that of a "
+    "worker, and all --runs are of the same two processes.",
+)
 _ROW = flags.DEFINE_string("row", None, "Internal: the row that this process measures.")
 
 
@@ -115,6 +128,14 @@ def _are_models(names):
 
 def _counts():
     """The numbers of micro-batches per update; ValueError if one cannot be."""
+    if _NETWORK.value:
+        for name in ("models", "batch_size"):
+            if flags.FLAGS[name].present:
+                raise ValueError(f"--{name} does not go with --network")
+        counts = [int(k) for k in _STEPS_LIST.value or (1, 4, 16)]
+        if min(counts) < 1:
+            raise ValueError(f"--gradient_accumulation_steps must be positive: {min(counts)}")
+        return counts
     whole = _BATCH_SIZE.value
     if _STEPS_LIST.value is None:
         counts = [whole / _MICRO_BATCH_SIZE.value]
@@ -253,7 +274,7 @@ def _environment():
     return {"python": platform.python_version(), "cpus": os.cpu_count(), **versions}
 
 
-def _write_json(path, summaries, runs):
+def _rows(summaries, runs):
     rows = []
     for key, summary in summaries.items():
         row = dict(zip(("model", "gradient_accumulation_steps", "row"), key, strict=True))
@@ -262,15 +283,35 @@ def _write_json(path, summaries, runs):
         else:
             row |= summary | {"runs": runs[key]}
         rows.append(row)
-    settings = {"batch_size": _BATCH_SIZE.value, "runs": _RUNS.value, "steps": _STEPS.value}
+    return rows
+
+
+def _write_json(path, rows, settings):
+    settings |= {"runs": _RUNS.value, "steps": _STEPS.value}
     document = {"environment": _environment(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _measure_rows(counts):
+    """Measures every row; returns those of the table, which it prints."""
+    summaries, runs = _measure_all(counts)
+    print(
+        f"effective batch {_BATCH_SIZE.value}, {_RUNS.value} runs of {_STEPS.value} batches each; "
+        f"ratio to '{MICRO}'\n"
+    )
+    _print_table(summaries)
+    return _rows(summaries, runs)
 
 
 def main(arguments):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # On a GPU, ru_maxrss would be the memory of the host.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    if _ROW.value is not None and _NETWORK.value:
+        numbers = (_MICRO_BATCH_SIZE.value, _STEPS.value, _RUNS.value)
+        rows = benchmark_network.measure(mlp, _counts(), *numbers)
+        pathlib.Path(_ROW.value).write_text(json.dumps(rows))
+        return 0
     if _ROW.value is not None:
         model, k, row = _ROW.value.split("/", 2)
         print(json.dumps(measure(model, row, int(k))))
@@ -286,20 +327,24 @@ def main(arguments):
         print(f"benchmark.py: {e}", file=sys.stderr)
         return 2
     try:
-        summaries, runs = _measure_all(counts)
+        if _NETWORK.value:
+            numbers = (_MICRO_BATCH_SIZE.value, _STEPS.value, _RUNS.value)
+            rows = benchmark_network.compare(__file__, counts, *numbers)
+            settings = {"micro_batch_size": _MICRO_BATCH_SIZE.value}
+        else:
+            rows = _measure_rows(counts)
+            settings = {"batch_size": _BATCH_SIZE.value}
+    except benchmark_network.UnavailableError as e:
+        print(f"benchmark.py: --network skipped: {e}", file=sys.stderr)
+        return 0
     except RuntimeError as e:
         print(f"benchmark.py: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nbenchmark.py: interrupted", file=sys.stderr)
         return 130
-    print(
-        f"effective batch {_BATCH_SIZE.value}, {_RUNS.value} runs of {_STEPS.value} batches each; "
-        f"ratio to '{MICRO}'\n"
-    )
-    _print_table(summaries)
     if path is not None:
-        _write_json(path, summaries, runs)
+        _write_json(path, rows, settings)
     return 0
 
 

@@ -1,0 +1,287 @@
+"""`benchmark.py --network`: one exchange per update against one per micro-batch.
+
+Two hosts are made of this one, each a network namespace with an address of its own. The
+link between them is a pair of virtual interfaces that send at most 100 Mbit/s. In each
+host runs one worker. What it sends is read from the counter of its interface, so that it
+includes the headers of all protocols, acknowledgements and whatever else the workers
+tell each other.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+INTERFACE = "narrow0"
+ADDRESSES = ("192.0.2.1", "192.0.2.2")  # For documentation; of these namespaces only.
+LIMIT = "rate 100mbit burst 32kbit latency 400ms"
+
+EXCHANGES = "exchange per micro-batch"
+TFBIG = "tfbig"
+ROWS = (EXCHANGES, TFBIG)
+
+
+class UnavailableError(Exception):
+    """Hosts cannot be made here."""
+
+
+# --- Two hosts ---------------------------------------------------------------
+
+
+def _configure(command):
+    done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UnavailableError(f"`{command}` does not work here: {reason}")
+
+
+@contextlib.contextmanager
+def two_hosts():
+    """Makes the hosts; yields the names of their namespaces, removed in the end."""
+    for program in ("ip", "tc"):
+        if shutil.which(program) is None:
+            raise UnavailableError(f"there is no `{program}` (iproute2, on Linux)")
+    # Two benchmarks may run at the same time.
+    names = [f"tfbig-{os.getpid()}-{i}" for i in range(len(ADDRESSES))]
+    try:
+        for name in names:
+            _configure(f"ip netns add {name}")
+        first, second = names
+        _configure(
+            f"ip -n {first} link add {INTERFACE} type veth peer name {INTERFACE} netns {second}"
+        )
+        for name, address in zip(names, ADDRESSES, strict=True):
+            _configure(f"ip -n {name} address add {address}/24 dev {INTERFACE}")
+            _configure(f"ip -n {name} link set {INTERFACE} up")
+            _configure(f"ip -n {name} link set lo up")
+            _configure(f"tc -n {name} qdisc add dev {INTERFACE} root tbf {LIMIT}")
+        yield names
+    finally:
+        # A second Ctrl-C must not leave a namespace behind. What follows is short.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        for name in names:
+            # An interface goes with its namespace, and its peer with it.
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def _config(index):
+    addresses = [f"{address}:2222" for address in ADDRESSES]
+    return json.dumps(
+        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+    )
+
+
+def run_workers(command):
+    """Runs a command in both hosts, the last argument a file for what it measured.
+
+    Returns:
+        What the workers measured, in their order.
+    """
+    # `kill` sends it, and so does `timeout`; as an exception it removes the hosts.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with contextlib.ExitStack() as stack:
+        directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers = []
+        for i, name in enumerate(stack.enter_context(two_hosts())):
+            errors = stack.enter_context((directory / f"{i}.err").open("w+"))
+            worker = subprocess.Popen(
+                ["ip", "netns", "exec", name, *command, str(directory / f"{i}.json")],
+                env=os.environ | {"TF_CONFIG": _config(i)},
+                # The first says which row it measures.
+                stdout=subprocess.DEVNULL if i else sys.stderr,
+                stderr=errors,
+            )
+            stack.callback(worker.wait)
+            stack.callback(worker.kill)
+            workers.append((worker, errors))
+        while any(worker.poll() is None for worker, _ in workers):
+            # One that has failed leaves the other waiting.
+            if any(worker.poll() for worker, _ in workers):
+                break
+            time.sleep(0.1)
+        for i, (worker, errors) in enumerate(workers):
+            if worker.returncode:
+                errors.seek(0)
+                lines = errors.read().strip().splitlines()
+                reason = lines[-1] if lines else f"exit code {worker.returncode}"
+                raise RuntimeError(f"worker {i}: {reason}")
+        return [
+            json.loads((directory / f"{i}.json").read_text(encoding="utf-8"))
+            for i in range(len(workers))
+        ]
+
+
+# --- One worker, in its own process ------------------------------------------
+
+
+def _model(row, k, inputs, outputs):
+    import tensorflow as tf
+
+    import tfbig
+
+    # Of tfbig it has only `fit`: Keras's own refuses the batches of several workers.
+    class ExchangePerMicroBatch(tfbig.Model):
+        def train_step(self, data):
+            """One update; the gradient of each micro-batch is all-reduced."""
+            micro_batches = list(zip(*(tf.split(part, k) for part in data), strict=True))
+            total = None
+            for i, (x, y) in enumerate(micro_batches):
+                with tf.GradientTape() as tape:
+                    loss = self.compute_loss(x, y, self(x, training=True)) / k
+                gradients = tape.gradient(loss, [v.value for v in self.trainable_variables])
+                # Keras's optimizer itself sums over the replicas what it is given: that
+                # is the exchange of the last micro-batch, and why the others are means.
+                if i < k - 1:
+                    gradients = tf.distribute.get_replica_context().all_reduce("MEAN", gradients)
+                total = gradients if total is None else list(map(tf.add, total, gradients))
+            self.optimizer.apply(total, self.trainable_variables)
+            return {"loss": loss}
+
+    if row == TFBIG:
+        return tfbig.Model(inputs, outputs, gradient_accumulation_steps=k)
+    return ExchangePerMicroBatch(inputs, outputs)
+
+
+def _sent():
+    """Bytes that this host has sent."""
+    path = pathlib.Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
+    return int(path.read_text())
+
+
+def _fit(model, x, y, batch_size):
+    """Seconds of each update but the first, and bytes sent during them."""
+    import keras
+
+    ends = []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: ends.append((time.perf_counter(), _sent()))
+    )
+    model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[callback])
+    seconds = [after - before for (before, _), (after, _) in itertools.pairwise(ends)]
+    return {"seconds": seconds, "bytes": ends[-1][1] - ends[0][1]}
+
+
+def measure(make_data, counts, micro_batch_size, steps, runs):
+    """Runs of each row and each number of micro-batches, on this worker.
+
+    Args:
+        make_data: Function of a number of samples, as `benchmark.mlp`.
+        counts: list of int, micro-batches per update.
+        micro_batch_size: int, samples per replica and micro-batch.
+        steps: int, updates measured in a run.
+        runs: int, how often each row is measured, the rows in turn.
+
+    Returns:
+        A list of dictionaries.
+    """
+    import keras
+    import numpy as np
+
+    import tfbig
+
+    strategy = tfbig.distribute.get_strategy("multi_worker", timeout=60)
+    replicas = strategy.num_replicas_in_sync
+    rows = []
+    for k in counts:
+        batch = replicas * micro_batch_size * k
+        make, x, y, loss = make_data(batch * (steps + 1))
+        for name in ROWS:
+            # Every row begins with the same weights.
+            keras.utils.set_random_seed(0)
+            with strategy.scope():
+                model = _model(name, k, *make())
+                model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)
+            print(f"warm-up: K={k}, {name}", flush=True)
+            _fit(model, x[:batch], y[:batch], batch)
+            row = {"gradient_accumulation_steps": k, "row": name, "effective_batch": batch}
+            rows.append((row | {"runs": []}, model, x, y))
+        one, other = (model.get_weights() for _, model, _, _ in rows[-len(ROWS) :])
+        deviation = max(np.abs(a - b).max() for a, b in zip(one, other, strict=True))
+        # They are rounded, in float32; an update changes weights by up to 1e-2.
+        if deviation > 1e-6:
+            raise RuntimeError(f"the rows are not the same update: they differ by {deviation:.1e}")
+    for i, (row, model, x, y) in itertools.product(range(runs), rows):
+        k, name = row["gradient_accumulation_steps"], row["row"]
+        print(f"run {i + 1}/{runs}: K={k}, {name}", flush=True)
+        row["runs"].append(_fit(model, x, y, row["effective_batch"]))
+    return [row for row, *_ in rows]
+
+
+# --- All rows ----------------------------------------------------------------
+
+
+def summaries(workers):
+    """The rows of all workers as one list, with rates and ratios.
+
+    Bytes are those that both hosts sent; samples, those of both.
+    """
+    rows = []
+    for own in zip(*workers, strict=True):
+        row = dict(own[0])
+        batch = row["effective_batch"]
+        rates = [batch / statistics.median(run["seconds"]) for run in row["runs"]]
+        row["samples_per_second"] = statistics.median(rates)
+        row["samples_per_second_min"], row["samples_per_second_max"] = min(rates), max(rates)
+        updates = sum(len(run["seconds"]) for run in row["runs"])
+        sent = sum(run["bytes"] for worker in own for run in worker["runs"])
+        row["bytes_per_sample"] = sent / (updates * batch)
+        row["runs"] = [worker["runs"] for worker in own]
+        rows.append(row)
+    key = "gradient_accumulation_steps"
+    bases = {row[key]: row for row in rows if row["row"] == EXCHANGES}
+    for row in rows:
+        for name in ("samples_per_second", "bytes_per_sample"):
+            row[f"{name}_ratio"] = row[name] / bases[row[key]][name]
+    return rows
+
+
+def compare(program, counts, micro_batch_size, steps, runs):
+    """Measures every row in two hosts; returns those of the table, which it prints.
+
+    Args:
+        program: Path of the program that calls `measure` in each host.
+        counts: list of int, micro-batches per update.
+        micro_batch_size: int, samples per worker and micro-batch.
+        steps: int, updates measured in a run.
+        runs: int.
+    """
+    settings = [
+        f"--gradient_accumulation_steps={','.join(map(str, counts))}",
+        f"--micro_batch_size={micro_batch_size}",
+        f"--steps={steps}",
+        f"--runs={runs}",
+    ]
+    rows = summaries(run_workers([sys.executable, program, "--network", *settings, "--row"]))
+    print(
+        f"micro-batch {micro_batch_size} on each of {len(ADDRESSES)} workers, {runs} runs of "
+        f"{steps} updates each; ratios to '{EXCHANGES}'\n"
+    )
+    print_table(rows)
+    return rows
+
+
+def print_table(rows):
+    columns = "{:>4}  {:<24} {:>9} {:>15} {:>6} {:>12} {:>6}"
+    print(columns.format("K", "row", "samples/s", "min-max", "ratio", "bytes/sample", "ratio"))
+    for row in rows:
+        low, high = row["samples_per_second_min"], row["samples_per_second_max"]
+        print(
+            columns.format(
+                row["gradient_accumulation_steps"],
+                row["row"],
+                f"{row['samples_per_second']:.1f}",
+                f"{low:.1f}-{high:.1f}",
+                f"{row['samples_per_second_ratio']:.2f}",
+                f"{row['bytes_per_sample']:.0f}",
+                f"{row['bytes_per_sample_ratio']:.3f}",
+            )
+        )
