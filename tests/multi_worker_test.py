@@ -71,6 +71,14 @@ def test_workers_train_as_plain_keras_on_one_device(workers, combinations, tmp_p
         assert other["digests"] == chief["digests"]
 
 
+def test_compiled_and_eager_steps_train_as_plain_keras(tmp_path):
+    done = job.run("modes", tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for deviations in job.results(tmp_path):
+        assert set(deviations) == {"jit_compile", "run_eagerly"}
+        assert max(deviations.values()) < suite.TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("precision", "steps", "replica"),
     [("mixed_float16", 2, 1), ("float32", 1, 1), ("float32", 4, 0)],
@@ -101,7 +109,7 @@ def test_a_non_finite_value_on_one_worker_is_skipped_by_all(precision, steps, re
         pytest.param("steps_per_execution", "steps_per_execution", marks=pytest.mark.slow),
         pytest.param("samples", "argument x", marks=pytest.mark.slow),
         pytest.param("seed", "seed", marks=pytest.mark.slow),
-        ("layers", "layers"),
+        ("layers in fit", "layers"),
     ],
 )
 def test_workers_that_disagree_get_an_error_that_names_the_difference(what, named, tmp_path):
@@ -112,6 +120,26 @@ def test_workers_that_disagree_get_an_error_that_names_the_difference(what, name
     for message in messages:
         assert f"fit must have the same {named}" in message
         assert re.search(r"Received: worker 0: .*; worker 1: ", message)
+
+
+@pytest.mark.parametrize("what", ["layers", "a variable more"])
+def test_workers_that_build_different_models_say_which_variable_differs(what, tmp_path):
+    job.run("disagreement", tmp_path, what, timeout=60)
+    messages = job.results(tmp_path)
+    assert len(messages) == 2
+    for i, message in enumerate(messages):
+        assert re.search(
+            rf"variable number \d+ is .+ on worker {i}, and .+ on worker {1 - i}", message
+        )
+
+
+def test_a_worker_that_makes_a_variable_more_does_not_wait_for_ever(tmp_path):
+    done = job.run("disagreement", tmp_path, "a variable at the end", timeout=60)
+    reason = r"worker 1 makes another variable, last \(2,\), while worker 0 waits for fit"
+    # The one that waits in fit raises; the other cannot, as TensorFlow holds it, but says so.
+    (message,) = job.results(tmp_path)
+    assert re.search(reason, message)
+    assert re.search(rf"\[worker 1\] tfbig: .*{reason}", done.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,15 @@ import time
 import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
-from tfbig import errors
+from tfbig import _building, errors
 
 __all__ = ("Workers",)
 
 # Seconds that a worker waits for what the others have to say.
 TIMEOUT = 600.0
+
+# Seconds after which a worker that waits looks for the reason.
+_LOOK = 2.0
 
 # Every worker asks the same questions in the same order.
 _questions = itertools.count()
@@ -75,19 +78,36 @@ class Workers:
         service, question = _context.context(), next(_questions)
         service.set_config_key_value(f"tfbig/{question}/{self.index}", text)
         deadline = time.monotonic() + timeout
+        return [
+            self._answer(service, f"tfbig/{question}/{i}", i, subject, deadline)
+            for i in range(self.count)
+        ]
 
-        def answer(index):
-            left = max(1, round(1000 * (deadline - time.monotonic())))
+    def _answer(self, service, key, index, subject, deadline):
+        """What worker `index` has told under a key."""
+        while True:
+            left = deadline - time.monotonic()
             try:
-                return service.get_config_key_value(f"tfbig/{question}/{index}", left)
-            except (tf.errors.DeadlineExceededError, tf.errors.UnavailableError) as e:
-                raise errors.WorkerUnavailableError(
-                    f"{self.names[index]} does not answer. {self.names[self.index]} waited for "
-                    f"{subject} ({timeout:g} s at most). See the output of {self.names[index]}: "
-                    f"it ended, hangs, or runs another program. TensorFlow says: {e.message}"
-                ) from None
+                return service.get_config_key_value(key, max(1, round(1000 * min(left, _LOOK))))
+            except tf.errors.DeadlineExceededError as e:
+                if left <= 0:
+                    raise self._unavailable(index, subject, e) from None
+            except tf.errors.UnavailableError as e:
+                raise self._unavailable(index, subject, e) from None
+            if what := _building.find_stuck(index):
+                reason = (
+                    f"All workers must run the same program: {self.names[index]} makes another "
+                    f"variable, {what}, while {self.names[self.index]} waits for {subject}."
+                )
+                _building.tell_stuck(index, reason)
+                raise errors.WorkersDisagreeError(reason)
 
-        return [answer(i) for i in range(self.count)]
+    def _unavailable(self, index, subject, error):
+        return errors.WorkerUnavailableError(
+            f"{self.names[index]} does not answer. {self.names[self.index]} waited for "
+            f"{subject}. See the output of {self.names[index]}: it ended, hangs, or runs another "
+            f"program. TensorFlow says: {error.message}"
+        )
 
     def wait_for_all(self, subject):
         """Returns when all workers have called it."""

@@ -7,6 +7,7 @@ import sys
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import tfbig
 from tests import job
@@ -20,10 +21,16 @@ def main(directory, what):
         return other if differs and what == name else usual
 
     keras.utils.set_random_seed(own("seed", 1, 2))
+    # Built before fit, or by it.
+    is_built = what != "layers in fit"
     layers = [keras.layers.Dense(2) for _ in range(own("layers", 2, 3))]
+    if not is_built:
+        layers = [keras.layers.Dense(2), keras.layers.Dense(own(what, 3, 2)), layers[0]]
     try:
         with strategy.scope():
-            inputs = [] if what == "layers" else [keras.Input((4,))]
+            if what == "a variable more" and differs:
+                tf.Variable(1.0, name="more")
+            inputs = [keras.Input((4,))] if is_built else []
             model = tfbig.Sequential(
                 [*inputs, *layers], micro_batch_size=own("micro_batch_size", 2, 3)
             )
@@ -32,6 +39,8 @@ def main(directory, what):
                 steps_per_execution=own("steps_per_execution", 1, 2),
                 loss="mse",
             )
+            if what == "a variable at the end" and differs:
+                tf.Variable([1.0, 2.0], name="last")
         samples = own("samples", 16, 12)
         model.fit(
             np.ones((samples, 4)),

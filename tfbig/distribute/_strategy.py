@@ -7,7 +7,7 @@ import threading
 
 import tensorflow as tf
 
-from tfbig import _workers, errors
+from tfbig import _building, _workers, errors
 from tfbig.distribute import _cluster
 
 __all__ = ("get_strategy", "is_chief")
@@ -68,6 +68,8 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
         )
     strategy, why = _MAKERS[kind](devices, timeout, port)
     name = type(strategy).__name__.lstrip("_")
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        name = "MultiWorkerMirroredStrategy"  # Its class has another name.
     _logger().info("tfbig: %s, %s replica(s), %s", name, strategy.num_replicas_in_sync, why)
     return strategy
 
@@ -133,6 +135,9 @@ def _over_workers(cluster, timeout):
             "The strategy for several workers must be made before TensorFlow runs anything else, "
             f"and once. TensorFlow says: {e}"
         ) from None
+    if len(cluster.tasks) > 1:
+        workers = _workers.Workers.of(strategy)
+        _building.watch(strategy, workers.names, workers.index)
     return strategy, (
         f"as {cluster.source} lists {len(cluster.tasks)} workers; this is {cluster.own_task}"
     )

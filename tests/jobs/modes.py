@@ -1,0 +1,49 @@
+"""Trains compiled by XLA and eagerly; leaves the deviations from plain Keras.
+
+modes.py DIRECTORY
+"""
+
+import sys
+
+import keras
+import numpy as np
+
+import tfbig
+from tests import job
+
+MODES = {"jit_compile": {"jit_compile": True}, "run_eagerly": {"run_eagerly": True}}
+
+
+def train(base, compile_arguments, **options):
+    keras.utils.set_random_seed(0)
+    model = base(
+        [keras.Input((4,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(2)], **options
+    )
+    model.compile("adam", "mse", metrics=["mae"], **compile_arguments)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(37, 4)), rng.normal(size=(37, 2))
+    history = model.fit(x, y, batch_size=8, epochs=2, verbose=0).history
+    return [
+        *model.get_weights(),
+        *history.values(),
+        model.evaluate(x, y, batch_size=8, verbose=0),
+        model.predict(x, batch_size=8, verbose=0),
+    ]
+
+
+def main(directory):
+    keras.config.set_floatx("float64")
+    strategy = tfbig.distribute.get_strategy(timeout=60)
+    whole = train(keras.Sequential, {})
+    deviations = {}
+    for name, arguments in MODES.items():
+        with strategy.scope():
+            cut = train(tfbig.Sequential, arguments, gradient_accumulation_steps=3)
+        deviations[name] = max(
+            float(np.max(np.abs(np.subtract(a, b)))) for a, b in zip(cut, whole, strict=True)
+        )
+    job.leave(directory, deviations)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
