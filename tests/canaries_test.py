@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from . import job
 from .conftest import make_strategy
 
 ONE_AND_TWO = ("default", "mirrored_2")
@@ -262,3 +263,67 @@ def test_train_on_batch_gives_all_of_the_batch_to_each_replica():
     losses = [model.train_on_batch(x, 0 * x) for model in models]
     assert losses == [0.5, 1.0]
     assert [model.get_weights()[0].item() for model in models] == [0.0, -1.0]
+
+
+def test_a_seeded_fit_shuffles_each_epoch_alike():
+    keras.utils.set_random_seed(3)
+    model = linear("default", run_eagerly=True)
+    train_step, seen = model.train_step, []
+
+    def record(data):
+        seen.append(data[0].numpy().ravel().tolist())
+        return train_step(data)
+
+    model.train_step = record
+    x = column(*range(12))
+    model.fit(x, x, batch_size=12, epochs=3, verbose=0)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] != sorted(seen[0])
+
+
+class Stop(keras.callbacks.Callback):
+    """Ends training after a number of updates, as an interruption would."""
+
+    def __init__(self, updates):
+        super().__init__()
+        self.updates = updates
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.updates -= 1
+        if self.updates == 0:
+            raise KeyboardInterrupt
+
+
+def test_backup_and_restore_replays_the_epoch(tmp_path):
+    def fit(*callbacks):
+        model = linear("default")
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=1)
+        x = column(*range(4))
+        model.fit(
+            x, x, batch_size=1, epochs=2, shuffle=False, verbose=0, callbacks=[backup, *callbacks]
+        )
+        return model.optimizer.iterations.numpy()
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Stop(7))
+    # Of 8 updates, 7 were made; the 4 of the second epoch are made again.
+    assert fit() == 11
+
+
+def test_several_workers_cannot_fit_and_ignore_sigterm(tmp_path):
+    cases = ("fit_builds", "fit_logs", "sigterm")
+    assert job.run("plain_keras", tmp_path, *cases, timeout=60).returncode == 0
+    for result in job.results(tmp_path):
+        assert "Attempt to convert a value (PerReplica" in result["fit_builds"]
+        # Keras #20585.
+        assert "Invalid reduction dimension 0 for input with 0 dimensions" in result["fit_logs"]
+        assert result["sigterm"] == "done"
+
+
+def test_loss_scale_optimizer_of_one_worker_skips_while_the_other_waits(tmp_path):
+    # It waits until the one that has skipped ends: in a training, for ever.
+    assert job.run("plain_keras", tmp_path, "scaled", timeout=60).returncode == 0
+    waiting, skipping = (result["scaled"] for result in job.results(tmp_path))
+    assert skipping == "done"
+    assert "UnavailableError" in waiting
+    assert "CollectiveReduce" in waiting
