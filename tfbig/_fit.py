@@ -41,10 +41,17 @@ def prepared(model, arguments, options):
                 # Workers that shuffle each in its own way would share no batch.
                 seed = workers.exchange("a seed", str(_keras.new_seed()))[0]
                 stack.enter_context(_keras.reseeded_shuffling(int(seed)))
-        for callback in keras.tree.flatten(arguments.get("callbacks") or []):
+        for callback in _callbacks(arguments.get("callbacks")):
             if hasattr(callback, "around_fit"):
                 stack.enter_context(callback.around_fit(model, arguments))
         yield arguments
+
+
+def _callbacks(argument):
+    """The callbacks that `fit` was given, one by one."""
+    if isinstance(argument, keras.callbacks.CallbackList):
+        return argument.callbacks
+    return keras.tree.flatten(argument or [])
 
 
 def _fingerprint(model, arguments, options):
@@ -67,20 +74,26 @@ def _fingerprint(model, arguments, options):
     found |= {f"compile's {k}": v for k, v in _keras.compile_settings(model).items()}
     for name, value in arguments.items():
         if name == "callbacks":
-            value = [type(c).__name__ for c in keras.tree.flatten(value or [])]
+            # Others may differ: what only writes files is often left to the chief.
+            value = [type(c).__name__ for c in _callbacks(value) if hasattr(c, "around_fit")]
         if name != "verbose":
             found[f"argument {name}"] = keras.tree.map_structure(_described, value)
     return {k: json.dumps(v, default=str, sort_keys=True) for k, v in found.items()}
 
 
 def _settings(layer):
-    """The settings of a layer that are numbers or texts; not its name, which counts up."""
+    """The settings of a layer that are numbers or texts.
+
+    Without its name, which counts up, and its seed, which may be drawn.
+    """
     try:
         config = layer.get_config()
     except (NotImplementedError, TypeError, ValueError):
         return {}
     is_simple = (bool, int, float, str)
-    return {k: v for k, v in config.items() if isinstance(v, is_simple) and k != "name"}
+    return {
+        k: v for k, v in config.items() if isinstance(v, is_simple) and k not in ("name", "seed")
+    }
 
 
 def _described(value):

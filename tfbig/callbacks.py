@@ -237,7 +237,8 @@ class ChiefOnly(keras.callbacks.Callback):
     """Callbacks that write files or print, on the chief alone.
 
     On the other workers of a job they do nothing. What they see is the same on all
-    workers: logs are those of all samples.
+    workers: logs are those of all samples. Not for callbacks that change training, such
+    as `EarlyStopping`: all workers must have them.
 
     Args:
         callbacks: A callback, or several.

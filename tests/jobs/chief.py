@@ -30,11 +30,17 @@ class WithMetric(tfbig.Sequential):
 def main(directory):
     directory = pathlib.Path(directory)
     keras.config.set_floatx("float64")
-    keras.utils.set_random_seed(1)
+    # No seed is set: the workers agree on one.
     strategy = tfbig.distribute.get_strategy(timeout=60)
     with strategy.scope():
         model = WithMetric(
-            [keras.Input((3,)), keras.layers.Dense(4, "tanh"), keras.layers.BatchNormalization()],
+            [
+                keras.Input((3,)),
+                # Draws a seed of its own on each worker.
+                keras.layers.GaussianNoise(0.1),
+                keras.layers.Dense(4, "tanh"),
+                keras.layers.BatchNormalization(),
+            ],
             micro_batch_size=2,
         )
         model.compile("adam", "mse", metrics=["mae"], steps_per_execution=2)
@@ -45,8 +51,12 @@ def main(directory):
         keras.callbacks.CSVLogger(directory / "log.csv"),
     )
     stopping = keras.callbacks.EarlyStopping(patience=1, min_delta=10)
+    callbacks = [files, stopping]
+    if tfbig.distribute.is_chief(strategy):
+        # The other way to leave something to the chief.
+        callbacks.append(keras.callbacks.CSVLogger(directory / "own.csv"))
     history = model.fit(
-        x, y, batch_size=8, epochs=5, validation_split=0.25, callbacks=[files, stopping], verbose=0
+        x, y, batch_size=8, epochs=5, validation_split=0.25, callbacks=callbacks, verbose=0
     )
     logs = model.train_on_batch(x[:7], y[:7], return_dict=True)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
