@@ -1,7 +1,7 @@
 """Defects of Keras and TensorFlow that tfbig works around, shown in plain Keras.
 
 No model here is one of tfbig's. A test that fails says that upstream mended a
-defect: then its workaround in `tfbig/_keras.py`, and its row in DESIGN.md, can go.
+defect: then its workaround in `tfbig/_keras/`, and its row in DESIGN.md, can go.
 """
 
 import pathlib

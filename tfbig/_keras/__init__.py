@@ -1,0 +1,136 @@
+"""What Keras and tf.distribute do otherwise than tfbig needs.
+
+This is the only package that touches `keras.src` or a private Keras name. Every
+workaround states the reason; `tests/canaries_test.py` demonstrates each defect
+and fails on the day upstream mends it.
+"""
+
+import keras
+
+from tfbig import _backend
+
+_backend.check(keras.backend.backend())
+
+from tfbig._keras.data import (
+    NO_SAMPLES,
+    batch_size,
+    global_seed,
+    is_sharded,
+    known_batches,
+    new_seed,
+    reseeded_shuffling,
+    resume_data,
+)
+from tfbig._keras.layers import (
+    all_layers,
+    check_scope,
+    computes_in_float16,
+    draws_random_numbers,
+    forward,
+    has_synchronized_layers,
+    owns,
+    without_synchronization,
+)
+from tfbig._keras.losses import (
+    check_is_scalar,
+    check_losses,
+    intercepted_losses,
+    loss_names,
+    match_ranks,
+    merge_mask,
+    metrics_results,
+    output_losses,
+    update_losses,
+    update_metrics,
+)
+from tfbig._keras.optimizer import (
+    LossScaleOptimizer,
+    aggregated_gradients,
+    needs_no_merge_call,
+)
+from tfbig._keras.saving import (
+    ConfigWith,
+    Functional,
+    SavedState,
+    SeedStates,
+    after_cloning,
+    compile_settings,
+    is_compile_of,
+    is_functional,
+    recompile,
+    register_as,
+    registered_class,
+    registered_name,
+    track_for_checkpoint,
+    with_class,
+)
+from tfbig._keras.trainer import (
+    TOO_MANY_SKIPS,
+    TrainerOverrides,
+    data_of_fit,
+    returns_global_logs,
+    set_initial_epoch,
+)
+from tfbig._keras.variables import (
+    VariableValues,
+    assign_all,
+    is_summed,
+    native,
+    values_of,
+)
+
+__all__ = (
+    "NO_SAMPLES",
+    "TOO_MANY_SKIPS",
+    "ConfigWith",
+    "Functional",
+    "LossScaleOptimizer",
+    "SavedState",
+    "SeedStates",
+    "TrainerOverrides",
+    "VariableValues",
+    "after_cloning",
+    "aggregated_gradients",
+    "all_layers",
+    "assign_all",
+    "batch_size",
+    "check_is_scalar",
+    "check_losses",
+    "check_scope",
+    "compile_settings",
+    "computes_in_float16",
+    "data_of_fit",
+    "draws_random_numbers",
+    "forward",
+    "global_seed",
+    "has_synchronized_layers",
+    "intercepted_losses",
+    "is_compile_of",
+    "is_functional",
+    "is_sharded",
+    "is_summed",
+    "known_batches",
+    "loss_names",
+    "match_ranks",
+    "merge_mask",
+    "metrics_results",
+    "native",
+    "needs_no_merge_call",
+    "new_seed",
+    "output_losses",
+    "owns",
+    "recompile",
+    "register_as",
+    "registered_class",
+    "registered_name",
+    "reseeded_shuffling",
+    "resume_data",
+    "returns_global_logs",
+    "set_initial_epoch",
+    "track_for_checkpoint",
+    "update_losses",
+    "update_metrics",
+    "values_of",
+    "with_class",
+    "without_synchronization",
+)

@@ -1,0 +1,98 @@
+"""Models and their layers: the forward pass, and what makes a cut inexact."""
+
+import contextlib
+
+import keras
+import tensorflow as tf
+
+from tfbig import errors
+from tfbig._keras.variables import native
+
+
+def forward(model, data, training):
+    """Calls the model and its loss on one micro-batch.
+
+    Returns:
+        A tuple `(loss, x, y, y_pred, sample_weight)`.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred = model(x, training=training) if model._call_has_training_arg else model(x)
+    loss = model._compute_loss(
+        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+    )
+    return loss, x, y, y_pred, sample_weight
+
+
+def has_synchronized_layers(model):
+    """Whether a layer exchanges with the other replicas in its forward pass.
+
+    `BatchNormalization(synchronized=True)` does, which fails in a
+    `tf.while_loop`.
+    """
+    return any(getattr(layer, "synchronized", False) for layer in model._flatten_layers())
+
+
+@contextlib.contextmanager
+def without_synchronization(model):
+    """Within it, no layer exchanges: a nested graph may not hold an exchange."""
+    layers = [x for x in model._flatten_layers() if getattr(x, "synchronized", False)]
+    for layer in layers:
+        layer.synchronized = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.synchronized = True
+
+
+def all_layers(model):
+    """All layers inside a model, at any depth."""
+    return list(model._flatten_layers(include_self=False))
+
+
+def draws_random_numbers(layer):
+    """Whether a layer has a random stream of its own and a use for it."""
+    return bool(layer._seed_generators) and getattr(layer, "rate", 1) != 0
+
+
+def owns(layer, variable):
+    """Whether a variable belongs to this very layer, not to one inside it."""
+    return any(variable is v for v in layer._non_trainable_variables)
+
+
+def computes_in_float16(model):
+    """Whether the model, or a layer of it, computes in float16."""
+    return any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
+
+
+def check_scope(model):
+    """Refuses a model or optimizer that was made outside of the strategy's scope."""
+    strategy = model._distribute_strategy
+    if tf.distribute.has_strategy() and tf.distribute.get_strategy() is not strategy:
+        raise errors.UnsupportedStrategyError(
+            "The model must be built in the scope of the strategy that it runs under. "
+            f"Received: a model built under {_name(strategy)}, run under "
+            f"{_name(tf.distribute.get_strategy())}. Build and compile it inside "
+            "`with strategy.scope():`."
+        )
+    optimizer = model.optimizer
+    owner = getattr(optimizer, "_distribution_strategy", None)
+    if owner is not None and owner is not model.distribute_strategy:
+        raise errors.UnsupportedStrategyError(
+            "The optimizer must be made in the scope of the model's strategy. Received: "
+            f"{type(optimizer).__name__} made under {_name(owner)}, model under "
+            f"{_name(strategy)}. Make it inside `with strategy.scope():`."
+        )
+    if strategy is None:
+        return
+    for variable in model.variables:
+        if not strategy.extended.variable_created_in_scope(native(variable)):
+            raise errors.UnsupportedStrategyError(
+                "All variables must be made in the scope of the model's strategy. Received: "
+                f"{variable.path}, made outside of {_name(strategy)}. Build the layers inside "
+                "`with strategy.scope():`."
+            )
+
+
+def _name(strategy):
+    return "no strategy" if strategy is None else type(strategy).__name__

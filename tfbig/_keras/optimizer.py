@@ -1,0 +1,60 @@
+"""Optimizers: gradients that are exchanged already, moving averages in replica context."""
+
+import contextlib
+import threading
+
+import tensorflow as tf
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer as LossScaleOptimizer
+
+from tfbig._keras.variables import native
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def aggregated_gradients():
+    """Within it, optimizers of this thread take gradients as they are.
+
+    Keras sums the gradients over the replicas inside `apply`, after clipping
+    each replica's own. tfbig exchanges them before, once.
+    """
+    previous = getattr(_thread, "aggregated", False)
+    _thread.aggregated = True
+    try:
+        yield
+    finally:
+        _thread.aggregated = previous
+
+
+def _all_reduce_sum_gradients(
+    self, grads_and_vars, _original=TFOptimizer._all_reduce_sum_gradients
+):
+    if getattr(_thread, "aggregated", False):
+        return list(grads_and_vars)
+    return _original(self, grads_and_vars)
+
+
+TFOptimizer._all_reduce_sum_gradients = _all_reduce_sum_gradients
+
+
+_overwrite_in_cross_replica_context = TFOptimizer._overwrite_model_variables_with_average_value
+
+
+def _overwrite_with_average(self, trainable_variables):
+    # `ema_overwrite_frequency` calls it in replica context, where Keras's own
+    # raises; every replica writes its own copy there.
+    if tf.distribute.in_cross_replica_context():
+        _overwrite_in_cross_replica_context(self, trainable_variables)
+        return
+    averages = self._model_variables_moving_average
+    for variable, average in zip(trainable_variables, averages, strict=True):
+        native(variable).assign(native(average))
+
+
+TFOptimizer._overwrite_model_variables_with_average_value = _overwrite_with_average
+
+
+def needs_no_merge_call():
+    """Whether the strategy updates variables in replica context (TPU does)."""
+    return tf.__internal__.distribute.strategy_supports_no_merge_call()

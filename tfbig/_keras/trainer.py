@@ -1,0 +1,293 @@
+"""`fit`, `evaluate` and `predict` under strategies, as `keras.Model` should do them."""
+
+import typing
+
+import keras
+import tensorflow as tf
+from keras.src import backend
+from keras.src.backend.tensorflow import trainer as _trainer_tf
+
+from tfbig import errors
+from tfbig._keras.data import (
+    NO_SAMPLES,
+    batch_size,
+    effective_batch_size,
+    specs_of_one_replica,
+    without_optionals,
+)
+from tfbig._keras.losses import check_is_scalar
+from tfbig._keras.variables import is_summed
+
+# Message of an assertion in a graph, by which its error is told apart.
+TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
+
+
+def _is_composite(spec):
+    return isinstance(spec, tf.RaggedTensorSpec | tf.SparseTensorSpec)
+
+
+def _placeholder(spec):
+    if isinstance(spec, tf.RaggedTensorSpec):
+        inner = spec.shape[spec.ragged_rank + 1 :]
+        return tf.compat.v1.ragged.placeholder(spec.dtype, spec.ragged_rank, inner)
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.compat.v1.sparse_placeholder(spec.dtype, spec.shape)
+    return spec if spec is None else tf.compat.v1.placeholder(spec.dtype, spec.shape)
+
+
+def _build_by_call(model, specs):
+    """Builds a model for ragged or sparse inputs by tracing a call.
+
+    Keras builds it for dense ones of the same shape, on which `to_tensor()` and
+    the like fail.
+    """
+
+    def call():
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+            keras.tree.map_structure(_placeholder, specs)
+        )
+        y_pred = model(x, training=False)
+        if model._compile_metrics is not None:
+            model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        if model._compile_loss is not None:
+            model._compute_loss(x, y, y_pred, sample_weight, training=False)
+
+    layers = [*model._flatten_layers(), model._compile_metrics, model._compile_loss]
+    if not all(layer is None or layer.built for layer in layers):
+        backend.compute_output_spec(call)
+
+
+def set_initial_epoch(model, epoch):
+    """Has the next `fit`, or the one that begins, start with this epoch."""
+    model._initial_epoch = epoch
+
+
+def data_of_fit(model):
+    """The epoch iterator of the `fit` that begins, in `on_train_begin`."""
+    return model._epoch_iterator
+
+
+def returns_global_logs(step):
+    """Marks a step whose logs are those of all replicas, on every replica."""
+    step.returns_global_logs = True
+    return step
+
+
+# To mypy the mixins are Keras models; in truth they stand before one.
+_KerasModel: typing.Any = keras.Model if typing.TYPE_CHECKING else object
+
+
+class TrainerOverrides(_KerasModel):
+    """Replaces what of `keras.Model` fails under `tf.distribute`.
+
+    - `_maybe_symbolic_build` takes shapes from the dataset's specification.
+      Keras reduces the first batch with MEAN, which crashes when it splits
+      unevenly and for bool inputs.
+    - The train, test and predict functions: `steps_per_execution > 1` and
+      `jit_compile=True` fail under MirroredStrategy, and logs are the mean of
+      the replicas' results, which is not the result of the whole batch.
+    - A batch passed to `train_on_batch`, `test_on_batch` and
+      `predict_on_batch` is cut over the replicas. Keras gives all of it to
+      each.
+    """
+
+    train_function: typing.Any
+    test_function: typing.Any
+    predict_function: typing.Any
+
+    _batch_size: int | None = None
+    # The iterator of the running, or last, `fit` or `evaluate`.
+    _epoch_iterator: typing.Any = None
+
+    def _check_before_run(self):
+        """Hook: raises for what cannot run."""
+
+    def _prepare_training(self, batch_size):
+        """Hook: called before training. `batch_size` may be None."""
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        strategy = self.distribute_strategy
+        size = None
+        if iterator is not None:
+            self._epoch_iterator = iterator
+            size = 0 if iterator.num_batches == 0 else effective_batch_size(iterator)
+            data_batch = specs_of_one_replica(iterator._distributed_dataset)
+            if strategy.num_replicas_in_sync > 1 and None in keras.tree.flatten(data_batch):
+                raise errors.UnsupportedStrategyError(
+                    "None among the inputs cannot be handed to several replicas: "
+                    "tf.distribute's iterators fail on it. Received: a dataset of "
+                    f"{data_batch}. Use one replica, or a tensor in place of None."
+                )
+        elif data_batch is not None:
+            data_batch = keras.tree.map_structure(
+                lambda v: v if v is None else tf.convert_to_tensor(v), data_batch
+            )
+            size = batch_size(data_batch)
+            data_batch = keras.tree.map_structure(
+                lambda v: v if v is None else tf.TensorSpec([None, *v.shape[1:]], v.dtype),
+                data_batch,
+            )
+        if size == 0:
+            raise errors.InvalidOptionError(NO_SAMPLES)
+        self._batch_size = size
+        self._check_before_run()
+        with strategy.scope():
+            if any(_is_composite(spec) for spec in keras.tree.flatten(data_batch)):
+                _build_by_call(self, data_batch)
+            self._symbolic_build(data_batch=data_batch)
+
+    def _get_metrics_result_or_logs(self, logs):
+        # Without logs the epoch was resumed after its last batch.
+        return super()._get_metrics_result_or_logs(logs or self.get_metrics_result())
+
+    def _compute_loss(self, *args, **kwargs):
+        loss = super()._compute_loss(*args, **kwargs)
+        check_is_scalar(loss)
+        return loss
+
+    def _share_of_replica(self, data):
+        """The part of a batch that this replica trains on."""
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync
+        if replicas == 1:
+            return data
+        size = batch_size(data)
+        index = tf.cast(context.replica_id_in_sync_group, tf.int32)
+        # The first replicas get more, as from a distributed dataset.
+        begin, end = ((i * size + replicas - 1) // replicas for i in (index, index + 1))
+        return keras.tree.map_structure(lambda v: v if v is None else v[begin:end], data)
+
+    def _global_logs(self, replica_step, data):
+        """Runs a step on all replicas; returns its logs, those of all replicas as one."""
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1:
+            return strategy.run(replica_step, args=(data,))
+        is_global = getattr(replica_step, "returns_global_logs", False) and all(
+            is_summed(v) for v in self.metrics_variables
+        )
+
+        is_placed = any(
+            isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
+        )
+
+        def step(data):
+            logs = replica_step(data if is_placed else self._share_of_replica(data))
+            if is_global or not logs:
+                return logs
+            mean = tf.distribute.get_replica_context().all_reduce(
+                "MEAN", [tf.cast(v, tf.float32) for v in tf.nest.flatten(logs)]
+            )
+            return tf.nest.pack_sequence_as(logs, mean)
+
+        logs = tf.nest.map_structure(
+            lambda v: strategy.experimental_local_results(v)[0], strategy.run(step, args=(data,))
+        )
+        if isinstance(logs, dict) and not is_global:
+            results = self.get_metrics_result()
+            logs |= {k: v for k, v in results.items() if k in logs}
+        return logs
+
+    def _step_function(self, replica_step):
+        def one_step(data):
+            return self._global_logs(replica_step, without_optionals(data))
+
+        def many_steps(iterator):
+            # Keras nests two tf.functions here, which fails under
+            # MirroredStrategy. Optionals tell the end of the data: an exception
+            # would lose the logs of the steps before it.
+            logs = one_step(iterator.get_next())
+
+            def more(step, upcoming, *_):
+                return (step < self.steps_per_execution) & upcoming.has_value()
+
+            def next_step(step, upcoming, *_):
+                new = tf.nest.flatten(one_step(upcoming.get_value()))
+                following = tf.cond(
+                    step + 1 < self.steps_per_execution,
+                    iterator.get_next_as_optional,
+                    lambda: upcoming,
+                )
+                return (step + 1, following, *new)
+
+            carried = (tf.constant(1), iterator.get_next_as_optional(), *tf.nest.flatten(logs))
+            _, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
+            return tf.nest.pack_sequence_as(logs, last)
+
+        def on_iterator(iterator):
+            if self.steps_per_execution == 1:
+                return one_step(iterator.get_next())
+            return many_steps(iterator)
+
+        if not self.run_eagerly:
+            one_step_on_data = tf.function(one_step, reduce_retracing=True, autograph=False)
+            on_iterator = tf.function(on_iterator, reduce_retracing=True, autograph=False)
+        else:
+            one_step_on_data = one_step
+
+        def run(iterator):
+            if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+                return on_iterator(iterator)
+            for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
+                logs = one_step_on_data(data)
+            return logs
+
+        def function(iterator):
+            try:
+                return run(iterator)
+            except tf.errors.InvalidArgumentError as e:
+                if NO_SAMPLES in str(e):
+                    raise errors.InvalidOptionError(NO_SAMPLES) from None
+                raise
+
+        return function
+
+    def make_train_function(self, force=False):
+        self._prepare_training(self._batch_size)
+        if self.train_function is not None and not force:
+            return
+        function = self._step_function(self.train_step)
+
+        def train_function(iterator):
+            try:
+                return function(iterator)
+            except tf.errors.InvalidArgumentError as e:
+                if TOO_MANY_SKIPS not in str(e):
+                    raise
+                raise self.loss_scale_state.error(self.trainable_variables) from None
+
+        self.train_function = train_function
+
+    def predict_on_batch(self, x):
+        if self.distribute_strategy.num_replicas_in_sync == 1:
+            return super().predict_on_batch(x)
+        return self.predict(tf.data.Dataset.from_tensors((x,)), verbose=0)
+
+    def make_predict_function(self, force=False):
+        # Keras compiles one function for all replicas; XLA finds the variables
+        # of the first replica on another device than the second's.
+        strategy = self.distribute_strategy
+        if strategy.num_replicas_in_sync == 1 or not self.jit_compile:
+            super().make_predict_function(force)
+            return
+        if self.predict_function is not None and not force:
+            return
+
+        def replica_step(data):
+            step = tf.function(self.predict_step, jit_compile=True, autograph=False)
+            return step(without_optionals(data))
+
+        def one_step(data):
+            outputs = strategy.run(replica_step, args=(data,))
+            return _trainer_tf.reduce_per_replica(outputs, strategy, reduction="concat")
+
+        one_step = tf.function(one_step, reduce_retracing=True, autograph=False)
+
+        def predict_function(steps):
+            outputs = [one_step(data) for data in steps]
+            return keras.tree.map_structure(lambda *parts: _trainer_tf.concat(parts), *outputs)
+
+        self.predict_function = predict_function
+
+    def make_test_function(self, force=False):
+        if self.test_function is None or force:
+            self.test_function = self._step_function(self.test_step)
