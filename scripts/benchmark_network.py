@@ -23,6 +23,7 @@ import time
 INTERFACE = "narrow0"
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # For documentation; of these namespaces only.
 LIMIT = "rate 100mbit burst 32kbit latency 400ms"
+SETTLE = 0.5  # Seconds, longer than the latency of the limit.
 
 EXCHANGES = "exchange per micro-batch"
 TFBIG = "tfbig"
@@ -161,13 +162,23 @@ def _fit(model, x, y, batch_size):
     """Seconds of each update but the first, and bytes sent during them."""
     import keras
 
-    ends = []
+    sent, begins, ends = [], [], []
+
+    def on_end(batch, logs):
+        ends.append(time.perf_counter())
+        if batch in (0, last):
+            # What this worker sent may still wait for the link, when the update is done.
+            time.sleep(SETTLE)
+            sent.append(_sent())
+
+    last = len(x) // batch_size - 1
     callback = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: ends.append((time.perf_counter(), _sent()))
+        on_train_batch_begin=lambda batch, logs: begins.append(time.perf_counter()),
+        on_train_batch_end=on_end,
     )
     model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[callback])
-    seconds = [after - before for (before, _), (after, _) in itertools.pairwise(ends)]
-    return {"seconds": seconds, "bytes": ends[-1][1] - ends[0][1]}
+    seconds = [end - begin for begin, end in zip(begins[1:], ends[1:], strict=True)]
+    return {"seconds": seconds, "bytes": sent[-1] - sent[0]}
 
 
 def measure(make_data, counts, micro_batch_size, steps, runs):

@@ -496,6 +496,8 @@ def made(monkeypatch):
         return tf.distribute.get_strategy()
 
     monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", make)
+    # It would stay with the strategy of this process.
+    monkeypatch.setattr("tfbig._building.watch", lambda *_: None)
     return resolvers
 
 

@@ -68,8 +68,8 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
         )
     strategy, why = _MAKERS[kind](devices, timeout, port)
     name = type(strategy).__name__.lstrip("_")
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        name = "MultiWorkerMirroredStrategy"  # Its class has another name.
+    # The class of MultiWorkerMirroredStrategy has an older name.
+    name = {"CollectiveAllReduceStrategy": "MultiWorkerMirroredStrategy"}.get(name, name)
     _logger().info("tfbig: %s, %s replica(s), %s", name, strategy.num_replicas_in_sync, why)
     return strategy
 
