@@ -494,12 +494,16 @@ def _train(path):
             _BACKUP_DIR.value, _BACKUP_FREQ.value or "epoch", delete_checkpoint=False
         )
         callbacks.append(backup)
+    model = None
     try:
         model = _make_model(task, strategy, updates)
         # Only now, so that a run that cannot begin leaves the old one.
         if is_chief and not (_BACKUP_DIR.value and os.path.exists(_BACKUP_DIR.value)):
             for name in RESULTS:
                 (path / name).unlink(missing_ok=True)
+            if _BACKUP_DIR.value:
+                # Tells a run that ended before its first backup from one that is complete.
+                os.makedirs(_BACKUP_DIR.value)
         model.fit(
             x,
             y,
@@ -513,7 +517,7 @@ def _train(path):
     except KeyboardInterrupt:
         # A second Ctrl-C would leave half a file.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if model.optimizer.built and is_chief:
+        if model is not None and model.optimizer.built and is_chief:
             _save(model, recorder, path)
             done = _updates(model)
             return _interrupted(f"{done} of {updates} updates are saved in {path}")

@@ -307,6 +307,53 @@ def test_without_a_seed_the_backup_brings_its_own(tmp_path):
     assert first != second
 
 
+def test_a_callback_that_is_in_no_list_sees_each_update_when_it_ends(tmp_path):
+    # Keras would call it beside the next update.
+    model = compiled()
+    x, y = samples()
+    whole = compiled()
+    keras.utils.set_random_seed(1)
+    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole", 1))
+
+    class Backup(tfbig.callbacks.BackupAndRestore):
+        def on_train_batch_end(self, batch, logs=None):
+            super().on_train_batch_end(batch, logs)
+            if self._epoch == 1 and batch == 2:
+                raise KeyboardInterrupt
+
+    keras.utils.set_random_seed(1)
+    arguments = {"batch_size": 4, "epochs": 3, "verbose": 0}
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, callbacks=Backup(tmp_path / "run", 1), **arguments)
+    backup = _backup.read(tmp_path / "run")
+    assert (backup.epoch, backup.batch) == (1, 3)
+
+
+def test_a_training_that_began_later_goes_on_with_its_data(tmp_path):
+    kwargs = {"initial_epoch": 4, "epochs": 8}
+    whole = compiled()
+    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
+    keras.utils.set_random_seed(1)
+    model, _ = interrupted_and_resumed(tmp_path / "run", (6, 2), **kwargs)
+    for a, b in zip(model.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_structures_with_nothing_in_a_place_are_shuffled_too(tmp_path):
+    inputs = [keras.Input((4,)), keras.Input((4,), optional=True)]
+    model = tfbig.Model(inputs, keras.layers.Dense(2)(inputs[0]))
+    model.compile("sgd", "mse")
+    x, y = samples()
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    history = model.fit([x, None], y, batch_size=4, epochs=2, verbose=0, callbacks=[backup])
+    assert np.isfinite(history.history["loss"]).all()
+
+
+def test_chief_only_refuses_a_callback_that_all_workers_must_have(tmp_path):
+    with pytest.raises(errors.InvalidOptionError, match="All workers must have this callback"):
+        tfbig.callbacks.ChiefOnly(tfbig.callbacks.BackupAndRestore(tmp_path))
+
+
 def test_a_function_takes_the_place_of_the_exit(tmp_path):
     called = []
     model = compiled()

@@ -661,6 +661,22 @@ def test_import_is_light():
     assert done.stdout.split() == ["[]", "[]"], done.stderr
 
 
+def test_extended_classes_may_have_a_fit_that_hands_on_what_it_does_not_know():
+    received = []
+
+    class Pipeline(keras.Sequential):
+        def fit(self, x=None, y=None, batch_size=None, **kwargs):
+            received.append((batch_size, sorted(kwargs)))
+            return super().fit(x, y, batch_size=batch_size, **kwargs)
+
+    model = tfbig.extend(Pipeline)([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+    assert model.fit(x, y, 2, epochs=3, verbose=0).epoch == [0, 1, 2]
+    assert received[0][0] == 2
+    assert {"epochs", "verbose"} <= set(received[0][1])
+
+
 def test_public_names():
     assert isinstance(tfbig.__all__, tuple)
     assert list(tfbig.__all__) == sorted(tfbig.__all__)

@@ -31,7 +31,8 @@ class Backup:
     """A moment of a training, between two updates.
 
     Attributes:
-        epoch: int, epochs that are complete.
+        first_epoch: int, the first epoch of the training.
+        epoch: int, the epoch that goes on; those before are complete.
         batch: int, batches of the next epoch that are consumed.
         num_batches: int, batches of an epoch, where that is known; or None.
         seed: int, what the data are shuffled by.
@@ -40,6 +41,7 @@ class Backup:
         arrays: list of NumPy arrays, the values of `State.variables`.
     """
 
+    first_epoch: int
     epoch: int
     batch: int
     num_batches: int | None

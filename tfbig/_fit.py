@@ -1,6 +1,8 @@
 """What has to hold before `fit` begins: workers that agree, seeds, callbacks."""
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import warnings
 
@@ -10,7 +12,23 @@ import tensorflow as tf
 
 from tfbig import _keras, _workers
 
-__all__ = ("prepared",)
+__all__ = ("arguments_of", "prepared")
+
+
+def arguments_of(fit, args, kwargs):
+    """The arguments of a call of `fit` by name.
+
+    A class that is extended may have a `fit` of its own that hands on what it does
+    not know.
+    """
+    parameters = list(inspect.signature(fit).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        parameters = list(inspect.signature(keras.Model.fit).parameters.values())[1:]
+    found = dict(inspect.Signature(parameters).bind(*args, **kwargs).arguments)
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(parameter.name, {})
+    return found
 
 
 @contextlib.contextmanager
@@ -31,6 +49,9 @@ def prepared(model, arguments, options):
     """
     workers = _workers.Workers.of(model.distribute_strategy)
     arguments = dict(arguments)
+    if not isinstance(arguments.get("callbacks"), keras.callbacks.CallbackList | None):
+        # One that is not in a list would be called beside the next update (Keras 3.15).
+        arguments["callbacks"] = _callbacks(arguments["callbacks"])
     with contextlib.ExitStack() as stack:
         if workers.count > 1:
             workers.agree("fit", _fingerprint(model, arguments, options))
@@ -78,7 +99,7 @@ def _fingerprint(model, arguments, options):
             value = [type(c).__name__ for c in _callbacks(value) if hasattr(c, "around_fit")]
         if name != "verbose":
             found[f"argument {name}"] = keras.tree.map_structure(_described, value)
-    return {k: json.dumps(v, default=str, sort_keys=True) for k, v in found.items()}
+    return {k: json.dumps(v, default=_described, sort_keys=True) for k, v in found.items()}
 
 
 def _settings(layer):
@@ -88,7 +109,7 @@ def _settings(layer):
     """
     try:
         config = layer.get_config()
-    except (NotImplementedError, TypeError, ValueError):
+    except Exception:  # Of a layer of the user.
         return {}
     is_simple = (bool, int, float, str)
     return {
@@ -100,6 +121,8 @@ def _described(value):
     """A value of which addresses and samples are left out."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if dataclasses.is_dataclass(value):
+        return str(value)
     if isinstance(value, np.ndarray | tf.Tensor):
         return f"{tuple(value.shape)} {value.dtype}"
     return type(value).__name__

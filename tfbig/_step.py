@@ -186,7 +186,7 @@ class TrainStep(_keras.TrainerOverrides):
         _keras.check_scope(self)
 
     def fit(self, *args, **kwargs):
-        arguments = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        arguments = _fit.arguments_of(super().fit, args, kwargs)
         with _fit.prepared(self, arguments, self._options()) as arguments:
             return super().fit(**arguments)
 

@@ -53,9 +53,9 @@ class StopRequest:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
-        if self.is_made and not self.is_handled:
-            # It came after the last update.
-            signal.raise_signal(signal.SIGTERM)
+            if self.is_made and not self.is_handled:
+                # It came after the last update.
+                signal.raise_signal(signal.SIGTERM)
 
     def _make(self, number, frame):
         # Nothing more: a graph may be under construction where the signal arrives.

@@ -90,7 +90,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        if self._stop is None:
+        if not hasattr(model, "stop_request"):
             raise errors.UnsupportedModelError(
                 "tfbig.callbacks.BackupAndRestore needs a model of tfbig. Received: "
                 f"{type(model).__name__}. Use tfbig.extend(model), or "
@@ -100,7 +100,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     @contextlib.contextmanager
     def around_fit(self, model, arguments):
         """Called by `fit` of a tfbig model; the callback works in here only."""
-        del arguments
+        self._first_epoch = arguments.get("initial_epoch") or 0
         self._workers = _workers.Workers.of(model.distribute_strategy)
         self._backup = self._read()
         self._seed = self._backup.seed if self._backup else self._new_seed()
@@ -112,7 +112,15 @@ class BackupAndRestore(keras.callbacks.Callback):
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(_keras.reseeded_shuffling(self._seed))
-                if self.on_preemption is not None:
+                # On several workers the request travels with tfbig's own step.
+                is_carried = not is_shared or _keras.globally_logged(model.train_step)
+                if self.on_preemption is not None and not is_carried:
+                    warnings.warn(
+                        "BackupAndRestore leaves SIGTERM alone: on several workers it needs the "
+                        f"`train_step` of tfbig. Received: that of {type(model).__name__}.",
+                        stacklevel=4,
+                    )
+                elif self.on_preemption is not None:
                     stack.enter_context(self._stop.listening())
                     model.stop_request = self._stop if is_shared else None
                 yield
@@ -124,13 +132,23 @@ class BackupAndRestore(keras.callbacks.Callback):
         """The backup, which must be the same on all workers."""
         backup = _backup.read(self.backup_dir)
         seen = f"epoch {backup.epoch}, batch {backup.batch}" if backup else "none"
-        self._workers.agree("BackupAndRestore", {"backup": f"{seen}, in {self.backup_dir}"})
+        settings = {
+            "backup": f"{seen}, in {self.backup_dir}",
+            "delete_checkpoint": str(self.delete_checkpoint),
+            "on_preemption": "a function" if callable(self.on_preemption) else self.on_preemption,
+        }
+        self._workers.agree("BackupAndRestore", settings)
         return backup
 
     def _new_seed(self):
         return int(self._workers.exchange("a seed", str(_keras.new_seed()))[0])
 
     def on_train_begin(self, logs=None):
+        if self._stop is None:
+            raise errors.InvalidOptionError(
+                "BackupAndRestore must be among the `callbacks` that `fit` is called with, by "
+                "itself or in a list. Received: it came in another way."
+            )
         self._data = _keras.data_of_fit(self.model)
         backup, self._backup = self._backup, None
         if backup is None:
@@ -146,7 +164,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._epoch, self._batch = backup.epoch, backup.batch
         self._metrics = backup.arrays[len(backup.arrays) - len(state.metrics) :]
         _keras.set_initial_epoch(self.model, self._epoch)
-        _keras.resume_data(self._data, backup.epoch, backup.batch, backup.num_batches)
+        self._first_epoch = backup.first_epoch
+        complete = backup.epoch - backup.first_epoch
+        _keras.resume_data(self._data, complete, backup.batch, backup.num_batches)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._epoch != epoch:  # With initial_epoch.
@@ -190,6 +210,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             return
         state = _backup.State(self.model)
         backup = _backup.Backup(
+            first_epoch=self._first_epoch,
             epoch=self._epoch,
             batch=self._batch,
             num_batches=_keras.known_batches(self._data),
@@ -258,6 +279,11 @@ class ChiefOnly(keras.callbacks.Callback):
             if not isinstance(callback, keras.callbacks.Callback):
                 raise errors.InvalidOptionError(
                     f"`callbacks` must be Keras callbacks. Received: {callback!r}."
+                )
+            if hasattr(callback, "around_fit"):
+                raise errors.InvalidOptionError(
+                    f"All workers must have this callback. Received: {type(callback).__name__} in "
+                    "ChiefOnly. Give it to `fit` itself: it leaves writing to the chief."
                 )
         self._active = self.callbacks
 

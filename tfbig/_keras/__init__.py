@@ -68,6 +68,7 @@ from tfbig._keras.trainer import (
     TOO_MANY_SKIPS,
     TrainerOverrides,
     data_of_fit,
+    globally_logged,
     returns_global_logs,
     set_initial_epoch,
 )
@@ -103,6 +104,7 @@ __all__ = (
     "draws_random_numbers",
     "forward",
     "global_seed",
+    "globally_logged",
     "has_synchronized_layers",
     "intercepted_losses",
     "is_compile_of",

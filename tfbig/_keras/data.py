@@ -116,9 +116,11 @@ def _reseeded_tf_dataset(self):
         def part(value):
             if isinstance(value, array_slicing.TensorflowSparseWrapper):
                 return array_slicing.slice_tensorflow_sparse_wrapper(value, indices)
-            return tf.gather(value, indices)
+            if isinstance(value, list | tuple | dict):
+                return None  # Goes on inside.
+            return tf.gather(value, indices) if tf.is_tensor(value) else value
 
-        return keras.tree.map_structure(part, arrays)
+        return keras.tree.traverse(part, arrays)
 
     # `shuffle` draws when an iterator is made, `Dataset.random` when it is first read: with
     # replicas, that happens in the background, and iterators that Keras drops unread race.

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import typing
 import weakref
 
@@ -183,9 +184,11 @@ def compile_settings(model):
     """The settings of `compile` as a dictionary of what JSON takes."""
 
     def serialized(value):
+        if inspect.isroutine(value):
+            return value.__qualname__
         try:
             return keras.saving.serialize_keras_object(value)
-        except (TypeError, ValueError):
+        except Exception:  # Of an object of the user.
             return type(value).__name__
 
     config = model._compile_config.config if model._compile_config is not None else {}

@@ -67,6 +67,11 @@ def data_of_fit(model):
     return model._epoch_iterator
 
 
+def globally_logged(step):
+    """Whether a step is marked with `returns_global_logs`."""
+    return getattr(step, "returns_global_logs", False)
+
+
 def returns_global_logs(step):
     """Marks a step whose logs are those of all replicas, on every replica."""
     step.returns_global_logs = True
@@ -162,7 +167,7 @@ class TrainerOverrides(_KerasModel):
         strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync == 1:
             return strategy.run(replica_step, args=(data,))
-        is_global = getattr(replica_step, "returns_global_logs", False) and all(
+        is_global = globally_logged(replica_step) and all(
             is_summed(v) for v in self.metrics_variables
         )
 

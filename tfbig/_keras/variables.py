@@ -47,7 +47,8 @@ def values_of(variables):
 
     Of what is summed over the replicas, such as metrics, the sum.
     """
-    return [_copies(v)[0].numpy() * _parts(v) for v in variables]
+    values = [(_copies(v)[0].numpy(), _parts(v)) for v in variables]
+    return [value * parts if parts > 1 else value for value, parts in values]
 
 
 def assign_all(variables, values):
