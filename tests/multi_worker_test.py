@@ -122,7 +122,9 @@ def test_workers_that_disagree_get_an_error_that_names_the_difference(what, name
         assert re.search(r"Received: worker 0: .*; worker 1: ", message)
 
 
-@pytest.mark.parametrize("what", ["layers", "a variable more"])
+@pytest.mark.parametrize(
+    "what", ["layers", pytest.param("a variable more", marks=pytest.mark.slow)]
+)
 def test_workers_that_build_different_models_say_which_variable_differs(what, tmp_path):
     job.run("disagreement", tmp_path, what, timeout=60)
     messages = job.results(tmp_path)

@@ -123,6 +123,8 @@ def find_stuck(index):
 def tell_stuck(index, reason):
     """Has a worker that waits for a variable show the reason."""
     _set(f"tfbig/told/{index}", reason)
+    # It must have read it before this worker, which may run the service, ends.
+    time.sleep(PATIENCE)
 
 
 def _set(key, value):
