@@ -529,7 +529,8 @@ def _train(path):
         return 1
     except tf.errors.UnavailableError as e:
         print(f"\ntrain.py: another worker ended: {e.message.splitlines()[0]}", file=sys.stderr)
-        return 1
+        # With a backup it is worth to start again, which Kubeflow does after this code.
+        return tfbig.callbacks.PREEMPTED if _BACKUP_DIR.value else 1
     if is_chief:
         _save(model, recorder, path)
         _print_table(model, recorder, len(x), recorder.epochs[-1]["val_accuracy"])
