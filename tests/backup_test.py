@@ -307,28 +307,6 @@ def test_without_a_seed_the_backup_brings_its_own(tmp_path):
     assert first != second
 
 
-def test_a_callback_that_is_in_no_list_sees_each_update_when_it_ends(tmp_path):
-    # Keras would call it beside the next update.
-    model = compiled()
-    x, y = samples()
-    whole = compiled()
-    keras.utils.set_random_seed(1)
-    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole", 1))
-
-    class Backup(tfbig.callbacks.BackupAndRestore):
-        def on_train_batch_end(self, batch, logs=None):
-            super().on_train_batch_end(batch, logs)
-            if self._epoch == 1 and batch == 2:
-                raise KeyboardInterrupt
-
-    keras.utils.set_random_seed(1)
-    arguments = {"batch_size": 4, "epochs": 3, "verbose": 0}
-    with pytest.raises(KeyboardInterrupt):
-        model.fit(x, y, callbacks=Backup(tmp_path / "run", 1), **arguments)
-    backup = _backup.read(tmp_path / "run")
-    assert (backup.epoch, backup.batch) == (1, 3)
-
-
 def test_a_training_that_began_later_goes_on_with_its_data(tmp_path):
     kwargs = {"initial_epoch": 4, "epochs": 8}
     whole = compiled()

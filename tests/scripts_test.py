@@ -160,6 +160,29 @@ def test_an_interrupted_run_is_saved(tmp_path):
     assert len((tmp_path / "history.csv").read_text().splitlines()) >= 3
 
 
+def test_a_run_that_is_killed_before_its_first_backup_is_started_again(tmp_path):
+    backup = tmp_path / "backup"
+    arguments = [f"--output_dir={tmp_path}", f"--backup_dir={backup}", "--backup_freq=100000"]
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, "--epochs=1000", "--verbose=2", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process.stdout:
+        for line in process.stdout:
+            if line.startswith("Epoch 2/"):
+                break
+        process.kill()
+        process.wait(timeout=60)
+    # There are results, and no backup.
+    assert (tmp_path / "history.csv").exists()
+    assert list(backup.iterdir()) == []
+    done = run(TRAIN, "--epochs=2", "--verbose=0", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("script", [TRAIN, BENCHMARK], ids=lambda path: path.stem)
 def test_help_is_quick_and_lists_the_flags(script):
     began = time.perf_counter()

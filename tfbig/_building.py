@@ -133,8 +133,8 @@ def _set(key, value):
         _context.context().set_config_key_value(key, value)
 
 
-def _get(key, milliseconds=_LOOK):
+def _get(key):
     try:
-        return _context.context().get_config_key_value(key, milliseconds)
+        return _context.context().get_config_key_value(key, _LOOK)
     except tf.errors.OpError:
         return None

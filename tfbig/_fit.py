@@ -49,9 +49,6 @@ def prepared(model, arguments, options):
     """
     workers = _workers.Workers.of(model.distribute_strategy)
     arguments = dict(arguments)
-    if not isinstance(arguments.get("callbacks"), keras.callbacks.CallbackList | None):
-        # One that is not in a list would be called beside the next update (Keras 3.15).
-        arguments["callbacks"] = _callbacks(arguments["callbacks"])
     with contextlib.ExitStack() as stack:
         if workers.count > 1:
             workers.agree("fit", _fingerprint(model, arguments, options))

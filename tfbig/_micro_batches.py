@@ -83,7 +83,7 @@ class MicroBatches:
         self.data = _reduction.checked_data(data)
         self.cut = cut
         self.variables = list(variables)
-        self.metric_variables = list(metric_variables)
+        self.metric_ids = {id(v) for v in metric_variables}
         self.compiled = compiled
         self.unrolled = unrolled
         self.samples = tf.convert_to_tensor(_keras.batch_size(data), tf.int32)
@@ -282,22 +282,13 @@ class MicroBatches:
             values=total["values"],
             weight=total["weight"],
             samples=self.samples,
-            state=self._changes(zip(state, before, total["state"], strict=True)),
+            state=[
+                _reduction.StateChange(v, old, new, id(v) in self.metric_ids)
+                for v, old, new in zip(state, before, total["state"], strict=True)
+            ],
             logs=total["logs"],
             loss_scale=loss_scale,
         )
-
-    def _changes(self, state):
-        """`StateChange` of each variable that was assigned, and of each metric's."""
-        metrics = {id(v): v for v in self.metric_variables}
-        changes = [
-            _reduction.StateChange(v, before, after, metrics.pop(id(v), None) is not None)
-            for v, before, after in state
-        ]
-        for variable in metrics.values():
-            value = tf.convert_to_tensor(variable.value)
-            changes.append(_reduction.StateChange(variable, value, value, is_metric=True))
-        return changes
 
 
 def _looks_up_rows():

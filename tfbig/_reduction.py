@@ -273,10 +273,12 @@ def exchange(share):
         # The advance is small; the value (a seed) may not fit into a float.
         return is_first * tf.cast(change.after - change.before, dtype)
 
-    shared_state = [c for c in share.state if not c.is_metric or _keras.is_summed(c.variable)]
+    def is_shared(change):
+        return not change.is_metric or _keras.is_summed(change.variable)
+
     # Of one dtype, the widest, so that all go in one package.
     connected = [_cast(g, dtype) for g in share.gradients if g is not None]
-    summed = all_reduce_sum([*connected, scalars, *map(message, shared_state)])
+    summed = all_reduce_sum([*connected, scalars, *map(message, filter(is_shared, share.state))])
 
     gradients = iter(summed[: len(connected)])
     loss, weight, active, samples, stop, *rest = tf.unstack(summed[len(connected)])
@@ -286,7 +288,7 @@ def exchange(share):
     messages = iter(summed[len(connected) + 1 :])
 
     def received(change):
-        if not any(change is c for c in shared_state):
+        if not is_shared(change):
             return change
         value = next(messages)
         if change.is_metric:

@@ -60,7 +60,7 @@ class Workers:
         """Whether this is the one that writes files and prints."""
         return self.index == 0
 
-    def exchange(self, subject, text, timeout=TIMEOUT):
+    def exchange(self, subject, text):
         """Tells all workers a text, and returns those of all, in order.
 
         All must call it, as often and in the same order.
@@ -68,16 +68,15 @@ class Workers:
         Args:
             subject: str, what it is about, for the error message.
             text: str.
-            timeout: float, seconds to wait for the others.
 
         Raises:
-            WorkerUnavailableError: If a worker says nothing in that time.
+            WorkerUnavailableError: If a worker says nothing in `TIMEOUT` seconds.
         """
         if self.count == 1:
             return [text]
         service, question = _context.context(), next(_questions)
         service.set_config_key_value(f"tfbig/{question}/{self.index}", text)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + TIMEOUT
         return [
             self._answer(service, f"tfbig/{question}/{i}", i, subject, deadline)
             for i in range(self.count)

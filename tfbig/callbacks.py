@@ -104,7 +104,6 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._workers = _workers.Workers.of(model.distribute_strategy)
         self._backup = self._read()
         self._seed = self._backup.seed if self._backup else self._new_seed()
-        self._keep = not self.delete_checkpoint
         self._epoch = self._batch = self._since_backup = 0
         self._metrics = []
         is_shared = self._workers.count > 1
@@ -196,7 +195,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._stop.is_handled:
             return
-        if self._keep:
+        if not self.delete_checkpoint:
             self._write()
             return
         # Not before all are here: one that failed now would start from nothing.

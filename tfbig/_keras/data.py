@@ -1,9 +1,7 @@
 """Data: sizes and shapes of batches, shuffling, and going on where a `fit` was."""
 
 import collections
-import contextlib
 import random
-import threading
 
 import keras
 import tensorflow as tf
@@ -11,7 +9,7 @@ from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from tensorflow.python.eager import context as tf_context
 
-_thread = threading.local()
+from tfbig._keras.thread import current, holding
 
 # Message of an assertion in a graph, by which its error is told apart.
 NO_SAMPLES = "A batch must hold at least one sample. Received: a batch of 0 samples."
@@ -78,27 +76,21 @@ def is_sharded(dataset):
     )
 
 
-@contextlib.contextmanager
 def reseeded_shuffling(seed):
-    """Within it, `fit` on arrays shuffles by this seed, in each epoch anew.
+    """A context in which `fit` on arrays shuffles by this seed, in each epoch anew.
 
     Keras shuffles in each epoch alike once a seed is set, and in ways that cannot
     be repeated if none is.
     """
-    previous = getattr(_thread, "shuffle_seed", None)
-    _thread.shuffle_seed = seed
-    try:
-        yield
-    finally:
-        _thread.shuffle_seed = previous
+    return holding("shuffle_seed", seed)
 
 
 _get_tf_dataset = ArrayDataAdapter.get_tf_dataset
 
 
 def _reseeded_tf_dataset(self):
-    seed = getattr(_thread, "shuffle_seed", None)
-    if seed is None or self._shuffle is not True:
+    seed = current("shuffle_seed")
+    if seed is None or not self._shuffle or self._shuffle == "batch":
         return _get_tf_dataset(self)
     inputs = array_slicing.convert_to_sliceable(self._inputs, target_backend="tensorflow")
     inputs = keras.tree.lists_to_tuples(inputs)

@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
-import threading
 
 import keras
 from keras.src.losses import loss as _loss_module
 from keras.src.trainers import trainer as _trainer
 
 from tfbig import errors
+from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues, is_summed
 
 # Keras reduces a loss over the samples it sees and divides it by the number of
@@ -18,16 +18,9 @@ from tfbig._keras.variables import VariableValues, is_summed
 # `keras.Loss` reduces is replaced by one that asks the reducer of the running
 # thread, if there is one. Without a reducer it is Keras's own.
 
-_thread = threading.local()
 
-
-def _reducer():
-    return getattr(_thread, "reducer", None)
-
-
-@contextlib.contextmanager
 def intercepted_losses(reducer):
-    """Within it, every Keras loss of this thread reduces through `reducer`.
+    """A context in which every Keras loss of this thread reduces through `reducer`.
 
     Args:
         reducer: A callable with the arguments of Keras's
@@ -35,12 +28,7 @@ def intercepted_losses(reducer):
             for Keras's own reduction. In both cases the division by the number
             of replicas is left out.
     """
-    previous = _reducer()
-    _thread.reducer = reducer or _keras_reduction
-    try:
-        yield
-    finally:
-        _thread.reducer = previous
+    return holding("reducer", reducer or _keras_reduction)
 
 
 def _keras_reduction(reduce_values, *args, **kwargs):
@@ -60,19 +48,21 @@ def _reduce_weighted_values(
     reduction="sum_over_batch_size",
     dtype=None,
 ):
-    reducer = _reducer() or _keras_reduction
+    reducer = current("reducer") or _keras_reduction
     return reducer(
         original, values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
     )
 
 
 def _for_distribution(original, value):
-    return original(value) if _reducer() is None else value
+    return original(value) if current("reducer") is None else value
 
+
+_replace_in_loss_module("reduce_weighted_values", _reduce_weighted_values)
+_replace_in_loss_module("scale_loss_for_distribution", _for_distribution)
+_replace_in_loss_module("unscale_loss_for_distribution", _for_distribution)
 
 merge_mask = _loss_module.apply_mask
-
-
 match_ranks = _loss_module.squeeze_or_expand_to_same_rank
 
 
@@ -167,12 +157,3 @@ def check_is_scalar(loss):
             "loss with reduction 'none' returns one value per sample; use "
             "reduction='sum_over_batch_size', or reduce it in `compute_loss`."
         )
-
-
-_replace_in_loss_module("reduce_weighted_values", _reduce_weighted_values)
-
-
-_replace_in_loss_module("scale_loss_for_distribution", _for_distribution)
-
-
-_replace_in_loss_module("unscale_loss_for_distribution", _for_distribution)

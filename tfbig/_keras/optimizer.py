@@ -1,36 +1,26 @@
 """Optimizers: gradients that are exchanged already, moving averages in replica context."""
 
-import contextlib
-import threading
-
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer as LossScaleOptimizer
 
+from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import native
 
-_thread = threading.local()
 
-
-@contextlib.contextmanager
 def aggregated_gradients():
-    """Within it, optimizers of this thread take gradients as they are.
+    """A context in which optimizers of this thread take gradients as they are.
 
     Keras sums the gradients over the replicas inside `apply`, after clipping
     each replica's own. tfbig exchanges them before, once.
     """
-    previous = getattr(_thread, "aggregated", False)
-    _thread.aggregated = True
-    try:
-        yield
-    finally:
-        _thread.aggregated = previous
+    return holding("aggregated", True)
 
 
 def _all_reduce_sum_gradients(
     self, grads_and_vars, _original=TFOptimizer._all_reduce_sum_gradients
 ):
-    if getattr(_thread, "aggregated", False):
+    if current("aggregated"):
         return list(grads_and_vars)
     return _original(self, grads_and_vars)
 
