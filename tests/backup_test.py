@@ -70,7 +70,7 @@ VARIANTS = {
     "dataset, 2 steps": ["--data", "dataset", "--steps_per_execution", "2", "--save_freq", "2"],
     "by epoch": ["--save_freq", "epoch"],
 }
-QUICK = ("mirrored", "steps_per_epoch")
+QUICK = ("mirrored",)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,20 @@ def interrupted_and_resumed(directory, at, strategy="default", save_freq=1, **kw
     return model, fit(model, tfbig.callbacks.BackupAndRestore(directory, save_freq), **kwargs)
 
 
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
-@pytest.mark.parametrize("at", [(0, 1), (1, 3), (1, 5), (2, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("strategy", "at"),
+    [
+        ("default", (0, 1)),
+        ("default", (1, 5)),
+        ("default", (2, 5)),
+        ("mirrored_2", (1, 3)),
+        *(
+            pytest.param("mirrored_2", at, marks=pytest.mark.slow)
+            for at in [(0, 1), (1, 5), (2, 5)]
+        ),
+    ],
+    ids=str,
+)
 def test_resumed_at_any_batch_logs_and_weights_are_those_of_the_uninterrupted(
     strategy, at, tmp_path
 ):

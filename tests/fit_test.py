@@ -199,10 +199,17 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("feed", FEEDS)
+def feeds_and_steps():
+    """Each feed with one way of steps in turn; the others are slow."""
+    for i, feed in enumerate(FEEDS):
+        for j, steps in enumerate(STEPS):
+            marks = [] if i % len(STEPS) == j else [pytest.mark.slow]
+            yield pytest.param(feed, steps, id=f"{feed}-{steps}", marks=marks)
+
+
+@pytest.mark.parametrize(("feed", "steps"), feeds_and_steps())
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
-def test_every_feed_trains_as_on_one_device(steps, feed):
+def test_every_feed_trains_as_on_one_device(feed, steps):
     name, options, compile_args = STEPS[steps]
     trained = train(
         big(**options), name, functional, compile_classifier, FEEDS[feed], **compile_args
@@ -327,7 +334,11 @@ STRUCTURES = {
 
 @pytest.mark.parametrize(
     ("name", "compile_args"),
-    [("default", {}), ("mirrored_2", {}), ("mirrored_2", {"steps_per_execution": 2})],
+    [
+        ("default", {}),
+        pytest.param("mirrored_2", {}, marks=pytest.mark.slow),
+        ("mirrored_2", {"steps_per_execution": 2}),
+    ],
 )
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures_of_inputs_and_outputs(name, structure, compile_args):

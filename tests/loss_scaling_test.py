@@ -257,9 +257,17 @@ def by_checkpoint(model, make, folder):
     return resumed
 
 
-@pytest.mark.parametrize("layers", [(normalization,), (dropout,)], ids=["plain", "random"])
+@pytest.mark.parametrize(
+    ("strategy", "layers"),
+    [
+        pytest.param("default", (normalization,), id="default"),
+        pytest.param("mirrored_2", (dropout,), id="mirrored_2-random"),
+        pytest.param("default", (dropout,), id="default-random", marks=pytest.mark.slow),
+        pytest.param("mirrored_2", (normalization,), id="mirrored_2", marks=pytest.mark.slow),
+        pytest.param("mirrored_4", (dropout,), id="mirrored_4-random"),
+    ],
+)
 @pytest.mark.parametrize("way", [by_keras_file, by_save_weights, by_checkpoint])
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
 def test_resumed_training_ends_as_the_uninterrupted(strategy, way, layers, tmp_path):
     settings = tfbig.DynamicLossScale(growth_interval=4, hysteresis=2)
 

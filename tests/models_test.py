@@ -214,8 +214,15 @@ def state_of(model):
 # --- The plain twin ----------------------------------------------------------
 
 
-@every_model
-@on_strategies
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        # On replicas every third kind; the others are slow.
+        pytest.param(kind, name, marks=[pytest.mark.slow] if i % 3 and name != "default" else [])
+        for i, kind in enumerate(MODELS)
+        for name in ("default", "mirrored_2")
+    ],
+)
 def test_is_the_plain_twin(kind, name, float64):
     make, make_plain = MODELS[kind]
     with make_strategy(name).scope():
