@@ -531,6 +531,11 @@ def _train(path):
         print(f"\ntrain.py: another worker ended: {e.message.splitlines()[0]}", file=sys.stderr)
         # With a backup it is worth to start again, which Kubeflow does after this code.
         return tfbig.callbacks.PREEMPTED if _BACKUP_DIR.value else 1
+    if is_chief and not recorder.epochs:
+        raise UsageError(
+            f"{_BACKUP_DIR.value} holds the end of a run whose history.csv is not in {path}. Give "
+            "--output_dir of that run, or remove the backup to train anew."
+        )
     if is_chief:
         _save(model, recorder, path)
         _print_table(model, recorder, len(x), recorder.epochs[-1]["val_accuracy"])

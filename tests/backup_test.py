@@ -139,8 +139,17 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, t
     signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     rng.shuffle(signals)
     process = job.start(
-        job_with_restarts(tmp_path / "run", "--seconds", 0.2, restarts=len(signals))
+        job_with_restarts(
+            tmp_path / "run",
+            "--seconds",
+            0.2,
+            "--terminate_in_validation",
+            restarts=len(signals) + 1,
+        )
     )
+    # First a worker sends one to itself, in a validation.
+    next_update(process, 1)
+    gone(process.pid, job.children(process.pid))
     sent = 0
     for number in signals:
         # The job makes no more than the first updates before most of the signals, so that
@@ -157,7 +166,8 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, t
     assert done.returncode == 0, done.stderr
     failures = re.findall(r"restarts left: \d+", done.stderr)
     # Each ended the job of its time; the last ones may find it complete.
-    assert len(failures) == sent
+    assert len(failures) == sent + 1
+    assert "preempted after batch 4 of epoch 1" in done.stderr
     assert sent >= 2 * len(signals) // 3
     assert_same_end(tmp_path / "run", end_of(tmp_path / "whole"))
     assert list((tmp_path / "run" / "backup").iterdir()) == []
@@ -188,20 +198,41 @@ def samples(units=2):
     return [rng.normal(size=(20, n)).astype("float32") for n in (4, units)]
 
 
-class Interrupt(keras.callbacks.Callback):
-    """Raises after a number of batches of an epoch."""
+class At(keras.callbacks.Callback):
+    """Calls a function after a number of batches of an epoch, and what follows them."""
 
-    def __init__(self, epoch, batches, error=KeyboardInterrupt):
+    def __init__(self, epoch, batches, function):
         super().__init__()
-        self.at = (epoch, batches - 1)
-        self.error = error
+        self.at = (epoch, batches)
+        self.function = function
+        self.done = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if (self.epoch, batch) == self.at:
-            raise self.error
+        self.done = (self.epoch, batch + 1)
+
+    def next(self, *_, **__):
+        if self.done == self.at:
+            self.done = None
+            self.function()
+
+    on_train_batch_begin = on_test_begin = on_epoch_end = next
+
+
+class Interrupt(At):
+    """Raises after a number of batches of an epoch."""
+
+    def __init__(self, epoch, batches):
+        super().__init__(epoch, batches, self.interrupt)
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
 
 
 def fit(model, *callbacks, x=None, y=None, **kwargs):
@@ -210,17 +241,24 @@ def fit(model, *callbacks, x=None, y=None, **kwargs):
     return model.fit(x, y, callbacks=list(callbacks), **arguments)
 
 
-def interrupted_and_resumed(directory, at, strategy="default", save_freq=1, **kwargs):
+def interrupted_and_resumed(directory, at, strategy="default", save_freq=1, others=list, **kwargs):
     with pytest.raises(KeyboardInterrupt):
         fit(
             compiled(strategy=strategy),
             tfbig.callbacks.BackupAndRestore(directory, save_freq),
+            *others(),
             Interrupt(*at),
             **kwargs,
         )
     keras.utils.set_random_seed(1)
     model = compiled(strategy=strategy)
-    return model, fit(model, tfbig.callbacks.BackupAndRestore(directory, save_freq), **kwargs)
+    backup = tfbig.callbacks.BackupAndRestore(directory, save_freq)
+    return model, fit(model, backup, *others(), **kwargs)
+
+
+def assert_same_weights(model, other):
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +284,91 @@ def test_resumed_at_any_batch_logs_and_weights_are_those_of_the_uninterrupted(
     history = fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
     keras.utils.set_random_seed(1)
     model, resumed = interrupted_and_resumed(tmp_path / "run", at, strategy, **kwargs)
-    for a, b in zip(model.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_weights(model, whole)
     assert resumed.epoch == list(range(at[0], 3))
     # The metrics of an epoch go on as well; they are sums of float32.
     for name, values in history.history.items():
         np.testing.assert_allclose(resumed.history[name], values[at[0] :], rtol=1e-6)
+
+
+class Halve(keras.callbacks.Callback):
+    """Acts after an epoch, as ReduceLROnPlateau does; keeps what it sees at the start."""
+
+    def on_train_begin(self, logs=None):
+        self.at_start = self.model.get_weights()
+
+    def on_epoch_end(self, epoch, logs=None):
+        optimizer = self.model.optimizer
+        optimizer.learning_rate = optimizer.learning_rate.numpy() / 2
+
+
+def test_others_act_after_it_restores_and_before_it_backs_up(tmp_path):
+    whole = compiled()
+    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), Halve())
+    keras.utils.set_random_seed(1)
+    seen = []
+
+    def others():
+        seen.append(Halve())
+        return [seen[-1]]
+
+    model, _ = interrupted_and_resumed(tmp_path / "run", (1, 2), save_freq="epoch", others=others)
+    assert_same_weights(model, whole)
+    assert model.optimizer.learning_rate.numpy() == whole.optimizer.learning_rate.numpy()
+    first, resumed = (halve.at_start for halve in seen)
+    assert not np.array_equal(first[0], resumed[0])
+
+
+def test_variables_of_bfloat16_are_kept(tmp_path):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        whole = compiled()
+        fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"))
+        keras.utils.set_random_seed(1)
+        model, _ = interrupted_and_resumed(tmp_path / "run", (1, 3))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert {v.dtype for v in model.trainable_variables} == {"bfloat16"}
+    assert_same_weights(model, whole)
+
+
+@pytest.mark.parametrize("batches", [5, 0], ids=["in the last validation", "after it"])
+def test_sigterm_after_the_last_update_loses_nothing(batches, tmp_path, capsys):
+    whole = compiled()
+    kwargs = {"validation_data": samples()}
+    history = fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
+    keras.utils.set_random_seed(1)
+    if batches:
+        preempt = At(2, batches, terminate)
+    else:
+        preempt = keras.callbacks.LambdaCallback(on_train_end=lambda logs: terminate())
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path / "run")
+    with pytest.raises(SystemExit) as raised:
+        fit(compiled(), preempt, backup, **kwargs)
+    assert raised.value.code == tfbig.callbacks.PREEMPTED
+    expected = "preempted after batch 5 of epoch 3" if batches else "preempted at its end"
+    assert expected in capsys.readouterr().err
+    model = compiled()
+    resumed = fit(model, tfbig.callbacks.BackupAndRestore(tmp_path / "run"), **kwargs)
+    assert_same_weights(model, whole)
+    assert resumed.epoch == ([2] if batches else [])
+    for name, values in resumed.history.items():
+        np.testing.assert_allclose(values, history.history[name][2:], rtol=1e-6)
+
+
+def test_training_that_stopped_early_has_ended(tmp_path):
+    def run(epochs=3, *others):
+        model = compiled()
+        backup = tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+        return model, fit(model, backup, *others, epochs=epochs).epoch
+
+    stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e9, start_from_epoch=0)
+    stopped, epochs = run(3, stop)
+    assert epochs == [0, 1]
+    again, epochs = run()
+    assert epochs == []
+    assert_same_weights(again, stopped)
+    assert run(epochs=4)[1] == [2, 3]
 
 
 def test_each_epoch_is_shuffled_anew_and_the_same_after_a_restart(tmp_path):
@@ -325,8 +442,27 @@ def test_a_training_that_began_later_goes_on_with_its_data(tmp_path):
     fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
     keras.utils.set_random_seed(1)
     model, _ = interrupted_and_resumed(tmp_path / "run", (6, 2), **kwargs)
-    for a, b in zip(model.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_weights(model, whole)
+
+
+def test_within_batches_samples_are_shuffled_anew_in_each_epoch(tmp_path):
+    seen = []
+    model = tfbig.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", run_eagerly=True)
+    train_step = model.train_step
+
+    def record(data):
+        seen.append(data[0].numpy().ravel().astype(int).tolist())
+        return train_step(data)
+
+    model.train_step = record
+    x = np.arange(14.0).reshape(-1, 1)
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    fit(model, backup, x=x, y=x, batch_size=6, epochs=2, shuffle="batch")
+    batches = [list(range(6)), list(range(6, 12)), [12, 13]]
+    assert [sorted(batch) for batch in seen] == batches * 2
+    assert len({str(batch) for batch in seen[:2] + seen[3:5]}) == 4
+    assert seen[0] != batches[0]
 
 
 def test_structures_with_nothing_in_a_place_are_shuffled_too(tmp_path):
@@ -383,8 +519,7 @@ def test_a_complete_training_leaves_no_backup_unless_asked_to(tmp_path):
     again = compiled()
     history = fit(again, tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False))
     assert history.epoch == []
-    for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_weights(again, model)
 
 
 def backed_up(directory, **kwargs):
@@ -431,22 +566,43 @@ def test_a_damaged_backup_is_refused_and_kept(damage, tmp_path):
     assert _backup.path_in(tmp_path).read_bytes() == damaged
 
 
+_savez = np.savez
+
+
+def full_disk(file, *args, **kwargs):
+    """Stands for `np.savez`."""
+    _savez(file, *args, **kwargs)
+    file.truncate(100)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_disk_that_is_full_is_warned_of_and_the_last_backup_stays(tmp_path, monkeypatch):
     before = backed_up(tmp_path)
-    savez = np.savez
-
-    def full(file, *args, **kwargs):
-        savez(file, *args, **kwargs)
-        file.truncate(100)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(np, "savez", full_disk)
     model = compiled()
     with pytest.warns(UserWarning, match=r"could not be written.*No space left.*goes on"):
         fit(model, tfbig.callbacks.BackupAndRestore(tmp_path, 1, delete_checkpoint=False))
     assert model.optimizer.iterations.numpy() == 15
     assert _backup.path_in(tmp_path).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [_backup.FILE]
+
+
+def test_a_preemption_whose_backup_cannot_be_written_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(np, "savez", full_disk)
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="could not be written"),
+        pytest.raises(SystemExit) as raised,
+    ):
+        fit(compiled(), At(0, 2, terminate), backup)
+    assert raised.value.code == 128 + signal.SIGTERM
+    assert "no backup could be written" in capsys.readouterr().err
+
+
+def test_two_backups_of_one_training_are_refused(tmp_path):
+    backups = [tfbig.callbacks.BackupAndRestore(tmp_path / name) for name in "ab"]
+    with pytest.raises(errors.InvalidOptionError, match="only one of this kind"):
+        fit(compiled(), *backups)
 
 
 def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
@@ -463,6 +619,7 @@ def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
         ({"save_freq": "batch"}, "save_freq='batch'"),
         ({"on_preemption": "stop"}, "`on_preemption` must be .*on_preemption='stop'"),
         ({"backup_dir": ""}, "`backup_dir` must not be empty"),
+        ({"backup_dir": "gs://bucket/x"}, "mount the storage.*'gs://bucket/x'"),
     ],
     ids=str,
 )

@@ -164,13 +164,14 @@ def test_history_evaluation_and_prediction_are_those_of_all_samples_on_every_wor
     assert np.shape(chief["prediction"]) == (26, 4)
     assert np.shape(chief["on_batch_prediction"]) == (5, 4)
     assert chief["same samples"] == 1
+    assert chief["left alone"] == 1
 
 
 @pytest.mark.usefixtures("float64")
 def test_what_the_chief_saves_is_the_model_of_all_workers(chief_job):
     directory, (chief, _) = chief_job
     names = {p.name for p in directory.iterdir()}
-    assert names == {"0.json", "1.json", "best.keras", "last.keras", "log.csv", "own.csv"}
+    assert names == {"backup", "0.json", "1.json", "best.keras", "last.keras", "log.csv", "own.csv"}
     with keras.saving.custom_object_scope({"WithMetric": WithMetric}):
         model = keras.saving.load_model(directory / "last.keras")
     assert model.optimizer.iterations.numpy() == chief["iterations"]

@@ -13,6 +13,7 @@ import pathlib
 import zipfile
 
 import numpy as np
+import tensorflow as tf
 
 from tfbig import errors
 
@@ -36,6 +37,7 @@ class Backup:
         batch: int, batches of the next epoch that are consumed.
         num_batches: int, batches of an epoch, where that is known; or None.
         seed: int, what the data are shuffled by.
+        ended_of: int, once training has ended: of how many epochs; else None.
         described: list of str, what tells one model from another: a line for each
             array.
         arrays: list of NumPy arrays, the values of `State.variables`.
@@ -46,6 +48,7 @@ class Backup:
     batch: int
     num_batches: int | None
     seed: int
+    ended_of: int | None
     described: list
     arrays: list
 
@@ -94,7 +97,12 @@ def write(directory, backup):
         "format": FORMAT,
         **{k: v for k, v in dataclasses.asdict(backup).items() if k != "arrays"},
     }
-    arrays = {str(i): array for i, array in enumerate(backup.arrays)}
+    # .npy files know no bfloat16 and the like: they are kept as unsigned integers.
+    arrays = {
+        str(i): a.view(f"u{a.itemsize}") if a.dtype.kind == "V" else a
+        for i, a in enumerate(map(np.asarray, backup.arrays))
+    }
+    about["dtypes"] = [a.dtype.name for a in backup.arrays]
     arrays[_ABOUT] = np.array(json.dumps(about))
     temporary = directory / f".backup-{os.getpid()}.tmp"
     try:
@@ -137,7 +145,8 @@ def read(directory):
                     f"format {FORMAT}. It is left as it is. Use the version that wrote it, or "
                     "another directory."
                 )
-            arrays = [file[str(i)] for i in range(len(about["described"]))]
+            dtypes = [tf.as_dtype(name).as_numpy_dtype for name in about.pop("dtypes")]
+            arrays = [file[str(i)].view(dtype) for i, dtype in enumerate(dtypes)]
         return Backup(arrays=arrays, **about)
     except FileNotFoundError:
         return None

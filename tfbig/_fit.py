@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import _keras, _workers
+from tfbig import _keras, _workers, errors
 
 __all__ = ("arguments_of", "prepared")
 
@@ -36,8 +36,8 @@ def prepared(model, arguments, options):
     """Within it, `fit` may run.
 
     A callback with a method `around_fit(model, arguments)`, which returns a context
-    manager, is entered here: it may change the arguments, and leaves when training
-    ends in whatever way.
+    manager, is entered here, and left when training ends in whatever way. It is called
+    after all others, and what its `before_others()` returns before them.
 
     Args:
         model: `keras.Model`.
@@ -59,10 +59,23 @@ def prepared(model, arguments, options):
                 # Workers that shuffle each in its own way would share no batch.
                 seed = workers.exchange("a seed", str(_keras.new_seed()))[0]
                 stack.enter_context(_keras.reseeded_shuffling(int(seed)))
-        for callback in _callbacks(arguments.get("callbacks")):
-            if hasattr(callback, "around_fit"):
-                stack.enter_context(callback.around_fit(model, arguments))
+        callbacks = _callbacks(arguments.get("callbacks"))
+        around = [c for c in callbacks if hasattr(c, "around_fit")]
+        _check_each_kind_once(around)
+        for callback in around:
+            stack.enter_context(callback.around_fit(model, arguments))
+        if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
+            others = [c for c in callbacks if c not in around]
+            arguments["callbacks"] = [*(c.before_others() for c in around), *others, *around]
         yield arguments
+
+
+def _check_each_kind_once(callbacks):
+    kinds = [type(c).__name__ for c in callbacks]
+    if len(set(kinds)) < len(kinds):
+        raise errors.InvalidOptionError(
+            f"`callbacks` must hold only one of this kind. Received: {', '.join(kinds)}."
+        )
 
 
 def _callbacks(argument):

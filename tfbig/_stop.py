@@ -25,8 +25,7 @@ class StopRequest:
     """
 
     def __init__(self, strategy, is_shared):
-        self.is_made = False
-        self.is_handled = False
+        self.is_made = self.is_handled = False
         self.is_shared = is_shared
         if is_shared:
             with strategy.scope():
@@ -36,6 +35,12 @@ class StopRequest:
                     )
                     for _ in range(2)
                 )
+
+    def reset(self):
+        """Forgets an earlier request."""
+        self.is_made = self.is_handled = False
+        if self.is_shared:
+            _keras.assign_all([self._sent, self._received], [0.0, 0.0])
 
     @contextlib.contextmanager
     def listening(self):
@@ -79,3 +84,9 @@ class StopRequest:
         if self.is_handled:
             return False
         return _keras.values_of([self._received])[0] > 0 if self.is_shared else self.is_made
+
+    def agree(self, workers):
+        """Whether any worker has the request; all ask at the same place, between updates."""
+        return not self.is_handled and "stop" in workers.exchange(
+            "whether to stop", "stop" if self.is_made else "go on"
+        )

@@ -17,8 +17,8 @@ from tfbig import _building, errors
 
 __all__ = ("Workers",)
 
-# Seconds that a worker waits for what the others have to say.
-TIMEOUT = 600.0
+# Seconds that a worker waits for what another has to say; set by `get_strategy`.
+timeout = 600.0
 
 # Seconds after which a worker that waits looks for the reason.
 _LOOK = 2.0
@@ -70,17 +70,21 @@ class Workers:
             text: str.
 
         Raises:
-            WorkerUnavailableError: If a worker says nothing in `TIMEOUT` seconds.
+            WorkerUnavailableError: If a worker says nothing in `timeout` seconds.
         """
         if self.count == 1:
             return [text]
         service, question = _context.context(), next(_questions)
         service.set_config_key_value(f"tfbig/{question}/{self.index}", text)
-        deadline = time.monotonic() + TIMEOUT
-        return [
+        deadline = time.monotonic() + timeout
+        answers = [
             self._answer(service, f"tfbig/{question}/{i}", i, subject, deadline)
             for i in range(self.count)
         ]
+        # Who answers this question has read the answers to those before.
+        if question:
+            service.delete_config_key_value(f"tfbig/{question - 1}/{self.index}")
+        return answers
 
     def _answer(self, service, key, index, subject, deadline):
         """What worker `index` has told under a key."""
@@ -107,10 +111,6 @@ class Workers:
             f"{subject}. See the output of {self.names[index]}: it ended, hangs, or runs another "
             f"program. TensorFlow says: {error.message}"
         )
-
-    def wait_for_all(self, subject):
-        """Returns when all workers have called it."""
-        self.exchange(subject, "")
 
     def agree(self, subject, settings):
         """Raises on every worker if their settings are not the same.

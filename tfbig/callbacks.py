@@ -1,6 +1,7 @@
 """Callbacks: backups that a training goes on from, effects of the chief alone."""
 
 import contextlib
+import signal
 import sys
 import warnings
 from typing import Any
@@ -23,7 +24,11 @@ class BackupAndRestore(keras.callbacks.Callback):
     one: model, optimizer, loss scale, metrics and the states of random generators
     are restored, and the epoch goes on with the batch that comes next. Arrays are
     shuffled in each epoch by a seed that the backup keeps; a `tf.data.Dataset` of
-    your own must shuffle by a seed, as after `keras.utils.set_random_seed`.
+    your own must shuffle by a seed, as after `keras.utils.set_random_seed`. Not restored
+    is what other callbacks count, such as the patience of `EarlyStopping` and
+    `ReduceLROnPlateau`, and what is drawn from a generator that the model does not hold.
+
+    Restores before and backs up after what the other callbacks of `fit` do.
 
     On several workers every one has the callback, with the same directory, that all
     can read. The chief writes.
@@ -33,10 +38,13 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     SIGTERM, by which machines are preempted, takes a backup after the running update,
     on all workers the same, wherever the signal arrived; then the program ends
-    with exit code 138 (`tfbig.callbacks.PREEMPTED`).
+    with exit code 138 (`tfbig.callbacks.PREEMPTED`), or with 143, as by the signal
+    itself, if that backup could not be written. In a validation it is taken after the
+    running batch, on several workers after the validation.
 
     Args:
-        backup_dir: str or path, where the backup is kept. Not for anything else.
+        backup_dir: str or path, where the backup is kept: a directory of a file system,
+            not a URL. Not for anything else.
         save_freq: "epoch", or int, after how many updates a backup is taken.
             Defaults to "epoch". With `steps_per_execution` they are taken after the
             execution that reaches the number.
@@ -44,8 +52,9 @@ class BackupAndRestore(keras.callbacks.Callback):
             after the backup, instead of the exit, and training ends as with
             `model.stop_training`. None: SIGTERM is left alone. Defaults to "exit".
         delete_checkpoint: bool, whether the backup is removed when training has
-            ended. Defaults to True, as in Keras. With False, a `fit` that is complete
-            does nothing when run again.
+            ended. Defaults to True, as in Keras. With False, a `fit` that has ended,
+            also by `EarlyStopping`, does nothing when run again, and goes on when
+            run with more epochs.
 
     Raises:
         InvalidOptionError: If an argument is not valid.
@@ -71,6 +80,11 @@ class BackupAndRestore(keras.callbacks.Callback):
         super().__init__()
         if not str(backup_dir):
             raise errors.InvalidOptionError("`backup_dir` must not be empty. Received: ''.")
+        if "://" in str(backup_dir):
+            raise errors.InvalidOptionError(
+                "`backup_dir` must be a directory of a file system; mount the storage. Received: "
+                f"backup_dir={str(backup_dir)!r}."
+            )
         is_number = isinstance(save_freq, int) and not isinstance(save_freq, bool)
         if save_freq != "epoch" and not (is_number and save_freq >= 1):
             raise errors.InvalidOptionError(
@@ -105,9 +119,11 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._backup = self._read()
         self._seed = self._backup.seed if self._backup else self._new_seed()
         self._epoch = self._batch = self._since_backup = 0
-        self._metrics = []
+        self._metrics = self._metrics_of_training = []
         is_shared = self._workers.count > 1
-        self._stop = _stop.StopRequest(model.distribute_strategy, is_shared)
+        # With other workers it is part of the step, which is not to be traced anew.
+        self._stop = model.stop_request or _stop.StopRequest(model.distribute_strategy, is_shared)
+        self._stop.reset()
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(_keras.reseeded_shuffling(self._seed))
@@ -121,11 +137,12 @@ class BackupAndRestore(keras.callbacks.Callback):
                     )
                 elif self.on_preemption is not None:
                     stack.enter_context(self._stop.listening())
-                    model.stop_request = self._stop if is_shared else None
+                    if is_shared:
+                        model.stop_request = self._stop
                 yield
         finally:
             _keras.set_initial_epoch(model, 0)
-            model.stop_request = self._stop = None
+            self._stop = self._data = self._backup = None
 
     def _read(self):
         """The backup, which must be the same on all workers."""
@@ -142,12 +159,19 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _new_seed(self):
         return int(self._workers.exchange("a seed", str(_keras.new_seed()))[0])
 
+    def before_others(self):
+        """A callback that restores, to stand before all others."""
+        return keras.callbacks.LambdaCallback(on_train_begin=lambda logs: self._restore())
+
     def on_train_begin(self, logs=None):
         if self._stop is None:
             raise errors.InvalidOptionError(
                 "BackupAndRestore must be among the `callbacks` that `fit` is called with, by "
                 "itself or in a list. Received: it came in another way."
             )
+        self._restore()  # Unless that is done.
+
+    def _restore(self):
         self._data = _keras.data_of_fit(self.model)
         backup, self._backup = self._backup, None
         if backup is None:
@@ -161,9 +185,12 @@ class BackupAndRestore(keras.callbacks.Callback):
             )
         _keras.assign_all(state.variables, backup.arrays)
         self._epoch, self._batch = backup.epoch, backup.batch
+        self._first_epoch = backup.first_epoch
+        if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
+            _keras.set_initial_epoch(self.model, self.params["epochs"])
+            return
         self._metrics = backup.arrays[len(backup.arrays) - len(state.metrics) :]
         _keras.set_initial_epoch(self.model, self._epoch)
-        self._first_epoch = backup.first_epoch
         complete = backup.epoch - backup.first_epoch
         _keras.resume_data(self._data, complete, backup.batch, backup.num_batches)
 
@@ -183,9 +210,22 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._since_backup += done - self._batch
         self._batch = done
         if self._stop.is_agreed():
-            self._end()
+            self._preempt()
         elif self.save_freq != "epoch" and self._since_backup >= self.save_freq:
             self._write()
+
+    def on_test_begin(self, logs=None):
+        # Which a validation resets.
+        self._metrics_of_training = _keras.values_of(_backup.State(self.model).metrics)
+
+    def on_test_batch_end(self, batch, logs=None):
+        if not self._stop.is_shared and self._stop.is_agreed():
+            self._preempt()
+
+    def on_test_end(self, logs=None):
+        if self._stop.agree(self._workers):
+            self._preempt()
+        self._metrics_of_training = []
 
     def on_epoch_end(self, epoch, logs=None):
         self._epoch, self._batch = epoch + 1, 0
@@ -195,27 +235,32 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._stop.is_handled:
             return
-        if not self.delete_checkpoint:
-            self._write()
-            return
         # Not before all are here: one that failed now would start from nothing.
-        self._workers.wait_for_all("the end of fit")
-        if self._workers.is_chief:
+        if self._stop.agree(self._workers):
+            self._preempt(ended=True)
+        elif not self.delete_checkpoint:
+            self._write(ended=True)
+        elif self._workers.is_chief:
             _backup.remove(self.backup_dir)
 
-    def _write(self):
+    def _write(self, ended=False):
+        """Writes a backup, on the chief; returns whether that went well."""
         self._since_backup = 0
         if not self._workers.is_chief:
-            return
+            return True
         state = _backup.State(self.model)
+        arrays = _keras.values_of(state.variables)
+        if self._metrics_of_training:
+            arrays[-len(state.metrics) :] = self._metrics_of_training
         backup = _backup.Backup(
             first_epoch=self._first_epoch,
             epoch=self._epoch,
             batch=self._batch,
             num_batches=_keras.known_batches(self._data),
             seed=self._seed,
+            ended_of=self.params["epochs"] if ended else None,
             described=state.described,
-            arrays=_keras.values_of(state.variables),
+            arrays=arrays,
         )
         try:
             _backup.write(self.backup_dir, backup)
@@ -225,24 +270,23 @@ class BackupAndRestore(keras.callbacks.Callback):
                 "the previous backup, if there is one, is intact.",
                 stacklevel=2,
             )
+            return False
+        return True
 
-    def _end(self):
-        """Ends training after the update that was, with a backup."""
+    def _preempt(self, ended=False):
+        """Ends training with a backup of this moment."""
         self._stop.is_handled = True
-        self._write()
+        written = str(self._write(ended))
         # A worker that ends takes the others with it, so the chief must be done.
-        self._workers.wait_for_all("the backup at a preemption")
+        is_written = self._workers.exchange("the backup at a preemption", written)[0] == "True"
         if self.on_preemption != "exit":
             self.model.stop_training = True
             self.on_preemption()
             return
-        print(
-            f"tfbig: preempted after batch {self._batch} of epoch {self._epoch + 1}; the backup is "
-            f"in {self.backup_dir}",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(PREEMPTED)
+        when = "at its end" if ended else f"after batch {self._batch} of epoch {self._epoch + 1}"
+        what = "the backup is" if is_written else "no backup could be written"
+        print(f"tfbig: preempted {when}; {what} in {self.backup_dir}", file=sys.stderr, flush=True)
+        sys.exit(PREEMPTED if is_written else 128 + signal.SIGTERM)
 
 
 def _first_difference(saved, present):

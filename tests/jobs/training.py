@@ -9,6 +9,7 @@ logs in end.json. A line "update N" is printed after each update.
 import argparse
 import json
 import pathlib
+import signal
 import time
 
 import keras
@@ -31,6 +32,19 @@ class Progress(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         print("update", int(self.model.optimizer.iterations.numpy()), flush=True)
         time.sleep(self.seconds)
+
+
+class TerminateInValidation(keras.callbacks.Callback):
+    """Sends SIGTERM to this worker in its first validation, once in a run of restarts."""
+
+    def __init__(self, marker):
+        super().__init__()
+        self.marker = marker
+
+    def on_test_batch_begin(self, batch, logs=None):
+        if not self.marker.exists():
+            self.marker.touch()
+            signal.raise_signal(signal.SIGTERM)
 
 
 def arrays():
@@ -84,6 +98,7 @@ def parse():
     parser.add_argument("--data", default="arrays")
     parser.add_argument("--steps_per_execution", type=int, default=1)
     parser.add_argument("--units", type=int, default=2)
+    parser.add_argument("--terminate_in_validation", action="store_true")
     return parser.parse_args()
 
 
@@ -95,13 +110,16 @@ def main():
     strategy = tfbig.distribute.get_strategy(options.strategy, devices=devices, timeout=60)
     with strategy.scope():
         model = build(options)
+    callbacks = [Progress(options.seconds)]
+    if options.terminate_in_validation and not tfbig.distribute.is_chief(strategy):
+        callbacks.append(TerminateInValidation(options.directory / "terminated"))
     save_freq = options.save_freq if options.save_freq == "epoch" else int(options.save_freq)
     backup = tfbig.callbacks.BackupAndRestore(options.backup_dir, save_freq)
     history = model.fit(
         **data(options.data),
         epochs=EPOCHS,
         verbose=0,
-        callbacks=[backup, Progress(options.seconds)],
+        callbacks=[backup, *callbacks],
         validation_data=arrays(),
         validation_batch_size=BATCH,
     )

@@ -90,16 +90,21 @@ _get_tf_dataset = ArrayDataAdapter.get_tf_dataset
 
 def _reseeded_tf_dataset(self):
     seed = current("shuffle_seed")
-    if seed is None or not self._shuffle or self._shuffle == "batch":
+    if seed is None or not self._shuffle:
         return _get_tf_dataset(self)
     inputs = array_slicing.convert_to_sliceable(self._inputs, target_backend="tensorflow")
     inputs = keras.tree.lists_to_tuples(inputs)
 
     def permutation(digits):
         # Another one each time the dataset is iterated, in the order of these times.
-        key = tf.reduce_sum(digits * [1, 2**10, 2**20, 2**30])
+        key = tf.stack([seed, tf.reduce_sum(digits * [1, 2**10, 2**20, 2**30])])
         indices = tf.range(self._num_samples, dtype=tf.int64)
-        return tf.random.experimental.stateless_shuffle(indices, tf.stack([seed, key]))
+        if self._shuffle != "batch":
+            return tf.random.experimental.stateless_shuffle(indices, key)
+        # As in Keras: the samples of each batch among themselves.
+        places = tf.random.stateless_uniform([self._num_samples], key, dtype=tf.float64)
+        batch = tf.cast(indices // self._batch_size, tf.float64)
+        return tf.cast(tf.argsort(batch + places), tf.int64)
 
     def batches(indices):
         return tf.data.Dataset.from_tensor_slices(indices).batch(self._batch_size)
@@ -118,9 +123,12 @@ def _reseeded_tf_dataset(self):
     # replicas, that happens in the background, and iterators that Keras drops unread race.
     keys = tf.data.Dataset.range(2**10).shuffle(2**10, seed).batch(4).take(1)
     whole = tf.data.Dataset.from_tensors(inputs).repeat()
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return (
         tf.data.Dataset.zip(keys.map(permutation).flat_map(batches), whole)
         .map(samples, num_parallel_calls=tf.data.AUTOTUNE)
+        .with_options(options)
         .prefetch(tf.data.AUTOTUNE)
     )
 

@@ -30,7 +30,8 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
             names such as `["GPU:0", "GPU:1"]`. Without GPUs a number makes as
             many logical CPU devices. By default all GPUs. For "one_device": a
             device name, by default the first GPU or CPU.
-        timeout: float, seconds to wait for the other workers to come up.
+        timeout: float, seconds to wait for the other workers to come up, and in `fit`
+            for one that lives and does not come to the place where the others are.
         port: int, port of the first task of each node under SLURM; by default
             made from the number of the job.
 
@@ -136,6 +137,7 @@ def _over_workers(cluster, timeout):
             f"and once. TensorFlow says: {e}"
         ) from None
     if len(cluster.tasks) > 1:
+        _workers.timeout = timeout
         workers = _workers.Workers.of(strategy)
         _building.watch(strategy, workers.names, workers.index)
     return strategy, (
