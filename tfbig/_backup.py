@@ -97,12 +97,9 @@ def write(directory, backup):
         "format": FORMAT,
         **{k: v for k, v in dataclasses.asdict(backup).items() if k != "arrays"},
     }
-    # .npy files know no bfloat16 and the like: they are kept as unsigned integers.
-    arrays = {
-        str(i): a.view(f"u{a.itemsize}") if a.dtype.kind == "V" else a
-        for i, a in enumerate(map(np.asarray, backup.arrays))
-    }
-    about["dtypes"] = [a.dtype.name for a in backup.arrays]
+    arrays = {str(i): array for i, array in enumerate(backup.arrays)}
+    # .npy files know bfloat16 and the like by their size only.
+    about["dtypes"] = [array.dtype.name for array in backup.arrays]
     arrays[_ABOUT] = np.array(json.dumps(about))
     temporary = directory / f".backup-{os.getpid()}.tmp"
     try:
