@@ -1,5 +1,7 @@
 """tfbig: one update is one update of the whole effective batch, on any hardware."""
 
+import importlib
+
 from tfbig import _backend as _backend  # First: it looks before Keras is imported.
 from tfbig import callbacks, distribute, errors
 from tfbig._micro_batches import accumulate_gradients
@@ -9,6 +11,14 @@ from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.equivalence import check_equivalence
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 from tfbig.models import Model, Sequential, extend
+
+
+def __getattr__(name):
+    # KerasTuner and Optuna are imported by who searches.
+    if name == "tuners":
+        return importlib.import_module("tfbig.tuners")
+    raise AttributeError(f"module 'tfbig' has no attribute {name!r}")
+
 
 __all__ = (
     "DynamicLossScale",
@@ -23,4 +33,5 @@ __all__ = (
     "distribute",
     "errors",
     "extend",
+    "tuners",
 )

@@ -11,6 +11,9 @@ __all__ = (
     "InvalidOptionError",
     "LossScaleError",
     "MixinOrderError",
+    "SearchError",
+    "StorageUnavailableError",
+    "StudyError",
     "TfbigError",
     "UnsupportedModelError",
     "UnsupportedStrategyError",
@@ -45,6 +48,18 @@ class LossScaleError(TfbigError, RuntimeError):
 
 class MixinOrderError(TfbigError, TypeError):
     """A mixin stands after the Keras class."""
+
+
+class SearchError(TfbigError, RuntimeError):
+    """A search for hyperparameters cannot go on, or found nothing."""
+
+
+class StorageUnavailableError(TfbigError, ConnectionError):
+    """The database of a search cannot be reached."""
+
+
+class StudyError(TfbigError, ValueError):
+    """A study is of another search: another objective, space or way to search."""
 
 
 class UnsupportedModelError(TfbigError, ValueError):

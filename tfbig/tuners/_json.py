@@ -1,0 +1,76 @@
+"""Values of hyperparameters as JSON texts that keep their type.
+
+A tuple is not a list, True is not 1, 1.0 is not 1, and a float is the same to the bit.
+"""
+
+import json
+import math
+
+import numpy as np
+
+from tfbig import errors
+
+__all__ = ("canonical", "dumps", "loads")
+
+# Stands for what JSON has no word for: tuples, and dictionaries that look like this.
+_TUPLE, _DICT, _FLOAT = "__tuple__", "__dict__", "__float__"
+
+
+def dumps(value):
+    """A value as a text.
+
+    Raises:
+        InvalidOptionError: If the value is not made of None, bool, int, float, str,
+            tuples, lists and dictionaries with str keys.
+    """
+    return json.dumps(_encoded(value), sort_keys=True)
+
+
+def loads(text):
+    """The value that `dumps` was given."""
+    return _decoded(json.loads(text))
+
+
+def canonical(value):
+    """The value with NumPy's scalars turned into Python's."""
+    return loads(dumps(value))
+
+
+def _encoded(value):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: repr(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple):
+        return {_TUPLE: [_encoded(v) for v in value]}
+    if isinstance(value, list):
+        return [_encoded(v) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        items = {k: _encoded(v) for k, v in value.items()}
+        return {_DICT: items} if len(items) == 1 and _is_marked(items) else items
+    raise errors.InvalidOptionError(
+        "Values of hyperparameters must be None, bool, int, float, str, or tuples, lists and "
+        f"dictionaries of these. Received: {value!r} of type {type(value).__name__}."
+    )
+
+
+def _is_marked(items):
+    return next(iter(items)) in (_TUPLE, _DICT, _FLOAT)
+
+
+def _decoded(value):
+    if isinstance(value, list):
+        return [_decoded(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        (mark, content) = next(iter(value.items()))
+        if mark == _TUPLE:
+            return tuple(_decoded(v) for v in content)
+        if mark == _FLOAT:
+            return float(content)
+        if mark == _DICT:
+            value = content
+    return {k: _decoded(v) for k, v in value.items()}

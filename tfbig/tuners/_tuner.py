@@ -1,0 +1,434 @@
+"""The tuners' common part: runs trials that an oracle over a study hands out."""
+
+import gc
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import shutil
+import traceback
+
+import keras
+import keras_tuner
+import numpy as np
+import tensorflow as tf
+from keras_tuner.src.engine import trial as kt_trial
+from keras_tuner.src.engine import tuner_utils
+
+import tfbig
+from tfbig import errors
+from tfbig._step import TrainStep
+from tfbig.tuners import _oracle, _progress
+
+__all__ = ("Tuner",)
+
+# Files of a trial.
+CHECKPOINT, BUILD, STATE = "checkpoint.weights.h5", "build_config.json", "state"
+
+_OUT_OF_MEMORY = (MemoryError, tf.errors.ResourceExhaustedError)
+
+# What the tuner does with hyperparameters of these names, where a builder has them.
+FIT_ARGUMENTS = ("batch_size", "epochs")
+CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
+PRECISION = "precision"
+
+
+class TrialPruned(Exception):  # noqa: N818
+    """Ends a trial that the pruner stopped."""
+
+
+class TrialLost(Exception):  # noqa: N818
+    """Ends a trial that another process has taken."""
+
+
+class Tuner(keras_tuner.Tuner):
+    """Runs trials; see the tuners, which say what is searched how.
+
+    Args:
+        oracle: `StudyOracle`.
+        hypermodel: function of `hp`, or `keras_tuner.HyperModel`, that returns a compiled
+            Keras model.
+        directory: str, where projects are. Defaults to the working directory.
+        project_name: str, the directory of this search in it, and the name of its
+            study.
+        overwrite: bool, whether to begin anew instead of going on. Refused while other
+            processes work on the study.
+        executions_per_trial: int, how often a trial is trained; its score is the mean.
+        keep_best_k: int, of how many of the best trials the weights are kept. Defaults
+            to 10.
+        gradient_accumulation_steps: as for `tfbig.extend`, of every model.
+        micro_batch_size: as for `tfbig.extend`, of every model.
+        loss_scale: as for `tfbig.extend`, of every model.
+        max_seconds: float, seconds after which no trial begins any more.
+        max_total_epochs: int, epochs of all trials after which none begins any more.
+        **kwargs: as for `keras_tuner.Tuner`.
+    """
+
+    def __init__(
+        self,
+        oracle,
+        hypermodel=None,
+        *,
+        directory=None,
+        project_name=None,
+        overwrite=False,
+        executions_per_trial=1,
+        keep_best_k=10,
+        gradient_accumulation_steps=None,
+        micro_batch_size=None,
+        loss_scale="auto",
+        max_seconds=None,
+        max_total_epochs=None,
+        **kwargs,
+    ):
+        if "KERASTUNER_TUNER_ID" in os.environ or "KERASTUNER_ORACLE_IP" in os.environ:
+            raise errors.SearchError(
+                "KerasTuner's chief and workers are not used: unset KERASTUNER_TUNER_ID, "
+                "KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT, and start the same program as "
+                "often as wanted, with the same storage; or once, with `python -m tfbig.launch "
+                "--workers N --independent`."
+            )
+        for name, value in (
+            ("executions_per_trial", executions_per_trial),
+            ("keep_best_k", keep_best_k),
+        ):
+            if type(value) is not int or value < 1:
+                raise errors.InvalidOptionError(
+                    f"`{name}` must be an integer >= 1. Received: {name}={value!r}."
+                )
+        self._keep = keep_best_k
+        self._options = {
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "micro_batch_size": micro_batch_size,
+        }
+        self._options = {k: v for k, v in self._options.items() if v is not None}
+        self._loss_scale = loss_scale
+        self._max_seconds = max_seconds
+        self._max_total_epochs = max_total_epochs
+        if overwrite:
+            oracle._set_project_dir(directory or ".", project_name or "untitled_project")
+            oracle.begin_anew()
+        oracle._display = _progress.Progress(oracle)
+        super().__init__(
+            oracle,
+            hypermodel,
+            directory=directory,
+            project_name=project_name,
+            overwrite=False,
+            executions_per_trial=executions_per_trial,
+            **kwargs,
+        )
+
+    # The study is saved as it goes.
+
+    def save(self):
+        """Does nothing."""
+
+    def reload(self):
+        """Does nothing."""
+
+    # --- The search ---
+
+    def search(self, *fit_args, **fit_kwargs):
+        """Runs trials until there is no more to do; any number of processes may.
+
+        Args:
+            *fit_args: arguments of `fit`, or of what overrides it.
+            **fit_kwargs: arguments of `fit`, or of what overrides it.
+
+        Raises:
+            SearchError: If trials fail one after the other, if none was completed, or
+                if the model does not report the objective.
+            StudyError: If the study is of another search.
+            StorageUnavailableError: If the database cannot be reached.
+        """
+        self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
+        try:
+            super().search(*fit_args, **fit_kwargs)
+        finally:
+            self.oracle.release()
+        self.oracle.check_result()
+
+    def _try_run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
+        status, why = kt_trial.TrialStatus, None
+        try:
+            self._run_and_update_trial(trial, *fit_args, **fit_kwargs)
+            trial.status = status.COMPLETED
+            return
+        except (keras_tuner.errors.FatalError, errors.SearchError):
+            raise
+        except TrialPruned:
+            trial.status = status.STOPPED
+            return
+        except TrialLost:
+            trial.status = status.INVALID
+            return
+        except (keras_tuner.errors.FailedTrialError, errors.LossScaleError, *_OUT_OF_MEMORY):
+            trial.status, why = status.INVALID, _oracle.INFEASIBLE
+        except Exception:
+            trial.status = status.INVALID
+        trial.message = traceback.format_exc()[-20_000:]
+        trial.why = why
+
+    def _run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
+        results = self.run_trial(trial, *fit_args, **fit_kwargs)
+        objective = self.oracle.objective
+        if self.oracle.is_updated(trial.trial_id):
+            return  # By a `run_trial` of the user.
+        tuner_utils.validate_trial_results(results, objective, "Tuner.run_trial()")
+        metrics, step = _best_of(results, objective)
+        if metrics:  # None where a trial that goes on had been trained to its end.
+            self.oracle.update_trial(trial.trial_id, metrics, step=step)
+
+    def on_trial_end(self, trial):
+        """Tells the study, and removes weights that are not among the best any more."""
+        super().on_trial_end(trial)
+        self._remove_worse()
+
+    def _remove_worse(self):
+        best = {t.trial_id for t in self.oracle.get_best_trials(self._keep)}
+        for trial in self.oracle.trials.values():
+            if trial.status == kt_trial.TrialStatus.RUNNING:
+                continue
+            directory = pathlib.Path(self.project_dir, f"trial_{trial.trial_id}")
+            shutil.rmtree(directory / STATE, ignore_errors=True)
+            if trial.trial_id not in best:
+                (directory / CHECKPOINT).unlink(missing_ok=True)
+
+    def run_trial(self, trial, *args, **kwargs):
+        """Trains the model of a trial; to be overridden for anything else.
+
+        Args:
+            trial: `keras_tuner.engine.trial.Trial`.
+            *args: those of `search`.
+            **kwargs: those of `search`.
+
+        Returns:
+            What `HyperModel.fit` returned, of each execution: a history, a dictionary of metrics
+            or a number.
+        """
+        given = kwargs.pop("callbacks", None) or []
+        checkpoint = _Checkpoint(
+            self.oracle.objective,
+            self._get_checkpoint_fname(trial.trial_id),
+            self.oracle.best_reported(trial.trial_id),
+        )
+        results = []
+        for execution in range(self.executions_per_trial):
+            callbacks = self._deepcopy_callbacks(keras.tree.flatten(given))
+            self._configure_tensorboard_dir(callbacks, trial, execution)
+            report = _Report(self, trial, is_first=execution == 0)
+            callbacks += [tuner_utils.TunerCallback(self, trial), report, checkpoint]
+            if self.oracle.goes_on:
+                callbacks.append(_State(self.get_trial_dir(trial.trial_id)))
+            results.append(
+                self._build_and_fit_model(trial, *args, **kwargs | {"callbacks": callbacks})
+            )
+            report.finish()
+        return results
+
+    def _build_and_fit_model(self, trial, *args, **kwargs):
+        hp = trial.hyperparameters
+        model = self._try_build(hp)
+        if type(self.hypermodel).fit is keras_tuner.HyperModel.fit:
+            searched = {n: hp.values[n] for n in FIT_ARGUMENTS if n in hp.values}
+            kwargs = searched | kwargs
+        results = self.hypermodel.fit(hp, model, *args, **kwargs)
+        tuner_utils.validate_trial_results(results, self.oracle.objective, "HyperModel.fit()")
+        return results
+
+    # --- Models ---
+
+    def _build_hypermodel(self, hp):
+        previous = keras.config.dtype_policy()
+        if PRECISION in hp.values:
+            keras.config.set_dtype_policy(hp.values[PRECISION])
+        try:
+            with keras_tuner.engine.tuner.maybe_distribute(self.distribution_strategy):
+                model = self.hypermodel.build(hp)
+                if not isinstance(model, keras.Model):
+                    raise errors.SearchError(
+                        "The model-building function must return a Keras model. Received: "
+                        f"{model!r} of type {type(model).__name__}."
+                    )
+                self._override_compile_args(model)
+                if not model.compiled:
+                    raise errors.SearchError(
+                        "The model-building function must return a compiled model, or the tuner "
+                        "be given an optimizer and a loss. Received: a model that is not compiled."
+                    )
+                for name in CLIPPING:
+                    if name in hp.values:
+                        setattr(model.optimizer, name, hp.values[name])
+                return self._extended(model)
+        finally:
+            keras.config.set_dtype_policy(previous)
+
+    def _extended(self, model):
+        """The model with tfbig's step, where that makes a difference."""
+        wanted = self._options or self.distribution_strategy is not None or self.oracle.goes_on
+        computes_in_float16 = "float16" in {layer.compute_dtype for layer in model.layers}
+        if isinstance(model, TrainStep) or not (wanted or computes_in_float16):
+            return model
+        return tfbig.extend(model, **self._options, loss_scale=self._loss_scale)
+
+    def _try_build(self, hp):
+        # What the models of earlier trials have left.
+        keras.backend.clear_session()
+        gc.collect()
+        model = self._build_hypermodel(hp)
+        size = sum(math.prod(v.shape) for v in model.trainable_weights) if model.built else 0
+        if self.max_model_size and size > self.max_model_size:
+            raise keras_tuner.errors.FailedTrialError(
+                f"The model has {size} parameters, more than max_model_size={self.max_model_size}."
+            )
+        return model
+
+    def load_model(self, trial):
+        """The model of a trial with the weights of its best epoch."""
+        path = self._get_checkpoint_fname(trial.trial_id)
+        if not os.path.exists(path):
+            raise errors.SearchError(
+                f"The weights of trial {trial.trial_id} are not kept: they are of the best "
+                f"{self._keep}. Give the tuner a larger keep_best_k, or train again with "
+                "get_best_hyperparameters()."
+            )
+        model = self._try_build(trial.hyperparameters)
+        with keras_tuner.engine.tuner.maybe_distribute(self.distribution_strategy):
+            if not model.built:
+                model.build_from_config(json.loads(pathlib.Path(path).with_name(BUILD).read_text()))
+            if model.optimizer is not None and not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+            model.load_weights(path)
+        return model
+
+    def get_pareto_trials(self):
+        """The trials that no other is better than in all objectives."""
+        return self.oracle.get_best_trials(len(self.oracle.trials))
+
+    # --- Results ---
+
+    def results_summary(self, num_trials=10):
+        """Prints how trials ended, and the best of them."""
+        _progress.print_summary(self, num_trials)
+
+    def _configure_tensorboard_dir(self, callbacks, trial, execution=0):
+        boards = [c for c in callbacks if isinstance(c, keras.callbacks.TensorBoard)]
+        if not boards:
+            return
+        for board in boards:
+            board.log_dir = self._get_tensorboard_dir(board.log_dir, trial.trial_id, execution)
+        if importlib.util.find_spec("tensorboard") is None:
+            return
+        from tensorboard.plugins.hparams import api
+
+        hparams = tuner_utils.convert_hyperparams_to_hparams(trial.hyperparameters, api)
+        callbacks += [
+            api.KerasCallback(writer=b.log_dir, hparams=hparams, trial_id=trial.trial_id)
+            for b in boards
+        ]
+
+
+class _Report(keras.callbacks.Callback):
+    """Tells the study the objective after each epoch; stops what is pruned or lost."""
+
+    def __init__(self, tuner, trial, is_first):
+        super().__init__()
+        self._oracle = tuner.oracle
+        self._trial_id = trial.trial_id
+        # Of several executions the first alone, so that all have the same part in the score.
+        self._is_first = is_first
+        self._is_pruned = False
+        self._epochs = 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self._is_first:
+            return
+        self._epochs += 1
+        self._check_objective(logs or {})
+        pruned = self._oracle.report(self._trial_id, logs or {}, epoch + 1)
+        # There is nothing to save in the last epoch.
+        self._is_pruned = pruned and epoch + 1 < self.params["epochs"]
+        if self._is_pruned or self._oracle.is_lost(self._trial_id):
+            self.model.stop_training = True
+
+    def _check_objective(self, logs):
+        for objective in self._oracle.wanted:
+            is_late = objective.startswith("val_") and not any(n.startswith("val_") for n in logs)
+            is_last = self._epochs == self.params["epochs"]
+            if objective not in logs and not (is_late and not is_last):
+                raise errors.SearchError(
+                    f"The objective {objective!r} is not reported by the model. Received: logs "
+                    f"with {', '.join(sorted(logs))}."
+                )
+
+    def finish(self):
+        if self._oracle.is_lost(self._trial_id):
+            raise TrialLost
+        if self._is_pruned:
+            raise TrialPruned
+
+
+class _State(tfbig.callbacks.BackupAndRestore):
+    """What a trial goes on from, in this process or another."""
+
+    def __init__(self, trial_dir):
+        super().__init__(os.path.join(trial_dir, STATE), on_preemption=None)
+
+    def on_train_end(self, logs=None):
+        # The last epoch is backed up: after it, Keras may put averages in place of weights.
+        pass
+
+
+class _Checkpoint(keras.callbacks.Callback):
+    """Keeps the weights of the best epoch; of the last one where that cannot be known."""
+
+    def __init__(self, objective, path, best):
+        super().__init__()
+        self._objective = objective
+        self._path = pathlib.Path(path)
+        self._best = best
+
+    def on_epoch_end(self, epoch, logs=None):
+        is_single = not hasattr(self._objective, "objectives")
+        if is_single and self._objective.has_value(logs):
+            value = self._objective.get_value(logs)
+            if math.isnan(value) or not _is_better(self._objective, value, self._best):
+                return
+            self._best = value
+        # A process that is killed leaves the old weights or the new ones.
+        temporary = self._path.with_name(f"new-{os.getpid()}.{CHECKPOINT}")
+        self.model.save_weights(temporary)
+        os.replace(temporary, self._path)
+        if not self._path.with_name(BUILD).exists():
+            self._path.with_name(BUILD).write_text(json.dumps(self.model.get_build_config()))
+
+
+def _is_better(objective, value, best):
+    return best is None or objective.better_than(value, best)
+
+
+def _best_of(results, objective):
+    """Metrics at the best epoch, the mean over executions; and that epoch, from 0."""
+    if isinstance(results, list):
+        parts = [_best_of(r, objective) for r in results]
+        names = set.intersection(*(set(metrics) for metrics, _ in parts))
+        means = {n: float(np.mean([metrics[n] for metrics, _ in parts])) for n in sorted(names)}
+        return means, int(np.mean([epoch for _, epoch in parts]))
+    if not isinstance(results, keras.callbacks.History):
+        return tuner_utils.convert_to_metrics_dict(results, objective), 0
+    if not results.epoch:
+        return {}, 0
+    epochs = [
+        dict(zip(results.history, values, strict=True))
+        for values in zip(*results.history.values(), strict=True)
+    ]
+    best = len(epochs) - 1
+    if not hasattr(objective, "objectives"):
+        values = [objective.get_value(logs) for logs in epochs]
+        for epoch in reversed(range(len(epochs))):
+            is_finite = math.isfinite(values[epoch])
+            if is_finite and not objective.better_than(values[best], values[epoch]):
+                best = epoch
+    return epochs[best], results.epoch[best]
