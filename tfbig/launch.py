@@ -7,6 +7,10 @@ launcher, and all others are ended. With `--max_restarts R` the job is started
 again, up to R times; a program that backs up with
 `tfbig.callbacks.BackupAndRestore` goes on where it was.
 
+With `--independent` the workers are no job: each runs the program for itself, as the
+processes of a search do, with a GPU of its own where there are any. One that fails leaves the
+others alone; with `--max_restarts R` it is started again, up to R times for all of them.
+
 For more than one machine, SLURM or Kubernetes start the processes; see README.
 """
 
@@ -15,6 +19,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import glob
 import json
 import os
 import signal
@@ -56,6 +61,12 @@ def _parser():
         default=0,
         metavar="R",
         help="start the job again after a failure, up to R times (default: 0)",
+    )
+    parser.add_argument(
+        "--independent",
+        action="store_true",
+        help="no multi-worker job: each worker for itself, as for a search; TFBIG_WORKER is its "
+        "number",
     )
     parser.add_argument(
         "--grace_period",
@@ -106,17 +117,36 @@ def _free_ports(count):
         return [s.getsockname()[1] for s in sockets]
 
 
-def _environment(index, addresses, devices):
-    task = {"type": "worker", "index": index}
-    environment = {
-        **os.environ,
-        "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task}),
-        # Else lines of a worker that is killed are lost in its buffer.
-        "PYTHONUNBUFFERED": "1",
-    }
+def _environment(devices):
+    # Else lines of a worker that is killed are lost in its buffer.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return environment
+
+
+def _of_job(index, addresses, devices):
+    """The environment of a worker of a job."""
+    task = {"type": "worker", "index": index}
+    config = json.dumps({"cluster": {"worker": addresses}, "task": task})
+    return _environment(devices) | {"TF_CONFIG": config}
+
+
+def _of_its_own(index, devices):
+    """The environment of a worker that is independent of the others."""
+    environment = _environment(devices if devices is not None else _own_device(index))
+    environment.pop("TF_CONFIG", None)
+    # Workers may share a GPU; by itself TensorFlow takes all of its memory.
+    environment.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    return environment | {"TFBIG_WORKER": str(index)}
+
+
+def _own_device(index):
+    """One GPU for each worker in turn; None if there are none."""
+    devices = _visible_devices()
+    if devices is None:
+        devices = [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    return [devices[index % len(devices)]] if devices else None
 
 
 def _visible_devices():
@@ -224,22 +254,30 @@ class _Job:
         options = self.options
         addresses = [f"127.0.0.1:{port}" for port in _free_ports(options.workers)]
         for i in range(options.workers):
-            process = subprocess.Popen(
-                [sys.executable, options.script, *options.arguments],
-                env=_environment(i, addresses, _devices_of(i, options.per_worker_devices)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                preexec_fn=functools.partial(_end_with, os.getpid()),
-            )
-            self.workers.append(_Worker(i, process, []))
+            devices = _devices_of(i, options.per_worker_devices)
+            self.workers.append(self.made(i, _of_job(i, addresses, devices)))
         # Not before: a process with threads should not fork.
-        width = len(str(options.workers - 1))
         for worker in self.workers:
-            label = f"[worker {worker.index:>{width}}] ".encode()
-            for source, target in ((worker.process.stdout, 1), (worker.process.stderr, 2)):
-                worker.printers.append(self.printer.start(source, target, label))
+            self.print_from(worker)
+
+    def made(self, index, environment):
+        """A worker, started."""
+        process = subprocess.Popen(
+            [sys.executable, self.options.script, *self.options.arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=functools.partial(_end_with, os.getpid()),
+        )
+        return _Worker(index, process, [])
+
+    def print_from(self, worker):
+        width = len(str(self.options.workers - 1))
+        label = f"[worker {worker.index:>{width}}] ".encode()
+        for source, target in ((worker.process.stdout, 1), (worker.process.stderr, 2)):
+            worker.printers.append(self.printer.start(source, target, label))
 
     def wait(self):
         """Waits until all succeeded or one failed; returns that one, or None."""
@@ -266,6 +304,43 @@ class _Job:
             worker.send(signal.SIGKILL)
             worker.process.wait()
         self.printer.finish([thread for w in self.workers for thread in w.printers])
+
+
+class _Independent(_Job):
+    """Workers each for itself; all restarts are of single ones."""
+
+    def start(self):
+        self.workers = [self.again(i) for i in range(self.options.workers)]
+        for worker in self.workers:
+            self.print_from(worker)
+
+    def again(self, index):
+        return self.made(
+            index, _of_its_own(index, _devices_of(index, self.options.per_worker_devices))
+        )
+
+    def wait(self):
+        """Waits until all have ended; returns the first that failed and was not restarted."""
+        failed = []
+        left = self.options.max_restarts
+        while True:
+            codes = [w.exit_code for w in self.workers]
+            for i, code in enumerate(codes):
+                if not code or self.workers[i] in failed:
+                    continue
+                what = _described(self.workers[i])
+                if left == 0:
+                    _say(f"{what}; the others go on")
+                    failed.append(self.workers[i])
+                    continue
+                left -= 1
+                _say(f"{what}, and is started again; restarts left: {left}")
+                self.printer.finish(self.workers[i].printers)
+                self.workers[i] = self.again(i)
+                self.print_from(self.workers[i])
+            if all(w.exit_code is not None for w in self.workers) and None not in codes:
+                return failed[0] if failed else None
+            time.sleep(0.05)
 
 
 class _Terminated(BaseException):
@@ -299,7 +374,7 @@ def _described(worker):
 
 def _run(options, printer):
     """Starts the job once; returns the exit code and what happened."""
-    job = _Job(options, printer)
+    job = (_Independent if options.independent else _Job)(options, printer)
     number = signal.SIGTERM
     try:
         job.start()
@@ -342,12 +417,13 @@ def main(arguments=None):
             signal.signal(number, _raise_terminated)
     printer = _Printer()
     try:
-        for left in reversed(range(options.max_restarts + 1)):
+        restarts = 0 if options.independent else options.max_restarts
+        for left in reversed(range(restarts + 1)):
             code, what = _run(options, printer)
-            if code == 0:
+            if code == 0 or options.independent:
                 break
-            restarts = f"; restarts left: {left}" if options.max_restarts else ""
-            _say(f"{what}; all workers are ended{restarts}")
+            more = f"; restarts left: {left}" if options.max_restarts else ""
+            _say(f"{what}; all workers are ended{more}")
         return code
     except KeyboardInterrupt:
         _say("interrupted; all workers are ended")

@@ -99,6 +99,12 @@ def is_dead(owner):
     return bool(started) and machine == _machine() and _started(int(pid)) != started
 
 
+def process_id(owner):
+    """The id of a process of this machine; None of another."""
+    machine, _, rest = owner.partition("|")
+    return int(rest.split("|")[0]) if rest and machine == _machine() else None
+
+
 class Ledger:
     """The tables, for one study and one process.
 

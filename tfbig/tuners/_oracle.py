@@ -219,6 +219,11 @@ class StudyOracle(keras_tuner.Oracle):
         self.seed = int(known["seed"])
 
     @property
+    def name(self):
+        """str, which search this is among all of a program."""
+        return f"{self._where}|{self._project_name}"
+
+    @property
     def _where(self):
         return self._project_dir if self._storage is None else _study.shown(self._storage)
 
@@ -559,6 +564,10 @@ class StudyOracle(keras_tuner.Oracle):
                 trial.metrics.register(self.objective.name, direction=self.objective.direction)
             trial.metrics.update(self.objective.name, value, step=step - 1)
 
+    def epochs_of(self, trial_id):
+        """Up to which epoch a trial of this process is trained; None: as `search` says."""
+        del trial_id
+
     def best_reported(self, trial_id):
         """The best value that a trial of this process has reported before; or None."""
         metrics = self._held[trial_id].trial.metrics
@@ -757,6 +766,15 @@ class StudyOracle(keras_tuner.Oracle):
             self.study.sampler = self._sampler.make(0)
             self.study.pruner = self._pruner.make(0) if self._pruner else optuna.pruners.NopPruner()
             self.study.tell(frozen.number, note["values"], state)
+
+    def on_death(self, pid, what):
+        """Records that a process of this machine died in a trial; returns whether it did."""
+        for slot in self._ledger.slots():
+            is_its = slot.state == _ledger.RUNNING and _ledger.process_id(slot.owner) == pid
+            if is_its and self._ledger.take(slot):
+                self._end(slot.slot, TrialState.FAIL, {MESSAGE: what, WHY: INFEASIBLE})
+                return True
+        return False
 
     def release(self):
         """Lets others run the trials of this process, which ends in the middle of them."""

@@ -1,10 +1,12 @@
-"""What a search prints: a line for each trial, and a summary."""
+"""What a search shows: a line for each trial, in a notebook a table; and a summary."""
 
+import html
+import sys
 import time
 
 from keras_tuner.src.engine import trial as kt_trial
 
-__all__ = ("Progress", "print_summary", "status_of")
+__all__ = ("Progress", "html_table", "print_summary", "shown", "status_of")
 
 _STATUS = kt_trial.TrialStatus
 
@@ -32,8 +34,77 @@ def shown(value):
     return str(value)
 
 
+def html_table(header, rows, marked=()):
+    """A table as HTML; all texts are escaped.
+
+    Args:
+        header: list of texts, or None where the first cell of each row is its name.
+        rows: iterable of lists of texts.
+        marked: numbers of the rows that have the class "best".
+    """
+    lines = [] if header is None else ["".join(f"<th>{html.escape(h)}</th>" for h in header)]
+    for i, row in enumerate(rows):
+        tags = ["td"] * len(row) if header is not None else ["th"] + ["td"] * (len(row) - 1)
+        cells = zip(tags, row, strict=True)
+        row = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for tag, cell in cells)
+        lines.append(('<tr class="best">' if i in marked else "<tr>") + row + "</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+# Trials in the table of a notebook: the last ones, and the best.
+_SHOWN_TRIALS = 20
+
+
+def _notebook():
+    """The shell of a notebook; None in a terminal."""
+    # Not imported: where it is not, there is no notebook.
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return shell if getattr(shell, "kernel", None) is not None else None
+
+
+class _Table:
+    """A table of the trials in a notebook, in the cell that searches."""
+
+    def __init__(self, oracle):
+        self._oracle = oracle
+        self._cell = self._handle = None
+
+    def show(self, shell, seconds):
+        from IPython import display
+
+        table = display.HTML(self._made(seconds))
+        if self._cell != shell.execution_count:
+            # The table of an earlier cell stays as it is.
+            self._cell = shell.execution_count
+            self._handle = display.display(table, display_id=True)
+        else:
+            self._handle.update(table)
+
+    def _made(self, seconds):
+        trials = list(self._oracle.trials.values())
+        best = {t.trial_id for t in self._oracle.get_best_trials(1)}
+        listed = [t for t in trials[:-_SHOWN_TRIALS] if t.trial_id in best]
+        listed += trials[-_SHOWN_TRIALS:]
+        names = list(dict.fromkeys(n for t in listed for n in t.hyperparameters.values))
+        rows = []
+        for trial in listed:
+            values = trial.hyperparameters.values
+            score = "" if trial.score is None else shown(trial.score)
+            time = f"{seconds[trial.trial_id]:.1f}" if trial.trial_id in seconds else ""
+            cells = [shown(values[n]) if n in values else "" for n in names]
+            rows.append([trial.trial_id, status_of(trial), score, time, *cells])
+        header = ["trial", "status", self._oracle.objective_names, "seconds", *names]
+        marked = {i for i, t in enumerate(listed) if t.trial_id in best}
+        most = self._oracle.max_trials
+        ended = sum(t.status != _STATUS.RUNNING for t in trials)
+        count = f"{ended} of {most or 'any number of'} trials have ended"
+        style = "<style>tr.best { font-weight: bold; }</style>"
+        return f"{style}<p>{count}</p>\n{html_table(header, rows, marked)}"
+
+
 class Progress:
-    """Prints a line when a trial ends.
+    """Prints a line when a trial ends; in a notebook, keeps a table up to date.
 
     Attributes:
         verbose: int; 0 prints nothing.
@@ -43,13 +114,22 @@ class Progress:
         self.verbose = 1
         self._oracle = oracle
         self._began = {}
+        # By trial, of those that ended in this process.
+        self._seconds = {}
+        self._table = _Table(oracle)
 
     def on_trial_begin(self, trial):
         self._began[trial.trial_id] = time.monotonic()
+        if self.verbose and (shell := _notebook()):
+            self._table.show(shell, self._seconds)
 
     def on_trial_end(self, trial):
         seconds = time.monotonic() - self._began.pop(trial.trial_id, time.monotonic())
+        self._seconds[trial.trial_id] = seconds
         if not self.verbose:
+            return
+        if shell := _notebook():
+            self._table.show(shell, self._seconds)
             return
         most = self._oracle.max_trials
         line = f"trial {trial.trial_id}{f' of {most}' if most else ''}: {status_of(trial)}"

@@ -43,9 +43,9 @@ def _gp(seed, at_random=10):
 
 
 def _hyperopt(seed):
-    from tfbig.tuners import _hyperopt
+    from tfbig.tuners._hyperopt import HyperoptSampler
 
-    return _hyperopt.HyperoptSampler(seed=seed)
+    return HyperoptSampler(seed=seed)
 
 
 _SAMPLERS = {

@@ -17,9 +17,9 @@ from keras_tuner.src.engine import trial as kt_trial
 from keras_tuner.src.engine import tuner_utils
 
 import tfbig
-from tfbig import errors
+from tfbig import _workers, errors
 from tfbig._step import TrainStep
-from tfbig.tuners import _oracle, _progress
+from tfbig.tuners import _follower, _isolation, _oracle, _progress
 
 __all__ = ("Tuner",)
 
@@ -62,6 +62,9 @@ class Tuner(keras_tuner.Tuner):
         loss_scale: as for `tfbig.extend`, of every model.
         max_seconds: float, seconds after which no trial begins any more.
         max_total_epochs: int, epochs of all trials after which none begins any more.
+        isolate: bool, whether each trial is run in a process of its own, so that no memory
+            is carried over and a trial that is killed for its memory is infeasible. The program
+            is run again for each trial, up to `search`. Defaults to False.
         **kwargs: as for `keras_tuner.Tuner`.
     """
 
@@ -80,6 +83,7 @@ class Tuner(keras_tuner.Tuner):
         loss_scale="auto",
         max_seconds=None,
         max_total_epochs=None,
+        isolate=False,
         **kwargs,
     ):
         if "KERASTUNER_TUNER_ID" in os.environ or "KERASTUNER_ORACLE_IP" in os.environ:
@@ -106,8 +110,12 @@ class Tuner(keras_tuner.Tuner):
         self._loss_scale = loss_scale
         self._max_seconds = max_seconds
         self._max_total_epochs = max_total_epochs
-        if overwrite:
-            oracle._set_project_dir(directory or ".", project_name or "untitled_project")
+        oracle._set_project_dir(directory or ".", project_name or "untitled_project")
+        self._isolate = bool(isolate)
+        if self._isolate:
+            _isolation.check()
+        self._is_trial_process = _isolation.is_trial_process(oracle.name)
+        if overwrite and not self._is_trial_process:
             oracle.begin_anew()
         oracle._display = _progress.Progress(oracle)
         super().__init__(
@@ -119,6 +127,10 @@ class Tuner(keras_tuner.Tuner):
             executions_per_trial=executions_per_trial,
             **kwargs,
         )
+        strategy = self.distribution_strategy or tf.distribute.get_strategy()
+        self._workers = _workers.Workers.of(strategy)
+        if not self._workers.is_chief:
+            self.oracle = _follower.Follower(oracle)
 
     # The study is saved as it goes.
 
@@ -143,12 +155,34 @@ class Tuner(keras_tuner.Tuner):
             StudyError: If the study is of another search.
             StorageUnavailableError: If the database cannot be reached.
         """
+        if "verbose" in fit_kwargs:
+            self.oracle.verbose = fit_kwargs["verbose"]
         self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
+        self.on_search_begin()
         try:
-            super().search(*fit_args, **fit_kwargs)
+            if self._is_trial_process:
+                is_over = self._run_one(*fit_args, **fit_kwargs)
+            elif self._isolate:
+                _isolation.run_trials(self.oracle.name, self.oracle.on_death)
+            else:
+                while not self._run_one(*fit_args, **fit_kwargs):
+                    pass
         finally:
             self.oracle.release()
+        if self._is_trial_process:
+            _isolation.end_trial_process(is_over)
+        self.on_search_end()
         self.oracle.check_result()
+
+    def _run_one(self, *fit_args, **fit_kwargs):
+        """Runs the next trial, if there is one now; returns whether all is done."""
+        self.pre_create_trial()
+        trial = _follower.shared_trial(self.oracle, self._workers, self.tuner_id)
+        if trial.status == kt_trial.TrialStatus.RUNNING:
+            self.on_trial_begin(trial)
+            self._try_run_and_update_trial(trial, *fit_args, **fit_kwargs)
+            self.on_trial_end(trial)
+        return trial.status == kt_trial.TrialStatus.STOPPED and not trial.trial_id
 
     def _try_run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
         status, why = kt_trial.TrialStatus, None
@@ -183,8 +217,9 @@ class Tuner(keras_tuner.Tuner):
 
     def on_trial_end(self, trial):
         """Tells the study, and removes weights that are not among the best any more."""
-        super().on_trial_end(trial)
-        self._remove_worse()
+        self.oracle.end_trial(trial)
+        if self._workers.is_chief:
+            self._remove_worse()
 
     def _remove_worse(self):
         best = {t.trial_id for t in self.oracle.get_best_trials(self._keep)}
@@ -219,7 +254,9 @@ class Tuner(keras_tuner.Tuner):
             callbacks = self._deepcopy_callbacks(keras.tree.flatten(given))
             self._configure_tensorboard_dir(callbacks, trial, execution)
             report = _Report(self, trial, is_first=execution == 0)
-            callbacks += [tuner_utils.TunerCallback(self, trial), report, checkpoint]
+            callbacks += [tuner_utils.TunerCallback(self, trial), report]
+            if self._workers.is_chief:
+                callbacks.append(checkpoint)
             if self.oracle.goes_on:
                 callbacks.append(_State(self.get_trial_dir(trial.trial_id)))
             results.append(
@@ -336,10 +373,11 @@ class _Report(keras.callbacks.Callback):
     def __init__(self, tuner, trial, is_first):
         super().__init__()
         self._oracle = tuner.oracle
+        self._workers = tuner._workers
         self._trial_id = trial.trial_id
         # Of several executions the first alone, so that all have the same part in the score.
         self._is_first = is_first
-        self._is_pruned = False
+        self._is_pruned = self._is_lost = False
         self._epochs = 0
 
     def on_epoch_end(self, epoch, logs=None):
@@ -347,10 +385,15 @@ class _Report(keras.callbacks.Callback):
             return
         self._epochs += 1
         self._check_objective(logs or {})
-        pruned = self._oracle.report(self._trial_id, logs or {}, epoch + 1)
-        # There is nothing to save in the last epoch.
-        self._is_pruned = pruned and epoch + 1 < self.params["epochs"]
-        if self._is_pruned or self._oracle.is_lost(self._trial_id):
+        if self._oracle.report(self._trial_id, logs or {}, epoch + 1):
+            # There is nothing to save in the last epoch.
+            self._is_pruned = epoch + 1 < self.params["epochs"]
+        self._is_lost = self._oracle.is_lost(self._trial_id)
+        if self._workers.count > 1:
+            decided = json.dumps([self._is_pruned, self._is_lost])
+            answers = self._workers.exchange("whether a trial is pruned", decided)
+            self._is_pruned, self._is_lost = json.loads(answers[0])
+        if self._is_pruned or self._is_lost:
             self.model.stop_training = True
 
     def _check_objective(self, logs):
@@ -364,7 +407,7 @@ class _Report(keras.callbacks.Callback):
                 )
 
     def finish(self):
-        if self._oracle.is_lost(self._trial_id):
+        if self._is_lost:
             raise TrialLost
         if self._is_pruned:
             raise TrialPruned
