@@ -5,6 +5,8 @@ the same search, and any of them may be killed at any moment: run again, the sea
 """
 
 from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners._oracle import StudyOracle
+from tfbig.tuners._tuner import Tuner
 from tfbig.tuners._tuners import (
     BayesianOptimization,
     GridSearch,
@@ -22,4 +24,6 @@ __all__ = (
     "HyperoptSearch",
     "OptunaSearch",
     "RandomSearch",
+    "StudyOracle",
+    "Tuner",
 )

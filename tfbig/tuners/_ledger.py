@@ -138,8 +138,12 @@ class Ledger:
         with self._engine.begin() as connection:
             return [Slot(*row) for row in connection.execute(query)]
 
-    def take_new(self, most, note="{}"):
-        """Makes the next slot and takes it; returns its number, None if there are `most`."""
+    def take_new(self, most, claim=None):
+        """Makes the next slot, takes it, and claims a name for it.
+
+        Returns:
+            Its number; None if there are `most`, or if another has the name.
+        """
         count = sa.select(sa.func.count()).where(self._where(_SLOTS))
         new = {"study": self._study, "owner": self.owner, "beat": 0, "died": 0}
         while True:
@@ -149,11 +153,15 @@ class Ledger:
                     if most is not None and slot >= most:
                         return None
                     connection.execute(
-                        _SLOTS.insert().values(slot=slot, state=RUNNING, note=note, **new)
+                        _SLOTS.insert().values(slot=slot, state=RUNNING, note="{}", **new)
                     )
+                    if claim is not None:
+                        values = {"study": self._study, "name": claim, "slot": slot}
+                        connection.execute(_CLAIMS.insert().values(**values))
                 return slot
-            except sa.exc.IntegrityError:
-                continue  # Another was faster.
+            except sa.exc.IntegrityError:  # Another was faster.
+                if claim in self.claims():
+                    return None
 
     def take(self, slot, note=None, died=0):
         """Takes a slot as it was seen; returns whether it was still so."""
@@ -277,11 +285,11 @@ class Ledger:
         except sa.exc.IntegrityError:
             return False  # Another was faster.
 
-    def claims(self):
-        """All names that are claimed."""
+    def claims(self, **where):
+        """All names that are claimed, or those of one slot."""
         with self._engine.begin() as connection:
-            rows = connection.execute(sa.select(_CLAIMS.c.name).where(self._where(_CLAIMS)))
-            return set(rows.scalars())
+            query = sa.select(_CLAIMS.c.name).where(self._where(_CLAIMS, **where))
+            return set(connection.execute(query).scalars())
 
     # --- Facts ---
 

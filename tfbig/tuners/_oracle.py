@@ -31,7 +31,7 @@ SLOT, VALUES, METRICS, MESSAGE, BEST_STEP, WHY = (
 )
 
 # How a trial ended besides by its objective; kept under `WHY`.
-INFEASIBLE, BROKEN, STOPPED_EARLY = "infeasible", "failed", "pruned"
+INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
 
 # How often a trial whose process died is run again.
 _MOST_DEATHS = 20
@@ -270,7 +270,11 @@ class StudyOracle(keras_tuner.Oracle):
     def _frozen_trials(self):
         """Optuna's trials by slot."""
         trials = self.study.get_trials(deepcopy=False)
-        return {t.user_attrs[SLOT]: t for t in trials if SLOT in t.user_attrs}
+        return {
+            t.user_attrs[SLOT]: t
+            for t in trials
+            if SLOT in t.user_attrs and t.user_attrs.get(WHY) != VOID
+        }
 
     @property
     def trials(self):
@@ -360,8 +364,8 @@ class StudyOracle(keras_tuner.Oracle):
         return best[:num_trials]
 
     def remaining_trials(self):
-        """How many trials may still begin; None without a bound."""
-        return None if self.max_trials is None else self.max_trials - len(self.trials)
+        """How many trials may still begin, of all processes; None without a bound."""
+        return None if self.max_trials is None else self.max_trials - len(self._ledger.slots())
 
     # The study is saved as it goes.
 
@@ -450,12 +454,14 @@ class StudyOracle(keras_tuner.Oracle):
             frozen = self.study._storage.get_trial(trial_id)
         if VALUES in frozen.user_attrs:
             return frozen
-        proposed = self.populate_space(self._trial_id(slot))
-        if proposed["status"] != RUNNING:
-            # Between the look and the trial, another process took the last values.
-            self._end(slot, TrialState.FAIL, {MESSAGE: "The space is exhausted.", WHY: BROKEN})
-            return None
-        values = self._completed(proposed["values"])
+        values = self._claimed(slot)
+        if values is None:
+            proposed = self.populate_space(self._trial_id(slot))
+            if proposed["status"] != RUNNING:
+                # Between the look and the trial, another process took the last values.
+                self._end(slot, TrialState.FAIL, {WHY: VOID})
+                return None
+            values = self._completed(proposed["values"])
         storage = self.study._storage
         params, distributions = _space.parameters_of(
             self.hyperparameters, values, self._known_distributions()
@@ -540,12 +546,23 @@ class StudyOracle(keras_tuner.Oracle):
     def _hash(values):
         return hashlib.sha256(_json.dumps(values).encode()).hexdigest()[:40]
 
+    def _claimed(self, slot):
+        """What a slot has claimed, of a space that is not endless; None if nothing."""
+        own = self._ledger.claims(slot=slot)
+        if not own or self._is_endless():
+            return None
+        combinations = _space.combinations(self.hyperparameters, self._values_of)
+        return next((v for v in combinations if self._hash(v) in own), None)
+
+    def _is_endless(self):
+        return any(self._values_of(hp) is None for hp in self.hyperparameters.space)
+
     def _claim(self, slot, values):
         return self._ledger.claim(slot, self._hash(values))
 
     def _first_untried(self):
         """The first combination that no trial has; `EXHAUSTED`; None if there are endless ones."""
-        if any(self._values_of(hp) is None for hp in self.hyperparameters.space):
+        if self._is_endless():
             return None
         claims = self._ledger.claims()
         for values in _space.combinations(self.hyperparameters, self._values_of):
@@ -567,6 +584,12 @@ class StudyOracle(keras_tuner.Oracle):
     def epochs_of(self, trial_id):
         """Up to which epoch a trial of this process is trained; None: as `search` says."""
         del trial_id
+
+    @property
+    def seed_of_folds(self):
+        """int, the same for all trials of the study."""
+        self._open()
+        return self.seed
 
     def best_reported(self, trial_id):
         """The best value that a trial of this process has reported before; or None."""

@@ -3,6 +3,7 @@
 import html
 import sys
 import time
+from typing import Any
 
 from keras_tuner.src.engine import trial as kt_trial
 
@@ -42,12 +43,16 @@ def html_table(header, rows, marked=()):
         rows: iterable of lists of texts.
         marked: numbers of the rows that have the class "best".
     """
-    lines = [] if header is None else ["".join(f"<th>{html.escape(h)}</th>" for h in header)]
+
+    def line(tags, cells):
+        pairs = zip(tags, cells, strict=True)
+        return "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for tag, cell in pairs)
+
+    first = "td" if header else "th"
+    lines = [f"<tr>{line(['th'] * len(header), header)}</tr>"] if header else []
     for i, row in enumerate(rows):
-        tags = ["td"] * len(row) if header is not None else ["th"] + ["td"] * (len(row) - 1)
-        cells = zip(tags, row, strict=True)
-        row = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for tag, cell in cells)
-        lines.append(('<tr class="best">' if i in marked else "<tr>") + row + "</tr>")
+        start = '<tr class="best">' if i in marked else "<tr>"
+        lines.append(f"{start}{line([first] + ['td'] * (len(row) - 1), row)}</tr>")
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
@@ -68,7 +73,8 @@ class _Table:
 
     def __init__(self, oracle):
         self._oracle = oracle
-        self._cell = self._handle = None
+        self._cell: int | None = None
+        self._handle: Any = None
 
     def show(self, shell, seconds):
         from IPython import display
@@ -91,9 +97,9 @@ class _Table:
         for trial in listed:
             values = trial.hyperparameters.values
             score = "" if trial.score is None else shown(trial.score)
-            time = f"{seconds[trial.trial_id]:.1f}" if trial.trial_id in seconds else ""
+            took = f"{seconds[trial.trial_id]:.1f}" if trial.trial_id in seconds else ""
             cells = [shown(values[n]) if n in values else "" for n in names]
-            rows.append([trial.trial_id, status_of(trial), score, time, *cells])
+            rows.append([trial.trial_id, status_of(trial), score, took, *cells])
         header = ["trial", "status", self._oracle.objective_names, "seconds", *names]
         marked = {i for i, t in enumerate(listed) if t.trial_id in best}
         most = self._oracle.max_trials

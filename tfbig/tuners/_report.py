@@ -8,17 +8,20 @@ import importlib.util
 import io
 import os
 import pathlib
+import urllib.parse
 import uuid
 import warnings
+from typing import Any
 
 import optuna
+import sqlalchemy as sa
 from optuna import distributions
 from optuna.trial import TrialState
 
 import tfbig
 from tfbig import errors
 from tfbig.tuners import _hyperparameters as hps
-from tfbig.tuners import _json, _progress, _space, _study
+from tfbig.tuners import _progress, _space, _study
 
 __all__ = ("dataframe", "importance", "write")
 
@@ -103,7 +106,7 @@ def _choices(hp):
 
 def _category(value):
     """A value as a text: by Optuna's ==, 1 and True are the same."""
-    return value if isinstance(value, str) else _json.dumps(value)
+    return value if isinstance(value, str) else repr(value)
 
 
 def _labels(hyperparameters):
@@ -120,8 +123,8 @@ def _labels(hyperparameters):
 def _study_of(tuner, rows):
     """A copy of the study in memory whose parameters are called, and are, as users know them."""
     oracle = tuner.oracle
-    params_of = {row["trial"]: {} for row in rows}
-    distributions_of = {row["trial"]: {} for row in rows}
+    params_of: dict[str, dict[str, Any]] = {row["trial"]: {} for row in rows}
+    distributions_of: dict[str, dict[str, Any]] = {row["trial"]: {} for row in rows}
     known = hps.HyperParameters()
     for hp, label in _labels(oracle.hyperparameters):
         having = []
@@ -222,6 +225,9 @@ class _NothingToDraw(Exception):  # noqa: N818
 
 def _plots(study, names):
     """Pairs of a title and a function that draws with matplotlib and returns what it drew on."""
+    import numpy as np
+    from matplotlib import ticker
+
     draw = optuna.visualization.matplotlib
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     reported = [t for t in study.get_trials(deepcopy=False) if t.intermediate_values]
@@ -241,7 +247,12 @@ def _plots(study, names):
     def slices(target, name):
         needs_complete()
         needs(has_params, "there is no hyperparameter to search")
-        return draw.plot_slice(study, target=target, target_name=name)
+        axes = draw.plot_slice(study, target=target, target_name=name)
+        for axis in np.ravel(axes):
+            axis.tick_params(axis="x", labelrotation=30)
+            # Of a logarithmic axis they would stand upon each other.
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        return axes
 
     def weights(i):
         needs(len(complete) > 1, "it needs at least 2 complete trials")
@@ -255,15 +266,19 @@ def _plots(study, names):
     def coordinates():
         needs_complete()
         needs(has_params, "there is no hyperparameter to search")
-        return draw.plot_parallel_coordinate(study, target_name=names[0])
+        axes = draw.plot_parallel_coordinate(study, target_name=names[0])
+        count = len(names) + len({name for t in complete for name in t.params})
+        axes.figure.set_size_inches(max(6.4, 1.8 * count), 5)
+        return axes
 
     def rungs():
         needs(len(names) == 1, "of several objectives no values are reported in between")
         needs(reported, "no trial reported values after its epochs")
         axes = draw.plot_intermediate_values(study)
-        axes.set(title="", xlabel="epoch", ylabel=names[0])
-        if len(reported) > 20:
-            axes.get_legend().remove()
+        axes.set(xlabel="epoch", ylabel=names[0])
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        if len(reported) > 20 and (legend := axes.get_legend()) is not None:
+            legend.remove()
         return axes
 
     def front():
@@ -304,9 +319,9 @@ def _png(draw):
     with matplotlib.rc_context(), pyplot.ioff():
         try:
             axes = np.ravel(draw())
-            axes[0].set_title("")  # The page has its own.
-            for a in axes:
-                a.tick_params(axis="x", labelrotation=30 if len(axes) > 1 else None)
+            # The page has its own titles.
+            axes[0].set_title("")
+            axes[0].figure.suptitle("")
             data = io.BytesIO()
             axes[0].figure.savefig(data, format="png", dpi=100, bbox_inches="tight")
         finally:
@@ -339,11 +354,27 @@ def _figures(study, names):
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: .2em .8em; text-align: left; white-space: nowrap; }
+th, td { border-bottom: 1px solid #ddd; padding: .2em .8em; text-align: left; }
 tr.best { background: #e8f5e9; font-weight: 600; }
-td.message { white-space: normal; min-width: 20em; }
 img { max-width: 100%; }
 """
+
+
+def _secrets(storage):
+    """What of a database URL must not be in a page, as it is and as it stands in the URL."""
+    try:
+        url = sa.engine.make_url(storage or "")
+    except sa.exc.ArgumentError:
+        return []
+    found = [url.password, *(v for k, v in url.query.items() if "pass" in k.lower())]
+    plain = [str(secret) for secret in found if secret]
+    return plain + [urllib.parse.quote(secret, safe="") for secret in plain]
+
+
+def _without(text, secrets):
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def _storage(oracle):
@@ -373,7 +404,7 @@ def _searched(tuner, rows):
 
 
 def _trials_table(tuner, rows, best):
-    password = _study._password(tuner.oracle._storage) if tuner.oracle._storage else None
+    secrets = _secrets(tuner.oracle._storage)
     names = _names(rows)
     header = ["trial", "status", *_score_names(tuner.oracle), "epochs", "seconds", *names]
     has_messages = any(row["message"] for row in rows)
@@ -385,8 +416,7 @@ def _trials_table(tuner, rows, best):
         cells += [_progress.shown(row["values"][n]) if n in row["values"] else "" for n in names]
         if has_messages:
             # The last line of a traceback; a driver's may hold the whole URL.
-            message = row["message"].rpartition("\n")[2]
-            cells.append(message.replace(password, "***") if password else message)
+            cells.append(_without(row["message"].rpartition("\n")[2], secrets))
         lines.append(cells)
     marked = {i for i, row in enumerate(rows) if row["trial"] in best}
     return _progress.html_table(header + ["message"] * has_messages, lines, marked)

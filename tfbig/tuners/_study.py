@@ -126,7 +126,7 @@ def _unavailable(storage):
         inner = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) else e
         reason = str(getattr(inner, "orig", None) or inner).strip().splitlines()[0]
     except ImportError:
-        reason = "there is no driver for it; for PostgreSQL, pip install psycopg2-binary"
+        reason = "there is no driver for it; for PostgreSQL, pip install psycopg[binary]"
     else:
         return
     password = _password(storage)

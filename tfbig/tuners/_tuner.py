@@ -19,7 +19,7 @@ from keras_tuner.src.engine import tuner_utils
 import tfbig
 from tfbig import _workers, errors
 from tfbig._step import TrainStep
-from tfbig.tuners import _follower, _isolation, _oracle, _progress
+from tfbig.tuners import _folds, _follower, _isolation, _oracle, _progress
 
 __all__ = ("Tuner",)
 
@@ -55,6 +55,10 @@ class Tuner(keras_tuner.Tuner):
         overwrite: bool, whether to begin anew instead of going on. Refused while other
             processes work on the study.
         executions_per_trial: int, how often a trial is trained; its score is the mean.
+        folds: int or None. With a number, the data are cut into so many parts, alike for all
+            trials; a trial is trained once for each, on all the other parts, and its score is the
+            mean. A pruner then looks at the mean after each fold, instead of at epochs.
+            `search` is given arrays, and no validation data.
         keep_best_k: int, of how many of the best trials the weights are kept. Defaults
             to 10.
         gradient_accumulation_steps: as for `tfbig.extend`, of every model.
@@ -77,6 +81,7 @@ class Tuner(keras_tuner.Tuner):
         project_name=None,
         overwrite=False,
         executions_per_trial=1,
+        folds=None,
         keep_best_k=10,
         gradient_accumulation_steps=None,
         micro_batch_size=None,
@@ -101,6 +106,12 @@ class Tuner(keras_tuner.Tuner):
                 raise errors.InvalidOptionError(
                     f"`{name}` must be an integer >= 1. Received: {name}={value!r}."
                 )
+        if folds is not None and (type(folds) is not int or folds < 2 or executions_per_trial > 1):
+            raise errors.InvalidOptionError(
+                "`folds` must be an integer >= 2 or None, and goes without executions_per_trial. "
+                f"Received: folds={folds!r}, executions_per_trial={executions_per_trial}."
+            )
+        self._folds = folds
         self._keep = keep_best_k
         self._options = {
             "gradient_accumulation_steps": gradient_accumulation_steps,
@@ -250,19 +261,26 @@ class Tuner(keras_tuner.Tuner):
             self.oracle.best_reported(trial.trial_id),
         )
         results = []
-        for execution in range(self.executions_per_trial):
+        if self._folds:
+            runs = _folds.arguments(self._folds, self.oracle.seed_of_folds, args, kwargs)
+        else:
+            runs = ((args, kwargs) for _ in range(self.executions_per_trial))
+        for number, (run_args, run_kwargs) in enumerate(runs):
             callbacks = self._deepcopy_callbacks(keras.tree.flatten(given))
-            self._configure_tensorboard_dir(callbacks, trial, execution)
-            report = _Report(self, trial, is_first=execution == 0)
+            self._configure_tensorboard_dir(callbacks, trial, number)
+            report = _Report(self, trial, reports=number == 0 and not self._folds)
             callbacks += [tuner_utils.TunerCallback(self, trial), report]
             if self._workers.is_chief:
                 callbacks.append(checkpoint)
             if self.oracle.goes_on:
                 callbacks.append(_State(self.get_trial_dir(trial.trial_id)))
-            results.append(
-                self._build_and_fit_model(trial, *args, **kwargs | {"callbacks": callbacks})
-            )
+            run_kwargs = run_kwargs | {"callbacks": callbacks}
+            results.append(self._build_and_fit_model(trial, *run_args, **run_kwargs))
             report.finish()
+            if self._folds and number + 1 < self._folds:
+                means, _ = _best_of(results, self.oracle.objective)
+                report.decide(means, number + 1)
+                report.finish()
         return results
 
     def _build_and_fit_model(self, trial, *args, **kwargs):
@@ -350,6 +368,60 @@ class Tuner(keras_tuner.Tuner):
         """Prints how trials ended, and the best of them."""
         _progress.print_summary(self, num_trials)
 
+    def to_dataframe(self):
+        """The trials as a `pandas.DataFrame`, one a row; needs pandas.
+
+        Returns:
+            Columns: "trial", its id; "status", "complete", "pruned", "infeasible", "failed"
+            or "running"; "score", or a column for each of several objectives; "best_step", the
+            epoch of the score, from 0; "epochs", how many were reported; "duration", seconds
+            from begin to end; and one for each hyperparameter with its value, `pandas.NA`
+            where it is not active ("hp score", where its name is one of the others).
+
+        Raises:
+            InvalidOptionError: If pandas is not installed.
+        """
+        from tfbig.tuners import _report
+
+        return _report.dataframe(self)
+
+    def importance(self, objective=None):
+        """What part of the objective's variance is due to each hyperparameter, by fANOVA.
+
+        Of hyperparameters that all complete trials have; needs `tfbig[sklearn]`.
+
+        Args:
+            objective: str, one of several objectives. Defaults to the first.
+
+        Returns:
+            A dictionary from names to shares, which sum to 1, the largest first; empty with
+            fewer than 2 complete trials.
+
+        Raises:
+            InvalidOptionError: If scikit-learn is not installed, or there is no such
+                objective.
+
+        Reference:
+            Hutter et al., "An Efficient Approach for Assessing Hyperparameter Importance", ICML
+            2014.
+        """
+        from tfbig.tuners import _report
+
+        return _report.importance(self, objective)
+
+    def report(self, path):
+        """Writes all about the search as one HTML file that needs no network.
+
+        Also of a search that still runs. The plots need `tfbig[plots]`, and importance
+        `tfbig[sklearn]`; what cannot be drawn is left out with the reason.
+
+        Args:
+            path: str or path of the file; a file there is replaced, in one step.
+        """
+        from tfbig.tuners import _report
+
+        _report.write(self, path)
+
     def _configure_tensorboard_dir(self, callbacks, trial, execution=0):
         boards = [c for c in callbacks if isinstance(c, keras.callbacks.TensorBoard)]
         if not boards:
@@ -370,31 +442,33 @@ class Tuner(keras_tuner.Tuner):
 class _Report(keras.callbacks.Callback):
     """Tells the study the objective after each epoch; stops what is pruned or lost."""
 
-    def __init__(self, tuner, trial, is_first):
+    def __init__(self, tuner, trial, reports):
         super().__init__()
         self._oracle = tuner.oracle
         self._workers = tuner._workers
         self._trial_id = trial.trial_id
         # Of several executions the first alone, so that all have the same part in the score.
-        self._is_first = is_first
+        self._reports = reports
         self._is_pruned = self._is_lost = False
         self._epochs = 0
 
     def on_epoch_end(self, epoch, logs=None):
-        if not self._is_first:
-            return
         self._epochs += 1
         self._check_objective(logs or {})
-        if self._oracle.report(self._trial_id, logs or {}, epoch + 1):
+        if self._reports:
+            self.decide(logs or {}, epoch + 1)
             # There is nothing to save in the last epoch.
-            self._is_pruned = epoch + 1 < self.params["epochs"]
+            self._is_pruned &= epoch + 1 < self.params["epochs"]
+            self.model.stop_training |= self._is_pruned or self._is_lost
+
+    def decide(self, metrics, step):
+        """Finds out whether the trial is pruned or lost, the same on all workers."""
+        self._is_pruned = self._oracle.report(self._trial_id, metrics, step)
         self._is_lost = self._oracle.is_lost(self._trial_id)
         if self._workers.count > 1:
             decided = json.dumps([self._is_pruned, self._is_lost])
             answers = self._workers.exchange("whether a trial is pruned", decided)
             self._is_pruned, self._is_lost = json.loads(answers[0])
-        if self._is_pruned or self._is_lost:
-            self.model.stop_training = True
 
     def _check_objective(self, logs):
         for objective in self._oracle.wanted:

@@ -148,10 +148,11 @@ class HyperoptSearch(OptunaSearch):
 class _GridOracle(_oracle.StudyOracle):
     _values_of = staticmethod(_space.grid_values)
 
-    def _proposal(self, slot):
+    def _take_new(self):
         while (values := self._first_untried()) is not _oracle.EXHAUSTED:
-            if self._claim(slot, values):
-                return values
+            slot = self._ledger.take_new(self.max_trials, claim=self._hash(values))
+            if slot is not None or self.remaining_trials() == 0:
+                return slot
         return None
 
 

@@ -1,0 +1,163 @@
+"""Kills the processes of searches at random moments, until they have got through.
+
+    killed_search.py DIRECTORY STORAGE KIND [--kills N] [--stops N] [--workers N] [--points]
+
+This process imports everything and forks the workers, which start in no time. Leaves
+what became of each search in a file of DIRECTORY.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+import traceback
+
+import keras_tuner
+
+from tests.jobs.killed_search_points import POINTS, dies_at
+from tfbig.tuners import _hyperband, _oracle, _tuner, _tuners
+
+# Seconds after which the trial of a stopped process is run by another.
+GRACE = 1.0
+
+
+class Search(_tuner.Tuner):
+    """Trials that take a moment, and report after each step."""
+
+    def run_trial(self, trial, *args, **kwargs):
+        hp = trial.hyperparameters
+        x = hp.Choice("a", [1, 2, None]) or 0
+        x += hp.Int("b", 1, 4)
+        for epoch in range(self.oracle.epochs_of(trial.trial_id) or 3):
+            time.sleep(0.03)
+            self.oracle.report(trial.trial_id, {"loss": x + 1 / (1 + epoch)}, epoch + 1)
+        return {"loss": x + 1 / (1 + epoch)}
+
+
+def oracle_of(kind, storage, trials):
+    space = keras_tuner.HyperParameters()
+    arguments = {
+        "objective": keras_tuner.Objective("loss", "min"),
+        "storage": storage,
+        "seed": 0,
+        "grace_period": GRACE,
+    }
+    if kind == "grid":
+        return _tuners._GridOracle(sampler="random", **arguments)
+    space.Float("c", 0, 1)
+    arguments["hyperparameters"] = space
+    if kind == "hyperband":
+        return _hyperband.HyperbandOracle(9, 3, sampler="random", **arguments)
+    pruner = "median" if kind == "pruned" else None
+    sampler = {"pruned": "tpe"}.get(kind, kind)
+    return _oracle.StudyOracle(max_trials=trials, sampler=sampler, pruner=pruner, **arguments)
+
+
+def fork(function):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        function()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Killer:
+    """The processes of one search, some of which are killed or stopped."""
+
+    def __init__(self, options, name, point=None):
+        self.options = options
+        self.name = name
+        self.point = point
+        self.rng = random.Random(name)
+        self.running = set()
+
+    def tuner(self):
+        o = self.options
+        oracle = oracle_of(o.kind, None if o.storage == "file" else o.storage, o.trials)
+        return Search(oracle, directory=o.directory, project_name=self.name)
+
+    def search(self):
+        if self.point:
+            dies_at(self.point, self.options.directory / f"{self.point} died")
+        self.tuner().search(verbose=0)
+
+    def leave(self):
+        oracle = self.tuner().oracle
+        trials = oracle.study.get_trials()
+        found = {
+            "states": [t.state.name for t in trials],
+            "slots": [t.user_attrs[_oracle.SLOT] for t in trials],
+            "values": [json.loads(t.user_attrs[_oracle.VALUES]) for t in trials],
+            "rows": [s.state for s in oracle._ledger.slots()],
+        }
+        (self.options.directory / f"{self.name}.json").write_text(json.dumps(found))
+
+    def start(self):
+        self.running.add(fork(self.search))
+
+    def run(self):
+        """Runs the search to its end; returns how many processes died."""
+        for _ in range(self.options.workers):
+            self.start()
+        kills, stops, deaths = self.options.kills, self.options.stops, 0
+        while self.running:
+            time.sleep(self.rng.uniform(0.01, 0.2))
+            if kills:
+                kills -= 1
+                os.kill(self.rng.choice(sorted(self.running)), signal.SIGKILL)
+            elif stops:
+                stops -= 1
+                pid = self.rng.choice(sorted(self.running))
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(2 * GRACE)
+                os.kill(pid, signal.SIGCONT)
+            deaths += self.look()
+        if status := os.waitpid(fork(self.leave), 0)[1]:
+            sys.exit(status)
+        return deaths
+
+    def look(self):
+        """Starts anew what has died; returns how many."""
+        deaths = 0
+        for pid in sorted(self.running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            self.running.remove(pid)
+            if os.WIFSIGNALED(status):
+                deaths += 1
+                self.start()
+            elif status:
+                sys.exit(f"worker {pid} failed")
+        return deaths
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("storage")
+    parser.add_argument("kind")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--stops", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--points", action="store_true")
+    options = parser.parse_args()
+    names = list(POINTS) if options.points else [options.kind]
+    for name in names:
+        point = name if options.points else None
+        print(Killer(options, f"{options.directory.name} {name}", point).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Searches of several processes, which are killed, stopped and started again."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+
+import pytest
+
+from tests import job
+from tests.jobs.killed_search_points import POINTS
+from tfbig import launch
+
+KINDS = {"random": 12, "pruned": 12, "nsga2": 12, "hyperopt": 12, "grid": 12, "hyperband": 17}
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """URL of a PostgreSQL server of this test run's own."""
+    pytest.importorskip("psycopg", reason="needs psycopg to talk to PostgreSQL")
+    programs = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("needs PostgreSQL in /usr/lib/postgresql: apt-get install postgresql")
+    # The server refuses to run as root.
+    user = {"user": "postgres"} if os.geteuid() == 0 else {}
+    (port,) = launch._free_ports(1)
+    with tempfile.TemporaryDirectory(dir="/tmp") as home:
+        if user:
+            shutil.chown(home, "postgres")
+
+        def run(program, *options):
+            command = [programs[-1] / program, "-D", f"{home}/data", *options]
+            subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL, **user)
+
+        run("initdb", "-A", "trust", "-U", "tfbig")
+        options = f"-p {port} -k {home} -c fsync=off"
+        run("pg_ctl", "-w", "-o", options, "-l", f"{home}/log", "start")
+        yield f"postgresql+psycopg://tfbig:secret@localhost:{port}/postgres"
+        run("pg_ctl", "-m", "immediate", "stop")
+
+
+def killed(directory, storage, kind, *options):
+    """Runs searches to their end; returns what became of each, and how many processes died."""
+    command = [sys.executable, job.JOBS / "killed_search.py", directory, storage, kind, *options]
+    done = job.finish(job.start(command), 250)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(p.read_text()) for p in sorted(directory.glob("*.json"))]
+    return results, list(map(int, done.stdout.split()))
+
+
+def assert_each_once(result, kind, trials=None):
+    """Each trial of a search has completed, exactly once."""
+    trials = trials or KINDS[kind]
+    assert sorted(result["slots"]) == list(range(trials))
+    assert set(result["rows"]) == {"told"}
+    # No two trials have the same values, and one has the defaults.
+    texts = [json.dumps(v, sort_keys=True) for v in result["values"]]
+    assert len(set(texts)) == trials
+    defaults = [v for v in result["values"] if (v["a"], v["b"], v.get("c", 0)) == (None, 1, 0)]
+    assert len(defaults) == 1
+    states = result["states"]
+    if kind == "hyperband":
+        assert [states.count(s) for s in ("COMPLETE", "PRUNED")] == [5, 12]
+    else:
+        assert set(states) == {"COMPLETE"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("grid", 10),
+        ("hyperband", 10),
+        *(pytest.param(kind, 40, marks=slow) for kind in KINDS),
+    ],
+)
+def test_a_search_whose_processes_are_killed_ends_with_each_trial_once(kind, kills, tmp_path):
+    options = ["--kills", kills, "--workers", 2]
+    (result,), (deaths,) = killed(tmp_path, "file", kind, *options)
+    assert_each_once(result, kind)
+    assert deaths >= kills // 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("pruned", 10), *(pytest.param(kind, 40, marks=slow) for kind in KINDS)],
+)
+def test_on_postgresql_too(kind, kills, postgresql, tmp_path):
+    options = ["--kills", kills, "--workers", 2]
+    (result,), (deaths,) = killed(tmp_path, postgresql, kind, *options)
+    assert_each_once(result, kind)
+    assert deaths >= kills // 3
+
+
+@pytest.mark.parametrize("kind", ["random", pytest.param("grid", marks=slow)])
+def test_a_process_that_dies_at_the_worst_moment_leaves_nothing_behind(kind, tmp_path):
+    results, deaths = killed(tmp_path, "file", kind, "--points", "--trials", 4)
+    assert deaths == [1] * len(POINTS)
+    assert len(results) == len(POINTS)
+    for result in results:
+        assert_each_once(result, kind, 4 if kind == "random" else 12)
+
+
+@pytest.mark.parametrize("storage", ["file", pytest.param("postgresql", marks=slow)])
+def test_four_workers_run_forty_trials(storage, request, tmp_path):
+    if storage == "postgresql":
+        storage = request.getfixturevalue("postgresql")
+    (result,), _ = killed(tmp_path, storage, "random", "--workers", 4, "--trials", 40)
+    assert_each_once(result, "random", 40)
+
+
+def test_a_process_that_was_stopped_for_long_drops_its_late_result(tmp_path):
+    options = ["--stops", 3, "--workers", 2, "--trials", 40]
+    (result,), (deaths,) = killed(tmp_path, "file", "random", *options)
+    assert deaths == 0
+    assert_each_once(result, "random", 40)
+
+
+ISOLATED = """
+    import os, signal, sys
+    import tfbig.tuners
+
+    class Search(tfbig.tuners.RandomSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            x = trial.hyperparameters.Float("x", 0, 1)
+            if trial.trial_id == "0001":
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.kept = bytearray(2**28)
+            print("memory of", os.getpid(), resident(), flush=True)
+            return x
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    search = Search(
+        max_trials=int(sys.argv[2]), seed=0, directory=sys.argv[1], isolate=True, overwrite=True
+    )
+    len(search.oracle.trials)  # Opens the study.
+    before = resident()
+    search.search(verbose=0)
+    print("grown by", resident() - before)
+    print(*(t.status for t in search.oracle.trials.values()))
+    print(search.oracle.trials["0001"].message)
+"""
+
+
+@pytest.mark.parametrize("trials", [3, pytest.param(50, marks=slow)])
+def test_a_trial_in_a_process_of_its_own_leaves_no_memory_behind(trials, tmp_path):
+    program = tmp_path / "search.py"
+    program.write_text(textwrap.dedent(ISOLATED))
+    done = job.finish(job.start([sys.executable, program, tmp_path, trials]), 550)
+    assert done.returncode == 0, done.stderr
+    *children, grown, statuses, message = done.stdout.splitlines()
+    assert len({line.split()[2] for line in children}) == len(children) == trials - 1
+    assert int(grown.split()[-1]) < 20 * 2**20
+    wanted = ["COMPLETED"] * trials
+    wanted[1] = "INVALID"
+    assert statuses.split() == wanted
+    assert message == "The process of the trial was ended by SIGKILL."
+
+
+def test_workers_of_a_job_train_each_trial_together(tmp_path):
+    done = job.run("search", tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    chief, other = job.results(tmp_path)
+    assert chief == other
+    assert chief["statuses"] == ["COMPLETED", "STOPPED", "COMPLETED"]
+    rates, replicas = zip(*chief["trained"], strict=True)
+    assert replicas == (2, 2, 2)
+    assert len(set(rates)) == 3
+    assert any(abs(chief["best"]["rate"] - rate) < 1e-7 for rate in rates)
+
+
+INDEPENDENT = """
+    import os, sys
+    import tfbig.tuners
+
+    class Search(tfbig.tuners.GridSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            x = trial.hyperparameters.Int("x", 1, 12)
+            marker = os.path.join(sys.argv[1], "failed")
+            if os.environ["TFBIG_WORKER"] == "1" and not os.path.exists(marker):
+                open(marker, "w").close()
+                os._exit(3)
+            return x
+
+    assert "TF_CONFIG" not in os.environ
+    search = Search(directory=sys.argv[1])
+    search.search(verbose=0)
+    print(len(search.oracle.trials), search.get_best_hyperparameters()[0].values)
+"""
+
+
+def test_independent_workers_share_a_search_and_one_that_fails_is_started_again(tmp_path):
+    program = tmp_path / "search.py"
+    program.write_text(textwrap.dedent(INDEPENDENT))
+    options = ["--workers", 2, "--independent", "--max_restarts", 1]
+    done = job.finish(job.start([sys.executable, job.LAUNCH, *options, program, tmp_path]), 100)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"\[worker .\] (.*)", done.stdout) == ["12 {'x': 1}"] * 2
+    again = "worker 1 failed with exit code 3, and is started again; restarts left: 0"
+    assert again in done.stderr
+
+
+def test_a_search_stays_what_it_is_when_one_independent_worker_fails_for_good(tmp_path):
+    program = tmp_path / "search.py"
+    program.write_text(textwrap.dedent(INDEPENDENT))
+    options = ["--workers", 2, "--independent"]
+    done = job.finish(job.start([sys.executable, job.LAUNCH, *options, program, tmp_path]), 100)
+    assert done.returncode == 3
+    assert re.findall(r"\[worker .\] (.*)", done.stdout) == ["12 {'x': 1}"]
+    assert "worker 1 failed with exit code 3; the others go on" in done.stderr
