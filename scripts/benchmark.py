@@ -9,6 +9,8 @@ With --network, tfbig over two workers and a narrow link between them: samples a
 sent against accumulation that exchanges each micro-batch. This needs Linux, iproute2 and
 the right to make network namespaces, which root has; elsewhere it is skipped, which one
 line says, with exit code 0.
+
+With --tuners, searches without models: how good they get, and how long a suggestion takes.
 """
 
 import collections
@@ -24,6 +26,7 @@ import sys
 import time
 
 import benchmark_network
+import benchmark_tuners
 from absl import app, flags
 
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
@@ -118,6 +121,11 @@ _NETWORK = flags.DEFINE_boolean(
     "--gradient_accumulation_steps is then 1,4,16 by default, --micro_batch_size that of a "
     "worker, and all --runs are of the same two processes.",
 )
+_TUNERS = flags.DEFINE_boolean(
+    "tuners", False, "Measure searches for the least value of two functions instead."
+)
+_TRIALS = flags.DEFINE_integer("trials", 50, "Trials of a search, for --tuners.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 10, "Searches of each kind, for --tuners.", lower_bound=1)
 _ROW = flags.DEFINE_string("row", None, "Internal: the row that this process measures.")
 
 
@@ -319,7 +327,9 @@ def main(arguments):
     try:
         if len(arguments) > 1:
             raise ValueError(f"there are only flags, no arguments. Received: {arguments[1]}")
-        counts = _counts()
+        counts = None if _TUNERS.value else _counts()
+        if _TUNERS.value and _NETWORK.value:
+            raise ValueError("--tuners does not go with --network")
         path = pathlib.Path(_JSON.value) if _JSON.value else None
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--json={path}: there is no directory {path.parent}")
@@ -327,7 +337,10 @@ def main(arguments):
         print(f"benchmark.py: {e}", file=sys.stderr)
         return 2
     try:
-        if _NETWORK.value:
+        if _TUNERS.value:
+            rows = benchmark_tuners.compare(_TRIALS.value, _SEEDS.value)
+            settings = {"trials": _TRIALS.value, "seeds": _SEEDS.value}
+        elif _NETWORK.value:
             numbers = (_MICRO_BATCH_SIZE.value, _STEPS.value, _RUNS.value)
             rows = benchmark_network.compare(__file__, counts, *numbers)
             settings = {"micro_batch_size": _MICRO_BATCH_SIZE.value}

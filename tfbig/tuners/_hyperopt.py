@@ -39,7 +39,7 @@ class HyperoptSampler(optuna.samplers.BaseSampler):
             trials.insert_trial_docs([_document(trials, number, params, sign * known.value)])
         trials.refresh()
         seed = int(np.random.default_rng(self._seed).integers(2**31))
-        (suggested,) = tpe.suggest([len(trials)], domain, trials, seed)
+        (suggested,) = tpe.suggest([len(trials)], domain, trials, seed, verbose=False)
         found = {n: v[0] for n, v in suggested["misc"]["vals"].items()}
         return {n: _suggested(d, found[n]) for n, d in search_space.items()}
 

@@ -181,6 +181,11 @@ class StudyOracle(keras_tuner.Oracle):
             max_seconds: float or None, seconds from now in which trials begin.
             max_total_epochs: int or None, epochs of all trials until which trials begin.
         """
+        if max_total_epochs is not None and len(self._objectives) > 1:
+            raise errors.InvalidOptionError(
+                "`max_total_epochs` goes with one objective: of several, no epoch is reported. "
+                f"Received: max_total_epochs={max_total_epochs} and {self.objective_names}."
+            )
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._most_epochs = max_total_epochs
         self._ledger.enter()

@@ -8,13 +8,11 @@ import importlib.util
 import io
 import os
 import pathlib
-import urllib.parse
 import uuid
 import warnings
 from typing import Any
 
 import optuna
-import sqlalchemy as sa
 from optuna import distributions
 from optuna.trial import TrialState
 
@@ -228,7 +226,7 @@ def _plots(study, names):
     import numpy as np
     from matplotlib import ticker
 
-    draw = optuna.visualization.matplotlib
+    draw: Any = optuna.visualization.matplotlib
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     reported = [t for t in study.get_trials(deepcopy=False) if t.intermediate_values]
     has_params = any(t.params for t in complete)
@@ -360,23 +358,6 @@ img { max-width: 100%; }
 """
 
 
-def _secrets(storage):
-    """What of a database URL must not be in a page, as it is and as it stands in the URL."""
-    try:
-        url = sa.engine.make_url(storage or "")
-    except sa.exc.ArgumentError:
-        return []
-    found = [url.password, *(v for k, v in url.query.items() if "pass" in k.lower())]
-    plain = [str(secret) for secret in found if secret]
-    return plain + [urllib.parse.quote(secret, safe="") for secret in plain]
-
-
-def _without(text, secrets):
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
-
-
 def _storage(oracle):
     if oracle._storage is None:
         return f"{_study.FILE} in {oracle._project_dir}"
@@ -404,7 +385,6 @@ def _searched(tuner, rows):
 
 
 def _trials_table(tuner, rows, best):
-    secrets = _secrets(tuner.oracle._storage)
     names = _names(rows)
     header = ["trial", "status", *_score_names(tuner.oracle), "epochs", "seconds", *names]
     has_messages = any(row["message"] for row in rows)
@@ -416,7 +396,8 @@ def _trials_table(tuner, rows, best):
         cells += [_progress.shown(row["values"][n]) if n in row["values"] else "" for n in names]
         if has_messages:
             # The last line of a traceback; a driver's may hold the whole URL.
-            cells.append(_without(row["message"].rpartition("\n")[2], secrets))
+            message = row["message"].rpartition("\n")[2]
+            cells.append(_study.without_secrets(message, tuner.oracle._storage))
         lines.append(cells)
     marked = {i for i, row in enumerate(rows) if row["trial"] in best}
     return _progress.html_table(header + ["message"] * has_messages, lines, marked)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import time
+import urllib.parse
 import warnings
 
 import optuna
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from tfbig import errors
 from tfbig.tuners import _ledger
 
-__all__ = ("MEMORY", "open_study", "shown")
+__all__ = ("MEMORY", "open_study", "shown", "without_secrets")
 
 # The storage of a search that nothing is kept of.
 MEMORY = "memory"
@@ -25,11 +26,26 @@ _BUSY = 120
 
 
 def shown(storage):
-    """A storage as it may be printed: without the password."""
+    """A storage as it may be printed: without passwords."""
     try:
-        return sa.engine.make_url(storage).render_as_string(hide_password=True)
+        url = sa.engine.make_url(storage)
     except sa.exc.ArgumentError:
         return "a text that is no database URL"
+    hidden = {name: "***" for name in url.query if "pass" in name.lower()}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def without_secrets(text, storage):
+    """A text in which the passwords of a storage are not."""
+    try:
+        url = sa.engine.make_url(storage or "")
+    except sa.exc.ArgumentError:
+        return text
+    secrets = [url.password, *(v for k, v in url.query.items() if "pass" in k.lower())]
+    for secret in map(str, filter(None, secrets)):
+        # Also as it stands in the URL.
+        text = text.replace(secret, "***").replace(urllib.parse.quote(secret, safe=""), "***")
+    return text
 
 
 @contextlib.contextmanager
@@ -129,18 +145,9 @@ def _unavailable(storage):
         reason = "there is no driver for it; for PostgreSQL, pip install psycopg[binary]"
     else:
         return
-    password = _password(storage)
-    reason = reason.replace(password, "***") if password else reason
     raise errors.StorageUnavailableError(
-        f"The storage {shown(storage)} cannot be used: {reason}."
+        f"The storage {shown(storage)} cannot be used: {without_secrets(reason, storage)}."
     ) from None
-
-
-def _password(storage):
-    try:
-        return sa.engine.make_url(storage).password
-    except sa.exc.ArgumentError:
-        return None
 
 
 def _backend(storage):

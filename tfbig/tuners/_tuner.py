@@ -26,7 +26,13 @@ __all__ = ("Tuner",)
 # Files of a trial.
 CHECKPOINT, BUILD, STATE = "checkpoint.weights.h5", "build_config.json", "state"
 
-_OUT_OF_MEMORY = (MemoryError, tf.errors.ResourceExhaustedError)
+# What says of a trial's values, and not of the program, that they do not go.
+_INFEASIBLE = (
+    keras_tuner.errors.FailedTrialError,
+    errors.LossScaleError,
+    MemoryError,
+    tf.errors.ResourceExhaustedError,
+)
 
 # What the tuner does with hyperparameters of these names, where a builder has them.
 FIT_ARGUMENTS = ("batch_size", "epochs")
@@ -168,6 +174,9 @@ class Tuner(keras_tuner.Tuner):
         """
         if "verbose" in fit_kwargs:
             self.oracle.verbose = fit_kwargs["verbose"]
+        elif self._fit_is_of_keras():
+            # The lines of trials would drown in those of epochs.
+            fit_kwargs["verbose"] = 0
         self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
         self.on_search_begin()
         try:
@@ -196,32 +205,28 @@ class Tuner(keras_tuner.Tuner):
         return trial.status == kt_trial.TrialStatus.STOPPED and not trial.trial_id
 
     def _try_run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
-        status, why = kt_trial.TrialStatus, None
+        status = kt_trial.TrialStatus
         try:
             self._run_and_update_trial(trial, *fit_args, **fit_kwargs)
             trial.status = status.COMPLETED
-            return
         except (keras_tuner.errors.FatalError, errors.SearchError):
             raise
         except TrialPruned:
             trial.status = status.STOPPED
-            return
         except TrialLost:
             trial.status = status.INVALID
-            return
-        except (keras_tuner.errors.FailedTrialError, errors.LossScaleError, *_OUT_OF_MEMORY):
-            trial.status, why = status.INVALID, _oracle.INFEASIBLE
-        except Exception:
+        except Exception as e:
             trial.status = status.INVALID
-        trial.message = traceback.format_exc()[-20_000:]
-        trial.why = why
+            trial.message = traceback.format_exc()[-20_000:]
+            if isinstance(e, _INFEASIBLE):
+                trial.why = _oracle.INFEASIBLE
 
     def _run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
         results = self.run_trial(trial, *fit_args, **fit_kwargs)
         objective = self.oracle.objective
         if self.oracle.is_updated(trial.trial_id):
             return  # By a `run_trial` of the user.
-        tuner_utils.validate_trial_results(results, objective, "Tuner.run_trial()")
+        _check_results(results, objective, "Tuner.run_trial()")
         metrics, step = _best_of(results, objective)
         if metrics:  # None where a trial that goes on had been trained to its end.
             self.oracle.update_trial(trial.trial_id, metrics, step=step)
@@ -286,12 +291,17 @@ class Tuner(keras_tuner.Tuner):
     def _build_and_fit_model(self, trial, *args, **kwargs):
         hp = trial.hyperparameters
         model = self._try_build(hp)
-        if type(self.hypermodel).fit is keras_tuner.HyperModel.fit:
+        if self._fit_is_of_keras():
             searched = {n: hp.values[n] for n in FIT_ARGUMENTS if n in hp.values}
             kwargs = searched | kwargs
         results = self.hypermodel.fit(hp, model, *args, **kwargs)
-        tuner_utils.validate_trial_results(results, self.oracle.objective, "HyperModel.fit()")
+        _check_results(results, self.oracle.objective, "HyperModel.fit()")
         return results
+
+    def _fit_is_of_keras(self):
+        """Whether `fit` of Keras is called, and nothing of the user's in its place."""
+        fit = getattr(type(self.hypermodel), "fit", None)
+        return fit is keras_tuner.HyperModel.fit
 
     # --- Models ---
 
@@ -524,6 +534,20 @@ class _Checkpoint(keras.callbacks.Callback):
 
 def _is_better(objective, value, best):
     return best is None or objective.better_than(value, best)
+
+
+def _check_results(results, objective, function):
+    """Raises where results are not a history, a dictionary with the objectives, or a number."""
+    for result in results if isinstance(results, list) else [results]:
+        if hasattr(objective, "objectives") and isinstance(result, dict):
+            missing = [o.name for o in objective.objectives if o.name not in result]
+            if missing:
+                raise errors.SearchError(
+                    f"{function} must return the objective {missing[0]!r}. Received: "
+                    f"{sorted(result)}."
+                )
+        else:
+            tuner_utils.validate_trial_results(result, objective, function)
 
 
 def _best_of(results, objective):
