@@ -442,7 +442,11 @@ class Tuner(keras_tuner.Tuner):
             return
         from tensorboard.plugins.hparams import api
 
-        hparams = tuner_utils.convert_hyperparams_to_hparams(trial.hyperparameters, api)
+        simple = (bool, int, float, str)
+        hparams = {
+            name: value if isinstance(value, simple) else str(value)
+            for name, value in trial.hyperparameters.values.items()
+        }
         callbacks += [
             api.KerasCallback(writer=b.log_dir, hparams=hparams, trial_id=trial.trial_id)
             for b in boards
