@@ -19,7 +19,7 @@ import traceback
 import keras_tuner
 
 from tests.jobs.killed_search_points import POINTS, dies_at
-from tfbig.tuners import _hyperband, _oracle, _tuner, _tuners
+from tfbig.tuners import _hyperband, _oracle, _trials, _tuner, _tuners
 
 # Seconds after which the trial of a stopped process is run by another.
 GRACE = 1.0
@@ -96,8 +96,8 @@ class Killer:
         trials = oracle.study.get_trials()
         found = {
             "states": [t.state.name for t in trials],
-            "slots": [t.user_attrs[_oracle.SLOT] for t in trials],
-            "values": [json.loads(t.user_attrs[_oracle.VALUES]) for t in trials],
+            "slots": [t.user_attrs[_trials.SLOT] for t in trials],
+            "values": [json.loads(t.user_attrs[_trials.VALUES]) for t in trials],
             "rows": [s.state for s in oracle._ledger.slots()],
         }
         (self.options.directory / f"{self.name}.json").write_text(json.dumps(found))

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from tfbig.tuners import _ledger, _oracle
+from tfbig.tuners import _ledger, _oracle, _trials
 
 # A method, and whether the process dies before or after it.
 POINTS = {
@@ -11,7 +11,7 @@ POINTS = {
     "trial made": (_oracle.StudyOracle, "populate_space", "before"),
     "values stored": (_oracle.StudyOracle, "_begin", "after"),
     "result stored": (_ledger.Ledger, "put", "after"),
-    "study told": (_oracle.StudyOracle, "_tell", "after"),
+    "study told": (_trials.Trials, "_tell", "after"),
 }
 
 

@@ -9,7 +9,7 @@ import math
 from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import _json, _ledger, _oracle
+from tfbig.tuners import _json, _ledger, _oracle, _trials
 
 __all__ = ("Bracket", "HyperbandOracle", "brackets")
 
@@ -133,7 +133,7 @@ class HyperbandOracle(_oracle.StudyOracle):
                 if self._ledger.take(slot, json.dumps(note)):
                     return slot.slot
             elif self._ledger.take(slot):
-                self._end(slot.slot, TrialState.PRUNED, {_oracle.WHY: _oracle.STOPPED_EARLY})
+                self._trials.end(slot.slot, TrialState.PRUNED, {_trials.WHY: _trials.STOPPED_EARLY})
         return None
 
     def _pause(self, held):
@@ -141,11 +141,12 @@ class HyperbandOracle(_oracle.StudyOracle):
         rung = _rung(row)
         if rung + 1 == len(self._brackets[self._bracket_of(held.slot)].sizes):
             return False
-        self.score_trial(held.trial)
+        with _oracle.nan_allowed():
+            self.score_trial(held.trial)
         if not math.isfinite(held.trial.score):
             return False
         values = _json.dumps(held.trial.hyperparameters.values)
-        self.study._storage.set_trial_user_attr(held.number, _oracle.VALUES, values)
+        self.study._storage.set_trial_user_attr(held.number, _trials.VALUES, values)
         scores = _note(row)["scores"] | {str(rung): float(held.trial.score)}
         self._ledger.put(held.slot, _ledger.PAUSED, scores=scores)
         return True

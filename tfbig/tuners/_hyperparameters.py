@@ -81,6 +81,14 @@ class _Numerical(_HyperParameter):
     step: Any
     sampling: str
 
+    def __init__(self, name, *args, **kwargs):
+        super().__init__(name, *args, **kwargs)
+        self.step = _json.canonical(self.step)
+        if self.step is not None and self.step <= 0:
+            raise errors.InvalidOptionError(
+                f"`step` of {name!r} must be positive. Received: step={self.step!r}."
+            )
+
     def _get_n_values(self):
         low, high, step = (decimal.Decimal(repr(v)) for v in self._range)
         if self.sampling == "linear":
@@ -219,7 +227,12 @@ class HyperParameters(keras_tuner.HyperParameters):
             self._conditions.pop()
 
     def _retrieve(self, hp):
-        return super()._retrieve(_own(hp))
+        hp = _own(hp)
+        is_known = self._exists(hp.name, hp.conditions) and self.is_active(hp)
+        if is_known and hp.name not in self.values:
+            # The trial is older than the hyperparameter.
+            self.values[hp.name] = hp.default
+        return super()._retrieve(hp)
 
     def _register(self, hyperparameter, overwrite=False):
         return super()._register(_own(hyperparameter), overwrite)

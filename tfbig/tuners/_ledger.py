@@ -309,6 +309,12 @@ class Ledger:
 
     def change_fact(self, name, change):
         """Replaces what is known under a name by what a function makes of it."""
+        try:
+            return self._changed_fact(name, change)
+        except sa.exc.IntegrityError:  # Another was faster; there is a row to lock now.
+            return self._changed_fact(name, change)
+
+    def _changed_fact(self, name, change):
         query = sa.select(_FACTS.c.text).where(self._where(_FACTS, name=name)).with_for_update()
         with self._engine.begin() as connection:
             known = connection.execute(query).scalar_one_or_none()

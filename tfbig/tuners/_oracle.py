@@ -1,7 +1,6 @@
 """KerasTuner's `Oracle` over an Optuna study, which alone knows the state of a search."""
 
-import collections
-import hashlib
+import contextlib
 import json
 import math
 import pathlib
@@ -10,34 +9,20 @@ import shutil
 import threading
 import time
 import warnings
-from typing import Any
 
 import keras_tuner
-import numpy as np
 import optuna
-from keras_tuner.src.engine import metrics_tracking
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import _json, _ledger, _samplers, _space, _study
+from tfbig.tuners import _json, _ledger, _proposals, _samplers, _space, _study, _trials
 from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("StudyOracle",)
 
-# Attributes of the study's trials.
-SLOT, VALUES, METRICS, MESSAGE, BEST_STEP, WHY = (
-    f"tfbig:{name}" for name in ("slot", "values", "metrics", "message", "best_step", "why")
-)
-
-# How a trial ended besides by its objective; kept under `WHY`.
-INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
-
 # How often a trial whose process died is run again.
 _MOST_DEATHS = 20
-
-# Suggestions that were tried before, until the first untried one is taken.
-_MOST_COLLISIONS = 20
 
 # Seconds between two looks at what other processes do.
 _LOOK = 0.5
@@ -111,6 +96,7 @@ class StudyOracle(keras_tuner.Oracle):
         self._views = {}
         self._opened = None
         self._deadline = self._most_epochs = None
+        self._ended_before = 0
 
     _values_of = staticmethod(_space.all_values)
 
@@ -139,11 +125,19 @@ class StudyOracle(keras_tuner.Oracle):
     @property
     def study(self):
         """The `optuna.Study`; made, or opened, when it is first asked for."""
+        return self._trials.study
+
+    @property
+    def _trials(self):
         return self._open()[0]
 
     @property
-    def _ledger(self):
+    def _proposals(self):
         return self._open()[1]
+
+    @property
+    def _ledger(self):
+        return self._trials.ledger
 
     def _open(self):
         if self._opened is None:
@@ -151,7 +145,11 @@ class StudyOracle(keras_tuner.Oracle):
                 self._storage, self._project_dir, self._project_name, self.directions, self._grace
             )
             self._agree(ledger)
-            self._opened = study, ledger
+            trials = _trials.Trials(study, ledger, self._sampler, self._pruner, self.seed)
+            proposals = _proposals.Proposals(
+                trials, self.seed, lambda: self.hyperparameters, self._values_of
+            )
+            self._opened = trials, proposals
             self._remember_space()
         return self._opened
 
@@ -188,6 +186,8 @@ class StudyOracle(keras_tuner.Oracle):
             )
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._most_epochs = max_total_epochs
+        # A program that was corrected is given a chance.
+        self._ended_before = len(self._trials.ended())
         self._ledger.enter()
 
     def _is_spent(self):
@@ -196,7 +196,7 @@ class StudyOracle(keras_tuner.Oracle):
             return True
         if self._most_epochs is None:
             return False
-        steps = (max(t.intermediate_values, default=0) for t in self._frozen_trials().values())
+        steps = (max(t.intermediate_values, default=0) for t in self._trials.by_slot().values())
         return sum(steps) >= self._most_epochs
 
     def _settings(self):
@@ -236,7 +236,7 @@ class StudyOracle(keras_tuner.Oracle):
         """Joins the hyperparameters known here with those that the study knows."""
         if self._opened is None:
             return
-        ledger = self._opened[1]
+        ledger = self._opened[0].ledger
 
         def join(known):
             if known is not None:
@@ -272,22 +272,14 @@ class StudyOracle(keras_tuner.Oracle):
     def _trial_id(slot):
         return f"{slot:04d}"
 
-    def _frozen_trials(self):
-        """Optuna's trials by slot."""
-        trials = self.study.get_trials(deepcopy=False)
-        return {
-            t.user_attrs[SLOT]: t
-            for t in trials
-            if SLOT in t.user_attrs and t.user_attrs.get(WHY) != VOID
-        }
-
     @property
     def trials(self):
         """Dictionary from trial ids to `keras_tuner.engine.trial.Trial`, in order."""
         if self._opened is None and self._project_name is None:
             return {}
         return {
-            self._trial_id(slot): self._view(t) for slot, t in sorted(self._frozen_trials().items())
+            self._trial_id(slot): self._view(t)
+            for slot, t in sorted(self._trials.by_slot().items())
         }
 
     @trials.setter
@@ -295,27 +287,12 @@ class StudyOracle(keras_tuner.Oracle):
         del value  # The constructor of KerasTuner begins with none.
 
     def _view(self, frozen):
-        if frozen.number in self._views:
-            return self._views[frozen.number]
-        trial_id = self._trial_id(frozen.user_attrs[SLOT])
+        trial_id = self._trial_id(frozen.user_attrs[_trials.SLOT])
         if trial_id in self._held:
             return self._held[trial_id].trial
-        hps = self.hyperparameters.copy()
-        hps.values = _json.loads(frozen.user_attrs.get(VALUES, "{}"))
-        why = frozen.user_attrs.get(WHY)
-        status = {
-            TrialState.COMPLETE: COMPLETED,
-            TrialState.PRUNED: STOPPED,
-            TrialState.FAIL: INVALID if why == INFEASIBLE else FAILED,
-        }.get(frozen.state, RUNNING)
-        trial = kt_trial.Trial(hps, trial_id, status, frozen.user_attrs.get(MESSAGE))
-        if METRICS in frozen.user_attrs:
-            trial.metrics = metrics_tracking.MetricsTracker.from_config(
-                json.loads(frozen.user_attrs[METRICS])
-            )
-        trial.best_step = frozen.user_attrs.get(BEST_STEP, 0)
-        if frozen.state == TrialState.COMPLETE:
-            trial.score = frozen.values[0] if len(frozen.values) == 1 else tuple(frozen.values)
+        if frozen.number in self._views:
+            return self._views[frozen.number]
+        trial = _trials.seen(frozen, trial_id, self.hyperparameters.copy())
         if frozen.state.is_finished():
             self._views[frozen.number] = trial
         return trial
@@ -338,9 +315,7 @@ class StudyOracle(keras_tuner.Oracle):
     @property
     def end_order(self):
         """Ids in the order in which trials ended."""
-        ended = [t for t in self._frozen_trials().values() if t.state.is_finished()]
-        ended.sort(key=lambda t: (t.datetime_complete, t.number))
-        return [self._trial_id(t.user_attrs[SLOT]) for t in ended]
+        return [self._trial_id(t.user_attrs[_trials.SLOT]) for t in self._trials.ended()]
 
     @end_order.setter
     def end_order(self, value):
@@ -361,7 +336,7 @@ class StudyOracle(keras_tuner.Oracle):
             best = [self._view(t) for t in self.study.best_trials]
             best.sort(key=lambda t: t.score)
         else:
-            done = [t for t in self._frozen_trials().values() if t.state == TrialState.COMPLETE]
+            done = [t for t in self._trials.by_slot().values() if t.state == TrialState.COMPLETE]
             feasible = [t for t in done if all(v <= 0 for v in t.constraints.values())]
             best = [self._view(t) for t in feasible]
             is_max = self.objective.direction == "max"
@@ -403,7 +378,7 @@ class StudyOracle(keras_tuner.Oracle):
             `keras_tuner.engine.trial.Trial`, of status RUNNING; IDLE, if there may be one
             later; or STOPPED, if there is none.
         """
-        self._tell_ended()
+        self._trials.tell_ended()
         self._check_failures()
         found = None if self._is_spent() else self._next()
         if found is None:
@@ -411,13 +386,13 @@ class StudyOracle(keras_tuner.Oracle):
                 s.state in (_ledger.RUNNING, _ledger.PAUSED) for s in self._ledger.slots()
             )
             if is_over:
-                self._tell_ended()
+                self._trials.tell_ended()
             else:
                 time.sleep(_LOOK)
             return kt_trial.Trial(self.get_space(), "", STOPPED if is_over else IDLE)
         slot, frozen = found
         hps = self.hyperparameters.copy()
-        hps.values = _json.loads(frozen.user_attrs[VALUES])
+        hps.values = _json.loads(frozen.user_attrs[_trials.VALUES])
         trial = kt_trial.Trial(hps, self._trial_id(slot), RUNNING)
         if self.goes_on:
             self._restore_metrics(trial, frozen)
@@ -432,7 +407,11 @@ class StudyOracle(keras_tuner.Oracle):
                 continue
             if slot.died >= _MOST_DEATHS:
                 message = f"The processes that ran it died, {slot.died + 1} times."
-                self._end(slot.slot, TrialState.FAIL, {MESSAGE: message, WHY: BROKEN})
+                self._trials.end(
+                    slot.slot,
+                    TrialState.FAIL,
+                    {_trials.MESSAGE: message, _trials.WHY: _trials.BROKEN},
+                )
                 continue
             if (frozen := self._begin(slot.slot)) is not None:
                 return slot.slot, frozen
@@ -446,36 +425,24 @@ class StudyOracle(keras_tuner.Oracle):
         """Hook: a trial that was put aside and goes on now, held by this process; or None."""
 
     def _take_new(self):
-        if self._first_untried() is EXHAUSTED:
+        if self._proposals.first_untried() is _proposals.EXHAUSTED:
             return None
         return self._ledger.take_new(self.max_trials)
 
     def _begin(self, slot):
-        """The study's trial of a slot; made if there is none. None: there are no values for it."""
-        frozen = self._frozen_trials().get(slot)
-        if frozen is None:
-            made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={SLOT: slot})
-            trial_id = self.study._storage.create_new_trial(self.study._study_id, made)
-            frozen = self.study._storage.get_trial(trial_id)
-        if VALUES in frozen.user_attrs:
+        """The study's trial of a slot, with values; None: there are none for it."""
+        frozen = self._trials.of(slot)
+        if _trials.VALUES in frozen.user_attrs:
             return frozen
-        values = self._claimed(slot)
+        values = self._proposals.claimed(slot)
         if values is None:
             proposed = self.populate_space(self._trial_id(slot))
             if proposed["status"] != RUNNING:
                 # Between the look and the trial, another process took the last values.
-                self._end(slot, TrialState.FAIL, {WHY: VOID})
+                self._trials.end(slot, TrialState.FAIL, {_trials.WHY: _trials.VOID})
                 return None
             values = self._completed(proposed["values"])
-        storage = self.study._storage
-        params, distributions = _space.parameters_of(
-            self.hyperparameters, values, self._known_distributions()
-        )
-        for name, value in params.items():
-            d = distributions[name]
-            storage.set_trial_param(frozen._trial_id, name, d.to_internal_repr(value), d)
-        storage.set_trial_user_attr(frozen._trial_id, VALUES, _json.dumps(values))
-        return storage.get_trial(frozen._trial_id)
+        return self._trials.store(frozen, self.hyperparameters, values)
 
     def _completed(self, values):
         """Values with the defaults of what they leave out."""
@@ -483,12 +450,6 @@ class StudyOracle(keras_tuner.Oracle):
         hps.values = {k: _json.canonical(v) for k, v in (values or {}).items()}
         hps.ensure_active_values()
         return hps.values
-
-    def _known_distributions(self):
-        known: dict[str, Any] = {}
-        for trial in self.study.get_trials(deepcopy=False):
-            known |= trial.distributions
-        return known
 
     def populate_space(self, trial_id):
         """Values for a trial; to be overridden for another way to search.
@@ -500,80 +461,10 @@ class StudyOracle(keras_tuner.Oracle):
             A dictionary with "status": RUNNING, or STOPPED where the space is exhausted, and
             "values": a dictionary of values by name.
         """
-        slot = int(trial_id)
-        values = self._proposal(slot)
+        values = self._proposals.values_for(int(trial_id))
         if values is None:
             return {"status": STOPPED, "values": None}
         return {"status": RUNNING, "values": values}
-
-    def _proposal(self, slot):
-        """Values that are claimed for a slot; None where the space is exhausted."""
-        if slot == 0:
-            values = _space.default_values(self.hyperparameters)
-            if self._claim(slot, values):
-                return values
-        study = self.study
-        study.pruner = self._pruner.make(0) if self._pruner else optuna.pruners.NopPruner()
-        for attempt in range(_MOST_COLLISIONS):
-            seed = np.random.SeedSequence([self.seed, slot, attempt]).generate_state(1)[0]
-            with _study.quiet():
-                study.sampler = self._sampler.make(int(seed))
-                values = self._suggestion(self._frozen_trials()[slot])
-            if self._claim(slot, values):
-                return values
-        while (values := self._first_untried()) is not EXHAUSTED:
-            if self._claim(slot, values):
-                return values
-        return None
-
-    def _suggestion(self, frozen):
-        """What the sampler suggests for a trial; nothing is stored."""
-        study, sampler = self.study, self.study.sampler
-        filtered = optuna.pruners._filter_study(study, frozen)
-        sampler.before_trial(filtered, frozen)
-        space = sampler.infer_relative_search_space(filtered, frozen)
-        relative = sampler.sample_relative(filtered, frozen, space)
-
-        def value(name, distribution):
-            if distribution.single():
-                return distribution.to_external_repr(
-                    distribution.low if hasattr(distribution, "low") else 0
-                )
-            if name in relative:
-                found = relative[name]
-                if distribution._contains(distribution.to_internal_repr(found)):
-                    return found
-            return sampler.sample_independent(filtered, frozen, name, distribution)
-
-        return _space.suggested(value, self.hyperparameters, self._known_distributions())
-
-    @staticmethod
-    def _hash(values):
-        return hashlib.sha256(_json.dumps(values).encode()).hexdigest()[:40]
-
-    def _claimed(self, slot):
-        """What a slot has claimed, of a space that is not endless; None if nothing."""
-        own = self._ledger.claims(slot=slot)
-        if not own or self._is_endless():
-            return None
-        combinations = _space.combinations(self.hyperparameters, self._values_of)
-        return next((v for v in combinations if self._hash(v) in own), None)
-
-    def _is_endless(self):
-        return any(self._values_of(hp) is None for hp in self.hyperparameters.space)
-
-    def _claim(self, slot, values):
-        return self._ledger.claim(slot, self._hash(values))
-
-    def _first_untried(self):
-        """The first combination that no trial has; `EXHAUSTED`; None if there are endless ones."""
-        if self._is_endless():
-            return None
-        claims = self._ledger.claims()
-        for values in _space.combinations(self.hyperparameters, self._values_of):
-            if self._hash(values) not in claims:
-                return values
-        return EXHAUSTED
 
     # --- Within a trial ---
 
@@ -636,8 +527,8 @@ class StudyOracle(keras_tuner.Oracle):
         frozen = storage.get_trial(held.number)
         # Without what an earlier process reported of later steps.
         frozen.intermediate_values = dict(held.reported)
-        self.study.pruner = self._pruner.make(0)
         with _study.quiet():
+            self._trials.seed()
             filtered = optuna.pruners._filter_study(self.study, frozen)
             return self.study.pruner.prune(filtered, frozen)
 
@@ -654,7 +545,8 @@ class StudyOracle(keras_tuner.Oracle):
             if not trial.metrics.exists(name):
                 directions = {o.name: o.direction for o in self._objectives}
                 trial.metrics.register(name, direction=directions.get(name))
-            trial.metrics.update(name, value, step=step)
+            with nan_allowed():
+                trial.metrics.update(name, value, step=step)
         return trial
 
     # --- Ending a trial ---
@@ -679,26 +571,25 @@ class StudyOracle(keras_tuner.Oracle):
         )
         self.update_space(kept.hyperparameters)
         kept.hyperparameters.ensure_active_values()
-        self._claim(held.slot, kept.hyperparameters.values)
+        self._proposals.claim(held.slot, kept.hyperparameters.values)
         if kept.status == COMPLETED and self._pause(held):
             del self._held[trial.trial_id]
             return
+        del self._held[trial.trial_id]
         state, result = self._result(kept, getattr(trial, "why", None))
         if state is None:
             print(f"Trial {kept.trial_id} raised, and is run again.")
             self._ledger.release(held.slot, raised=self._raised(held.slot) + 1)
-        elif not self._end(held.slot, state, **result):
+        elif self._trials.end(held.slot, state, **result):
+            trial.status, trial.score = kept.status, kept.score
+            trial.best_step, trial.metrics = kept.best_step, kept.metrics
+            self._display.on_trial_end(kept)
+        else:
             warnings.warn(
                 f"Trial {kept.trial_id} was run elsewhere, as this process was not heard of for "
                 f"{self._grace:g} s; what it found here is dropped.",
                 stacklevel=2,
             )
-        else:
-            trial.status, trial.score = kept.status, kept.score
-            trial.best_step, trial.metrics = kept.best_step, kept.metrics
-        del self._held[trial.trial_id]
-        if state is not None:
-            self._display.on_trial_end(kept)
 
     def _pause(self, held):
         """Hook: whether a trial that was completed is put aside, to be gone on with later."""
@@ -711,24 +602,24 @@ class StudyOracle(keras_tuner.Oracle):
         if trial.status == COMPLETED:
             values, constraints = self._scored(trial)
             if not all(map(math.isfinite, values)):
-                trial.status, why = INVALID, INFEASIBLE
+                trial.status, why = INVALID, _trials.INFEASIBLE
                 trial.message = f"The objective is not finite: {values}."
-        if trial.status == INVALID and why != INFEASIBLE:
+        if trial.status == INVALID and why != _trials.INFEASIBLE:
             if self._raised(int(trial.trial_id)) < self.max_retries_per_trial:
                 return None, {}
             trial.status = FAILED
         if trial.status == COMPLETED:
             state = TrialState.COMPLETE
         elif trial.status == STOPPED:
-            state, why = TrialState.PRUNED, STOPPED_EARLY
+            state, why = TrialState.PRUNED, _trials.STOPPED_EARLY
         else:
-            state, why = TrialState.FAIL, why or BROKEN
+            state, why = TrialState.FAIL, why or _trials.BROKEN
         attrs = {
-            VALUES: _json.dumps(trial.hyperparameters.values),
-            METRICS: json.dumps(trial.metrics.get_config()),
-            BEST_STEP: int(trial.best_step or 0),
-            WHY: why,
-            MESSAGE: trial.message,
+            _trials.VALUES: _json.dumps(trial.hyperparameters.values),
+            _trials.METRICS: json.dumps(trial.metrics.get_config()),
+            _trials.BEST_STEP: int(trial.best_step or 0),
+            _trials.WHY: why,
+            _trials.MESSAGE: trial.message,
         }
         attrs = {k: v for k, v in attrs.items() if v is not None}
         is_complete = state == TrialState.COMPLETE
@@ -745,7 +636,8 @@ class StudyOracle(keras_tuner.Oracle):
 
     def _scored(self, trial):
         if len(self._objectives) == 1:
-            self.score_trial(trial)
+            with nan_allowed():
+                self.score_trial(trial)
             values = [float(trial.score)]
         else:
             values = [float(trial.metrics.get_last_value(o.name)) for o in self._objectives]
@@ -756,51 +648,16 @@ class StudyOracle(keras_tuner.Oracle):
             constraints = {k: float(v) for k, v in self._constraints(metrics).items()}
         return values, constraints
 
-    def _end(self, slot, state, attrs, values=None, constraints=None):
-        """Ends a slot of this process; returns whether it still was its own."""
-        end = {"state": state.name, "attrs": attrs, "values": values, "constraints": constraints}
-        # From here on it has ended, whatever happens to this process.
-        if not self._ledger.put(slot, _ledger.ENDED, end=end):
-            return False
-        self._tell_ended()
-        return True
-
-    def _tell_ended(self):
-        """Tells the study what has ended, also where the process died that should have."""
-        ended = [s for s in self._ledger.slots() if s.state == _ledger.ENDED]
-        if not ended:
-            return
-        trials, storage = self._frozen_trials(), self.study._storage
-        for slot in ended:
-            frozen, note = trials.get(slot.slot), json.loads(slot.note)["end"]
-            if frozen is not None and not frozen.state.is_finished():
-                try:
-                    self._tell(storage, frozen, note)
-                except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                    if not storage.get_trial(frozen._trial_id).state.is_finished():
-                        raise
-            self._ledger.move(slot, _ledger.TOLD)
-
-    def _tell(self, storage, frozen, note):
-        trial_id, state = frozen._trial_id, TrialState[note["state"]]
-        for name, value in note["attrs"].items():
-            storage.set_trial_user_attr(trial_id, name, value)
-        for name, value in (note["constraints"] or {}).items():
-            storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
-        if state == TrialState.FAIL:
-            storage.set_trial_state_values(trial_id, state, None)
-            return
-        with _study.quiet():
-            self.study.sampler = self._sampler.make(0)
-            self.study.pruner = self._pruner.make(0) if self._pruner else optuna.pruners.NopPruner()
-            self.study.tell(frozen.number, note["values"], state)
-
     def on_death(self, pid, what):
         """Records that a process of this machine died in a trial; returns whether it did."""
         for slot in self._ledger.slots():
             is_its = slot.state == _ledger.RUNNING and _ledger.process_id(slot.owner) == pid
             if is_its and self._ledger.take(slot):
-                self._end(slot.slot, TrialState.FAIL, {MESSAGE: what, WHY: INFEASIBLE})
+                self._trials.end(
+                    slot.slot,
+                    TrialState.FAIL,
+                    {_trials.MESSAGE: what, _trials.WHY: _trials.INFEASIBLE},
+                )
                 return True
         return False
 
@@ -814,19 +671,14 @@ class StudyOracle(keras_tuner.Oracle):
 
     # --- How the search as a whole goes ---
 
-    def _ended_trials(self):
-        return [self._view(t) for t in self._frozen_trials().values() if t.state.is_finished()]
-
     def _check_failures(self):
         """Ends the search where trials fail one after the other."""
         count = 0
-        trials = self._frozen_trials()
-        for trial_id in self.end_order:
-            frozen = trials[int(trial_id)]
-            if frozen.user_attrs.get(WHY) == BROKEN:
+        for frozen in self._trials.ended()[self._ended_before :]:
+            if frozen.user_attrs.get(_trials.WHY) == _trials.BROKEN:
                 count += 1
-                message = frozen.user_attrs.get(MESSAGE, "")
-            elif frozen.user_attrs.get(WHY) != INFEASIBLE:
+                message = frozen.user_attrs.get(_trials.MESSAGE, "")
+            elif frozen.user_attrs.get(_trials.WHY) != _trials.INFEASIBLE:
                 count = 0
             if count >= self.max_consecutive_failed_trials:
                 raise errors.SearchError(
@@ -835,13 +687,10 @@ class StudyOracle(keras_tuner.Oracle):
 
     def check_result(self):
         """Raises where a search has ended and no trial is complete."""
-        ended = sorted(
-            (t for t in self._frozen_trials().values() if t.state.is_finished()),
-            key=lambda t: t.number,
-        )
+        ended = self._trials.ended()
         if not ended or any(t.state == TrialState.COMPLETE for t in ended):
             return
-        messages = [t.user_attrs[MESSAGE] for t in ended if MESSAGE in t.user_attrs]
+        messages = [t.user_attrs[_trials.MESSAGE] for t in ended if _trials.MESSAGE in t.user_attrs]
         first = messages[0] if messages else "all were pruned"
         raise errors.SearchError(f"None of {len(ended)} trials was completed. The first:\n{first}")
 
@@ -855,7 +704,12 @@ class StudyOracle(keras_tuner.Oracle):
         self._display.verbose = 1 if value == "auto" else value
 
 
-EXHAUSTED = collections.namedtuple("Exhausted", ())()
+@contextlib.contextmanager
+def nan_allowed():
+    """NumPy warns where all values are NaN; such a trial is infeasible."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 class _Held:
@@ -896,6 +750,8 @@ def _check(max_trials, seed, grace_period, storage):
             raise errors.InvalidOptionError(
                 f"`{name}` must be an integer or None. Received: {name}={value!r}."
             )
+    if seed is not None and seed < 0:
+        raise errors.InvalidOptionError(f"`seed` must not be negative. Received: seed={seed}.")
     if max_trials is not None and max_trials < 1:
         raise errors.InvalidOptionError(
             f"`max_trials` must be at least 1. Received: max_trials={max_trials}."

@@ -30,7 +30,7 @@ __all__ = ("dataframe", "importance", "write")
 def _rows(tuner):
     """A dictionary for each trial: what all trials have, and `values` by hyperparameter."""
     oracle = tuner.oracle
-    frozen_trials = oracle._frozen_trials()
+    frozen_trials = oracle._trials.by_slot()
     for trial_id, trial in oracle.trials.items():
         if (frozen := frozen_trials.get(int(trial_id))) is None:
             continue  # It began between the two looks.

@@ -24,11 +24,11 @@ class Maker:
 
     Attributes:
         name: str, the same in all processes of a search.
-        make: function of a seed, an int.
+        make: function of two seeds, of the trial and of the search.
     """
 
     name: str
-    make: Callable[[int], Any]
+    make: Callable[[int, int], Any]
 
 
 def _tpe(seed, at_random=10):
@@ -48,14 +48,25 @@ def _hyperopt(seed):
     return HyperoptSampler(seed=seed)
 
 
+def _qmc(seed, of_search):
+    # The sequence is one for all trials; the study knows how much of it is used.
+    rest = optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.QMCSampler(seed=of_search, scramble=True, independent_sampler=rest)
+
+
+def _by_trial(function):
+    """A function of a trial's seed as one of that and the search's."""
+    return lambda seed, of_search: function(seed)
+
+
 _SAMPLERS = {
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "tpe": _tpe,
-    "gp": _gp,
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
-    "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed, scramble=True),
-    "hyperopt": _hyperopt,
+    "random": _by_trial(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
+    "tpe": _by_trial(_tpe),
+    "gp": _by_trial(_gp),
+    "cmaes": _by_trial(lambda seed: optuna.samplers.CmaEsSampler(seed=seed)),
+    "nsga2": _by_trial(lambda seed: optuna.samplers.NSGAIISampler(seed=seed)),
+    "qmc": _qmc,
+    "hyperopt": _by_trial(_hyperopt),
 }
 
 # Modules that a sampler needs besides Optuna, and what to install.
@@ -67,10 +78,10 @@ _NEEDS = {
 }
 
 _PRUNERS = {
-    "median": lambda seed: optuna.pruners.MedianPruner(n_startup_trials=5),
-    "asha": lambda seed: optuna.pruners.SuccessiveHalvingPruner(),
-    "hyperband": lambda seed: optuna.pruners.HyperbandPruner(),
-    "patience": lambda seed: optuna.pruners.PatientPruner(None, patience=5),
+    "median": _by_trial(lambda seed: optuna.pruners.MedianPruner(n_startup_trials=5)),
+    "asha": _by_trial(lambda seed: optuna.pruners.SuccessiveHalvingPruner()),
+    "hyperband": _by_trial(lambda seed: optuna.pruners.HyperbandPruner()),
+    "patience": _by_trial(lambda seed: optuna.pruners.PatientPruner(None, patience=5)),
 }
 
 
@@ -87,7 +98,9 @@ def beginning_at_random(given, trials):
             f"`num_initial_points` goes with sampler='tpe' or 'gp'. Received: sampler={given!r}."
         )
     _check_installed(given)
-    return Maker(f"{given} after {trials} at random", functools.partial(made, at_random=trials))
+    return Maker(
+        f"{given} after {trials} at random", _by_trial(functools.partial(made, at_random=trials))
+    )
 
 
 def _check_installed(name):
@@ -144,8 +157,9 @@ def _maker(kind, given, known):
     base = optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner
     if callable(given):
         if isinstance(given, type) and issubclass(given, base):
-            return Maker(given.__name__, lambda seed: given())
-        return Maker(f"function {getattr(given, '__qualname__', type(given).__name__)}", given)
+            return Maker(given.__name__, lambda seed, of_search: given())
+        name = getattr(given, "__qualname__", type(given).__name__)
+        return Maker(f"function {name}", _by_trial(given))
     raise errors.InvalidOptionError(
         f"`{kind}` must be one of {', '.join(sorted(known))}, or a function of a seed that returns "
         f"an optuna.{kind}s.{base.__name__}. Received: {kind}={given!r}."

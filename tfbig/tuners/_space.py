@@ -94,6 +94,8 @@ def _of_number(hp):
     distribution: distributions.BaseDistribution
     if kind is int:
         step = 1 if is_log else hp.step
+        # Optuna warns of a range that steps do not end with.
+        high = low + (high - low) // step * step
         distribution = distributions.IntDistribution(low, high, log=is_log, step=step)
     else:
         distribution = distributions.FloatDistribution(low, high, log=is_log)
@@ -183,8 +185,8 @@ def all_values(hp):
     """What a hyperparameter may be; None if that is endless."""
     if isinstance(hp, hps.Float) and hp.step is None:
         return None
-    if isinstance(hp, hps.Int) and hp.step is None:
-        return range(hp.min_value, hp.max_value + 1)
+    if isinstance(hp, hps.Int) and (hp.step is None or hp.sampling == "linear"):
+        return range(hp.min_value, hp.max_value + 1, hp.step or 1)
     return hp.values
 
 

@@ -81,7 +81,14 @@ def open_study(storage, directory, name, directions, grace):
     if storage == MEMORY:
         with quiet():
             study = optuna.create_study(directions=directions, study_name=name)
-        engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool)
+        # One connection is the database; one thread at a time has it.
+        engine = sa.create_engine(
+            "sqlite://",
+            poolclass=sa.pool.QueuePool,
+            pool_size=1,
+            max_overflow=0,
+            connect_args={"check_same_thread": False},
+        )
         _ledger.create_tables(engine)
         return study, _ledger.Ledger(engine, study._study_id, grace)
     storage = _url(storage, directory)

@@ -19,7 +19,7 @@ from keras_tuner.src.engine import tuner_utils
 import tfbig
 from tfbig import _workers, errors
 from tfbig._step import TrainStep
-from tfbig.tuners import _folds, _follower, _isolation, _oracle, _progress
+from tfbig.tuners import _folds, _follower, _isolation, _progress, _trials
 
 __all__ = ("Tuner",)
 
@@ -116,6 +116,11 @@ class Tuner(keras_tuner.Tuner):
             raise errors.InvalidOptionError(
                 "`folds` must be an integer >= 2 or None, and goes without executions_per_trial. "
                 f"Received: folds={folds!r}, executions_per_trial={executions_per_trial}."
+            )
+        if oracle.goes_on and (folds or executions_per_trial > 1):
+            raise errors.InvalidOptionError(
+                "Hyperband goes on with one training of each trial. Received: "
+                f"folds={folds}, executions_per_trial={executions_per_trial}."
             )
         self._folds = folds
         self._keep = keep_best_k
@@ -219,7 +224,7 @@ class Tuner(keras_tuner.Tuner):
             trial.status = status.INVALID
             trial.message = traceback.format_exc()[-20_000:]
             if isinstance(e, _INFEASIBLE):
-                trial.why = _oracle.INFEASIBLE
+                trial.why = _trials.INFEASIBLE
 
     def _run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
         results = self.run_trial(trial, *fit_args, **fit_kwargs)
@@ -228,6 +233,9 @@ class Tuner(keras_tuner.Tuner):
             return  # By a `run_trial` of the user.
         _check_results(results, objective, "Tuner.run_trial()")
         metrics, step = _best_of(results, objective)
+        parts = results if isinstance(results, list) else [results]
+        if self.oracle.goes_on and not isinstance(parts[0], keras.callbacks.History):
+            step = self.oracle.epochs_of(trial.trial_id) - 1
         if metrics:  # None where a trial that goes on had been trained to its end.
             self.oracle.update_trial(trial.trial_id, metrics, step=step)
 
@@ -317,7 +325,11 @@ class Tuner(keras_tuner.Tuner):
                         "The model-building function must return a Keras model. Received: "
                         f"{model!r} of type {type(model).__name__}."
                     )
-                self._override_compile_args(model)
+                if model.compiled:
+                    self._override_compile_args(model)
+                elif self.optimizer and self.loss:
+                    model.compile(loss=self.loss)
+                    self._override_compile_args(model)
                 if not model.compiled:
                     raise errors.SearchError(
                         "The model-building function must return a compiled model, or the tuner "
@@ -325,7 +337,9 @@ class Tuner(keras_tuner.Tuner):
                     )
                 for name in CLIPPING:
                     if name in hp.values:
-                        setattr(model.optimizer, name, hp.values[name])
+                        optimizer = model.optimizer
+                        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+                        setattr(optimizer, name, hp.values[name])
                 return self._extended(model)
         finally:
             keras.config.set_dtype_policy(previous)
@@ -459,6 +473,8 @@ class _Report(keras.callbacks.Callback):
     def __init__(self, tuner, trial, reports):
         super().__init__()
         self._oracle = tuner.oracle
+        # What takes the place of `fit` may return what no epoch reports.
+        self._wanted = tuner.oracle.wanted if tuner._fit_is_of_keras() else ()
         self._workers = tuner._workers
         self._trial_id = trial.trial_id
         # Of several executions the first alone, so that all have the same part in the score.
@@ -485,7 +501,7 @@ class _Report(keras.callbacks.Callback):
             self._is_pruned, self._is_lost = json.loads(answers[0])
 
     def _check_objective(self, logs):
-        for objective in self._oracle.wanted:
+        for objective in self._wanted:
             is_late = objective.startswith("val_") and not any(n.startswith("val_") for n in logs)
             is_last = self._epochs == self.params["epochs"]
             if objective not in logs and not (is_late and not is_last):

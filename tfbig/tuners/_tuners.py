@@ -2,7 +2,7 @@
 
 import warnings
 
-from tfbig.tuners import _hyperband, _oracle, _samplers, _space, _tuner
+from tfbig.tuners import _hyperband, _oracle, _proposals, _samplers, _space, _tuner
 
 __all__ = (
     "BayesianOptimization",
@@ -149,8 +149,8 @@ class _GridOracle(_oracle.StudyOracle):
     _values_of = staticmethod(_space.grid_values)
 
     def _take_new(self):
-        while (values := self._first_untried()) is not _oracle.EXHAUSTED:
-            slot = self._ledger.take_new(self.max_trials, claim=self._hash(values))
+        while (values := self._proposals.first_untried()) is not _proposals.EXHAUSTED:
+            slot = self._ledger.take_new(self.max_trials, claim=_proposals.name_of(values))
             if slot is not None or self.remaining_trials() == 0:
                 return slot
         return None
