@@ -16,6 +16,7 @@ import time
 import pytest
 
 from tests import job
+from tfbig import launch as launcher
 
 # Far more than anything here takes, far less than a worker that is left would run.
 LIMIT = 20
@@ -529,3 +530,15 @@ def test_the_job_is_started_again(program, tmp_path, failures, restarts, code, l
     assert len(starts[0]) == min(failures, restarts) + 1
     # Fresh ports: the old ones may still be taken.
     assert len({tuple(addresses) for addresses in starts[0]}) == len(starts[0])
+
+
+@pytest.mark.parametrize(
+    ("visible", "own"), [("3,5", ["3", "5", "3"]), ("-1", ["-1", "-1", "-1"])], ids=str
+)
+def test_independent_workers_have_a_gpu_each_in_turn(visible, own, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    environments = [launcher._of_its_own(i, None) for i in range(3)]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == own
+    assert [e["TFBIG_WORKER"] for e in environments] == ["0", "1", "2"]
+    assert not any("TF_CONFIG" in e for e in environments)

@@ -793,9 +793,52 @@ def test_a_trial_that_failed_leaves_its_place_to_the_next(make):
     assert found[9:13] == [("0007", 3), ("0006", 3), ("0005", 3), ("0006", 9)]
 
 
+def test_who_asks_again_is_given_the_trial_that_it_has(make):
+    oracle = make(hyperparameters=line())
+    trial = oracle.create_trial("a")
+    assert oracle.create_trial("a") is trial
+    assert oracle.create_trial("b").trial_id == "0001"
+
+
+def test_a_way_to_search_of_a_user_may_draw_as_kerastuner_does(make):
+    class Mine(_oracle.StudyOracle):
+        def populate_space(self, trial_id):
+            values = self._random_values()
+            status = STOPPED if values is None else RUNNING
+            return {"status": status, "values": values}
+
+    def drawn(*counts):
+        found = []
+        for count in counts:
+            oracle = make(6, line(), kind=Mine, project=str(counts))
+            for _ in range(count):
+                trial = oracle.create_trial("a")
+                found.append(trial.hyperparameters.values["x"])
+                end(oracle, trial)
+        return found
+
+    straight = drawn(6)
+    assert len(set(straight)) == 6
+    assert drawn(2, 4) == straight
+
+
+def test_a_cell_is_not_tried_again_for_what_was_asked_for_later(make):
+    oracle = make(None, kind=_tuners._GridOracle)
+    tried = []
+    while (trial := oracle.create_trial("a")).status == RUNNING:
+        hp = trial.hyperparameters
+        a = hp.Choice("a", [0, 1, 2])
+        # Asked for by some trials only, and not in a scope that says so.
+        b = hp.Choice("b", [0, 1]) if a == 2 else None
+        tried.append((a, b))
+        end(oracle, trial)
+    assert len(oracle.trials) == 6
+    assert set(tried) >= {(0, None), (1, None), (2, 0), (2, 1)}
+
+
 def test_a_rung_that_is_not_decided_leaves_time_for_the_next_bracket(make):
     oracle = bands(make)
-    held = [oracle.create_trial("a") for _ in range(9)]
+    held = [oracle.create_trial(f"{i}") for i in range(9)]
     for trial in held[:8]:
         end(oracle, trial, by_number(int(trial.trial_id), 1))
     other = oracle.create_trial("b")

@@ -299,6 +299,55 @@ def test_a_result_that_is_a_number_is_of_the_end_of_its_rung(options):
             assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
 
 
+# --- What users put in the place of fit --------------------------------------
+
+
+def test_a_loop_of_the_user_trains_a_model_that_is_not_compiled(options):
+    class Model(keras_tuner.HyperModel):
+        def build(self, hp):
+            hp.Float("rate", 1e-3, 1e-1, sampling="log")
+            return keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+
+        def fit(self, hp, model, x, y, callbacks=(), **kwargs):
+            optimizer = keras.optimizers.SGD(hp.get("rate"))
+            for callback in callbacks:
+                callback.set_model(model)
+            best = np.inf
+            for epoch in range(2):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean((model(x) - y) ** 2)
+                gradients = tape.gradient(loss, model.trainable_variables)
+                optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+                best = min(best, float(loss))
+                for callback in callbacks:
+                    callback.on_epoch_end(epoch, {"val_loss": float(loss)})
+            return best
+
+    tuner = tuners.RandomSearch(Model(), max_trials=2, **options)
+    tuner.search(**DATA)
+    assert [t.status for t in tuner.oracle.trials.values()] == ["COMPLETED"] * 2
+    assert isinstance(tuner.get_best_models()[0], keras.Sequential)
+
+
+def test_run_trial_of_a_user_is_given_what_search_was_given_alone(options):
+    class Search(tuners.RandomSearch):
+        def run_trial(self, trial, x):
+            return trial.hyperparameters.Float("y", 0, x)
+
+    del options["objective"]
+    tuner = Search(max_trials=2, **options)
+    tuner.search(5.0)
+    assert len(tuner.oracle.trials) == 2
+
+
+def test_what_is_missing_or_no_oracle_is_refused_at_once(options):
+    for kind in (tuners.RandomSearch, tuners.Hyperband):
+        with pytest.raises(errors.InvalidOptionError, match="`hypermodel` may be left out only"):
+            kind(**options)
+    with pytest.raises(errors.InvalidOptionError, match="Received: oracle='random'"):
+        tuners.Tuner("random", build)
+
+
 # --- What is searched without a HyperModel.fit -------------------------------
 
 

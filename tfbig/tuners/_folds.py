@@ -27,7 +27,9 @@ def arguments(folds, seed, args, kwargs):
     given.pop("self", None)
     data = {name: given.pop(name, None) for name in ("x", "y", "sample_weight")}
     arrays = [v for v in keras.tree.flatten(data) if v is not None]
-    if data["x"] is None or not all(hasattr(v, "shape") and hasattr(v, "__getitem__") for v in arrays):
+    if data["x"] is None or not all(
+        hasattr(v, "shape") and hasattr(v, "__getitem__") for v in arrays
+    ):
         raise errors.SearchError(
             f"folds={folds} needs arrays to cut. Received: {type(data['x']).__name__} for x."
         )

@@ -255,11 +255,15 @@ class Ledger:
         names = _FACTS.c.name.like("process %")
         with self._engine.begin() as connection:
             query = sa.select(_FACTS.c.text).where(self._where(_FACTS), names)
-            entered = [o for o in connection.execute(query).scalars() if o != self.owner]
-        here = [o for o in entered if o.split("|")[0] == _machine()]
+            entered = connection.execute(query).scalars().all()
+        here = [o for o in entered if process_id(o) not in (None, os.getpid())]
         if any(not is_dead(owner) for owner in here):
             return True
-        before = {s.slot: s for s in self.slots() if s.state == RUNNING and s.owner}
+        before = {
+            s.slot: s
+            for s in self.slots()
+            if s.state == RUNNING and s.owner and process_id(s.owner) != os.getpid()
+        }
         if not any(not is_dead(s.owner) for s in before.values()):
             return False
         deadline = time.monotonic() + min(self._grace, _LONGEST_BEAT * 1.5)

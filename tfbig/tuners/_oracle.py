@@ -11,6 +11,7 @@ import time
 import warnings
 
 import keras_tuner
+import numpy as np
 import optuna
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import TrialState
@@ -171,6 +172,8 @@ class StudyOracle(keras_tuner.Oracle):
             _study.remove(self._storage, directory, self._project_name)
         for path in directory.glob("trial_*"):
             shutil.rmtree(path, ignore_errors=True)
+        # From now on, another that would begin anew as well is refused.
+        self._ledger.enter()
 
     def begin_search(self, max_seconds=None, max_total_epochs=None):
         """Called before the first trial.
@@ -378,6 +381,9 @@ class StudyOracle(keras_tuner.Oracle):
             `keras_tuner.engine.trial.Trial`, of status RUNNING; IDLE, if there may be one
             later; or STOPPED, if there is none.
         """
+        for held in self._held.values():
+            if held.tuner_id == tuner_id:
+                return held.trial
         self._trials.tell_ended()
         self._check_failures()
         found = None if self._is_spent() else self._next()
@@ -436,6 +442,8 @@ class StudyOracle(keras_tuner.Oracle):
             return frozen
         values = self._proposals.claimed(slot)
         if values is None:
+            # Of KerasTuner's `_random_values`, which an overridden `populate_space` may call.
+            self._seed_state = int(np.random.SeedSequence([self.seed, slot]).generate_state(1)[0])
             proposed = self.populate_space(self._trial_id(slot))
             if proposed["status"] != RUNNING:
                 # Between the look and the trial, another process took the last values.
@@ -465,6 +473,11 @@ class StudyOracle(keras_tuner.Oracle):
         if values is None:
             return {"status": STOPPED, "values": None}
         return {"status": RUNNING, "values": values}
+
+    def _duplicate(self, values):
+        """Whether a trial has these values; for an overridden `populate_space`."""
+        names = {_proposals.name_of(t.hyperparameters.values) for t in self.trials.values()}
+        return _proposals.name_of(values) in names
 
     # --- Within a trial ---
 

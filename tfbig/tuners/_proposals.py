@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import optuna
 
-from tfbig.tuners import _json, _space, _study
+from tfbig.tuners import _json, _space, _study, _trials
 
 __all__ = ("Proposals",)
 
@@ -97,8 +97,19 @@ class Proposals:
         """The first combination that no trial has; None where they are endless; `EXHAUSTED`."""
         if self._is_endless():
             return None
-        claims = self._ledger.claims()
+        claims = self._ledger.claims() | self._tried_with_defaults()
         return next((v for v in self._combinations() if name_of(v) not in claims), EXHAUSTED)
+
+    def _tried_with_defaults(self):
+        """Combinations of trials that did not ask for what others have asked for since."""
+        found = set()
+        for trial in self._trials.by_slot().values():
+            if _trials.VALUES in trial.user_attrs:
+                hps = self._hyperparameters().copy()
+                hps.values = _json.loads(trial.user_attrs[_trials.VALUES])
+                hps.ensure_active_values()
+                found.add(name_of(hps.values))
+        return found
 
     def _is_endless(self):
         return any(self._values_of(hp) is None for hp in self._hyperparameters().space)

@@ -19,7 +19,7 @@ from keras_tuner.src.engine import tuner_utils
 import tfbig
 from tfbig import _workers, errors
 from tfbig._step import TrainStep
-from tfbig.tuners import _folds, _follower, _isolation, _progress, _trials
+from tfbig.tuners import _folds, _follower, _isolation, _oracle, _progress, _trials
 
 __all__ = ("Tuner",)
 
@@ -104,6 +104,11 @@ class Tuner(keras_tuner.Tuner):
                 "often as wanted, with the same storage; or once, with `python -m tfbig.launch "
                 "--workers N --independent`."
             )
+        if not isinstance(oracle, _oracle.StudyOracle):
+            raise errors.InvalidOptionError(
+                "Expected `oracle` argument to be an instance of `Oracle` of tfbig, a "
+                f"`StudyOracle`. Received: oracle={oracle!r}."
+            )
         for name, value in (
             ("executions_per_trial", executions_per_trial),
             ("keep_best_k", keep_best_k),
@@ -121,6 +126,12 @@ class Tuner(keras_tuner.Tuner):
             raise errors.InvalidOptionError(
                 "Hyperband goes on with one training of each trial. Received: "
                 f"folds={folds}, executions_per_trial={executions_per_trial}."
+            )
+        # `Hyperband` has a `run_trial` of its own, which needs a model as well.
+        if hypermodel is None and type(self).run_trial.__module__.startswith("tfbig.tuners."):
+            raise errors.InvalidOptionError(
+                "`hypermodel` may be left out only where `run_trial` is overridden. Received "
+                "`hypermodel=None`."
             )
         self._folds = folds
         self._keep = keep_best_k
@@ -179,9 +190,6 @@ class Tuner(keras_tuner.Tuner):
         """
         if "verbose" in fit_kwargs:
             self.oracle.verbose = fit_kwargs["verbose"]
-        elif self._fit_is_of_keras():
-            # The lines of trials would drown in those of epochs.
-            fit_kwargs["verbose"] = 0
         self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
         self.on_search_begin()
         try:
@@ -301,15 +309,17 @@ class Tuner(keras_tuner.Tuner):
         model = self._try_build(hp)
         if self._fit_is_of_keras():
             searched = {n: hp.values[n] for n in FIT_ARGUMENTS if n in hp.values}
-            kwargs = searched | kwargs
+            # The lines of trials would drown in those of epochs.
+            kwargs = {"verbose": 0} | searched | kwargs
         results = self.hypermodel.fit(hp, model, *args, **kwargs)
         _check_results(results, self.oracle.objective, "HyperModel.fit()")
         return results
 
-    def _fit_is_of_keras(self):
+    def _fit_is_of_keras(self, model=None):
         """Whether `fit` of Keras is called, and nothing of the user's in its place."""
         fit = getattr(type(self.hypermodel), "fit", None)
-        return fit is keras_tuner.HyperModel.fit
+        is_of_model = model is None or type(model).fit.__module__.startswith(("keras.", "tfbig."))
+        return fit is keras_tuner.HyperModel.fit and is_of_model
 
     # --- Models ---
 
@@ -330,13 +340,13 @@ class Tuner(keras_tuner.Tuner):
                 elif self.optimizer and self.loss:
                     model.compile(loss=self.loss)
                     self._override_compile_args(model)
-                if not model.compiled:
+                if not model.compiled and self._fit_is_of_keras(model):
                     raise errors.SearchError(
                         "The model-building function must return a compiled model, or the tuner "
                         "be given an optimizer and a loss. Received: a model that is not compiled."
                     )
                 for name in CLIPPING:
-                    if name in hp.values:
+                    if name in hp.values and model.compiled:
                         optimizer = model.optimizer
                         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
                         setattr(optimizer, name, hp.values[name])
@@ -377,8 +387,9 @@ class Tuner(keras_tuner.Tuner):
         with keras_tuner.engine.tuner.maybe_distribute(self.distribution_strategy):
             if not model.built:
                 model.build_from_config(json.loads(pathlib.Path(path).with_name(BUILD).read_text()))
-            if model.optimizer is not None and not model.optimizer.built:
-                model.optimizer.build(model.trainable_variables)
+            optimizer = getattr(model, "optimizer", None)  # None where `fit` is the user's.
+            if optimizer is not None and not optimizer.built:
+                optimizer.build(model.trainable_variables)
             model.load_weights(path)
         return model
 
@@ -488,8 +499,14 @@ class _Report(keras.callbacks.Callback):
         if self._reports:
             self.decide(logs or {}, epoch + 1)
             # There is nothing to save in the last epoch.
-            self._is_pruned &= epoch + 1 < self.params["epochs"]
-            self.model.stop_training |= self._is_pruned or self._is_lost
+            self._is_pruned &= epoch + 1 != self._last_epoch
+            if self._is_pruned or self._is_lost:
+                self.model.stop_training = True
+
+    @property
+    def _last_epoch(self):
+        """int; None where a loop of the user's does not say."""
+        return (self.params or {}).get("epochs")
 
     def decide(self, metrics, step):
         """Finds out whether the trial is pruned or lost, the same on all workers."""
@@ -503,7 +520,7 @@ class _Report(keras.callbacks.Callback):
     def _check_objective(self, logs):
         for objective in self._wanted:
             is_late = objective.startswith("val_") and not any(n.startswith("val_") for n in logs)
-            is_last = self._epochs == self.params["epochs"]
+            is_last = self._epochs == self._last_epoch
             if objective not in logs and not (is_late and not is_last):
                 raise errors.SearchError(
                     f"The objective {objective!r} is not reported by the model. Received: logs "
@@ -579,7 +596,10 @@ def _best_of(results, objective):
         return means, int(np.mean([epoch for _, epoch in parts]))
     if not isinstance(results, keras.callbacks.History):
         return tuner_utils.convert_to_metrics_dict(results, objective), 0
-    if not results.epoch:
+    steps = getattr(results, "epoch", None)
+    if steps is None:  # One that a user has filled.
+        steps = range(len(next(iter(results.history.values()), ())))
+    if not steps:
         return {}, 0
     epochs = [
         dict(zip(results.history, values, strict=True))
@@ -592,4 +612,4 @@ def _best_of(results, objective):
             is_finite = math.isfinite(values[epoch])
             if is_finite and not objective.better_than(values[best], values[epoch]):
                 best = epoch
-    return epochs[best], results.epoch[best]
+    return epochs[best], steps[best]
