@@ -124,7 +124,7 @@ _MAX_TRIALS = flags.DEFINE_integer(
     lower_bound=1,
 )
 _EPOCHS = flags.DEFINE_integer(
-    "epochs", None, "Epochs of a trial. By default 10. Hyperband counts its own.", lower_bound=1
+    "epochs", None, "Epochs of a trial. By default 20. Hyperband counts its own.", lower_bound=1
 )
 _MAX_EPOCHS = flags.DEFINE_integer(
     "max_epochs",
@@ -160,8 +160,8 @@ _SEED = flags.DEFINE_integer(
 _THREADS = flags.DEFINE_integer(
     "threads",
     0,
-    "CPU threads of this process; 0: TensorFlow chooses. With several processes on one machine, "
-    "1 is often fastest.",
+    "CPU cores of this process, on Linux its own; 0: TensorFlow chooses. With several processes on "
+    "one machine, 1 is often fastest.",
     lower_bound=0,
 )
 _REPORT = flags.DEFINE_string(
@@ -254,8 +254,20 @@ def _quiet_start():
             os.close(stderr)
 
 
+def _keep_to_cores(count):
+    """Has this process use so many cores, others than other workers where there are enough."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    first = int(_worker() or 0) * count
+    os.sched_setaffinity(0, {cores[i % len(cores)] for i in range(first, first + count)})
+
+
 def _start():
     """Configures TensorFlow."""
+    if _THREADS.value:
+        # Threads that TensorFlow does not count run as well.
+        _keep_to_cores(_THREADS.value)
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")
@@ -327,7 +339,7 @@ def _tune(path):
     tuner = None
     try:
         tuner = _make_tuner(task, path)
-        epochs = {} if _TUNER.value == "hyperband" else {"epochs": _EPOCHS.value or 10}
+        epochs = {} if _TUNER.value == "hyperband" else {"epochs": _EPOCHS.value or 20}
         tuner.search(*task.train, validation_data=task.validation, **epochs)
         # The search of any worker ends when all trials have.
         if _worker() in (None, "0"):

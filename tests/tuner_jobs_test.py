@@ -184,14 +184,13 @@ INDEPENDENT = """
 
     class Search(tfbig.tuners.GridSearch):
         def run_trial(self, trial, *args, **kwargs):
-            x = trial.hyperparameters.Int("x", 1, 12)
-            marker = os.path.join(sys.argv[1], "failed")
-            if os.environ["TFBIG_WORKER"] == "1" and not os.path.exists(marker):
-                open(marker, "w").close()
-                os._exit(3)
-            return x
+            return trial.hyperparameters.Int("x", 1, 12)
 
     assert "TF_CONFIG" not in os.environ
+    marker = os.path.join(sys.argv[1], "failed")
+    if os.environ["TFBIG_WORKER"] == "1" and not os.path.exists(marker):
+        open(marker, "w").close()
+        sys.exit(3)
     search = Search(directory=sys.argv[1])
     search.search(verbose=0)
     print(len(search.oracle.trials), search.get_best_hyperparameters()[0].values)

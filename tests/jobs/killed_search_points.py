@@ -8,7 +8,7 @@ from tfbig.tuners import _ledger, _oracle, _trials
 # A method, and whether the process dies before or after it.
 POINTS = {
     "slot taken": (_ledger.Ledger, "take_new", "after"),
-    "trial made": (_oracle.StudyOracle, "populate_space", "before"),
+    "trial made": (_trials.Trials, "store", "before"),
     "values stored": (_oracle.StudyOracle, "_begin", "after"),
     "result stored": (_ledger.Ledger, "put", "after"),
     "study told": (_trials.Trials, "_tell", "after"),

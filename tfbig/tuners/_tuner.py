@@ -97,42 +97,8 @@ class Tuner(keras_tuner.Tuner):
         isolate=False,
         **kwargs,
     ):
-        if "KERASTUNER_TUNER_ID" in os.environ or "KERASTUNER_ORACLE_IP" in os.environ:
-            raise errors.SearchError(
-                "KerasTuner's chief and workers are not used: unset KERASTUNER_TUNER_ID, "
-                "KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT, and start the same program as "
-                "often as wanted, with the same storage; or once, with `python -m tfbig.launch "
-                "--workers N --independent`."
-            )
-        if not isinstance(oracle, _oracle.StudyOracle):
-            raise errors.InvalidOptionError(
-                "Expected `oracle` argument to be an instance of `Oracle` of tfbig, a "
-                f"`StudyOracle`. Received: oracle={oracle!r}."
-            )
-        for name, value in (
-            ("executions_per_trial", executions_per_trial),
-            ("keep_best_k", keep_best_k),
-        ):
-            if type(value) is not int or value < 1:
-                raise errors.InvalidOptionError(
-                    f"`{name}` must be an integer >= 1. Received: {name}={value!r}."
-                )
-        if folds is not None and (type(folds) is not int or folds < 2 or executions_per_trial > 1):
-            raise errors.InvalidOptionError(
-                "`folds` must be an integer >= 2 or None, and goes without executions_per_trial. "
-                f"Received: folds={folds!r}, executions_per_trial={executions_per_trial}."
-            )
-        if oracle.goes_on and (folds or executions_per_trial > 1):
-            raise errors.InvalidOptionError(
-                "Hyperband goes on with one training of each trial. Received: "
-                f"folds={folds}, executions_per_trial={executions_per_trial}."
-            )
-        # `Hyperband` has a `run_trial` of its own, which needs a model as well.
-        if hypermodel is None and type(self).run_trial.__module__.startswith("tfbig.tuners."):
-            raise errors.InvalidOptionError(
-                "`hypermodel` may be left out only where `run_trial` is overridden. Received "
-                "`hypermodel=None`."
-            )
+        _check_environment()
+        _check(type(self), oracle, hypermodel, executions_per_trial, folds, keep_best_k)
         self._folds = folds
         self._keep = keep_best_k
         self._options = {
@@ -192,6 +158,8 @@ class Tuner(keras_tuner.Tuner):
             self.oracle.verbose = fit_kwargs["verbose"]
         self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
         self.on_search_begin()
+        # Garbage is collected before each trial; what is there now need not be looked at.
+        gc.freeze()
         try:
             if self._is_trial_process:
                 is_over = self._run_one(*fit_args, **fit_kwargs)
@@ -201,6 +169,7 @@ class Tuner(keras_tuner.Tuner):
                 while not self._run_one(*fit_args, **fit_kwargs):
                     pass
         finally:
+            gc.unfreeze()
             self.oracle.release()
         if self._is_trial_process:
             _isolation.end_trial_process(is_over)
@@ -363,9 +332,8 @@ class Tuner(keras_tuner.Tuner):
         return tfbig.extend(model, **self._options, loss_scale=self._loss_scale)
 
     def _try_build(self, hp):
-        # What the models of earlier trials have left.
+        # What the models of earlier trials have left; collects garbage as well.
         keras.backend.clear_session()
-        gc.collect()
         model = self._build_hypermodel(hp)
         size = sum(math.prod(v.shape) for v in model.trainable_weights) if model.built else 0
         if self.max_model_size and size > self.max_model_size:
@@ -476,6 +444,50 @@ class Tuner(keras_tuner.Tuner):
             api.KerasCallback(writer=b.log_dir, hparams=hparams, trial_id=trial.trial_id)
             for b in boards
         ]
+
+
+def _check_environment():
+    """Refuses KerasTuner's own way to search with several processes."""
+    if "KERASTUNER_TUNER_ID" in os.environ or "KERASTUNER_ORACLE_IP" in os.environ:
+        raise errors.SearchError(
+            "KerasTuner's chief and workers are not used: unset KERASTUNER_TUNER_ID, "
+            "KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT, and start the same program as "
+            "often as wanted, with the same storage; or once, with `python -m tfbig.launch "
+            "--workers N --independent`."
+        )
+
+
+def _check(kind, oracle, hypermodel, executions_per_trial, folds, keep_best_k):
+    """Raises for options of a tuner that are not valid."""
+    if not isinstance(oracle, _oracle.StudyOracle):
+        raise errors.InvalidOptionError(
+            "Expected `oracle` argument to be an instance of `Oracle` of tfbig, a "
+            f"`StudyOracle`. Received: oracle={oracle!r}."
+        )
+    for name, value in (
+        ("executions_per_trial", executions_per_trial),
+        ("keep_best_k", keep_best_k),
+    ):
+        if type(value) is not int or value < 1:
+            raise errors.InvalidOptionError(
+                f"`{name}` must be an integer >= 1. Received: {name}={value!r}."
+            )
+    if folds is not None and (type(folds) is not int or folds < 2 or executions_per_trial > 1):
+        raise errors.InvalidOptionError(
+            "`folds` must be an integer >= 2 or None, and goes without executions_per_trial. "
+            f"Received: folds={folds!r}, executions_per_trial={executions_per_trial}."
+        )
+    if oracle.goes_on and (folds or executions_per_trial > 1):
+        raise errors.InvalidOptionError(
+            "Hyperband goes on with one training of each trial. Received: "
+            f"folds={folds}, executions_per_trial={executions_per_trial}."
+        )
+    # `Hyperband` has a `run_trial` of its own, which needs a model as well.
+    if hypermodel is None and kind.run_trial.__module__.startswith("tfbig.tuners."):
+        raise errors.InvalidOptionError(
+            "`hypermodel` may be left out only where `run_trial` is overridden. Received "
+            "`hypermodel=None`."
+        )
 
 
 class _Report(keras.callbacks.Callback):
