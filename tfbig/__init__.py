@@ -1,6 +1,6 @@
 """tfbig: one update is one update of the whole effective batch, on any hardware."""
 
-import importlib
+import importlib as _importlib
 
 from tfbig import _backend as _backend  # First: it looks before Keras is imported.
 from tfbig import callbacks, distribute, errors
@@ -16,7 +16,7 @@ from tfbig.models import Model, Sequential, extend
 def __getattr__(name):
     # KerasTuner and Optuna are imported by who searches.
     if name == "tuners":
-        return importlib.import_module("tfbig.tuners")
+        return _importlib.import_module("tfbig.tuners")
     raise AttributeError(f"module 'tfbig' has no attribute {name!r}")
 
 
