@@ -27,7 +27,8 @@ import time
 
 import benchmark_network
 import benchmark_tuners
-from absl import app, flags
+import common
+from absl import flags
 
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
 _MAXRSS_MIB = 2**20 if sys.platform == "darwin" else 2**10
@@ -311,12 +312,25 @@ def _measure_rows(counts):
     return _rows(summaries, runs)
 
 
-def main(arguments):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+def _prepare():
+    """The numbers of micro-batches, None for --tuners, and where to write to, or None."""
+    try:
+        if _TUNERS.value and _NETWORK.value:
+            raise ValueError("--tuners does not go with --network")
+        counts = None if _TUNERS.value else _counts()
+        path = pathlib.Path(_JSON.value) if _JSON.value else None
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"--json={path}: there is no directory {path.parent}")
+    except ValueError as e:
+        raise common.UsageError(e) from None
+    return counts, path
+
+
+def _benchmark():
     # On a GPU, ru_maxrss would be the memory of the host.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    numbers = (_MICRO_BATCH_SIZE.value, _STEPS.value, _RUNS.value)
     if _ROW.value is not None and _NETWORK.value:
-        numbers = (_MICRO_BATCH_SIZE.value, _STEPS.value, _RUNS.value)
         rows = benchmark_network.measure(mlp, _counts(), *numbers)
         pathlib.Path(_ROW.value).write_text(json.dumps(rows))
         return 0
@@ -324,24 +338,12 @@ def main(arguments):
         model, k, row = _ROW.value.split("/", 2)
         print(json.dumps(measure(model, row, int(k))))
         return 0
-    try:
-        if len(arguments) > 1:
-            raise ValueError(f"there are only flags, no arguments. Received: {arguments[1]}")
-        counts = None if _TUNERS.value else _counts()
-        if _TUNERS.value and _NETWORK.value:
-            raise ValueError("--tuners does not go with --network")
-        path = pathlib.Path(_JSON.value) if _JSON.value else None
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--json={path}: there is no directory {path.parent}")
-    except ValueError as e:
-        print(f"benchmark.py: {e}", file=sys.stderr)
-        return 2
+    counts, path = _prepare()
     try:
         if _TUNERS.value:
             rows = benchmark_tuners.compare(_TRIALS.value, _SEEDS.value)
             settings = {"trials": _TRIALS.value, "seeds": _SEEDS.value}
         elif _NETWORK.value:
-            numbers = (_MICRO_BATCH_SIZE.value, _STEPS.value, _RUNS.value)
             rows = benchmark_network.compare(__file__, counts, *numbers)
             settings = {"micro_batch_size": _MICRO_BATCH_SIZE.value}
         else:
@@ -353,25 +355,10 @@ def main(arguments):
     except RuntimeError as e:
         print(f"benchmark.py: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nbenchmark.py: interrupted", file=sys.stderr)
-        return 130
     if path is not None:
         _write_json(path, rows, settings)
     return 0
 
 
-def _parse(arguments):
-    """Parses the flags; absl would print a usage page and exit with 1."""
-    if {"--help", "-help", "-h"} & set(arguments[1:]):
-        app.usage(shorthelp=True, writeto_stdout=True)
-        sys.exit(0)
-    try:
-        return flags.FLAGS(arguments)
-    except flags.Error as e:
-        print(f"benchmark.py: {' '.join(str(e).split())} (see --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    common.run("benchmark.py", _benchmark, "nothing is written")

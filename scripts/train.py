@@ -10,7 +10,6 @@ not the mathematics.
 The output directory then holds history.csv, curves.png and model.keras.
 """
 
-import contextlib
 import csv
 import dataclasses
 import math
@@ -19,11 +18,13 @@ import pathlib
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 
-from absl import app, flags
+import common
+from absl import flags
+
+PROGRAM = "train.py"
 
 # TensorFlow, Keras and tfbig are imported after the flags are checked: they take
 # seconds, which `--help` and a mistyped flag need not.
@@ -53,18 +54,11 @@ class Task:
 
 
 def digits():
-    """1,797 scanned digits of 8x8 pixels, which scikit-learn ships."""
+    """Scanned digits, which scikit-learn ships."""
     import keras
     from keras import layers
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype(keras.config.floatx()).reshape(-1, 8, 8, 1)
-    # Always the same split, whatever the seed, so that runs can be compared.
-    x, x_validation, y, y_validation = train_test_split(
-        x, y, test_size=0.2, stratify=y, random_state=0
-    )
+    train, validation = common.digits()
 
     def make_layers():
         convolution = {"kernel_size": 3, "padding": "same", "activation": "relu"}
@@ -81,8 +75,8 @@ def digits():
         ]
 
     return Task(
-        train=(x, y),
-        validation=(x_validation, y_validation),
+        train=train,
+        validation=validation,
         make_layers=make_layers,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
@@ -209,56 +203,24 @@ def _replicas_have_a_strategy(values):
     return values["strategy"] == "mirrored" or values["replicas"] in (None, 1)
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the text says what can."""
-
-
 RESULTS = ("history.csv", "curves.png", "model.keras")
 
 
 def _prepare_output_dir():
     """The output directory, empty of results and writable."""
     path = pathlib.Path(_OUTPUT_DIR.value or f"runs/{_TASK.value}")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-        found = [name for name in RESULTS if (path / name).exists()]
-        backup = pathlib.Path(_BACKUP_DIR.value or path / "no backup")
-        if found and not _OVERWRITE.value and not backup.exists():
-            raise UsageError(
-                f"--output_dir={path} already holds a run ({', '.join(found)}). Choose another "
-                "or add --overwrite."
-            )
-    except OSError as e:
-        raise UsageError(f"--output_dir={path} cannot be written to: {e.strerror}.") from None
+    common.make_writable(path)
+    found = [name for name in RESULTS if (path / name).exists()]
+    backup = pathlib.Path(_BACKUP_DIR.value or path / "no backup")
+    if found and not _OVERWRITE.value and not backup.exists():
+        raise common.UsageError(
+            f"--output_dir={path} already holds a run ({', '.join(found)}). Choose another "
+            "or add --overwrite."
+        )
     return path
 
 
 # --- Training ----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _quiet_start():
-    """Keeps what TensorFlow writes to stderr while it starts, unless that fails.
-
-    Some lines appear below any TF_CPP_MIN_LOG_LEVEL (2.21), so the file
-    descriptor is turned aside.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as aside:
-        os.dup2(aside.fileno(), 2)
-        try:
-            yield
-        except BaseException as e:
-            if not isinstance(e, UsageError | KeyboardInterrupt):
-                aside.seek(0)
-                os.write(stderr, aside.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 def _start():
@@ -475,7 +437,7 @@ def _print_table(model, recorder, samples, validation_accuracy):
 
 
 def _train(path):
-    with _quiet_start():
+    with common.quiet_start():
         strategy = _start()
     import tensorflow as tf
 
@@ -520,10 +482,12 @@ def _train(path):
         if model is not None and model.optimizer.built and is_chief:
             _save(model, recorder, path)
             done = _updates(model)
-            return _interrupted(f"{done} of {updates} updates are saved in {path}")
-        return _interrupted("nothing is trained yet" if is_chief else "the chief saves")
+            return common.interrupted(PROGRAM, f"{done} of {updates} updates are saved in {path}")
+        return common.interrupted(
+            PROGRAM, "nothing is trained yet" if is_chief else "the chief saves"
+        )
     except tfbig.errors.InvalidOptionError as e:
-        raise UsageError(e) from None
+        raise common.UsageError(e) from None
     except tfbig.errors.TfbigError as e:
         print(f"\ntrain.py: {e}", file=sys.stderr)
         return 1
@@ -532,7 +496,7 @@ def _train(path):
         # With a backup it is worth to start again, which Kubeflow does after this code.
         return tfbig.callbacks.PREEMPTED if _BACKUP_DIR.value else 1
     if is_chief and not recorder.epochs:
-        raise UsageError(
+        raise common.UsageError(
             f"{_BACKUP_DIR.value} holds the end of a run whose history.csv is not in {path}. Give "
             "--output_dir of that run, or remove the backup to train anew."
         )
@@ -545,35 +509,5 @@ def _train(path):
     return 0
 
 
-def _interrupted(what):
-    print(f"\ntrain.py: interrupted; {what}", file=sys.stderr)
-    return 130
-
-
-def main(arguments):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        if len(arguments) > 1:
-            raise UsageError(f"there are only flags, no arguments. Received: {arguments[1]}")
-        return _train(_prepare_output_dir())
-    except UsageError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _interrupted("nothing is trained yet")
-
-
-def _parse(arguments):
-    """Parses the flags; absl would print a traceback's worth and exit with 1."""
-    if {"--help", "-help", "-h"} & set(arguments[1:]):
-        app.usage(shorthelp=True, writeto_stdout=True)
-        sys.exit(0)
-    try:
-        return flags.FLAGS(arguments)
-    except flags.Error as e:
-        print(f"train.py: {' '.join(str(e).split())} (see --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    common.run(PROGRAM, lambda: _train(_prepare_output_dir()), "nothing is trained yet")

@@ -11,16 +11,17 @@ same flags share one search:
 The output directory then holds the study, the weights of the best trials and report.html.
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 
-from absl import app, flags
+import common
+from absl import flags
+
+PROGRAM = "tune.py"
 
 # TensorFlow, Keras and tfbig are imported after the flags are checked: they take
 # seconds, which `--help` and a mistyped flag need not.
@@ -45,18 +46,11 @@ class Task:
 
 
 def digits():
-    """1,797 scanned digits of 8x8 pixels, which scikit-learn ships."""
+    """Scanned digits, which scikit-learn ships."""
     import keras
     from keras import layers
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype(keras.config.floatx()).reshape(-1, 8, 8, 1)
-    # Always the same split, whatever the seed, so that runs can be compared.
-    x, x_validation, y, y_validation = train_test_split(
-        x, y, test_size=0.2, stratify=y, random_state=0
-    )
+    train, validation = common.digits()
 
     def build(hp):
         activation = hp.Choice("activation", ["relu", "swish", "tanh", None], default="relu")
@@ -86,7 +80,7 @@ def digits():
         )
         return model
 
-    return Task(train=(x, y), validation=(x_validation, y_validation), build=build)
+    return Task(train, validation, build)
 
 
 TASKS = {"digits": digits}
@@ -195,10 +189,6 @@ def _is_bayesian(values):
     return values["tuner"] != "bayesian" or values["sampler"] in (None, "tpe", "gp")
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the text says what can."""
-
-
 def _worker():
     """The number of this process among those of a launcher; None without one."""
     return os.environ.get("TFBIG_WORKER")
@@ -212,46 +202,20 @@ def _prepare_output_dir():
     """The output directory, writable."""
     path = pathlib.Path(_OUTPUT_DIR.value or f"runs/{_TASK.value}-{_TUNER.value}")
     if _OVERWRITE.value and _worker() is not None:
-        raise UsageError(
+        raise common.UsageError(
             "--overwrite in one of several workers would remove what the others begin with. "
             f"Remove {path} first, or choose another --output_dir."
         )
     # Known now rather than when the search has ended.
     if _report_path(path).is_dir():
-        raise UsageError(f"--report must be a file. Received: {_report_path(path)}, a directory.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as e:
-        raise UsageError(f"--output_dir={path} cannot be written to: {e.strerror}.") from None
+        raise common.UsageError(
+            f"--report must be a file. Received: {_report_path(path)}, a directory."
+        )
+    common.make_writable(path)
     return path.resolve()
 
 
 # --- The search --------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _quiet_start():
-    """Keeps what TensorFlow writes to stderr while it starts, unless that fails.
-
-    Some lines appear below any TF_CPP_MIN_LOG_LEVEL (2.21), so the file
-    descriptor is turned aside.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as aside:
-        os.dup2(aside.fileno(), 2)
-        try:
-            yield
-        except BaseException as e:
-            if not isinstance(e, UsageError | KeyboardInterrupt):
-                aside.seek(0)
-                os.write(stderr, aside.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 def _keep_to_cores(count):
@@ -331,7 +295,7 @@ def _make_tuner(task, path):
 
 
 def _tune(path):
-    with _quiet_start():
+    with common.quiet_start():
         _start()
     import tfbig
 
@@ -347,13 +311,15 @@ def _tune(path):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         done = 0 if tuner is None else len(tuner.oracle.end_order)
-        return _interrupted(f"{done} trials are kept in {path}; with the same flags it goes on")
+        return common.interrupted(
+            PROGRAM, f"{done} trials are kept in {path}; with the same flags it goes on"
+        )
     except (
         tfbig.errors.InvalidOptionError,
         tfbig.errors.StorageUnavailableError,
         tfbig.errors.StudyError,
     ) as e:
-        raise UsageError(e) from None
+        raise common.UsageError(e) from None
     except tfbig.errors.TfbigError as e:
         # With the traceback of the trial, where one raised.
         print(f"\ntune.py: {e}", file=sys.stderr)
@@ -371,7 +337,7 @@ def _conclude(tuner, path):
     try:
         tuner.report(report)
     except OSError as e:
-        raise UsageError(f"--report={report} cannot be written: {e.strerror}.") from None
+        raise common.UsageError(f"--report={report} cannot be written: {e.strerror}.") from None
     print(f"\nThe report is {report}; the weights of the best trials are in {path}")
 
 
@@ -379,35 +345,5 @@ def _score(trial):
     return f"none ({trial.status.lower()})" if trial.score is None else f"{trial.score:.4f}"
 
 
-def _interrupted(what):
-    print(f"\ntune.py: interrupted; {what}", file=sys.stderr)
-    return 130
-
-
-def main(arguments):
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        if len(arguments) > 1:
-            raise UsageError(f"there are only flags, no arguments. Received: {arguments[1]}")
-        return _tune(_prepare_output_dir())
-    except UsageError as e:
-        print(f"tune.py: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _interrupted("no trial has begun")
-
-
-def _parse(arguments):
-    """Parses the flags; absl would print a traceback's worth and exit with 1."""
-    if {"--help", "-help", "-h"} & set(arguments[1:]):
-        app.usage(shorthelp=True, writeto_stdout=True)
-        sys.exit(0)
-    try:
-        return flags.FLAGS(arguments)
-    except flags.Error as e:
-        print(f"tune.py: {' '.join(str(e).split())} (see --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    common.run(PROGRAM, lambda: _tune(_prepare_output_dir()), "no trial has begun")

@@ -599,9 +599,17 @@ def test_a_preemption_whose_backup_cannot_be_written_says_so(tmp_path, monkeypat
     assert "no backup could be written" in capsys.readouterr().err
 
 
+def test_evaluate_by_itself_is_left_alone(tmp_path):
+    model = compiled()
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    x, y = samples()
+    wanted = model.evaluate(x, y, verbose=0)
+    assert model.evaluate(x, y, verbose=0, callbacks=[backup]) == wanted
+
+
 def test_two_backups_of_one_training_are_refused(tmp_path):
     backups = [tfbig.callbacks.BackupAndRestore(tmp_path / name) for name in "ab"]
-    with pytest.raises(errors.InvalidOptionError, match="only one of this kind"):
+    with pytest.raises(errors.InvalidOptionError, match="only one that restores"):
         fit(compiled(), *backups)
 
 

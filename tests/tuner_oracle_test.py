@@ -794,6 +794,25 @@ def test_a_trial_that_failed_leaves_its_place_to_the_next(make):
     assert found[9:13] == [("0007", 3), ("0006", 3), ("0005", 3), ("0006", 9)]
 
 
+def test_a_bound_below_what_was_tried_ends_a_grid(make):
+    hp = HyperParameters()
+    hp.Choice("a", list(range(6)))
+    for count in (4, 2):
+        oracle = make(count, hp, kind=_tuners._GridOracle)
+        while (trial := oracle.create_trial("a")).status == RUNNING:
+            end(oracle, trial)
+        assert trial.status == STOPPED
+        assert len(oracle.trials) == 4
+
+
+def test_a_front_begins_with_the_best_in_the_first_objective(make):
+    objectives = [keras_tuner.Objective("loss", "max"), keras_tuner.Objective("size", "min")]
+    oracle = make(3, line(), objective=objectives)
+    for loss, size in ((1.0, 1.0), (3.0, 3.0), (2.0, 2.0)):
+        end(oracle, oracle.create_trial("a"), loss, size=size)
+    assert [t.score for t in oracle.get_best_trials(3)] == [(3.0, 3.0), (2.0, 2.0), (1.0, 1.0)]
+
+
 def test_who_asks_again_is_given_the_trial_that_it_has(make):
     oracle = make(hyperparameters=line())
     trial = oracle.create_trial("a")

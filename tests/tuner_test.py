@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import tfbig
 from tests import job
-from tfbig import errors, tuners
+from tfbig import _workers, errors, tuners
 
 X = np.random.default_rng(0).normal(size=(16, 3))
 Y = X @ [[1.0], [-1.0], [0.5]] + 0.1
@@ -339,6 +339,13 @@ def test_run_trial_of_a_user_is_given_what_search_was_given_alone(options):
     tuner = Search(max_trials=2, **options)
     tuner.search(5.0)
     assert len(tuner.oracle.trials) == 2
+
+
+def test_a_trial_of_several_workers_is_not_isolated(options, monkeypatch):
+    several = _workers.Workers(("worker 0", "worker 1"), 0)
+    monkeypatch.setattr(_workers.Workers, "of", lambda strategy: several)
+    with pytest.raises(errors.InvalidOptionError, match="over 2 workers"):
+        tuners.RandomSearch(build, isolate=True, **options)
 
 
 def test_what_is_missing_or_no_oracle_is_refused_at_once(options):

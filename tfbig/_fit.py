@@ -61,21 +61,18 @@ def prepared(model, arguments, options):
                 stack.enter_context(_keras.reseeded_shuffling(int(seed)))
         callbacks = _callbacks(arguments.get("callbacks"))
         around = [c for c in callbacks if hasattr(c, "around_fit")]
-        _check_each_kind_once(around)
+        if len(around) > 1:
+            # Each would move the data to where training goes on.
+            raise errors.InvalidOptionError(
+                "`callbacks` must hold only one that restores a training. Received: "
+                f"{', '.join(type(c).__name__ for c in around)}."
+            )
         for callback in around:
             stack.enter_context(callback.around_fit(model, arguments))
         if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
             others = [c for c in callbacks if c not in around]
             arguments["callbacks"] = [*(c.before_others() for c in around), *others, *around]
         yield arguments
-
-
-def _check_each_kind_once(callbacks):
-    kinds = [type(c).__name__ for c in callbacks]
-    if len(set(kinds)) < len(kinds):
-        raise errors.InvalidOptionError(
-            f"`callbacks` must hold only one of this kind. Received: {', '.join(kinds)}."
-        )
 
 
 def _callbacks(argument):

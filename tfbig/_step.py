@@ -123,7 +123,7 @@ class TrainStep(_keras.TrainerOverrides):
 
     @property
     def stop_request(self):
-        """The `StopRequest` of a callback; None without one, or without other workers."""
+        """The `StopRequest` of callbacks; None before the first, or without other workers."""
         return self._stop_request
 
     @stop_request.setter

@@ -214,16 +214,19 @@ class BackupAndRestore(keras.callbacks.Callback):
         elif self.save_freq != "epoch" and self._since_backup >= self.save_freq:
             self._write()
 
+    # Of a validation within `fit`; by itself `evaluate` is left alone.
+
     def on_test_begin(self, logs=None):
-        # Which a validation resets.
-        self._metrics_of_training = _keras.values_of(_backup.State(self.model).metrics)
+        if self._stop is not None:
+            # Which a validation resets.
+            self._metrics_of_training = _keras.values_of(_backup.State(self.model).metrics)
 
     def on_test_batch_end(self, batch, logs=None):
-        if not self._stop.is_shared and self._stop.is_agreed():
+        if self._stop is not None and not self._stop.is_shared and self._stop.is_agreed():
             self._preempt()
 
     def on_test_end(self, logs=None):
-        if self._stop.agree(self._workers):
+        if self._stop is not None and self._stop.agree(self._workers):
             self._preempt()
         self._metrics_of_training = []
 

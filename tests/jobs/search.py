@@ -51,6 +51,7 @@ def main(directory):
         directory=directory,
         project_name="shared",
         distribution_strategy=strategy,
+        overwrite=True,
     )
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 3)), rng.normal(size=(16, 1))

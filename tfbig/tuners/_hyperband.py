@@ -98,7 +98,7 @@ class HyperbandOracle(_oracle.StudyOracle):
     def epochs_of(self, trial_id):
         """Up to which epoch a trial of this process is trained now."""
         slot = int(trial_id)
-        row = next(s for s in self._ledger.slots() if s.slot == slot)
+        (row,) = self._ledger.slots(slot=slot)
         return self._brackets[self._bracket_of(slot)].epochs[_rung(row)]
 
     def _take_paused(self):
@@ -137,7 +137,7 @@ class HyperbandOracle(_oracle.StudyOracle):
         return None
 
     def _pause(self, held):
-        row = next(s for s in self._ledger.slots() if s.slot == held.slot)
+        (row,) = self._ledger.slots(slot=held.slot)
         rung = _rung(row)
         if rung + 1 == len(self._brackets[self._bracket_of(held.slot)].sizes):
             return False
@@ -157,5 +157,4 @@ def _note(slot):
 
 
 def _rung(slot):
-    note = json.loads(slot.note)
-    return note.get("rung", 0)
+    return _note(slot)["rung"]

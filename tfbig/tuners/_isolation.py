@@ -20,8 +20,13 @@ _VARIABLE = "TFBIG_TRIAL_OF"
 _ONE_MORE, _NONE_LEFT = 75, 76
 
 
-def check():
-    """Raises where there is no program to run again."""
+def check(workers):
+    """Raises where there is no program to run again, or only part of one."""
+    if workers.count > 1:
+        raise errors.InvalidOptionError(
+            "isolate=True runs this program again, not the other workers that train a trial with "
+            f"it. Received: a distribution_strategy over {workers.count} workers."
+        )
     if not hasattr(sys.modules["__main__"], "__file__"):
         raise errors.InvalidOptionError(
             "isolate=True runs the program again for each trial. Received: a session without a "

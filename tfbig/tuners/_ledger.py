@@ -1,4 +1,4 @@
-"""Who does what in a search: two tables beside the study's, changed by transactions.
+"""Who does what in a search: three tables beside the study's, changed by transactions.
 
 A trial of the search is a slot. A slot is taken, then held by beats, by one process at a
 time; what another process does in its name is refused. A process that does not beat any
@@ -109,8 +109,7 @@ class Ledger:
     """The tables, for one study and one process.
 
     Args:
-        engine: `sqlalchemy.Engine`; of a kind that begins transactions as `begins_at_once`
-            has it.
+        engine: `sqlalchemy.Engine`, whose transactions do not see each other's middle.
         study: int, the id of the study.
         grace: float, seconds after which a slot whose beats stand still may be taken.
     """
@@ -120,8 +119,9 @@ class Ledger:
         self._study = study
         self._grace = grace
         self.owner = this_process()
-        # By slot: the last beat that was seen, and when.
+        # Seconds between two beats.
         self.interval = min(grace / 6, _LONGEST_BEAT)
+        # By slot: the last beat that was seen, and when.
         self._seen: dict[int, tuple[tuple[str, int], float]] = {}
 
     def _where(self, table, **columns):
@@ -131,10 +131,10 @@ class Ledger:
 
     # --- Slots ---
 
-    def slots(self):
-        """All slots, in their order."""
+    def slots(self, **where):
+        """All slots, or those with some values, in their order."""
         columns = [getattr(_SLOTS.c, f.name) for f in dataclasses.fields(Slot)]
-        query = sa.select(*columns).where(self._where(_SLOTS)).order_by(_SLOTS.c.slot)
+        query = sa.select(*columns).where(self._where(_SLOTS, **where)).order_by(_SLOTS.c.slot)
         with self._engine.begin() as connection:
             return [Slot(*row) for row in connection.execute(query)]
 
@@ -210,22 +210,11 @@ class Ledger:
             {"slot": slot.slot, "state": slot.state, "owner": slot.owner}, state=state, owner=""
         )
 
-    def drop_last(self, slot):
-        """Removes a slot of this process that was not used, if none came after it."""
-        later = sa.select(sa.func.count()).where(self._where(_SLOTS), _SLOTS.c.slot > slot)
-        with self._engine.begin() as connection:
-            if connection.execute(later).scalar_one():
-                return False
-            connection.execute(
-                _SLOTS.delete().where(self._where(_SLOTS, slot=slot, owner=self.owner))
-            )
-            return True
-
     def abandoned(self):
         """Running slots whose process has ended, or has not been heard of for long."""
         found, now = [], time.monotonic()
-        for slot in self.slots():
-            if slot.state != RUNNING or slot.owner == self.owner:
+        for slot in self.slots(state=RUNNING):
+            if slot.owner == self.owner:
                 continue
             state = (slot.owner, slot.beat)
             seen, since = self._seen.get(slot.slot, (None, now))
@@ -261,8 +250,8 @@ class Ledger:
             return True
         before = {
             s.slot: s
-            for s in self.slots()
-            if s.state == RUNNING and s.owner and process_id(s.owner) != os.getpid()
+            for s in self.slots(state=RUNNING)
+            if s.owner and process_id(s.owner) != os.getpid()
         }
         if not any(not is_dead(s.owner) for s in before.values()):
             return False

@@ -334,17 +334,18 @@ class StudyOracle(keras_tuner.Oracle):
         del value
 
     def get_best_trials(self, num_trials=1):
-        """The best completed trials, best first; with several objectives the Pareto front."""
+        """The best completed trials, best first; with several objectives the Pareto front.
+
+        The front is in the order of the first objective.
+        """
         if len(self._objectives) > 1:
-            best = [self._view(t) for t in self.study.best_trials]
-            best.sort(key=lambda t: t.score)
+            best = self.study.best_trials
         else:
             done = [t for t in self._trials.by_slot().values() if t.state == TrialState.COMPLETE]
-            feasible = [t for t in done if all(v <= 0 for v in t.constraints.values())]
-            best = [self._view(t) for t in feasible]
-            is_max = self.objective.direction == "max"
-            best.sort(key=lambda t: -t.score if is_max else t.score)
-        return best[:num_trials]
+            best = [t for t in done if all(v <= 0 for v in t.constraints.values())]
+        signs = [-1 if o.direction == "max" else 1 for o in self._objectives]
+        best.sort(key=lambda t: [s * v for s, v in zip(signs, t.values, strict=True)])
+        return [self._view(t) for t in best[:num_trials]]
 
     def remaining_trials(self):
         """How many trials may still begin, of all processes; None without a bound."""
@@ -541,7 +542,6 @@ class StudyOracle(keras_tuner.Oracle):
         # Without what an earlier process reported of later steps.
         frozen.intermediate_values = dict(held.reported)
         with _study.quiet():
-            self._trials.seed()
             filtered = optuna.pruners._filter_study(self.study, frozen)
             return self.study.pruner.prune(filtered, frozen)
 
@@ -610,7 +610,7 @@ class StudyOracle(keras_tuner.Oracle):
         return False
 
     def _result(self, trial, why):
-        """Optuna's state of an ended trial, None to run it again; and the rest of `_end`."""
+        """Optuna's state of an ended trial, None to run it again; and the rest of `Trials.end`."""
         values = constraints = None
         if trial.status == COMPLETED:
             values, constraints = self._scored(trial)
@@ -644,7 +644,7 @@ class StudyOracle(keras_tuner.Oracle):
 
     def _raised(self, slot):
         """How often a slot was run again since it raised."""
-        row = next(s for s in self._ledger.slots() if s.slot == slot)
+        (row,) = self._ledger.slots(slot=slot)
         return json.loads(row.note).get("raised", 0)
 
     def _scored(self, trial):
@@ -663,9 +663,8 @@ class StudyOracle(keras_tuner.Oracle):
 
     def on_death(self, pid, what):
         """Records that a process of this machine died in a trial; returns whether it did."""
-        for slot in self._ledger.slots():
-            is_its = slot.state == _ledger.RUNNING and _ledger.process_id(slot.owner) == pid
-            if is_its and self._ledger.take(slot):
+        for slot in self._ledger.slots(state=_ledger.RUNNING):
+            if _ledger.process_id(slot.owner) == pid and self._ledger.take(slot):
                 self._trials.end(
                     slot.slot,
                     TrialState.FAIL,

@@ -102,10 +102,9 @@ class Proposals:
 
     def _tried_with_defaults(self):
         """Combinations of trials that did not ask for what others have asked for since."""
-        found = set()
+        found, hps = set(), self._hyperparameters().copy()
         for trial in self._trials.by_slot().values():
             if _trials.VALUES in trial.user_attrs:
-                hps = self._hyperparameters().copy()
                 hps.values = _json.loads(trial.user_attrs[_trials.VALUES])
                 hps.ensure_active_values()
                 found.add(name_of(hps.values))

@@ -38,15 +38,12 @@ class Trials:
         self.ledger = ledger
         self._search_seed = seed
         self._sampler = sampler
-        self._pruner = pruner
+        with _study.quiet():
+            study.pruner = pruner.make(seed, seed) if pruner else optuna.pruners.NopPruner()
 
     def seed(self, seed=0):
-        """Gives the study a fresh sampler, seeded for a trial, and pruner."""
+        """Gives the study a fresh sampler, seeded for a trial."""
         self.study.sampler = self._sampler.make(seed, self._search_seed)
-        pruner = self._pruner
-        self.study.pruner = (
-            pruner.make(seed, self._search_seed) if pruner else optuna.pruners.NopPruner()
-        )
 
     def by_slot(self):
         """`optuna.trial.FrozenTrial` of each slot that has one."""

@@ -110,11 +110,13 @@ class Tuner(keras_tuner.Tuner):
         self._max_seconds = max_seconds
         self._max_total_epochs = max_total_epochs
         oracle._set_project_dir(directory or ".", project_name or "untitled_project")
+        strategy = kwargs.get("distribution_strategy") or tf.distribute.get_strategy()
+        self._workers = _workers.Workers.of(strategy)
         self._isolate = bool(isolate)
         if self._isolate:
-            _isolation.check()
+            _isolation.check(self._workers)
         self._is_trial_process = _isolation.is_trial_process(oracle.name)
-        if overwrite and not self._is_trial_process:
+        if overwrite and self._workers.is_chief and not self._is_trial_process:
             oracle.begin_anew()
         oracle._display = _progress.Progress(oracle)
         super().__init__(
@@ -126,8 +128,6 @@ class Tuner(keras_tuner.Tuner):
             executions_per_trial=executions_per_trial,
             **kwargs,
         )
-        strategy = self.distribution_strategy or tf.distribute.get_strategy()
-        self._workers = _workers.Workers.of(strategy)
         if not self._workers.is_chief:
             self.oracle = _follower.Follower(oracle)
 
@@ -161,13 +161,10 @@ class Tuner(keras_tuner.Tuner):
         # Garbage is collected before each trial; what is there now need not be looked at.
         gc.freeze()
         try:
-            if self._is_trial_process:
-                is_over = self._run_one(*fit_args, **fit_kwargs)
-            elif self._isolate:
+            if self._isolate and not self._is_trial_process:
                 _isolation.run_trials(self.oracle.name, self.oracle.on_death)
             else:
-                while not self._run_one(*fit_args, **fit_kwargs):
-                    pass
+                is_over = self._run_trials(*fit_args, **fit_kwargs)
         finally:
             gc.unfreeze()
             self.oracle.release()
@@ -176,15 +173,20 @@ class Tuner(keras_tuner.Tuner):
         self.on_search_end()
         self.oracle.check_result()
 
-    def _run_one(self, *fit_args, **fit_kwargs):
-        """Runs the next trial, if there is one now; returns whether all is done."""
-        self.pre_create_trial()
-        trial = _follower.shared_trial(self.oracle, self._workers, self.tuner_id)
-        if trial.status == kt_trial.TrialStatus.RUNNING:
-            self.on_trial_begin(trial)
-            self._try_run_and_update_trial(trial, *fit_args, **fit_kwargs)
-            self.on_trial_end(trial)
-        return trial.status == kt_trial.TrialStatus.STOPPED and not trial.trial_id
+    def _run_trials(self, *fit_args, **fit_kwargs):
+        """Runs trials, one alone in a process of a trial; returns whether there are no more."""
+        status = kt_trial.TrialStatus
+        while True:
+            self.pre_create_trial()
+            trial = _follower.shared_trial(self.oracle, self._workers, self.tuner_id)
+            if trial.status == status.STOPPED:
+                return True
+            if trial.status == status.RUNNING:
+                self.on_trial_begin(trial)
+                self._try_run_and_update_trial(trial, *fit_args, **fit_kwargs)
+                self.on_trial_end(trial)
+                if self._is_trial_process:
+                    return False
 
     def _try_run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
         status = kt_trial.TrialStatus

@@ -151,7 +151,8 @@ class _GridOracle(_oracle.StudyOracle):
     def _take_new(self):
         while (values := self._proposals.first_untried()) is not _proposals.EXHAUSTED:
             slot = self._ledger.take_new(self.max_trials, claim=_proposals.name_of(values))
-            if slot is not None or self.remaining_trials() == 0:
+            is_over = self.max_trials is not None and self.remaining_trials() <= 0
+            if slot is not None or is_over:
                 return slot
         return None
 
