@@ -348,6 +348,16 @@ def test_a_trial_of_several_workers_is_not_isolated(options, monkeypatch):
         tuners.RandomSearch(build, isolate=True, **options)
 
 
+@pytest.mark.parametrize(("index", "removed"), [(0, 1), (1, 0)], ids=["chief", "other"])
+def test_of_several_workers_the_chief_alone_begins_anew(index, removed, options, monkeypatch):
+    several = _workers.Workers(("worker 0", "worker 1"), index)
+    monkeypatch.setattr(_workers.Workers, "of", lambda strategy: several)
+    calls = []
+    monkeypatch.setattr(tuners.StudyOracle, "begin_anew", calls.append)
+    tuners.RandomSearch(build, overwrite=True, **options)
+    assert len(calls) == removed
+
+
 def test_what_is_missing_or_no_oracle_is_refused_at_once(options):
     for kind in (tuners.RandomSearch, tuners.Hyperband):
         with pytest.raises(errors.InvalidOptionError, match="`hypermodel` may be left out only"):

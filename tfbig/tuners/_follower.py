@@ -56,7 +56,7 @@ class Follower:
         del trial_id, metrics, step
 
     def end_trial(self, trial):
-        self._oracle.update_space(trial.hyperparameters)
+        del trial
 
     def release(self):
         pass
