@@ -243,7 +243,14 @@ def test_feeds_on_other_strategies(name, feed):
 
 
 @on_strategies_and_cuts
-@pytest.mark.parametrize("feed", ["last_batch_of_one_sample", "sample_weight", "validation_data"])
+@pytest.mark.parametrize(
+    "feed",
+    [
+        "last_batch_of_one_sample",
+        pytest.param("sample_weight", marks=pytest.mark.slow),
+        "validation_data",
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_jit_compile(name, options, feed):
     trained = train(

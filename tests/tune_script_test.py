@@ -88,6 +88,7 @@ def test_a_search_goes_on_and_is_not_another(search):
     assert "of another search" in line
 
 
+@pytest.mark.slow
 def test_hyperband(tmp_path):
     arguments = ("--tuner=hyperband", "--max_epochs=1", "--threads=1", "--micro_batch_size=64")
     code, stdout, stderr = run(*arguments, f"--output_dir={tmp_path}")
@@ -95,6 +96,7 @@ def test_hyperband(tmp_path):
     assert trials(stdout) == ["0000"]
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_search(tmp_path):
     path = tmp_path / "digits"
     arguments = ("--tuner=optuna", "--sampler=nsga2", "--pruner=median", "--max_trials=4", *TINY)

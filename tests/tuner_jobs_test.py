@@ -115,6 +115,7 @@ def test_four_workers_run_forty_trials(storage, request, tmp_path):
     assert_each_once(result, "random", 40)
 
 
+@slow
 def test_a_process_that_was_stopped_for_long_drops_its_late_result(tmp_path):
     options = ["--stops", 3, "--workers", 2, "--trials", 40]
     (result,), (deaths,) = killed(tmp_path, "file", "random", *options)
@@ -208,6 +209,7 @@ def test_independent_workers_share_a_search_and_one_that_fails_is_started_again(
     assert again in done.stderr
 
 
+@slow
 def test_a_search_stays_what_it_is_when_one_independent_worker_fails_for_good(tmp_path):
     program = tmp_path / "search.py"
     program.write_text(textwrap.dedent(INDEPENDENT))

@@ -353,7 +353,7 @@ def test_of_several_workers_the_chief_alone_begins_anew(index, removed, options,
     several = _workers.Workers(("worker 0", "worker 1"), index)
     monkeypatch.setattr(_workers.Workers, "of", lambda strategy: several)
     calls = []
-    monkeypatch.setattr(tuners.StudyOracle, "begin_anew", calls.append)
+    monkeypatch.setattr(tuners.StudyOracle, "begin_anew", lambda oracle: calls.append(oracle))
     tuners.RandomSearch(build, overwrite=True, **options)
     assert len(calls) == removed
 
