@@ -27,7 +27,7 @@ import time
 
 import benchmark_network
 import benchmark_tuners
-import common
+import command_line
 from absl import flags
 
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
@@ -322,7 +322,7 @@ def _prepare():
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--json={path}: there is no directory {path.parent}")
     except ValueError as e:
-        raise common.UsageError(e) from None
+        raise command_line.UsageError(e) from None
     return counts, path
 
 
@@ -361,4 +361,4 @@ def _benchmark():
 
 
 if __name__ == "__main__":
-    common.run("benchmark.py", _benchmark, "nothing is written")
+    command_line.run("benchmark.py", _benchmark, "nothing is written")

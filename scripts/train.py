@@ -21,7 +21,8 @@ import sys
 import time
 from collections.abc import Callable
 
-import common
+import command_line
+import digits_data
 from absl import flags
 
 PROGRAM = "train.py"
@@ -58,7 +59,7 @@ def digits():
     import keras
     from keras import layers
 
-    train, validation = common.digits()
+    train, validation = digits_data.load()
 
     def make_layers():
         convolution = {"kernel_size": 3, "padding": "same", "activation": "relu"}
@@ -209,11 +210,11 @@ RESULTS = ("history.csv", "curves.png", "model.keras")
 def _prepare_output_dir():
     """The output directory, empty of results and writable."""
     path = pathlib.Path(_OUTPUT_DIR.value or f"runs/{_TASK.value}")
-    common.make_writable(path)
+    command_line.make_writable(path)
     found = [name for name in RESULTS if (path / name).exists()]
     backup = pathlib.Path(_BACKUP_DIR.value or path / "no backup")
     if found and not _OVERWRITE.value and not backup.exists():
-        raise common.UsageError(
+        raise command_line.UsageError(
             f"--output_dir={path} already holds a run ({', '.join(found)}). Choose another "
             "or add --overwrite."
         )
@@ -437,7 +438,7 @@ def _print_table(model, recorder, samples, validation_accuracy):
 
 
 def _train(path):
-    with common.quiet_start():
+    with command_line.quiet_start():
         strategy = _start()
     import tensorflow as tf
 
@@ -482,12 +483,14 @@ def _train(path):
         if model is not None and model.optimizer.built and is_chief:
             _save(model, recorder, path)
             done = _updates(model)
-            return common.interrupted(PROGRAM, f"{done} of {updates} updates are saved in {path}")
-        return common.interrupted(
+            return command_line.interrupted(
+                PROGRAM, f"{done} of {updates} updates are saved in {path}"
+            )
+        return command_line.interrupted(
             PROGRAM, "nothing is trained yet" if is_chief else "the chief saves"
         )
     except tfbig.errors.InvalidOptionError as e:
-        raise common.UsageError(e) from None
+        raise command_line.UsageError(e) from None
     except tfbig.errors.TfbigError as e:
         print(f"\ntrain.py: {e}", file=sys.stderr)
         return 1
@@ -496,7 +499,7 @@ def _train(path):
         # With a backup it is worth to start again, which Kubeflow does after this code.
         return tfbig.callbacks.PREEMPTED if _BACKUP_DIR.value else 1
     if is_chief and not recorder.epochs:
-        raise common.UsageError(
+        raise command_line.UsageError(
             f"{_BACKUP_DIR.value} holds the end of a run whose history.csv is not in {path}. Give "
             "--output_dir of that run, or remove the backup to train anew."
         )
@@ -510,4 +513,4 @@ def _train(path):
 
 
 if __name__ == "__main__":
-    common.run(PROGRAM, lambda: _train(_prepare_output_dir()), "nothing is trained yet")
+    command_line.run(PROGRAM, lambda: _train(_prepare_output_dir()), "nothing is trained yet")

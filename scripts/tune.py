@@ -18,7 +18,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-import common
+import command_line
+import digits_data
 from absl import flags
 
 PROGRAM = "tune.py"
@@ -50,7 +51,7 @@ def digits():
     import keras
     from keras import layers
 
-    train, validation = common.digits()
+    train, validation = digits_data.load()
 
     def build(hp):
         activation = hp.Choice("activation", ["relu", "swish", "tanh", None], default="relu")
@@ -202,16 +203,16 @@ def _prepare_output_dir():
     """The output directory, writable."""
     path = pathlib.Path(_OUTPUT_DIR.value or f"runs/{_TASK.value}-{_TUNER.value}")
     if _OVERWRITE.value and _worker() is not None:
-        raise common.UsageError(
+        raise command_line.UsageError(
             "--overwrite in one of several workers would remove what the others begin with. "
             f"Remove {path} first, or choose another --output_dir."
         )
     # Known now rather than when the search has ended.
     if _report_path(path).is_dir():
-        raise common.UsageError(
+        raise command_line.UsageError(
             f"--report must be a file. Received: {_report_path(path)}, a directory."
         )
-    common.make_writable(path)
+    command_line.make_writable(path)
     return path.resolve()
 
 
@@ -295,7 +296,7 @@ def _make_tuner(task, path):
 
 
 def _tune(path):
-    with common.quiet_start():
+    with command_line.quiet_start():
         _start()
     import tfbig
 
@@ -311,7 +312,7 @@ def _tune(path):
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         done = 0 if tuner is None else len(tuner.oracle.end_order)
-        return common.interrupted(
+        return command_line.interrupted(
             PROGRAM, f"{done} trials are kept in {path}; with the same flags it goes on"
         )
     except (
@@ -319,7 +320,7 @@ def _tune(path):
         tfbig.errors.StorageUnavailableError,
         tfbig.errors.StudyError,
     ) as e:
-        raise common.UsageError(e) from None
+        raise command_line.UsageError(e) from None
     except tfbig.errors.TfbigError as e:
         # With the traceback of the trial, where one raised.
         print(f"\ntune.py: {e}", file=sys.stderr)
@@ -337,7 +338,9 @@ def _conclude(tuner, path):
     try:
         tuner.report(report)
     except OSError as e:
-        raise common.UsageError(f"--report={report} cannot be written: {e.strerror}.") from None
+        raise command_line.UsageError(
+            f"--report={report} cannot be written: {e.strerror}."
+        ) from None
     print(f"\nThe report is {report}; the weights of the best trials are in {path}")
 
 
@@ -346,4 +349,4 @@ def _score(trial):
 
 
 if __name__ == "__main__":
-    common.run(PROGRAM, lambda: _tune(_prepare_output_dir()), "no trial has begun")
+    command_line.run(PROGRAM, lambda: _tune(_prepare_output_dir()), "no trial has begun")

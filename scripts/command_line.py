@@ -1,4 +1,4 @@
-"""What the programs in this directory share: their data, flags, and errors of one line.
+"""The command line of the programs in this directory: flags, and errors of one line.
 
 Of the standard library and absl until it is asked for more, so that `--help` and a mistyped
 flag take no time.
@@ -89,22 +89,3 @@ def quiet_start():
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-
-
-def digits():
-    """1,797 scanned digits of 8x8 pixels, which scikit-learn ships.
-
-    Returns:
-        `(x, y)` for training and `(x, y)` for validation; x of shape (n, 8, 8, 1) from 0 to 1.
-    """
-    import keras
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype(keras.config.floatx()).reshape(-1, 8, 8, 1)
-    # Always the same split, whatever the seed, so that runs can be compared.
-    x, x_validation, y, y_validation = train_test_split(
-        x, y, test_size=0.2, stratify=y, random_state=0
-    )
-    return (x, y), (x_validation, y_validation)
