@@ -16,7 +16,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfbig import _cut, _fit, _keras, _micro_batches, _reduction, _update, errors
+from tfbig import (
+    _cut,
+    _fit,
+    _keras,
+    _micro_batches,
+    _recomputation,
+    _reduction,
+    _update,
+    errors,
+)
 
 __all__ = ("TrainStep",)
 
@@ -93,6 +102,7 @@ class TrainStep(_keras.TrainerOverrides):
     # The `LossScaleState` of `DynamicLossScalingMixin`; None without scaling.
     loss_scale_state: Any = None
     _log_grad_norm = False
+    _recompute: Any = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -106,10 +116,12 @@ class TrainStep(_keras.TrainerOverrides):
                 f"({', '.join(b.__name__ for b in correct)})."
             )
 
-    def __init__(self, *args, log_grad_norm=False, **kwargs):
+    def __init__(self, *args, log_grad_norm=False, recompute=None, **kwargs):
         check_strategy()
+        recompute = _recomputation.check(recompute)
         super().__init__(*args, **kwargs)
         self._log_grad_norm = bool(log_grad_norm)
+        self._set_recompute(recompute)
 
     @property
     def log_grad_norm(self):
@@ -120,6 +132,22 @@ class TrainStep(_keras.TrainerOverrides):
     def log_grad_norm(self, value):
         self._log_grad_norm = bool(value)
         self._rebuild_step()
+
+    @property
+    def recompute(self):
+        """True, the layers, or the predicate, of what is computed again; None for nothing."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value):
+        self._set_recompute(_recomputation.check(value))
+        self._rebuild_step()
+
+    def _set_recompute(self, value):
+        # Keras would take the layers of a list for further layers of the model.
+        object.__setattr__(self, "_recompute", value)
+        if self.built:
+            _recomputation.layers_of(self, value)
 
     @property
     def stop_request(self):
@@ -133,7 +161,10 @@ class TrainStep(_keras.TrainerOverrides):
             self._rebuild_step()
 
     def _options(self):
-        return {"log_grad_norm": self._log_grad_norm}
+        return {
+            "log_grad_norm": self._log_grad_norm,
+            "recompute": _recomputation.serialized(self, self._recompute),
+        }
 
     def _rebuild_step(self):
         self.train_function: Any = None
@@ -194,7 +225,8 @@ class TrainStep(_keras.TrainerOverrides):
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
         scale = self.loss_scale_state
-        if self._is_plain(self._cut()) and scale is None and not self.log_grad_norm:
+        has_options = scale is not None or self.log_grad_norm or self.recompute is not None
+        if self._is_plain(self._cut()) and not has_options:
             return self._plain(super().train_step, data)
 
         share = self._share(data, self._cut(), training=True).accumulate(
@@ -240,8 +272,16 @@ class TrainStep(_keras.TrainerOverrides):
     def _share(self, data, cut, training):
         """This replica's share of a batch, as `MicroBatches`."""
 
+        synchronized = training and _keras.has_synchronized_layers(self)
+        # An exchange may stand neither in a loop nor in an XLA program.
+        compiled = bool(self.jit_compile) and not synchronized
+        recomputed = _recomputation.layers_of(self, self.recompute if training else None)
+
         def loss_fn(micro_batch):
-            with _keras.output_losses(self) as output_losses:
+            with (
+                _keras.output_losses(self) as output_losses,
+                _keras.recomputed(recomputed, compiled),
+            ):
                 loss, *batch = _keras.forward(self, micro_batch, training)
             return _micro_batches.Loss(
                 tf.convert_to_tensor(loss),
@@ -250,15 +290,13 @@ class TrainStep(_keras.TrainerOverrides):
                 logs=_keras.update_metrics(self, *batch),
             )
 
-        synchronized = training and _keras.has_synchronized_layers(self)
         return _micro_batches.MicroBatches(
             loss_fn,
             data,
             cut,
             self.trainable_variables if training else [],
             metric_variables=self.metrics_variables,
-            # An exchange may stand neither in a loop nor in an XLA program.
-            compiled=bool(self.jit_compile) and not synchronized,
+            compiled=compiled,
             unrolled=synchronized,
             trace_scope=functools.partial(_keras.without_synchronization, self),
         )

@@ -27,9 +27,17 @@ class GradientAccumulationMixin(_step.TrainStep):
             one of the two; neither means `gradient_accumulation_steps=1`.
         log_grad_norm: bool, whether the logs hold `grad_norm`, the global norm of
             the gradient before clipping. Defaults to False.
+        recompute: True, or a list of layers or of their names, or a function that says
+            of a layer whether it is meant: the layers whose activations are not kept
+            for the backward pass but computed again in it, from the same values and the
+            same random numbers. Gradients are the same; memory is saved for the time of
+            another forward pass. True means the outermost layers that have variables,
+            such as the blocks of a transformer, and looks into models inside of the
+            model. Worth most for layers of many operations. Defaults to None.
 
     Raises:
         InvalidOptionError: If an option is not valid.
+        UnsupportedModelError: If a layer cannot be recomputed.
 
     Example:
 

@@ -23,6 +23,7 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
         micro_batch_size: See `GradientAccumulationMixin`.
         loss_scale: See `DynamicLossScalingMixin`.
         log_grad_norm: See `GradientAccumulationMixin`.
+        recompute: See `GradientAccumulationMixin`.
         **kwargs: Those of `keras.Model`.
 
     Example:
@@ -73,6 +74,7 @@ class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Seque
         micro_batch_size: See `GradientAccumulationMixin`.
         loss_scale: See `DynamicLossScalingMixin`.
         log_grad_norm: See `GradientAccumulationMixin`.
+        recompute: See `GradientAccumulationMixin`.
         **kwargs: Those of `keras.Sequential`.
 
     Example:

@@ -48,6 +48,7 @@ from tfbig._keras.optimizer import (
     aggregated_gradients,
     needs_no_merge_call,
 )
+from tfbig._keras.recomputation import check_can_recompute, recomputed
 from tfbig._keras.saving import (
     ConfigWith,
     Functional,
@@ -95,6 +96,7 @@ __all__ = (
     "all_layers",
     "assign_all",
     "batch_size",
+    "check_can_recompute",
     "check_is_scalar",
     "check_losses",
     "check_scope",
@@ -122,6 +124,7 @@ __all__ = (
     "output_losses",
     "owns",
     "recompile",
+    "recomputed",
     "register_as",
     "registered_class",
     "registered_name",

@@ -1,0 +1,286 @@
+"""Layers that compute their activations again in the backward pass, instead of keeping them.
+
+`keras.RematScope` fails in `fit`, and `tf.recompute_grad` replays what a layer draws and
+assigns: its dropout mask would be another, its moving statistics would move twice. Here the
+call of a layer is a function of its inputs, its variables and the state around it, all of
+which are handed to it; so the second pass is the first one again.
+"""
+
+import contextlib
+import copy
+import functools
+
+import tensorflow as tf
+from keras.src.backend.common import global_state, masking
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
+from keras.src.ops.operation import Operation
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops as _xla_ops
+from tensorflow.python.eager import record as _record
+
+from tfbig import errors
+from tfbig._keras.thread import current, holding
+from tfbig._keras.variables import VariableValues
+
+# Operations that draw something else each time they run.
+_DRAWS = (
+    "Multinomial",
+    "ParameterizedTruncatedNormal",
+    "RandomGamma",
+    "RandomPoissonV2",
+    "RandomShuffle",
+    "RandomStandardNormal",
+    "RandomUniform",
+    "RandomUniformInt",
+    "TruncatedNormal",
+)
+
+
+def recomputed(layers, compiled=False):
+    """A context in which calls of these layers keep no activations for the backward pass.
+
+    To be entered inside of a `VariableValues`.
+
+    Args:
+        layers: list of layers, none inside of another.
+        compiled: whether XLA compiles what is traced.
+    """
+    return holding("recomputation", (frozenset(map(id, layers)), compiled))
+
+
+_keras_call = Operation.__call__
+
+
+@functools.wraps(_keras_call)
+def _call(self, *args, **kwargs):
+    layers, compiled = current("recomputation") or ((), False)
+    if id(self) not in layers:
+        return _keras_call(self, *args, **kwargs)
+    return _Call(self, args, kwargs, compiled)()
+
+
+Operation.__call__ = _call
+
+
+class _Call:
+    """One call of a layer, which can be made a second time.
+
+    Args:
+        layer: `keras.Layer`.
+        args: tuple, its positional arguments.
+        kwargs: dictionary, its keyword arguments.
+        compiled: whether XLA compiles what is traced.
+    """
+
+    def __init__(self, layer, args, kwargs, compiled):
+        self.layer = layer
+        self.arguments = (args, kwargs)
+        self.compiled = compiled
+        self.scope = get_stateless_scope()
+        self.state = dict(self.scope.state_mapping)
+        self.variables = list(layer.variables)
+        leaves = tf.nest.flatten(self.arguments, expand_composites=True)
+        self.is_tensor = [tf.is_tensor(x) for x in leaves]
+        self.leaves = leaves
+        self.inputs = [x for x in leaves if tf.is_tensor(x)]
+        # Tensors carry their masks as attributes, which copies of them lose.
+        self.masks = [masking.get_keras_mask(x) for x in self.inputs]
+        # What the layers inside take from the layers around them.
+        self.context = copy.copy(global_state.get_global_attribute("current_call_ctx"))
+        autocast = get_autocast_scope()
+        self.autocast = None if autocast is None else autocast.dtype
+
+    def __call__(self):
+        values = [tf.convert_to_tensor(self.scope.get_current_value(v)) for v in self.variables]
+        first: list = []
+
+        @tf.custom_gradient
+        def function(*tensors):
+            with _record.stop_recording(), _deterministic(self.layer):
+                outputs, scope = self._run(tensors, self.state)
+            first.extend((outputs, scope))
+
+            def gradient(*upstream, variables=None):
+                if variables:
+                    raise self._error(f"it uses a tf.Variable, {variables[0].name}")
+                return self._gradient(tensors, upstream)
+
+            return _differentiable(outputs, scope), gradient
+
+        passed = list(function(*values, *self.inputs))
+        outputs, scope = first
+        for variable in scope.assigned:
+            value = scope.get_current_value(variable)
+            self.scope.add_update((variable, tf.stop_gradient(value)))
+
+        def result(output):
+            if not _is_differentiable(output):
+                return output
+            mask, output = masking.get_keras_mask(output), passed.pop(0)
+            if mask is not None:
+                masking.set_keras_mask(output, mask)
+            return output
+
+        outputs = tf.nest.map_structure(result, outputs, expand_composites=True)
+        for old, new in zip(scope.losses, passed, strict=True):
+            self._hand_on_loss(old, new)
+        return outputs
+
+    def _run(self, tensors, state):
+        """Calls the layer; returns its outputs and the `VariableValues` that it leaves.
+
+        Args:
+            tensors: sequence, the values of its variables and then its inputs.
+            state: dictionary, what a `VariableValues` maps around it.
+        """
+        values, inputs = tensors[: len(self.variables)], tensors[len(self.variables) :]
+        for tensor, mask in zip(inputs, self.masks, strict=True):
+            if mask is not None:
+                masking.set_keras_mask(tensor, mask)
+        rest = iter(inputs)
+        leaves = [
+            next(rest) if is_tensor else x
+            for x, is_tensor in zip(self.leaves, self.is_tensor, strict=True)
+        ]
+        args, kwargs = tf.nest.pack_sequence_as(self.arguments, leaves, expand_composites=True)
+        with (
+            VariableValues(zip(self.variables, values, strict=True)) as scope,
+            holding("recomputation", None),
+            holding("reducer", self._refuse_loss),
+        ):
+            scope.state_mapping = state | scope.state_mapping
+            outputs = _keras_call(self.layer, *args, **kwargs)
+        return outputs, scope
+
+    def _gradient(self, tensors, upstream):
+        """Gradients of the differentiable outputs, times `upstream`; None for integers."""
+        is_float = [t.dtype.is_floating for t in tensors]
+        is_connected: list = []
+
+        def second():
+            # The second pass must wait for the backward pass to come to it, and must not be
+            # taken for a repetition of the first.
+            again, values = _after(upstream, [tensors, [*self.state.values()]], self.compiled)
+            state = dict(zip(self.state, values, strict=True))
+            wanted = [t for t, f in zip(again, is_float, strict=True) if f]
+            with tf.GradientTape() as tape:
+                tape.watch(wanted)
+                with self._context():
+                    outputs, scope = self._run(again, state)
+                for loss in scope.losses:
+                    self._forget_loss(loss)
+            gradients = tape.gradient(_differentiable(outputs, scope), wanted, upstream)
+            is_connected[:] = [g is not None for g in gradients]
+            return [g for g in gradients if g is not None]
+
+        if self.compiled and _on_cpu():
+            # There, XLA takes its barriers away before it looks for repetitions.
+            def never():
+                floats = [t for t, f in zip(tensors, is_float, strict=True) if f]
+                return [tf.zeros_like(t) for t, c in zip(floats, is_connected, strict=True) if c]
+
+            gradients = tf.cond(
+                _always(upstream), lambda: [tf.convert_to_tensor(g) for g in second()], never
+            )
+        else:
+            gradients = second()
+        found, connected = iter(gradients), iter(is_connected)
+        return [next(found) if f and next(connected) else None for f in is_float]
+
+    @contextlib.contextmanager
+    def _context(self):
+        """What surrounds the layer in the forward pass."""
+        name = "current_call_ctx"
+        previous = global_state.get_global_attribute(name)
+        global_state.set_global_attribute(name, copy.copy(self.context))
+        try:
+            with AutocastScope(self.autocast):
+                yield
+        finally:
+            global_state.set_global_attribute(name, previous)
+
+    def _hand_on_loss(self, old, new):
+        """Gives a loss, which `add_loss` named by its identity, another tensor."""
+        for layer in self._forget_loss(old):
+            layer._loss_ids.add(id(new))
+        self.scope.add_loss(new)
+
+    def _forget_loss(self, loss):
+        owners = [x for x in self.layer._flatten_layers() if id(loss) in x._loss_ids]
+        for layer in owners:
+            layer._loss_ids.discard(id(loss))
+        return owners
+
+    def _refuse_loss(self, *args, **kwargs):
+        raise self._error("it computes a Keras loss in its call")
+
+    def _error(self, reason):
+        return errors.UnsupportedModelError(_cannot(self.layer, reason))
+
+
+def _cannot(layer, reason):
+    return (
+        f"A layer in `recompute` must be a function of its inputs and its variables. Received: "
+        f"{type(layer).__name__} {layer.path or layer.name!r}: {reason}. Leave it out of "
+        "`recompute`."
+    )
+
+
+@contextlib.contextmanager
+def _deterministic(layer):
+    """Refuses what another call would not do again."""
+
+    def refuse(next_creator, **kwargs):
+        raise errors.UnsupportedModelError(_cannot(layer, "it makes a variable in its call"))
+
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    before = 0 if graph is None else len(graph.get_operations())
+    with tf.variable_creator_scope(refuse):
+        yield
+    if graph is None:
+        return
+    for operation in graph.get_operations()[before:]:
+        if operation.type in _DRAWS:
+            reason = f"it draws anew in each call ({operation.type}); use keras.random with a seed"
+            raise errors.UnsupportedModelError(_cannot(layer, reason))
+
+
+def _is_differentiable(tensor):
+    return tf.is_tensor(tensor) and tensor.dtype.is_floating
+
+
+def _differentiable(outputs, scope):
+    """Outputs of floats, then the losses that were added."""
+    leaves = tf.nest.flatten(outputs, expand_composites=True)
+    return [x for x in leaves if _is_differentiable(x)] + list(scope.losses)
+
+
+def _after(upstream, tensors, compiled):
+    """The tensors, of a structure, but not before those of `upstream` are there."""
+    flat = tf.nest.flatten(tensors)
+    if compiled:
+        upstream = [t for t in upstream if t is not None]
+        flat = _xla_ops.xla_optimization_barrier(input=[*flat, *upstream])[: len(flat)]
+    else:
+        with tf.control_dependencies([t for t in upstream if t is not None]):
+            flat = [tf.identity(t) for t in flat]
+    return tf.nest.pack_sequence_as(tensors, flat)
+
+
+def _on_cpu():
+    return not any(tf.config.list_logical_devices(kind) for kind in ("GPU", "TPU"))
+
+
+def _always(tensors):
+    """True, which XLA cannot know before it runs."""
+    value = tf.reshape(tensors[0], [-1])[0]
+    return (value == value) | (value != value)
+
+
+def check_can_recompute(layer):
+    """Refuses a layer that keeps state from one call to the next as part of its result."""
+    for inner in layer._flatten_layers():
+        if getattr(inner, "stateful", False):
+            raise errors.UnsupportedModelError(
+                _cannot(inner, "it goes on with the state of the batch before (stateful=True)")
+            )
