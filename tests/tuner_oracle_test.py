@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import math
 import time
+import warnings
 
 import keras_tuner
 import numpy as np
@@ -223,6 +224,16 @@ def test_a_sampler_may_be_given_by_a_function_of_a_seed(make):
     assert len({s for s in seeds if s}) == 3
 
 
+def test_what_torch_says_of_gpus_is_not_repeated(make):
+    class Sampler(optuna.samplers.RandomSampler):
+        def sample_relative(self, *args):
+            warnings.warn("CUDA initialization: there is no GPU.", UserWarning, stacklevel=1)
+            return super().sample_relative(*args)
+
+    # A warning is an error in tests.
+    assert len(run(make(2, line(), sampler=Sampler))) == 2
+
+
 def test_values_are_stored_with_type_and_bits(make, tmp_path):
     values = run(make(20, space()))
     assert typed(values_of(make(20, space()))) == typed(values)
@@ -243,6 +254,17 @@ def test_the_study_has_the_parameters_of_each_trial(make):
         assert trial.params["x"] == values["x"]
         assert trial.params["stepped (step)"] == round(10 * values["stepped"])
         assert trial.value == loss_of(values)
+
+
+@pytest.mark.parametrize("objectives", ["loss", ["loss", "size"]])
+def test_the_study_says_what_its_values_are_called(make, objectives):
+    named = [keras_tuner.Objective(n, "min") for n in np.atleast_1d(objectives).tolist()]
+    objective = named if len(named) > 1 else named[0]
+    for _ in range(2):
+        oracle = make(3, line(), objective=objective)
+        trial = oracle.create_trial("a")
+        end(oracle, trial, size=1.0)
+        assert oracle.study.metric_names == [o.name for o in named]
 
 
 def test_a_user_may_override_where_values_come_from(make):
@@ -842,18 +864,70 @@ def test_a_way_to_search_of_a_user_may_draw_as_kerastuner_does(make):
     assert drawn(2, 4) == straight
 
 
-def test_a_cell_is_not_tried_again_for_what_was_asked_for_later(make):
-    oracle = make(None, kind=_tuners._GridOracle)
-    tried = []
-    while (trial := oracle.create_trial("a")).status == RUNNING:
-        hp = trial.hyperparameters
-        a = hp.Choice("a", [0, 1, 2])
-        # Asked for by some trials only, and not in a scope that says so.
-        b = hp.Choice("b", [0, 1]) if a == 2 else None
-        tried.append((a, b))
+def walk(oracle, ask, trials=None):
+    """Runs trials whose values a function asks for; returns what it returned."""
+    found = []
+    while len(found) != trials and (trial := oracle.create_trial("a")).status == RUNNING:
+        found.append(ask(trial.hyperparameters))
         end(oracle, trial)
-    assert len(oracle.trials) == 6
-    assert set(tried) >= {(0, None), (1, None), (2, 0), (2, 1)}
+    return found
+
+
+def layers(hp):
+    """What builders do: hyperparameters in a loop, and no scope that says of which values."""
+    return tuple(hp.Choice(f"units_{i}", [8, 16, 32]) for i in range(hp.Int("layers", 1, 3)))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 20])
+def test_a_cell_is_not_tried_again_for_what_was_asked_for_later(make, stop):
+    tried = walk(make(None, kind=_tuners._GridOracle), layers, stop)
+    tried += walk(make(None, kind=_tuners._GridOracle), layers)
+    assert len(tried) == len(set(tried)) == 3 + 3**2 + 3**3
+
+
+def test_a_sampler_does_not_suggest_again_what_did_not_ask_for_what_is_new(make):
+    def ask(hp):
+        a = hp.Choice("a", [0, 1, 2])
+        return a, hp.Choice("b", list(range(9))) if a else None
+
+    tried = walk(make(None, sampler="random"), ask)
+    assert len(tried) == len(set(tried)) == 1 + 2 * 9
+
+
+def test_what_a_program_asks_for_since_it_was_changed_is_tried_with_all(make):
+    def changed(hp):
+        return hp.Choice("a", [0, 1, 2]), hp.Choice("b", [0, 1])
+
+    before = walk(make(None, kind=_tuners._GridOracle), lambda hp: hp.Choice("a", [0, 1, 2]))
+    assert before == [0, 1, 2]
+    # A tuner asks the builder before the first trial.
+    hp = HyperParameters()
+    changed(hp)
+    assert walk(make(None, hp, kind=_tuners._GridOracle), changed) == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_a_trial_that_failed_says_nothing_of_what_it_did_not_ask_for(make):
+    oracle = make(None, kind=_tuners._GridOracle)
+    first = oracle.create_trial("a")
+    first.hyperparameters.Choice("a", [0, 1])
+    end(oracle, first, status=FAILED, message="broken")
+
+    def ask(hp):
+        return hp.Choice("a", [0, 1]), hp.Choice("b", [0, 1])
+
+    assert walk(oracle, ask) == [(1, 0), (0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("status", ["COMPLETE", COMPLETED, FAILED])
+def test_a_trial_may_be_ended_by_its_id(make, status):
+    oracle = make(1, line())
+    trial = oracle.create_trial("a")
+    oracle.update_trial(trial.trial_id, {"loss": 0.5})
+    oracle.end_trial(trial.trial_id, status)
+    ended = oracle.get_trial(trial.trial_id)
+    assert ended.status == (FAILED if status == FAILED else COMPLETED)
+    assert ended.score == (None if status == FAILED else 0.5)
+    assert typed(ended.hyperparameters.values) == typed(trial.hyperparameters.values)
 
 
 def test_a_rung_that_is_not_decided_leaves_time_for_the_next_bracket(make):

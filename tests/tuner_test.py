@@ -786,6 +786,41 @@ def test_a_pruned_trial_ends_early_and_is_no_failure(options):
     assert list(trial.intermediate_values) == [1, 2]
 
 
+def test_a_grid_goes_on_with_what_a_builder_asks_for_since_it_was_changed(options):
+    def changed(hp):
+        hp.Choice("b", [0, 1])
+        return old(hp)
+
+    def old(hp):
+        hp.Choice("a", [0, 1])
+        hp.Fixed("rate", 0.01)
+        return build(hp)
+
+    for builder in (old, changed):
+        tuner = tuners.GridSearch(builder, **options)
+        tuner.search(**DATA, epochs=1)
+    found = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
+    assert [(v["a"], v.get("b")) for v in found] == [(0, None), (1, None), (0, 1), (1, 1)]
+
+
+def test_a_model_may_keep_its_weights_in_a_way_of_its_own(options):
+    class Own(keras.Sequential):
+        def save_weights(self, *args, **kwargs):
+            del args, kwargs
+
+    def build_own(hp):
+        hp.Choice("a", [1, 2])
+        model = Own([keras.Input((3,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model
+
+    tuner = tuners.RandomSearch(build_own, **options | {"max_trials": 1})
+    tuner.search(**DATA, epochs=1)
+    assert len(tuner.oracle.get_best_trials()) == 1
+    with pytest.raises(errors.SearchError, match="are not kept"):
+        tuner.get_best_models()
+
+
 def test_a_search_works_without_tensorboard(options, monkeypatch, tmp_path):
     find = importlib.util.find_spec
 
@@ -801,6 +836,45 @@ def test_a_search_works_without_tensorboard(options, monkeypatch, tmp_path):
     tuner = tuners.RandomSearch(build, **options | {"max_trials": 1, "project_name": "board"})
     with pytest.raises(errors.SearchError, match="TensorBoard is not installed"):
         tuner.search(**DATA, epochs=1, callbacks=[board])
+
+
+def test_tensorboard_shows_the_hyperparameters_of_each_trial(options, tmp_path):
+    pytest.importorskip("tensorboard", reason="HParams needs tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    def many(hp):
+        hp.Boolean("flag"), hp.Choice("kernel", [(3, 3), (5, 5)]), hp.Choice("none", [None, "a"])
+        hp.Int("batch_size", 4, 8, step=4)
+        return build(hp)
+
+    def read(directory):
+        found = event_accumulator.EventAccumulator(str(directory))
+        found.Reload()
+        return found
+
+    board = keras.callbacks.TensorBoard(str(tmp_path / "logs"), write_graph=False)
+    tuner = tuners.RandomSearch(many, **options | {"max_trials": 3})
+    tuner.search(**DATA, epochs=2, callbacks=[board])
+    assert len(list((tmp_path / "logs").iterdir())) == 3
+    for trial_id, trial in tuner.oracle.trials.items():
+        directory = tmp_path / "logs" / trial_id / "execution0"
+        data = plugin_data_pb2.HParamsPluginData()
+        metadata = read(directory).SummaryMetadata("_hparams_/session_start_info")
+        data.ParseFromString(metadata.plugin_data.content)
+        told = data.session_start_info
+        shown = {n: getattr(v, v.WhichOneof("kind")) for n, v in told.hparams.items()}
+        values = trial.hyperparameters.values
+        texts = {n: str(values[n]) for n in ("kernel", "none")}
+        assert shown == pytest.approx(values | texts)
+        assert type(shown["flag"]) is bool
+        assert told.group_name == trial_id
+        losses = [
+            tf.make_ndarray(e.tensor_proto)
+            for e in read(directory / "validation").Tensors("epoch_loss")
+        ]
+        assert len(losses) == 2
+        assert min(losses) == pytest.approx(trial.score)
 
 
 def test_a_line_is_printed_for_each_trial(options, capsys):

@@ -146,9 +146,14 @@ class StudyOracle(keras_tuner.Oracle):
                 self._storage, self._project_dir, self._project_name, self.directions, self._grace
             )
             self._agree(ledger)
+            _study.name_metrics(study, [o.name for o in self._objectives])
             trials = _trials.Trials(study, ledger, self._sampler, self._pruner, self.seed)
             proposals = _proposals.Proposals(
-                trials, self.seed, lambda: self.hyperparameters, self._values_of
+                trials,
+                self.seed,
+                lambda: self.hyperparameters,
+                self._values_of,
+                {hp.name for hp in self.hyperparameters.space},
             )
             self._opened = trials, proposals
             self._remember_space()
@@ -564,14 +569,18 @@ class StudyOracle(keras_tuner.Oracle):
 
     # --- Ending a trial ---
 
-    def end_trial(self, trial):
+    def end_trial(self, trial, status=COMPLETED):
         """Tells the study how a trial ended.
 
         Args:
             trial: `keras_tuner.engine.trial.Trial` with status COMPLETED; STOPPED, where it was
                 pruned; INVALID, where it raised and may be run again; or FAILED. An
-                attribute `why` may say more.
+                attribute `why` may say more. Or, as before KerasTuner 1.2, the id of one.
+            status: str, for a trial that is given by its id.
         """
+        if isinstance(trial, str):
+            trial = self.get_trial(trial)
+            trial.status = COMPLETED if status == "COMPLETE" else status
         held = self._held.get(trial.trial_id)
         if held is None:
             return

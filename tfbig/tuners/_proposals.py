@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import optuna
+from optuna.trial import TrialState
 
 from tfbig.tuners import _json, _space, _study, _trials
 
@@ -34,14 +35,16 @@ class Proposals:
         hyperparameters: function that returns the `HyperParameters` known so far.
         values_of: function of a hyperparameter that returns all its values, or None where they
             are endless.
+        initial: set of str, names of the hyperparameters that the program has before any trial.
     """
 
-    def __init__(self, trials, seed, hyperparameters, values_of):
+    def __init__(self, trials, seed, hyperparameters, values_of, initial):
         self._trials = trials
         self._ledger = trials.ledger
         self._seed = seed
         self._hyperparameters = hyperparameters
         self._values_of = values_of
+        self._initial = initial
 
     def values_for(self, slot):
         """Values claimed for a slot; None where the space is exhausted."""
@@ -49,13 +52,14 @@ class Proposals:
             values = _space.default_values(self._hyperparameters())
             if self.claim(slot, values):
                 return values
+        is_known = self._known()
         for attempt in range(_MOST_COLLISIONS):
             # Of its own for each trial: a search that is resumed goes on as it would have.
             seeds = np.random.SeedSequence([self._seed, slot, attempt])
             with _study.quiet():
                 self._trials.seed(int(seeds.generate_state(1)[0]))
                 values = self._suggestion(self._trials.by_slot()[slot])
-            if self.claim(slot, values):
+            if not is_known(values) and self.claim(slot, values):
                 return values
         while (values := self.first_untried()) is not EXHAUSTED:
             if self.claim(slot, values):
@@ -97,18 +101,42 @@ class Proposals:
         """The first combination that no trial has; None where they are endless; `EXHAUSTED`."""
         if self._is_endless():
             return None
-        claims = self._ledger.claims() | self._tried_with_defaults()
-        return next((v for v in self._combinations() if name_of(v) not in claims), EXHAUSTED)
+        claims, is_known = self._ledger.claims(), self._known()
+        for values in self._combinations():
+            if name_of(values) not in claims and not is_known(values):
+                return values
+        return EXHAUSTED
 
-    def _tried_with_defaults(self):
-        """Combinations of trials that did not ask for what others have asked for since."""
-        found, hps = set(), self._hyperparameters().copy()
+    def _known(self):
+        """A function of a combination: whether a trial of fewer hyperparameters was the same.
+
+        A trial that was completed without asking for what others ask for does not depend on it,
+        unless the program has it from the beginning: it is another then than that of the trial,
+        which is taken for one of the default, as are trials that may ask yet.
+        """
+        if self._is_endless():
+            return lambda values: False
+        found: dict[frozenset[str], set[str]] = {}
+        hps = self._hyperparameters().copy()
         for trial in self._trials.by_slot().values():
-            if _trials.VALUES in trial.user_attrs:
-                hps.values = _json.loads(trial.user_attrs[_trials.VALUES])
-                hps.ensure_active_values()
-                found.add(name_of(hps.values))
-        return found
+            if _trials.VALUES not in trial.user_attrs:
+                continue
+            own = _json.loads(trial.user_attrs[_trials.VALUES])
+            hps.values = dict(own)
+            hps.ensure_active_values()
+            added = hps.values.keys() - own.keys()
+            if trial.state == TrialState.COMPLETE:
+                added &= self._initial
+            values = {n: v for n, v in hps.values.items() if n in own or n in added}
+            found.setdefault(frozenset(values), set()).add(name_of(values))
+
+        def is_known(values):
+            return any(
+                names <= values.keys() and name_of({n: values[n] for n in names}) in known
+                for names, known in found.items()
+            )
+
+        return is_known
 
     def _is_endless(self):
         return any(self._values_of(hp) is None for hp in self._hyperparameters().space)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from tfbig import errors
 from tfbig.tuners import _ledger
 
-__all__ = ("MEMORY", "open_study", "shown", "without_secrets")
+__all__ = ("MEMORY", "name_metrics", "open_study", "shown", "without_secrets")
 
 # The storage of a search that nothing is kept of.
 MEMORY = "memory"
@@ -51,12 +51,14 @@ def without_secrets(text, storage):
 
 @contextlib.contextmanager
 def quiet():
-    """Optuna's own messages would stand among those of the search."""
+    """The engine's own messages would stand among those of the search."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # Of torch, where it finds no GPU; Optuna's Gaussian process does not use one.
+            warnings.filterwarnings("ignore", "CUDA initialization", UserWarning)
             yield
     finally:
         optuna.logging.set_verbosity(level)
@@ -106,6 +108,13 @@ def open_study(storage, directory, name, directions, grace):
             "or overwrite=True to begin anew."
         )
     return study, ledger
+
+
+def name_metrics(study, names):
+    """Tells Optuna's own tools, as its dashboard, what the objectives are called."""
+    if study.metric_names != names:
+        with quiet():
+            study.set_metric_names(names)
 
 
 def _url(storage, directory):

@@ -386,9 +386,9 @@ class Tuner(keras_tuner.Tuner):
         Raises:
             InvalidOptionError: If pandas is not installed.
         """
-        from tfbig.tuners import _report
+        from tfbig.tuners import _results
 
-        return _report.dataframe(self)
+        return _results.dataframe(self)
 
     def importance(self, objective=None):
         """What part of the objective's variance is due to each hyperparameter, by fANOVA.
@@ -410,9 +410,9 @@ class Tuner(keras_tuner.Tuner):
             Hutter et al., "An Efficient Approach for Assessing Hyperparameter Importance", ICML
             2014.
         """
-        from tfbig.tuners import _report
+        from tfbig.tuners import _results
 
-        return _report.importance(self, objective)
+        return _results.importance(self, objective)
 
     def report(self, path):
         """Writes all about the search as one HTML file that needs no network.
@@ -578,6 +578,8 @@ class _Checkpoint(keras.callbacks.Callback):
         # A process that is killed leaves the old weights or the new ones.
         temporary = self._path.with_name(f"new-{os.getpid()}.{CHECKPOINT}")
         self.model.save_weights(temporary)
+        if not temporary.exists():
+            return  # The model has a way of its own.
         os.replace(temporary, self._path)
         if not self._path.with_name(BUILD).exists():
             self._path.with_name(BUILD).write_text(json.dumps(self.model.get_build_config()))

@@ -160,7 +160,8 @@ class _GridOracle(_oracle.StudyOracle):
 class GridSearch(_tuner.Tuner):
     """Tries all combinations of values, each once; see `OptunaSearch` for the arguments.
 
-    A range without steps has ten values, as in KerasTuner.
+    A range without steps has ten values, as in KerasTuner. What a trial did not ask for, though
+    others do, is taken not to matter to it.
 
     Args:
         max_trials: int, or None, to end when all have been tried.
