@@ -278,6 +278,7 @@ def test_every_option_is_an_argument_of_the_constructor():
         "gradient_accumulation_steps",
         "log_grad_norm",
         "loss_scale",
+        "memory_budget",
         "micro_batch_size",
         "recompute",
     }

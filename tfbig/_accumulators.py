@@ -52,11 +52,13 @@ def add(total, gradient, weight):
             "indices": total["indices"].write(k, tf.cast(gradient.indices, tf.int64)),
             "values": values.write(k, row),
         }
-    weight = tf.cast(weight, total.dtype)
+    weight, shape = tf.cast(weight, total.dtype), total.shape
     if isinstance(gradient, tf.IndexedSlices):
         rows = weight * tf.cast(gradient.values, total.dtype)
         return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], rows)
-    return total + weight * tf.cast(gradient, total.dtype)
+    total += weight * tf.cast(gradient, total.dtype)
+    # Of inputs of unknown length, TensorFlow may not know the shape of a gradient.
+    return tf.ensure_shape(total, shape)
 
 
 def result(total, variable):

@@ -50,9 +50,9 @@ class Cut:
             )
             object.__setattr__(self, "gradient_accumulation_steps", steps)
         elif size == "auto":
-            raise NotImplementedError(
-                "`micro_batch_size='auto'` is not implemented yet. Pass the number of samples "
-                "that fit into one replica's memory."
+            raise errors.InvalidOptionError(
+                "`micro_batch_size='auto'` is an option of models. Received: it for a share of "
+                "data. Pass a number of samples, such as `model.micro_batch_size`."
             )
         else:
             size = positive_integer(

@@ -184,8 +184,8 @@ class MicroBatches:
             return compiled()
         return tf.cond(self.samples > 0, compiled, lambda: carry)
 
-    def denominators(self):
-        """`Denominators` of the effective batch; None where they are not needed.
+    def counts(self):
+        """This replica's part of the denominators, a vector; None where they are not needed.
 
         Where masks or sample weights make them, this is a pass of its own over
         the micro-batches, forward only; TensorFlow prunes from it all that the
@@ -204,21 +204,23 @@ class MicroBatches:
 
         if number := self.traits.kinds.count("counted"):
             counts += self._run(count, [tf.zeros((), self.dtype)] * number)
-        weight, *counted = tf.unstack(_reduction.all_reduce_sum([tf.stack(counts)])[0])
-        return _reduction.Denominators(weight, counted)
+        return tf.stack(counts)
 
-    def accumulate(self, loss_scale=None):
+    def accumulate(self, loss_scale=None, counts="exchanged"):
         """Runs the micro-batches.
 
         Args:
             loss_scale: float32 scalar, or None.
+            counts: `counts()` of all replicas, summed; by default they are exchanged here.
 
         Returns:
             This replica's `Accumulated`.
         """
         if loss_scale is not None:
             loss_scale = tf.convert_to_tensor(loss_scale)
-        denominators = self.denominators()
+        if isinstance(counts, str):
+            counts = _reduction.exchange_counts(self.counts())
+        denominators = None if counts is None else _reduction.Denominators(counts)
         state = self.traits.state
         before = [tf.convert_to_tensor(v.value) for v in state]
         connected = set(self.traits.connected)

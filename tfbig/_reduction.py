@@ -24,7 +24,14 @@ import tensorflow as tf
 
 from tfbig import _keras, errors
 
-__all__ = ("Denominators", "LossCounter", "LossReducer", "all_reduce_sum", "replicas")
+__all__ = (
+    "Denominators",
+    "LossCounter",
+    "LossReducer",
+    "all_reduce_sum",
+    "exchange_counts",
+    "replicas",
+)
 
 
 def replicas():
@@ -46,9 +53,16 @@ def all_reduce_sum(tensors):
     return list(tf.distribute.get_replica_context().all_reduce("SUM", tensors))
 
 
-@dataclasses.dataclass
+def exchange_counts(counts):
+    """Sums what `MicroBatches.counts` returned over all replicas."""
+    return None if counts is None else all_reduce_sum([counts])[0]
+
+
 class Denominators:
     """What the losses of an effective batch are divided by.
+
+    Args:
+        counts: float vector, what `exchange_counts` returned.
 
     Attributes:
         weight: float scalar, `W`: its samples.
@@ -56,8 +70,8 @@ class Denominators:
             its own, in the order of the calls.
     """
 
-    weight: tf.Tensor
-    counted: list
+    def __init__(self, counts):
+        self.weight, *self.counted = tf.unstack(counts)
 
 
 def _denominator(values, sample_weight, mask, reduction, dtype):
@@ -210,6 +224,29 @@ class Accumulated:
     logs: dict
     loss_scale: tf.Tensor | None
     stop: tf.Tensor | None = None
+
+    def _fields(self):
+        names = ("gradients", "loss", "values", "weight", "samples", "logs", "loss_scale")
+        fields = {name: getattr(self, name) for name in names}
+        return fields | {"state": [(c.before, c.after) for c in self.state]}
+
+    def tensors(self):
+        """List of all tensors, to be handed from one graph to another."""
+        leaves = tf.nest.flatten(self._fields(), expand_composites=True)
+        return [t for t in leaves if t is not None]
+
+    def with_tensors(self, tensors):
+        """The same with others in place of the tensors that `tensors` returned."""
+        fields, rest = self._fields(), iter(tensors)
+        leaves = tf.nest.flatten(fields, expand_composites=True)
+        fields = tf.nest.pack_sequence_as(
+            fields, [t if t is None else next(rest) for t in leaves], expand_composites=True
+        )
+        state = [
+            dataclasses.replace(change, before=before, after=after)
+            for change, (before, after) in zip(self.state, fields.pop("state"), strict=True)
+        ]
+        return dataclasses.replace(self, state=state, **fields)
 
 
 def checked_data(data):

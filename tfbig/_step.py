@@ -229,9 +229,21 @@ class TrainStep(_keras.TrainerOverrides):
         if self._is_plain(self._cut()) and not has_options:
             return self._plain(super().train_step, data)
 
-        share = self._share(data, self._cut(), training=True).accumulate(
-            None if scale is None else scale.loss_scale.value
-        )
+        return self._apply(self._accumulate(data, self._cut()))
+
+    def _accumulate(self, data, cut, **counts):
+        """The first half of an update: this replica's share, `Accumulated`; assigns nothing."""
+        scale = self.loss_scale_state
+        scale = None if scale is None else scale.loss_scale.value
+        return self._share(data, cut, training=True).accumulate(scale, **counts)
+
+    def _counts(self, data, cut):
+        """What `_accumulate` takes as `counts`, before it is exchanged."""
+        return self._share(data, cut, training=True).counts()
+
+    def _apply(self, share):
+        """The second half: exchanges, applies or skips, and returns the logs."""
+        scale = self.loss_scale_state
         if self.stop_request is not None:
             share.stop = self.stop_request.sent()
         update = _update.apply_gradients(

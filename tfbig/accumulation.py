@@ -1,8 +1,9 @@
 """Gradient accumulation inside one `train_step`."""
 
 import warnings
+from typing import Any
 
-from tfbig import _cut, _reduction, _step
+from tfbig import _automatic, _capacity, _cut, _reduction, _step, errors
 
 __all__ = ("GradientAccumulationMixin",)
 
@@ -23,8 +24,17 @@ class GradientAccumulationMixin(_step.TrainStep):
     Args:
         gradient_accumulation_steps: int >= 1, micro-batches per replica and
             update. A share of fewer samples is cut into single samples.
-        micro_batch_size: int >= 1, samples per replica and forward pass. At most
-            one of the two; neither means `gradient_accumulation_steps=1`.
+        micro_batch_size: int >= 1, samples per replica and forward pass; or "auto",
+            the most that fit. At most one of the two; neither means
+            `gradient_accumulation_steps=1`. "auto" tries with the first batch, forward
+            and backward, without effect: one sample, two, four ... and then between.
+            All replicas take the same number. If memory runs out later, the update is
+            done again with half of it. The number that was found is what
+            `model.micro_batch_size` returns; it changes weights by rounding only.
+        memory_budget: int, bytes that a replica may take with "auto": for variables,
+            gradients and activations. Defaults to None: until the device says that
+            its memory is exhausted, and on the CPU, which does not say so, to half of
+            the host's free memory, divided by the replicas.
         log_grad_norm: bool, whether the logs hold `grad_norm`, the global norm of
             the gradient before clipping. Defaults to False.
         recompute: True, or a list of layers or of their names, or a function that says
@@ -37,6 +47,7 @@ class GradientAccumulationMixin(_step.TrainStep):
 
     Raises:
         InvalidOptionError: If an option is not valid.
+        OutOfMemoryError: In `fit`, if not even one sample fits.
         UnsupportedModelError: If a layer cannot be recomputed.
 
     Example:
@@ -53,57 +64,92 @@ class GradientAccumulationMixin(_step.TrainStep):
     """
 
     _batch_cut = _cut.Cut(gradient_accumulation_steps=1)
+    _automatic_size: _automatic.AutomaticSize | None = None
+    _memory_budget: int | None = None
     _cut_of_evaluation: _cut.Cut | None = None
     _warned_of: tuple | None = None
 
-    def __init__(self, *args, gradient_accumulation_steps=None, micro_batch_size=None, **kwargs):
-        if gradient_accumulation_steps is None and micro_batch_size is None:
-            gradient_accumulation_steps = 1
-        cut = _cut.Cut(gradient_accumulation_steps, micro_batch_size)
+    def __init__(
+        self,
+        *args,
+        gradient_accumulation_steps=None,
+        micro_batch_size=None,
+        memory_budget=None,
+        **kwargs,
+    ):
+        budget = _capacity.checked_budget(memory_budget)
+        cut, automatic = _cut_of(gradient_accumulation_steps, micro_batch_size)
         super().__init__(*args, **kwargs)
-        self._batch_cut = cut
+        self._batch_cut, self._automatic_size = cut, automatic
+        self._memory_budget = budget
 
     @property
     def gradient_accumulation_steps(self):
         """Micro-batches per replica and update; None if their size is given."""
-        return self._batch_cut.gradient_accumulation_steps
+        return None if self._automatic_size else self._batch_cut.gradient_accumulation_steps
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value):
-        self._set_cut(_cut.Cut(gradient_accumulation_steps=value))
+        self._set_cut(*_cut_of(value, None))
 
     @property
     def micro_batch_size(self):
-        """Samples per replica and forward pass; None if their number is given."""
-        return self._batch_cut.micro_batch_size
+        """Samples per replica and forward pass; None if their number is given.
+
+        With "auto", None before the first update.
+        """
+        return (
+            self._automatic_size.size if self._automatic_size else self._batch_cut.micro_batch_size
+        )
 
     @micro_batch_size.setter
     def micro_batch_size(self, value):
-        self._set_cut(_cut.Cut(micro_batch_size=value))
+        self._set_cut(*_cut_of(None, value))
 
-    def _set_cut(self, cut):
-        self._batch_cut = cut
+    @property
+    def memory_budget(self):
+        """Bytes that a replica may take with `micro_batch_size="auto"`, or None."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, value):
+        self._memory_budget = _capacity.checked_budget(value)
+        if self._automatic_size:
+            self.micro_batch_size = "auto"
+
+    def _set_cut(self, cut, automatic):
+        self._batch_cut, self._automatic_size = cut, automatic
         self._cut_of_evaluation = None
         self._rebuild_step()
 
     def _options(self):
         return super()._options() | {
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_size": "auto" if self._automatic_size else self.micro_batch_size,
+            "memory_budget": self.memory_budget,
         }
 
     def _cut(self):
-        return self._batch_cut
+        return self._automatic_size.cut if self._automatic_size else self._batch_cut
 
     def _evaluation_cut(self):
         # No more samples at a time than in training. A number of micro-batches
         # says nothing about a batch of another size, so what it came to in the
         # last training is taken; before any, the batch is not cut.
         if self.micro_batch_size is not None:
-            return self._batch_cut
+            return self._cut()
         return self._cut_of_evaluation or _cut.Cut(gradient_accumulation_steps=1)
 
     def _prepare_training(self, batch_size):
+        if self._automatic_size:
+            self._automatic_size.begin(self._automatic_share(batch_size))
+            return
+        if self.memory_budget is not None:
+            raise errors.InvalidOptionError(
+                "`memory_budget` is what `micro_batch_size='auto'` keeps to. Received: "
+                f"memory_budget={self.memory_budget} with micro_batch_size="
+                f"{self.micro_batch_size}. Leave it out, or let the size be found."
+            )
         steps, cut = self.gradient_accumulation_steps, self._batch_cut
         if not (steps is None or steps == 1 or batch_size is None):
             share = -(-batch_size // _reduction.replicas_of(self))
@@ -113,6 +159,30 @@ class GradientAccumulationMixin(_step.TrainStep):
         if cut != self._cut_of_evaluation:
             self._cut_of_evaluation = cut
             self.test_function = None
+
+    def _automatic_share(self, batch_size):
+        """Samples of a replica's share, for `micro_batch_size="auto"`."""
+        if batch_size is None:
+            raise errors.InvalidOptionError(
+                "`micro_batch_size='auto'` needs a batch size that is known before training. "
+                "Received: a dataset whose batch size is not. Use dataset.batch, or pass a number "
+                "of samples as `micro_batch_size`."
+            )
+        if getattr(type(self), "train_step", None) is not _step.TrainStep.train_step:
+            raise errors.UnsupportedModelError(
+                "`micro_batch_size='auto'` runs the halves of tfbig's own `train_step`. Received: "
+                f"{type(self).__name__} with a `train_step` of its own. Pass a number of samples."
+            )
+        return -(-batch_size // _reduction.replicas_of(self))
+
+    def _make_train_function(self):
+        if not self._automatic_size:
+            return super()._make_train_function()
+
+        def on_change():
+            self.test_function: Any = None
+
+        return _automatic.TrainFunction(self, self._automatic_size, self.memory_budget, on_change)
 
     def _warn_of_few_samples(self, batch_size, share):
         steps = self.gradient_accumulation_steps
@@ -125,3 +195,12 @@ class GradientAccumulationMixin(_step.TrainStep):
             f"(batch of {batch_size}). {share} micro-batches of one sample are used.",
             stacklevel=5,
         )
+
+
+def _cut_of(steps, size):
+    """The `Cut` of an update, and the `AutomaticSize` that replaces it, or None."""
+    if steps is None and size is None:
+        steps = 1
+    if isinstance(size, str) and size == "auto" and steps is None:
+        return _cut.Cut(gradient_accumulation_steps=1), _automatic.AutomaticSize()
+    return _cut.Cut(steps, size), None

@@ -11,6 +11,7 @@ __all__ = (
     "InvalidOptionError",
     "LossScaleError",
     "MixinOrderError",
+    "OutOfMemoryError",
     "SearchError",
     "StorageUnavailableError",
     "StudyError",
@@ -48,6 +49,10 @@ class LossScaleError(TfbigError, RuntimeError):
 
 class MixinOrderError(TfbigError, TypeError):
     """A mixin stands after the Keras class."""
+
+
+class OutOfMemoryError(TfbigError, MemoryError):
+    """One sample does not fit into memory, or memory ran out where nothing can be tried again."""
 
 
 class SearchError(TfbigError, RuntimeError):

@@ -21,6 +21,7 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
     Args:
         gradient_accumulation_steps: See `GradientAccumulationMixin`.
         micro_batch_size: See `GradientAccumulationMixin`.
+        memory_budget: See `GradientAccumulationMixin`.
         loss_scale: See `DynamicLossScalingMixin`.
         log_grad_norm: See `GradientAccumulationMixin`.
         recompute: See `GradientAccumulationMixin`.
@@ -72,6 +73,7 @@ class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Seque
         layers: As for `keras.Sequential`.
         gradient_accumulation_steps: See `GradientAccumulationMixin`.
         micro_batch_size: See `GradientAccumulationMixin`.
+        memory_budget: See `GradientAccumulationMixin`.
         loss_scale: See `DynamicLossScalingMixin`.
         log_grad_norm: See `GradientAccumulationMixin`.
         recompute: See `GradientAccumulationMixin`.

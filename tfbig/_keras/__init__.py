@@ -20,6 +20,7 @@ from tfbig._keras.data import (
     new_seed,
     reseeded_shuffling,
     resume_data,
+    without_optionals,
 )
 from tfbig._keras.layers import (
     all_layers,
@@ -137,5 +138,6 @@ __all__ = (
     "update_metrics",
     "values_of",
     "with_class",
+    "without_optionals",
     "without_synchronization",
 )

@@ -162,8 +162,14 @@ class TrainerOverrides(_KerasModel):
         begin, end = ((i * size + replicas - 1) // replicas for i in (index, index + 1))
         return keras.tree.map_structure(lambda v: v if v is None else v[begin:end], data)
 
-    def _global_logs(self, replica_step, data):
-        """Runs a step on all replicas; returns its logs, those of all replicas as one."""
+    def _global_logs(self, replica_step, data, is_share=False):
+        """Runs a step on all replicas; returns its logs, those of all replicas as one.
+
+        Args:
+            replica_step: function of a replica's share of `data`.
+            data: a batch, or the values of each replica.
+            is_share: whether `data` is what a step returned, and not a batch.
+        """
         strategy = self.distribute_strategy
         if strategy.num_replicas_in_sync == 1:
             return strategy.run(replica_step, args=(data,))
@@ -171,7 +177,7 @@ class TrainerOverrides(_KerasModel):
             is_summed(v) for v in self.metrics_variables
         )
 
-        is_placed = any(
+        is_placed = is_share or any(
             isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
         )
 
@@ -250,17 +256,23 @@ class TrainerOverrides(_KerasModel):
         self._prepare_training(self._batch_size)
         if self.train_function is not None and not force:
             return
-        function = self._step_function(self.train_step)
+        function = self._make_train_function()
 
         def train_function(iterator):
             try:
                 return function(iterator)
             except tf.errors.InvalidArgumentError as e:
+                if NO_SAMPLES in str(e):
+                    raise errors.InvalidOptionError(NO_SAMPLES) from None
                 if TOO_MANY_SKIPS not in str(e):
                     raise
                 raise self.loss_scale_state.error(self.trainable_variables) from None
 
         self.train_function = train_function
+
+    def _make_train_function(self):
+        """Hook: the function of an iterator that trains."""
+        return self._step_function(self.train_step)
 
     def predict_on_batch(self, x):
         if self.distribute_strategy.num_replicas_in_sync == 1:

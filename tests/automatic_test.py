@@ -1,0 +1,431 @@
+"""`micro_batch_size="auto"`: finds what fits, goes on when memory runs out, changes no number."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbig
+from tests import job
+from tests.conftest import make_strategy
+from tfbig import _automatic, _memory
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+# Another cut is another order of floating-point sums.
+TOLERANCE = 1e-10
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(96, 3)), RNG.normal(size=(96, 2))
+
+
+class Limited(layers.Layer):
+    """Runs out of memory for more than so many samples, on one replica, when it trains.
+
+    Attributes:
+        most: int, how many samples fit.
+        failures: list of the numbers of samples that did not.
+    """
+
+    def __init__(self, most, replica=1, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.most = most
+        self.replica = replica
+        self.failures = []
+
+    def check(self, x, replica):
+        if len(x) > self.most and replica == self.replica:
+            self.failures.append(len(x))
+            # TensorFlow makes a ResourceExhaustedError of it.
+            raise MemoryError(f"no memory for {len(x)} samples")
+        return x
+
+    def call(self, x, training=None):
+        if not training:
+            return x
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+            replica = self.replica
+        checked = tf.numpy_function(self.check, [x, replica], x.dtype)
+        return x + tf.stop_gradient(tf.ensure_shape(checked, x.shape) - x)
+
+
+def large():
+    """Layers that keep 64 KiB of a sample for the backward pass, and take as much in it."""
+    return [layers.Dense(8192, "tanh"), layers.Dense(2)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    _automatic._chosen.clear()
+
+
+def build(name="default", most=10**6, between=(), compile_kwargs=None, **options):
+    """A model, and its layer that runs out of memory."""
+    keras.utils.set_random_seed(1)
+    limited = Limited(most)
+    with make_strategy(name).scope():
+        h = x = keras.Input((3,))
+        for layer in (limited, layers.Dense(4, "tanh", name="hidden"), *between, layers.Dense(2)):
+            h = layer(h)
+        model = tfbig.Model(x, h, **{"micro_batch_size": "auto"} | options)
+        model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], **compile_kwargs or {})
+    return model, limited
+
+
+def values_of(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [getattr(v.value, "values", [v.value])[0].numpy() for v in variables]
+
+
+def fit(model, **kwargs):
+    kwargs = {"batch_size": 32, "epochs": 2, "shuffle": False, "verbose": 0} | kwargs
+    return model.fit(X, Y, **kwargs).history
+
+
+def assert_same(got, want, tolerance=TOLERANCE):
+    for a, b in zip(values_of(got), values_of(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def whole(name, **kwargs):
+    """The model trained with its batch as one."""
+    model, _ = build(name, micro_batch_size=32, **kwargs)
+    return model, fit(model)
+
+
+class RunsOut(keras.callbacks.Callback):
+    """From the second update on, only so many samples fit."""
+
+    def __init__(self, limited, most):
+        super().__init__()
+        self.limited, self.most = limited, most
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch > 0:
+            self.limited.most = self.most
+
+
+@pytest.fixture
+def told(capfd):
+    """What tfbig printed."""
+    return lambda: [x for x in capfd.readouterr().err.splitlines() if x.startswith("tfbig:")]
+
+
+names = pytest.mark.parametrize("name", ["default", "mirrored_2"])
+
+
+@names
+def test_largest_that_fits_on_every_replica(name, told):
+    model, limited = build(name, most=13)
+    history = fit(model)
+    # Less a tenth, and the last doubt.
+    assert 10 <= model.micro_batch_size <= 13
+    assert min(limited.failures) > 13
+    (line,) = told()
+    assert f"is {model.micro_batch_size} samples" in line
+    assert max(limited.failures) <= 32 // make_strategy(name).num_replicas_in_sync
+    want, want_history = whole(name)
+    assert_same(model, want)
+    for key, values in want_history.items():
+        np.testing.assert_allclose(history[key], values, rtol=TOLERANCE)
+
+
+@names
+@pytest.mark.parametrize("kwargs", [{}, {"steps_per_execution": 2}, {"run_eagerly": True}], ids=str)
+def test_memory_that_runs_out_later(name, kwargs, told):
+    if kwargs.get("run_eagerly") and name != "default":
+        pytest.skip("plain Keras fails with eager mirrored CPUs too")
+    model, limited = build(name, compile_kwargs=kwargs)
+    fit(model, callbacks=[RunsOut(limited, 3)])
+    # 32 or 16 that fitted, halved until it fits again.
+    assert model.micro_batch_size == 2
+    assert limited.failures[-1] == 4
+    assert len(told()) == (5 if name == "default" else 4)
+    assert_same(model, whole(name)[0])
+    assert int(model.optimizer.iterations.numpy()) == 6
+
+
+def test_trying_changes_no_state():
+    between = [layers.Dropout(0.5, seed=1), layers.BatchNormalization()]
+    got, _ = build(most=13, between=between)
+    fit(got)
+    between = [layers.Dropout(0.5, seed=1), layers.BatchNormalization()]
+    want, _ = build(between=between, micro_batch_size=got.micro_batch_size)
+    fit(want)
+    # To the bit: the same micro-batches, masks and statistics.
+    assert_same(got, want, tolerance=0)
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("default", {}), ("default", {"jit_compile": True}), ("mirrored_2", {})],
+    ids=["default", "compiled", "mirrored_2"],
+)
+def test_budget_on_the_cpu(name, kwargs):
+    def found(budget):
+        keras.utils.set_random_seed(1)
+        with make_strategy(name).scope():
+            layers_ = [keras.Input((3,)), *large()]
+            model = tfbig.Sequential(layers_, micro_batch_size="auto", memory_budget=budget)
+            model.compile("sgd", "mse", **kwargs)
+        x, y = np.ones((1024, 3)), np.ones((1024, 2))
+        model.fit(x, y, batch_size=1024, verbose=0)
+        return model.micro_batch_size
+
+    share = 1024 // make_strategy(name).num_replicas_in_sync
+    assert found(2**33) == share
+    few, many = found(16 * MIB), found(32 * MIB)
+    # At least the activations and their gradients.
+    assert 8 <= few <= 16 * MIB / (2 * 64 * 2**10)
+    assert 1.4 <= many / few <= 3.5
+
+
+def test_budget_and_larger_samples():
+    x = keras.Input((None,))
+    h = layers.Reshape((-1, 1))(x)
+    for layer in large():
+        h = layer(h)
+    model = tfbig.Model(x, h, micro_batch_size="auto", memory_budget=64 * MIB)
+    model.compile("sgd", "mse")
+
+    def size_for(width):
+        model.train_on_batch(np.ones((256, width)), np.ones((256, width, 2)))
+        return model.micro_batch_size
+
+    short = size_for(2)
+    long = size_for(16)
+    assert long <= short / 3
+    assert size_for(2) == size_for(17) == long
+
+
+def test_size_is_remembered(told):
+    first, limited = build(most=13)
+    fit(first)
+    tried = len(limited.failures)
+    fit(first)
+    assert len(limited.failures) == tried
+    assert len(told()) == 1
+    second, again = build(most=13)
+    fit(second)
+    assert (second.micro_batch_size, again.failures) == (first.micro_batch_size, [])
+    other, tried = build(most=13, recompute=["hidden"])
+    fit(other)
+    assert tried.failures
+
+
+def test_larger_batch_is_tried_anew():
+    model, limited = build(most=13)
+    model.train_on_batch(X[:4], Y[:4])
+    assert (model.micro_batch_size, limited.failures) == (4, [])
+    fit(model)
+    assert 10 <= model.micro_batch_size <= 13
+    model.train_on_batch(X[:4], Y[:4])
+    assert 10 <= model.micro_batch_size <= 13
+
+
+def test_evaluation_takes_no_more_samples_at_a_time():
+    sizes = []
+
+    class Sees(layers.Layer):
+        def see(self, x):
+            sizes.append(len(x))
+            return x
+
+        def call(self, x):
+            seen = tf.numpy_function(self.see, [x], x.dtype)
+            return tf.ensure_shape(seen, x.shape)
+
+    def largest_of_evaluation(model):
+        sizes.clear()
+        model.evaluate(X, Y, batch_size=48, verbose=0)
+        return max(sizes)
+
+    x = keras.Input((3,))
+    h = layers.Dense(2)(Sees()(Limited(13)(x)))
+    model = tfbig.Model(x, h, micro_batch_size="auto")
+    model.compile("sgd", "mse")
+    assert largest_of_evaluation(model) == 48
+    fit(model)
+    assert largest_of_evaluation(model) == model.micro_batch_size < 48
+
+
+@names
+def test_masks_and_loss_scale(name):
+    def make(**options):
+        keras.utils.set_random_seed(1)
+        limited = Limited(5)
+        with make_strategy(name).scope():
+            x = keras.Input((5, 3))
+            h = limited(layers.Masking()(x))
+            h = layers.SimpleRNN(3, return_sequences=True)(h)
+            model = tfbig.Model(x, layers.Dense(2)(h), loss_scale=64.0, **options)
+            model.compile("adam", "mse")
+        return model
+
+    x = RNG.normal(size=(37, 5, 3)) * (RNG.uniform(size=(37, 5, 1)) > 0.4)
+    y = RNG.normal(size=(37, 5, 2))
+    got, want = make(micro_batch_size="auto"), make(micro_batch_size=2)
+    for model in (got, want):
+        model.fit(x, y, batch_size=16, verbose=0, shuffle=False)
+    assert got.micro_batch_size > 2
+    assert_same(got, want)
+
+
+def test_option_is_kept():
+    config = tfbig.extend(keras.Sequential([keras.Input((3,)), layers.Dense(1)])).get_config()
+    assert config["micro_batch_size"] is None
+    small = tfbig.Sequential(
+        [keras.Input((3,)), layers.Dense(1)], micro_batch_size="auto", memory_budget=2**30
+    )
+    small.compile("sgd", "mse")
+    small.fit(X, Y, verbose=0)
+    assert small.micro_batch_size == 32
+    for copy in (type(small).from_config(small.get_config()), keras.models.clone_model(small)):
+        assert copy.get_config()["micro_batch_size"] == "auto"
+        assert (copy.micro_batch_size, copy.gradient_accumulation_steps) == (None, None)
+        assert copy.memory_budget == 2**30
+    small.gradient_accumulation_steps = 2
+    small.memory_budget = None
+    small.fit(X, Y, verbose=0)
+    assert (small.micro_batch_size, small.gradient_accumulation_steps) == (None, 2)
+
+
+# --- Bad input -----------------------------------------------------------------
+
+
+def test_one_sample_that_does_not_fit():
+    model, _ = build(most=0)
+    with pytest.raises(MemoryError, match=r"one sample does not fit.*no memory for 1.*recompute"):
+        fit(model)
+    model, limited = build()
+    with pytest.raises(tfbig.errors.OutOfMemoryError, match="one sample does not fit"):
+        fit(model, callbacks=[RunsOut(limited, 0)])
+
+
+def test_budget_for_less_than_one_sample():
+    # 64 times 64 KiB.
+    between = [layers.RepeatVector(64), *large(), layers.GlobalAveragePooling1D()]
+    model, _ = build(between=between, memory_budget=3 * MIB)
+    with pytest.raises(
+        tfbig.errors.OutOfMemoryError, match=r"one sample does not fit.*MiB are missing"
+    ):
+        fit(model)
+
+
+def test_budget_for_less_than_the_model():
+    model, _ = build(memory_budget=100)
+    with pytest.raises(
+        tfbig.errors.OutOfMemoryError, match=r"must hold the model itself.*memory_budget=100"
+    ):
+        fit(model)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "8GB", True])
+def test_budget_that_is_none(budget):
+    with pytest.raises(ValueError, match=r"`memory_budget` must be an integer >= 1"):
+        build(memory_budget=budget)
+
+
+def test_budget_without_auto():
+    model, _ = build(memory_budget=2**30, micro_batch_size=4)
+    with pytest.raises(ValueError, match="memory_budget=1073741824 with micro_batch_size=4"):
+        fit(model)
+
+
+def test_unknown_batch_size():
+    dataset = tf.data.Dataset.from_generator(
+        lambda: iter([(X, Y)]),
+        output_signature=(
+            tf.TensorSpec((None, 3), tf.float64),
+            tf.TensorSpec((None, 2), tf.float64),
+        ),
+    )
+    model, _ = build()
+    with pytest.raises(ValueError, match="needs a batch size that is known"):
+        model.fit(dataset, verbose=0, shuffle=False)
+
+
+def test_train_step_of_the_user():
+    class Own(tfbig.Model):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    x = keras.Input((3,))
+    model = Own(x, layers.Dense(2)(x), micro_batch_size="auto")
+    model.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="Own with a `train_step`"):
+        fit(model)
+
+
+def test_memory_that_runs_out_in_the_optimizer():
+    class Fails(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            def fail(g):
+                raise MemoryError("no memory for moments")
+
+            gradient = tf.ensure_shape(
+                tf.numpy_function(fail, [gradient], gradient.dtype), gradient.shape
+            )
+            super().update_step(gradient, variable, learning_rate)
+
+    model, _ = build()
+    model.compile(Fails(), "mse")
+    with pytest.raises(tfbig.errors.OutOfMemoryError, match="while the optimizer was applied"):
+        fit(model)
+
+
+def test_other_errors_are_not_taken_for_it():
+    model, limited = build()
+
+    def fail(x, replica):
+        raise ValueError("of another kind")
+
+    limited.check = fail
+    with pytest.raises(tf.errors.InvalidArgumentError, match="of another kind"):
+        fit(model)
+
+
+def test_meter_sees_what_is_taken():
+    meter = _memory.Meter(["CPU:0"])
+
+    @tf.function
+    def take(elements):
+        return tf.reduce_sum(tf.fill([elements], 1.5))
+
+    elements = tf.constant(16 * MIB)
+    for _ in range(2):
+        assert 64 * MIB <= meter(lambda: take(elements)) < 65 * MIB
+    assert meter(lambda: take(tf.constant(MIB))) < 5 * MIB
+    assert 32 * MIB <= _memory.Meter(["CPU:0", "CPU:1"])(lambda: take(elements)) < 33 * MIB
+    assert _memory.available() > MIB
+    assert _memory.readable(1536 * MIB) == "1.50 GiB"
+
+
+def test_memory_that_is_not_counted(monkeypatch):
+    def missing(device):
+        raise ValueError(f"Allocator stats not available for device '{device}'")
+
+    monkeypatch.setattr(_memory, "_info", missing)
+    model, _ = build()
+    with pytest.raises(ValueError, match=r"needs memory to be counted.*oneDNN"):
+        fit(model)
+
+
+def test_workers_of_which_one_runs_out(tmp_path):
+    done = job.run("automatic", tmp_path)
+    assert done.returncode == 0, done.stderr
+    chief, other = job.results(tmp_path)
+    assert other == chief
+    first, *rest = chief["sizes"]
+    assert 10 <= first <= 13
+    assert max(rest) <= 3
+    assert chief["deviation"] < TOLERANCE
+    # The chief alone says it.
+    assert done.stderr.count("micro_batch_size='auto' is") == 1
+    assert "memory ran out" in done.stderr

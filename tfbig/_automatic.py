@@ -1,0 +1,297 @@
+"""`micro_batch_size="auto"`: the largest micro-batch that fits, and what to do when it does not.
+
+An update is two programs here. The first accumulates gradients; it assigns nothing, so it can
+run on any number of samples to see whether they fit, and again in smaller micro-batches when
+memory runs out. The second exchanges and applies what the first returned.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import tensorflow as tf
+
+from tfbig import _capacity, _cut, _fit, _keras, _memory, _reduction, _workers, errors
+
+__all__ = ("AutomaticSize", "TrainFunction")
+
+# With a budget, sizes are looked for anew when a sample is larger by this factor.
+_LARGER = 1.1
+
+# Samples, by all that the memory depends on.
+_chosen: dict[str, int] = {}
+
+
+@dataclasses.dataclass
+class AutomaticSize:
+    """The micro-batch size of a model, to be found.
+
+    Attributes:
+        size: int, samples per replica and forward pass; None before it is found.
+        share: int, samples of a replica's share of the effective batch.
+        sample_bytes: float, size of the largest sample for which it was found.
+    """
+
+    size: int | None = None
+    share: int = 0
+    sample_bytes: float = 0.0
+
+    @property
+    def cut(self):
+        """The `Cut` that holds now; before the size is found, none."""
+        if self.size is None:
+            return _cut.Cut(gradient_accumulation_steps=1)
+        return _cut.Cut(micro_batch_size=self.size)
+
+    def begin(self, share):
+        """Training on shares of so many samples begins."""
+        if self.size is not None and self.size >= self.share and share > self.share:
+            # The last share fitted as a whole, so nothing is known about more.
+            self.size = None
+        self.share = share
+
+
+class _RanOutError(Exception):
+    """Memory ran out on this worker or another; the text says where."""
+
+
+class TrainFunction:
+    """One update at a time, with a micro-batch size that is found and may shrink.
+
+    Args:
+        model: `keras.Model` with the halves of `TrainStep`.
+        automatic: `AutomaticSize`.
+        memory_budget: int, bytes of a replica, or None.
+        on_change: function without arguments, called when the size has changed.
+    """
+
+    def __init__(self, model, automatic, memory_budget, on_change):
+        self.model = model
+        self.automatic = automatic
+        self.memory_budget = memory_budget
+        self.on_change = on_change
+        self.strategy = model.distribute_strategy
+        self.workers = _workers.Workers.of(self.strategy)
+        self.devices = _memory.devices_of(self.strategy)
+        self.share: Any = None
+        self._sum = self._program(self._all_reduce)
+        self._apply = self._program(self._apply_program)
+        self._make_programs()
+
+    def __call__(self, iterator):
+        """As many updates as Keras wants at a time; returns the logs of the last."""
+        logs = None
+        for _ in range(self.model.steps_per_execution):
+            try:
+                data = next(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if logs is None:
+                    raise
+                break
+            logs = self.update(data)
+        return logs
+
+    def update(self, data):
+        """One update with one effective batch; returns its logs."""
+        if self._is_new(data):
+            self._choose(data)
+        while True:
+            try:
+                tensors = self._accumulated(data)
+                break
+            except _RanOutError as e:
+                reason = str(e)
+            self._halve(reason)
+        try:
+            return self._apply(tensors)
+        except _capacity.RUN_ERRORS as e:
+            if not _capacity.is_out_of_memory(e):
+                raise
+            raise errors.OutOfMemoryError(
+                "Memory ran out while the optimizer was applied, where smaller micro-batches do "
+                "not help and variables may be changed in part. Go on from a backup, with an "
+                f"optimizer of fewer variables. TensorFlow says: {_capacity.first_line(e)}"
+            ) from e
+
+    def _accumulated(self, data):
+        """Gradients and all else of this process's replicas, as tensors."""
+        if self.workers.count == 1:
+            return self._together(lambda: self._accumulate(data))
+        # Programs that exchange run only once all workers are past where memory may run out.
+        counts = self._together(lambda: self._count(data))
+        return self._together(lambda: self._accumulate(data, counts))
+
+    def _together(self, run):
+        """Runs a program; where memory runs out on one worker, all raise `_RanOutError`."""
+        result = reason = None
+        try:
+            result = run()
+        except _capacity.RUN_ERRORS as e:
+            if not _capacity.is_out_of_memory(e):
+                raise
+            reason = _capacity.first_line(e)
+        if self._any(reason is not None):
+            raise _RanOutError(reason or "on another worker")
+        return result
+
+    def _any(self, flag):
+        """Whether the flag is set on any worker."""
+        return self._sum(tf.constant(float(flag))) > 0 if self.workers.count > 1 else flag
+
+    def _halve(self, reason):
+        size = min(self.automatic.size, self.automatic.share)
+        if size == 1:
+            raise errors.OutOfMemoryError(_capacity.does_not_fit(reason))
+        self._set(size // 2)
+        _chosen[self._key] = self.automatic.size
+        self._say(
+            f"memory ran out with micro-batches of {size} samples; goes on with {size // 2} "
+            f"({reason})"
+        )
+
+    def _set(self, size):
+        self.automatic.size = size
+        self._make_programs()
+        self.on_change()
+
+    def _say(self, text):
+        if self.workers.is_chief:
+            print(f"tfbig: {text}", file=sys.stderr, flush=True)
+
+    # --- What runs on the devices ---------------------------------------------
+
+    def _program(self, function):
+        if self.model.run_eagerly:
+            return function
+        return tf.function(function, reduce_retracing=True, autograph=False)
+
+    def _make_programs(self):
+        """Those that are traced with the size."""
+        self._count = self._program(self._count_program)
+        self._accumulate = self._program(self._accumulate_program)
+
+    def _run(self, step, data, *args):
+        is_placed = any(
+            isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
+        )
+
+        def on_replica(data, *args):
+            data = _keras.without_optionals(data)
+            return step(data if is_placed else self.model._share_of_replica(data), *args)
+
+        return self.strategy.run(on_replica, args=(data, *args))
+
+    def _count_program(self, data):
+        return self._run(lambda d: self.model._counts(d, self.automatic.cut), data)
+
+    def _accumulate_program(self, data, counts=None):
+        def step(data, counts):
+            cut, exchanged = self.automatic.cut, {}
+            if self.workers.count > 1:
+                exchanged = {"counts": _reduction.exchange_counts(counts)}
+            # Its tensors go to the other program, the rest stays here.
+            self.share = self.model._accumulate(data, cut, **exchanged)
+            return self.share.tensors()
+
+        return self._run(step, data, counts)
+
+    def _probe_program(self, data, size):
+        def step(data):
+            data = _cut.micro_batch(data, 0, tf.minimum(size, _keras.batch_size(data)))
+            # As one micro-batch of several; nothing is exchanged.
+            cut = _cut.Cut(micro_batch_size=2**30)
+            counts = self.model._counts(data, cut)
+            return self.model._accumulate(data, cut, counts=counts).tensors()
+
+        return self._run(step, data)
+
+    def _apply_program(self, tensors):
+        @_keras.returns_global_logs
+        def step(tensors):
+            return self.model._apply(self.share.with_tensors(tensors))
+
+        return self.model._global_logs(step, tensors, is_share=True)
+
+    def _all_reduce(self, value):
+        def step(value):
+            return _reduction.all_reduce_sum([value])[0]
+
+        return self.strategy.experimental_local_results(self.strategy.run(step, args=(value,)))[0]
+
+    # --- The size ---------------------------------------------------------------
+
+    def _is_new(self, data):
+        """Whether a size must be found for this batch."""
+        if self.automatic.size is None:
+            return True
+        if self.memory_budget is None:
+            return False
+        # Only with a budget: devices say themselves when memory runs out.
+        return self._any(self._sample_bytes(data) > _LARGER * self.automatic.sample_bytes)
+
+    def _sample_bytes(self, data):
+        """Bytes of a sample, at most, of the batch on this process's devices."""
+        sizes = [
+            _memory.size_of(tf.nest.flatten(part, expand_composites=True))
+            / max(1, int(_keras.batch_size(part)))
+            for part in self._local_parts(data)
+        ]
+        return max(sizes)
+
+    def _local_parts(self, data):
+        data = _keras.without_optionals(data)
+        leaves = [self.strategy.experimental_local_results(v) for v in tf.nest.flatten(data)]
+        return [tf.nest.pack_sequence_as(data, part) for part in zip(*leaves, strict=True)]
+
+    @property
+    def _key(self):
+        model = self.model
+        return json.dumps(
+            {
+                "model": type(model).__name__,
+                "layers": _fit.described_layers(model),
+                "variables": [(v.shape, v.dtype) for v in model.variables],
+                "jit_compile": bool(model.jit_compile),
+                "recompute": bool(model.recompute),
+                "devices": self.devices,
+                "memory_budget": self.memory_budget,
+                "share": self.automatic.share,
+                "sample_bytes": self.automatic.sample_bytes,
+            },
+            default=str,
+            sort_keys=True,
+        )
+
+    def _choose(self, data):
+        """Finds a size; the same on all workers."""
+        self.automatic.sample_bytes = max(self.automatic.sample_bytes, self._sample_bytes(data))
+        try:
+            size, why = self._remembered_or_found(data), None
+        except errors.OutOfMemoryError as e:
+            size, why = 0, str(e)
+        answers = self.workers.exchange("a micro-batch size", json.dumps([size, why]))
+        sizes, reasons = zip(*map(json.loads, answers), strict=True)
+        if min(sizes) == 0:
+            raise errors.OutOfMemoryError(next(r for r in reasons if r))
+        _chosen[self._key] = size
+        self._set(min(sizes))
+        self._say(
+            f"micro_batch_size='auto' is {min(sizes)} samples of the {self.automatic.share} of a "
+            "replica"
+        )
+
+    def _remembered_or_found(self, data):
+        return _chosen.get(self._key) or self._find(data)
+
+    def _find(self, data):
+        """The largest size that fits on the devices of this process."""
+        probe = self._program(self._probe_program)
+        # XLA wants sizes known, and compiles for each.
+        is_static = bool(self.model.jit_compile)
+        return _capacity.Capacity(self.devices, self.memory_budget).largest(
+            self.model,
+            lambda size: probe(data, size if is_static else tf.constant(size)),
+            self.automatic.share,
+            warm_up=is_static,
+        )
