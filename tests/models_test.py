@@ -275,8 +275,10 @@ def test_every_option_is_an_argument_of_the_constructor():
         if "tfbig" in cls.__module__ and "__init__" in cls.__dict__:
             signatures |= set(inspect.signature(cls.__init__).parameters)
     names = {
+        "exchange_dtype",
         "gradient_accumulation_steps",
         "log_grad_norm",
+        "log_gradient_noise_scale",
         "loss_scale",
         "memory_budget",
         "micro_batch_size",

@@ -7,7 +7,7 @@ them for the whole batch, since Keras's optimizers square each row for itself.
 
 import tensorflow as tf
 
-__all__ = ("add", "dtype_for", "result", "start", "wider")
+__all__ = ("add", "dtype_for", "result", "squared_norm", "start", "wider")
 
 
 def dtype_for(dtype):
@@ -70,3 +70,22 @@ def result(total, variable):
         total["indices"].concat(),
         tf.constant(variable.shape.as_list(), tf.int64),
     )
+
+
+def squared_norm(gradient, factor, compiled):
+    """The sum of the squares of `factor * gradient`, float32 or wider.
+
+    Args:
+        gradient: tensor or `tf.IndexedSlices`, whose rows may be of the same index.
+        factor: float scalar.
+        compiled: whether XLA compiles it.
+    """
+    dtype = dtype_for(gradient.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        values, indices, size = gradient.values, gradient.indices, gradient.dense_shape[0]
+        if not compiled:
+            # As many rows as there are different ones; XLA must know how many.
+            unique, indices = tf.unique(indices)
+            size = tf.size(unique)
+        gradient = tf.math.unsorted_segment_sum(tf.cast(values, dtype), indices, size)
+    return tf.reduce_sum(tf.square(tf.cast(gradient, dtype) * tf.cast(factor, dtype)))

@@ -63,11 +63,16 @@ class State:
     """
 
     def __init__(self, model):
-        scale, optimizer = model.loss_scale_state, model.optimizer
+        scale, noise, optimizer = (
+            model.loss_scale_state,
+            model.noise_scale_state,
+            model.optimizer,
+        )
         groups = {
             "weight": model.weights,
             type(optimizer).__name__: optimizer.variables if optimizer is not None else [],
             "loss scale": scale.variables() if scale is not None else [],
+            "noise scale": noise.variables() if noise is not None else [],
             "seed": model.seed_states.variables(),
             "metric": model.metrics_variables,
         }

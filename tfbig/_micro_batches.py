@@ -6,7 +6,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from tfbig import _accumulators, _cut, _keras, _reduction, errors
+from tfbig import _accumulators, _cut, _keras, _noise_scale, _reduction, errors
 
 __all__ = ("Loss", "MicroBatches", "accumulate_gradients")
 
@@ -66,6 +66,7 @@ class MicroBatches:
         unrolled: Whether the loop is laid out.
         trace_scope: Makes the context in which the loss function is traced to
             see what it does.
+        measures_noise: Whether to collect what the gradient noise scale needs.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class MicroBatches:
         compiled=False,
         unrolled=False,
         trace_scope=contextlib.nullcontext,
+        measures_noise=False,
     ):
         self.loss_fn = loss_fn
         self.data = _reduction.checked_data(data)
@@ -86,6 +88,7 @@ class MicroBatches:
         self.metric_ids = {id(v) for v in metric_variables}
         self.compiled = compiled
         self.unrolled = unrolled
+        self.measures_noise = measures_noise
         self.samples = tf.convert_to_tensor(_keras.batch_size(data), tf.int32)
         self.dtype = _accumulators.dtype_for(keras.config.floatx())
         for variable in variables:
@@ -239,6 +242,11 @@ class MicroBatches:
                     scaled_loss = loss * tf.cast(loss_scale, self.dtype)
             gradients = tape.gradient(scaled_loss, [_keras.native(v) for v in self.variables])
             connected.update(i for i, g in enumerate(gradients) if g is not None)
+            moments = carry["moments"]
+            if self.measures_noise:
+                moments += _noise_scale.moments(
+                    gradients, size, loss_scale, self.dtype, self.compiled
+                )
             if result.weight is not None and not self.is_whole:
                 weight = tf.cast(result.weight, self.dtype)
             return {
@@ -255,6 +263,7 @@ class MicroBatches:
                 "weight": carry["weight"] + weight,
                 "state": [scope.get_current_value(v) for v in state],
                 "logs": keras.tree.map_structure(tf.convert_to_tensor, result.logs),
+                "moments": moments,
             }
 
         zero = tf.zeros((), self.dtype)
@@ -272,6 +281,7 @@ class MicroBatches:
                 "logs": keras.tree.map_structure(
                     lambda spec: tf.zeros(spec.shape, spec.dtype), self.traits.logs
                 ),
+                "moments": tf.zeros([3 if self.measures_noise else 0], self.dtype),
             },
         )
         return _reduction.Accumulated(
@@ -289,6 +299,7 @@ class MicroBatches:
                 for v, old, new in zip(state, before, total["state"], strict=True)
             ],
             logs=total["logs"],
+            moments=total["moments"],
             loss_scale=loss_scale,
         )
 

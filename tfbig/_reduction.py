@@ -18,6 +18,7 @@ TensorFlow runs only what the denominators depend on.
 """
 
 import dataclasses
+import functools
 
 import keras
 import tensorflow as tf
@@ -29,6 +30,7 @@ __all__ = (
     "LossCounter",
     "LossReducer",
     "all_reduce_sum",
+    "checked_dtype",
     "exchange_counts",
     "replicas",
 )
@@ -209,6 +211,8 @@ class Accumulated:
         state: list of `StateChange`.
         logs: structure of the last micro-batch's logs; exchanged, their mean over
             the replicas.
+        moments: float vector, sums over the micro-batches of what the gradient noise scale
+            needs; without it, of no elements.
         loss_scale: float32 scalar, or None.
         stop: float scalar, 1 if this replica's worker asks to stop; exchanged, the
             sum. Or None.
@@ -222,11 +226,21 @@ class Accumulated:
     samples: tf.Tensor
     state: list
     logs: dict
+    moments: tf.Tensor
     loss_scale: tf.Tensor | None
     stop: tf.Tensor | None = None
 
     def _fields(self):
-        names = ("gradients", "loss", "values", "weight", "samples", "logs", "loss_scale")
+        names = (
+            "gradients",
+            "loss",
+            "values",
+            "weight",
+            "samples",
+            "logs",
+            "moments",
+            "loss_scale",
+        )
         fields = {name: getattr(self, name) for name in names}
         return fields | {"state": [(c.before, c.after) for c in self.state]}
 
@@ -247,6 +261,59 @@ class Accumulated:
             for change, (before, after) in zip(self.state, fields.pop("state"), strict=True)
         ]
         return dataclasses.replace(self, state=state, **fields)
+
+
+def checked_dtype(value):
+    """Returns the option `exchange_dtype`, checked: "float16", "bfloat16" or None."""
+    if value is None:
+        return None
+    try:
+        name = tf.as_dtype(value).name
+    except TypeError:
+        name = None
+    if name not in ("float16", "bfloat16"):
+        raise errors.InvalidOptionError(
+            "`exchange_dtype` must be 'bfloat16', 'float16' or None, which exchanges gradients as "
+            f"they are. Received: exchange_dtype={value!r}."
+        )
+    return name
+
+
+def _sum_in(dtype, gradients, weight, is_checked):
+    """Sums gradients over the replicas in half precision.
+
+    Divided by the weight before, or they might not fit into it; multiplied after.
+    """
+
+    def map_values(function, gradient):
+        if not isinstance(gradient, tf.IndexedSlices):
+            return function(gradient)
+        values = function(gradient.values)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+
+    def narrow(values):
+        return tf.cast(tf.math.divide_no_nan(values, tf.cast(weight, values.dtype)), dtype)
+
+    def widen(values, wide):
+        return tf.cast(values, wide) * tf.cast(weight, wide)
+
+    def as_bits(gradient, dtype):
+        # Rows are gathered, not added, which TensorFlow does not do in bfloat16.
+        is_sparse = isinstance(gradient, tf.IndexedSlices)
+        return map_values(lambda v: tf.bitcast(v, dtype), gradient) if is_sparse else gradient
+
+    narrowed = [as_bits(map_values(narrow, g), tf.float16) for g in gradients]
+    sums = [as_bits(g, dtype) for g in all_reduce_sum(narrowed)]
+    if is_checked:
+        # With a loss scale, the update is skipped.
+        values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in sums]
+        finite = [tf.reduce_all(tf.math.is_finite(v)) for v in values]
+        with _after(tf.debugging.Assert(tf.reduce_all(finite), [_keras.OVERFLOW])):
+            sums = [map_values(tf.identity, g) for g in sums]
+    return [
+        map_values(functools.partial(widen, wide=g.dtype), s)
+        for s, g in zip(sums, gradients, strict=True)
+    ]
 
 
 def checked_data(data):
@@ -277,7 +344,7 @@ def _cast(gradient, dtype):
     return tf.cast(gradient, dtype)
 
 
-def exchange(share):
+def exchange(share, exchange_dtype=None):
     """Sums what the replicas accumulated, in one exchange.
 
     Moving statistics (floating-point state) become the mean over the replicas
@@ -286,6 +353,8 @@ def exchange(share):
 
     Args:
         share: `Accumulated` of this replica, in replica context.
+        exchange_dtype: str, what gradients are cast to for the exchange, or None. Then what
+            they are divided by is exchanged before them.
 
     Returns:
         `Accumulated` of the effective batch, the same on every replica.
@@ -300,7 +369,8 @@ def exchange(share):
     logs = [has_samples * tf.cast(v, dtype) for v in tf.nest.flatten(share.logs)]
     values = tf.nest.flatten(share.values)
     stop = tf.zeros((), dtype) if share.stop is None else tf.cast(share.stop, dtype)
-    scalars = tf.stack([share.loss, share.weight, has_samples, samples, stop, *values, *logs])
+    scalars = [share.loss, share.weight, has_samples, samples, stop, *values, *logs]
+    scalars = tf.concat([tf.stack(scalars), share.moments], 0)
 
     def message(change):
         if change.is_metric:
@@ -313,16 +383,24 @@ def exchange(share):
     def is_shared(change):
         return not change.is_metric or _keras.is_summed(change.variable)
 
-    # Of one dtype, the widest, so that all go in one package.
-    connected = [_cast(g, dtype) for g in share.gradients if g is not None]
-    summed = all_reduce_sum([*connected, scalars, *map(message, filter(is_shared, share.state))])
+    connected = [g for g in share.gradients if g is not None]
+    rest = [scalars, *map(message, filter(is_shared, share.state))]
+    if exchange_dtype is None:
+        # Of one dtype, the widest, so that all go in one package.
+        summed = all_reduce_sum([*(_cast(g, dtype) for g in connected), *rest])
+        gradients, (scalars, *messages) = summed[: -len(rest)], summed[-len(rest) :]
+    else:
+        # What the gradients are divided by goes before them, and in float32.
+        scalars, *messages = all_reduce_sum(rest)
+        overflows = share.loss_scale is None
+        gradients = _sum_in(exchange_dtype, connected, scalars[1], is_checked=overflows)
 
-    gradients = iter(summed[: len(connected)])
-    loss, weight, active, samples, stop, *rest = tf.unstack(summed[len(connected)])
-    values, logs = rest[: len(values)], rest[len(values) :]
+    gradients, messages = iter(gradients), iter(messages)
+    loss, weight, active, samples, stop, *rest = tf.unstack(scalars)
+    values, rest = rest[: len(values)], rest[len(values) :]
+    logs, moments = rest[: len(logs)], rest[len(logs) :]
     with _after(tf.debugging.assert_positive(active, _keras.NO_SAMPLES)):
         weight = tf.identity(weight)
-    messages = iter(summed[len(connected) + 1 :])
 
     def received(change):
         if not is_shared(change):
@@ -345,5 +423,6 @@ def exchange(share):
         samples=tf.cast(samples, tf.int32),
         state=[received(c) for c in share.state],
         logs=tf.nest.pack_sequence_as(share.logs, [v / active for v in logs]),
+        moments=tf.stack(moments) if moments else share.moments,
         stop=None if share.stop is None else stop,
     )

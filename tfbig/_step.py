@@ -9,7 +9,6 @@ global batch ── strategy ──> replica's share ── cut ──> micro-ba
 """
 
 import functools
-import inspect
 import warnings
 from typing import Any
 
@@ -21,6 +20,7 @@ from tfbig import (
     _fit,
     _keras,
     _micro_batches,
+    _options,
     _recomputation,
     _reduction,
     _update,
@@ -28,23 +28,6 @@ from tfbig import (
 )
 
 __all__ = ("TrainStep",)
-
-
-def option_names(cls):
-    """Names of the options that tfbig's mixins add to a class."""
-    return {
-        name
-        for c in cls.__mro__
-        if c.__module__.startswith("tfbig.") and issubclass(c, TrainStep) and "__init__" in vars(c)
-        for name in inspect.getfullargspec(c.__init__).kwonlyargs
-    }
-
-
-def set_options(model, options):
-    """Sets constructor options as properties."""
-    for name, value in options.items():
-        if value is not None or name == "loss_scale":
-            setattr(model, name, value)
 
 
 _SUPPORTED_STRATEGIES = (
@@ -65,7 +48,7 @@ def check_strategy():
         )
 
 
-class TrainStep(_keras.TrainerOverrides):
+class TrainStep(_options.StepOptions):
     """The step of both mixins: overrides `train_step` and `test_step`.
 
     Not part of the public interface; `GradientAccumulationMixin` says how the
@@ -101,8 +84,6 @@ class TrainStep(_keras.TrainerOverrides):
     _stop_request: Any = None
     # The `LossScaleState` of `DynamicLossScalingMixin`; None without scaling.
     loss_scale_state: Any = None
-    _log_grad_norm = False
-    _recompute: Any = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -116,38 +97,9 @@ class TrainStep(_keras.TrainerOverrides):
                 f"({', '.join(b.__name__ for b in correct)})."
             )
 
-    def __init__(self, *args, log_grad_norm=False, recompute=None, **kwargs):
+    def __init__(self, *args, **kwargs):
         check_strategy()
-        recompute = _recomputation.check(recompute)
         super().__init__(*args, **kwargs)
-        self._log_grad_norm = bool(log_grad_norm)
-        self._set_recompute(recompute)
-
-    @property
-    def log_grad_norm(self):
-        """Whether logs hold the global norm of the gradient, before clipping."""
-        return self._log_grad_norm
-
-    @log_grad_norm.setter
-    def log_grad_norm(self, value):
-        self._log_grad_norm = bool(value)
-        self._rebuild_step()
-
-    @property
-    def recompute(self):
-        """True, the layers, or the predicate, of what is computed again; None for nothing."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, value):
-        self._set_recompute(_recomputation.check(value))
-        self._rebuild_step()
-
-    def _set_recompute(self, value):
-        # Keras would take the layers of a list for further layers of the model.
-        object.__setattr__(self, "_recompute", value)
-        if self.built:
-            _recomputation.layers_of(self, value)
 
     @property
     def stop_request(self):
@@ -159,30 +111,6 @@ class TrainStep(_keras.TrainerOverrides):
         if value is not self._stop_request:
             self._stop_request = value
             self._rebuild_step()
-
-    def _options(self):
-        return {
-            "log_grad_norm": self._log_grad_norm,
-            "recompute": _recomputation.serialized(self, self._recompute),
-        }
-
-    def _rebuild_step(self):
-        self.train_function: Any = None
-        self.test_function: Any = None
-
-    get_config = _keras.ConfigWith(lambda: TrainStep, "_option_config")
-
-    def _option_config(self):
-        return {k: keras.saving.serialize_keras_object(v) for k, v in self._options().items()}
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        options = {name: config.pop(name) for name in option_names(cls) & set(config)}
-        extra = {} if custom_objects is None else {"custom_objects": custom_objects}
-        model = super().from_config(config, **extra)
-        set_options(model, options)
-        return model
 
     def compile(self, optimizer="rmsprop", *args, **kwargs):
         strategy = self.distribute_strategy
@@ -200,6 +128,7 @@ class TrainStep(_keras.TrainerOverrides):
                 stacklevel=3,
             )
         self.seed_states = _keras.SeedStates(self)
+        self._reset_noise_scale()
         if optimizer is not None:
             _keras.track_for_checkpoint(self, "optimizer", optimizer)
 
@@ -216,6 +145,17 @@ class TrainStep(_keras.TrainerOverrides):
     def _check_before_run(self):
         _keras.check_scope(self)
 
+    def _prepare_training(self, batch_size):
+        cut = self._cut()
+        size = cut.micro_batch_size or (batch_size if cut.is_whole else 0)
+        is_one = size is not None and batch_size is not None and size >= batch_size
+        if is_one and self.log_gradient_noise_scale and _reduction.replicas_of(self) == 1:
+            raise errors.InvalidOptionError(
+                "`log_gradient_noise_scale` compares micro-batches, or replicas, with the whole "
+                f"batch, and needs two of them. Received: one micro-batch for a batch of "
+                f"{batch_size}. Use gradient_accumulation_steps=2 or more."
+            )
+
     def fit(self, *args, **kwargs):
         arguments = _fit.arguments_of(super().fit, args, kwargs)
         with _fit.prepared(self, arguments, self._options()) as arguments:
@@ -224,9 +164,7 @@ class TrainStep(_keras.TrainerOverrides):
     @_keras.returns_global_logs
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
-        scale = self.loss_scale_state
-        has_options = scale is not None or self.log_grad_norm or self.recompute is not None
-        if self._is_plain(self._cut()) and not has_options:
+        if self._is_plain(self._cut()) and self.loss_scale_state is None and self._is_default:
             return self._plain(super().train_step, data)
 
         return self._apply(self._accumulate(data, self._cut()))
@@ -247,7 +185,11 @@ class TrainStep(_keras.TrainerOverrides):
         if self.stop_request is not None:
             share.stop = self.stop_request.sent()
         update = _update.apply_gradients(
-            self.optimizer, share, loss_scale=scale, log_grad_norm=self.log_grad_norm
+            self.optimizer,
+            share,
+            loss_scale=scale,
+            log_grad_norm=self.log_grad_norm,
+            exchange_dtype=self.exchange_dtype,
         )
         if update.stop is not None:
             self.stop_request.receive(update.stop)
@@ -256,6 +198,8 @@ class TrainStep(_keras.TrainerOverrides):
             logs |= scale.logs()
         if self.log_grad_norm:
             logs["grad_norm"] = update.gradient_norm
+        if self.noise_scale_state is not None:
+            logs["gradient_noise_scale"] = self.noise_scale_state.update(update)
         return logs
 
     @_keras.returns_global_logs
@@ -311,6 +255,7 @@ class TrainStep(_keras.TrainerOverrides):
             compiled=compiled,
             unrolled=synchronized,
             trace_scope=functools.partial(_keras.without_synchronization, self),
+            measures_noise=training and self.log_gradient_noise_scale,
         )
 
     def _logs(self, update):

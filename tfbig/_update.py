@@ -23,6 +23,7 @@ class Update:
             clipping, or None.
         samples: int32 scalar, samples of the effective batch.
         logs: logs of the last micro-batch.
+        moments: see `Accumulated`.
         stop: float scalar, how many replicas ask to stop; or None.
     """
 
@@ -32,6 +33,7 @@ class Update:
     gradient_norm: tf.Tensor | None
     samples: tf.Tensor
     logs: dict
+    moments: tf.Tensor
     stop: tf.Tensor | None = None
 
 
@@ -63,7 +65,9 @@ def _divide(gradient, divisor):
     return tf.math.divide_no_nan(gradient, tf.cast(divisor, gradient.dtype))
 
 
-def apply_gradients(optimizer, accumulated, loss_scale=None, log_grad_norm=False):
+def apply_gradients(
+    optimizer, accumulated, loss_scale=None, log_grad_norm=False, exchange_dtype=None
+):
     """Exchanges what the replicas accumulated and applies the optimizer once.
 
     The second half of an update; `tfbig.accumulate_gradients` is the first. To be
@@ -81,11 +85,14 @@ def apply_gradients(optimizer, accumulated, loss_scale=None, log_grad_norm=False
             None. With it, an update with a non-finite gradient on any replica is
             skipped on all.
         log_grad_norm: Whether to compute the global norm of the gradient.
+        exchange_dtype: "bfloat16" or "float16": what gradients are cast to while
+            replicas exchange them. None exchanges them as they are, and is exact.
 
     Returns:
         An `Update`: `loss`, `is_finite`, `gradient_norm`.
     """
-    batch = _reduction.exchange(accumulated)
+    exchange_dtype = _reduction.checked_dtype(exchange_dtype)
+    batch = _reduction.exchange(accumulated, exchange_dtype)
     loss = tf.math.divide_no_nan(batch.loss, batch.weight)
     values = tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values)
     # Two divisions: the scale is a power of two as a rule, and dividing by it
@@ -93,7 +100,8 @@ def apply_gradients(optimizer, accumulated, loss_scale=None, log_grad_norm=False
     gradients = [_divide(g, batch.weight) for g in batch.gradients]
     if batch.loss_scale is not None:
         gradients = [_divide(g, batch.loss_scale) for g in gradients]
-    norm = global_norm(gradients) if log_grad_norm else None
+    measures_noise = batch.moments.shape[0] != 0
+    norm = global_norm(gradients) if log_grad_norm or measures_noise else None
 
     finite = None
     if loss_scale is None:
@@ -105,7 +113,7 @@ def apply_gradients(optimizer, accumulated, loss_scale=None, log_grad_norm=False
         finite = tf.reduce_all(flags)
         _apply_if_finite(optimizer, gradients, batch.variables, loss_scale, flags)
     _assign_state(batch.state, finite, loss)
-    return Update(loss, values, finite, norm, batch.samples, batch.logs, batch.stop)
+    return Update(loss, values, finite, norm, batch.samples, batch.logs, batch.moments, batch.stop)
 
 
 def without_gradients(accumulated):
@@ -119,6 +127,7 @@ def without_gradients(accumulated):
         None,
         batch.samples,
         batch.logs,
+        batch.moments,
     )
 
 

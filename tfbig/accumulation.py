@@ -44,9 +44,19 @@ class GradientAccumulationMixin(_step.TrainStep):
             another forward pass. True means the outermost layers that have variables,
             such as the blocks of a transformer, and looks into models inside of the
             model. Worth most for layers of many operations. Defaults to None.
+        exchange_dtype: "bfloat16" or "float16": what gradients are cast to while
+            replicas exchange them, divided by the batch's weight before. Halves what is
+            sent, and rounds to 3 or 4 digits; what overflows is skipped with loss
+            scaling, an error without. Defaults to None: as they are, and exact.
+        log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in
+            samples: the batch size at which the gradient has as much noise as signal.
+            Much larger batches save few updates. An average over the last hundred
+            updates; needs two micro-batches or replicas. Defaults to False.
+            Reference: McCandlish et al. 2018, appendix A.
 
     Raises:
         InvalidOptionError: If an option is not valid.
+        GradientOverflowError: In `fit`, if a gradient overflows in `exchange_dtype`.
         OutOfMemoryError: In `fit`, if not even one sample fits.
         UnsupportedModelError: If a layer cannot be recomputed.
 
@@ -144,6 +154,7 @@ class GradientAccumulationMixin(_step.TrainStep):
         if self._automatic_size:
             self._automatic_size.begin(self._automatic_share(batch_size))
             return
+        super()._prepare_training(batch_size)
         if self.memory_budget is not None:
             raise errors.InvalidOptionError(
                 "`memory_budget` is what `micro_batch_size='auto'` keeps to. Received: "

@@ -8,6 +8,7 @@ __all__ = (
     "BackendError",
     "BackupError",
     "ClusterError",
+    "GradientOverflowError",
     "InvalidOptionError",
     "LossScaleError",
     "MixinOrderError",
@@ -37,6 +38,10 @@ class BackupError(TfbigError, ValueError):
 
 class ClusterError(TfbigError, ValueError):
     """The description of a multi-worker job, or this worker's address, cannot be used."""
+
+
+class GradientOverflowError(TfbigError, OverflowError):
+    """A gradient is not finite after it was exchanged in half precision."""
 
 
 class InvalidOptionError(TfbigError, ValueError):

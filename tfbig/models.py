@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from tfbig import _cut, _keras, _step, errors
+from tfbig import _cut, _keras, _options, _step, errors
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 
@@ -25,6 +25,8 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
         loss_scale: See `DynamicLossScalingMixin`.
         log_grad_norm: See `GradientAccumulationMixin`.
         recompute: See `GradientAccumulationMixin`.
+        exchange_dtype: See `GradientAccumulationMixin`.
+        log_gradient_noise_scale: See `GradientAccumulationMixin`.
         **kwargs: Those of `keras.Model`.
 
     Example:
@@ -77,6 +79,8 @@ class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Seque
         loss_scale: See `DynamicLossScalingMixin`.
         log_grad_norm: See `GradientAccumulationMixin`.
         recompute: See `GradientAccumulationMixin`.
+        exchange_dtype: See `GradientAccumulationMixin`.
+        log_gradient_noise_scale: See `GradientAccumulationMixin`.
         **kwargs: Those of `keras.Sequential`.
 
     Example:
@@ -191,7 +195,7 @@ class Extended(_step.TrainStep):
 
 
 def _extended_model(model, options):
-    known = _step.option_names(Model)
+    known = _options.option_names(Model)
     unknown = set(options) - known
     if unknown:
         raise errors.InvalidOptionError(
@@ -212,7 +216,7 @@ def _extended_model(model, options):
         options = {"loss_scale": scale} | options
         optimizer = optimizer.inner_optimizer
     extended = _keras.with_class(model, _extended_class(type(model)))
-    _step.set_options(extended, options)
+    _options.set_options(extended, options)
     _keras.recompile(extended, optimizer)
     if reached is not None:
         extended.loss_scale_state.loss_scale.assign(reached.dynamic_scale)
@@ -226,7 +230,7 @@ def _keep_options(original, clone):
         return clone
     if not isinstance(clone, _step.TrainStep):
         clone = _keras.with_class(clone, type(original))
-    _step.set_options(clone, original._options())
+    _options.set_options(clone, original._options())
     _keras.recompile(clone, getattr(clone, "optimizer", None))
     return clone
 

@@ -1,4 +1,6 @@
-"""Trains compiled by XLA and eagerly; leaves the deviations from plain Keras.
+"""Trains compiled by XLA, eagerly, and with gradients that are exchanged in half precision.
+
+Leaves the deviations from plain Keras.
 
 modes.py DIRECTORY
 """
@@ -11,7 +13,13 @@ import numpy as np
 import tfbig
 from tests import job
 
-MODES = {"jit_compile": {"jit_compile": True}, "run_eagerly": {"run_eagerly": True}}
+# Arguments of compile, and options of the model.
+MODES = {
+    "jit_compile": ({"jit_compile": True}, {}),
+    "run_eagerly": ({"run_eagerly": True}, {}),
+    "bfloat16": ({}, {"exchange_dtype": "bfloat16"}),
+    "float16": ({}, {"exchange_dtype": "float16"}),
+}
 
 
 def train(base, compile_arguments, **options):
@@ -19,7 +27,7 @@ def train(base, compile_arguments, **options):
     model = base(
         [keras.Input((4,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(2)], **options
     )
-    model.compile("adam", "mse", metrics=["mae"], **compile_arguments)
+    model.compile("sgd", "mse", metrics=["mae"], **compile_arguments)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(37, 4)), rng.normal(size=(37, 2))
     history = model.fit(x, y, batch_size=8, epochs=2, verbose=0).history
@@ -36,9 +44,9 @@ def main(directory):
     strategy = tfbig.distribute.get_strategy(timeout=60)
     whole = train(keras.Sequential, {})
     deviations = {}
-    for name, arguments in MODES.items():
+    for name, (arguments, options) in MODES.items():
         with strategy.scope():
-            cut = train(tfbig.Sequential, arguments, gradient_accumulation_steps=3)
+            cut = train(tfbig.Sequential, arguments, gradient_accumulation_steps=3, **options)
         deviations[name] = max(
             float(np.max(np.abs(np.subtract(a, b)))) for a, b in zip(cut, whole, strict=True)
         )

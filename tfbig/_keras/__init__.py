@@ -67,6 +67,7 @@ from tfbig._keras.saving import (
     with_class,
 )
 from tfbig._keras.trainer import (
+    OVERFLOW,
     TOO_MANY_SKIPS,
     TrainerOverrides,
     data_of_fit,
@@ -84,6 +85,7 @@ from tfbig._keras.variables import (
 
 __all__ = (
     "NO_SAMPLES",
+    "OVERFLOW",
     "TOO_MANY_SKIPS",
     "ConfigWith",
     "Functional",

@@ -18,8 +18,9 @@ from tfbig._keras.data import (
 from tfbig._keras.losses import check_is_scalar
 from tfbig._keras.variables import is_summed
 
-# Message of an assertion in a graph, by which its error is told apart.
+# Messages of assertions in a graph, by which their errors are told apart.
 TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
+OVERFLOW = "tfbig: gradients are not finite after their exchange in half precision."
 
 
 def _is_composite(spec):
@@ -264,6 +265,13 @@ class TrainerOverrides(_KerasModel):
             except tf.errors.InvalidArgumentError as e:
                 if NO_SAMPLES in str(e):
                     raise errors.InvalidOptionError(NO_SAMPLES) from None
+                if OVERFLOW in str(e):
+                    raise errors.GradientOverflowError(
+                        "A gradient is not finite after the exchange in "
+                        f"{self.exchange_dtype}: it overflows there, or training diverged. "
+                        "Use exchange_dtype='bfloat16' or None, or a loss scale, which skips such "
+                        "updates."
+                    ) from None
                 if TOO_MANY_SKIPS not in str(e):
                     raise
                 raise self.loss_scale_state.error(self.trainable_variables) from None
