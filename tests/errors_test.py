@@ -116,10 +116,18 @@ def test_only_one_of_the_cuts(enter):
         ENTRANCES[enter](gradient_accumulation_steps=2, micro_batch_size=3)
 
 
-@everywhere
-def test_auto_is_not_implemented_yet(enter):
-    with pytest.raises(NotImplementedError, match="Pass the number of samples"):
-        ENTRANCES[enter](micro_batch_size="auto")
+@pytest.mark.parametrize("enter", [e for e in ENTRANCES if e != "property"])
+def test_auto_is_a_micro_batch_size(enter):
+    model = ENTRANCES[enter](micro_batch_size="auto")
+    # Not known before there is a batch.
+    assert (model.micro_batch_size, model.gradient_accumulation_steps) == (None, None)
+    with refused(errors.InvalidOptionError, ValueError, "must be an integer >= 1", "'all'"):
+        ENTRANCES[enter](micro_batch_size="all")
+
+
+def test_auto_is_one_of_the_cuts():
+    with refused(errors.InvalidOptionError, ValueError, "Exactly one", "'auto'"):
+        functional(gradient_accumulation_steps=2, micro_batch_size="auto")
 
 
 def test_a_refused_option_leaves_the_old_one():
@@ -497,6 +505,14 @@ def test_accumulate_gradients_takes_one_cut():
         )
 
 
+def test_accumulate_gradients_is_told_the_size():
+    w = keras.Variable([1.0, 2.0])
+    with refused(errors.InvalidOptionError, ValueError, "an option of models", "Pass a number"):
+        tfbig.accumulate_gradients(
+            lambda x: tf.reduce_sum(x * w), [w], tf.ones((4, 2)), micro_batch_size="auto"
+        )
+
+
 def test_accumulate_gradients_wants_a_scalar():
     w = keras.Variable([1.0, 2.0])
     with refused(errors.UnsupportedModelError, ValueError, "must be a scalar", "shape (1, 2)"):
@@ -508,9 +524,11 @@ def test_errors_are_exported_with_their_built_in_parent():
         "BackendError": ImportError,
         "BackupError": ValueError,
         "ClusterError": ValueError,
+        "GradientOverflowError": OverflowError,
         "InvalidOptionError": ValueError,
         "LossScaleError": RuntimeError,
         "MixinOrderError": TypeError,
+        "OutOfMemoryError": MemoryError,
         "SearchError": RuntimeError,
         "StorageUnavailableError": ConnectionError,
         "StudyError": ValueError,

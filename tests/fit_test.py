@@ -281,6 +281,23 @@ def test_jit_compile_with_steps_per_execution(name):
     assert_same_training(trained, plain_training("last_batch_of_one_sample"))
 
 
+@pytest.mark.parametrize("name", REPLICATED)
+def test_jit_compile_auto_asks_the_devices_of_the_replicas(name, monkeypatch):
+    def resolved(*layers, inputs=(4, 3)):
+        with make_strategy(name).scope():
+            model = tfbig.Sequential([keras.Input(inputs), *layers])
+            model.compile("sgd", "mse")
+        return model.jit_compile
+
+    assert not resolved(keras.layers.Dense(2))
+    # As on GPUs, which plain Keras asks for without a strategy only.
+    monkeypatch.setattr("tfbig._keras.trainer.is_on_cpu", lambda strategy: False)
+    assert resolved(keras.layers.Dense(2))
+    assert not resolved(keras.layers.RandomZoom(0.1), inputs=(4, 4, 3))
+    # The rows of its gradient would be added up before the optimizer squares them.
+    assert not resolved(keras.layers.Embedding(5, 2), inputs=(4,))
+
+
 @on_strategies_and_cuts
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_run_eagerly_is_the_compiled_training(name, options):

@@ -73,7 +73,7 @@ class TrainFunction:
         self.on_change = on_change
         self.strategy = model.distribute_strategy
         self.workers = _workers.Workers.of(self.strategy)
-        self.devices = _memory.devices_of(self.strategy)
+        self.devices = _keras.devices_of(self.strategy)
         self.share: Any = None
         self._sum = self._program(self._all_reduce)
         self._apply = self._program(self._apply_program)

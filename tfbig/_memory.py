@@ -9,24 +9,7 @@ import tensorflow as tf
 
 from tfbig import errors
 
-__all__ = ("Meter", "available", "devices_of", "readable", "size_of")
-
-_NAMES_DEVICES = (
-    tf.distribute.OneDeviceStrategy,
-    tf.distribute.MirroredStrategy,
-    tf.distribute.MultiWorkerMirroredStrategy,
-)
-
-
-def devices_of(strategy):
-    """Names of the devices of this process that a strategy's replicas run on."""
-    if isinstance(strategy, _NAMES_DEVICES):
-        devices = strategy.extended.worker_devices
-    else:
-        gpus = tf.config.list_logical_devices("GPU")
-        devices = [(gpus or tf.config.list_logical_devices("CPU"))[0].name]
-    # get_memory_info takes no name of a job.
-    return [f"{kind}:{i}" for kind, i in (d.split(":")[-2:] for d in devices)]
+__all__ = ("Meter", "available", "readable", "size_of")
 
 
 class Meter:

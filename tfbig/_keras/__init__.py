@@ -22,6 +22,7 @@ from tfbig._keras.data import (
     resume_data,
     without_optionals,
 )
+from tfbig._keras.devices import devices_of
 from tfbig._keras.layers import (
     all_layers,
     check_scope,
@@ -106,6 +107,7 @@ __all__ = (
     "compile_settings",
     "computes_in_float16",
     "data_of_fit",
+    "devices_of",
     "draws_random_numbers",
     "forward",
     "global_seed",

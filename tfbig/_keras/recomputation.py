@@ -19,6 +19,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops as _xla_ops
 from tensorflow.python.eager import record as _record
 
 from tfbig import errors
+from tfbig._keras.devices import is_on_cpu
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
 
@@ -173,7 +174,7 @@ class _Call:
             is_connected[:] = [g is not None for g in gradients]
             return [g for g in gradients if g is not None]
 
-        if self.compiled and _on_cpu():
+        if self.compiled and is_on_cpu(tf.distribute.get_strategy()):
             # There, XLA takes its barriers away before it looks for repetitions.
             def never():
                 floats = [t for t, f in zip(tensors, is_float, strict=True) if f]
@@ -265,10 +266,6 @@ def _after(upstream, tensors, compiled):
         with tf.control_dependencies([t for t in upstream if t is not None]):
             flat = [tf.identity(t) for t in flat]
     return tf.nest.pack_sequence_as(tensors, flat)
-
-
-def _on_cpu():
-    return not any(tf.config.list_logical_devices(kind) for kind in ("GPU", "TPU"))
 
 
 def _always(tensors):

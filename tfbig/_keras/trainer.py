@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 from keras.src import backend
 from keras.src.backend.tensorflow import trainer as _trainer_tf
+from keras.src.trainers import trainer as _trainer
 
 from tfbig import errors
 from tfbig._keras.data import (
@@ -15,6 +16,7 @@ from tfbig._keras.data import (
     specs_of_one_replica,
     without_optionals,
 )
+from tfbig._keras.devices import is_on_cpu
 from tfbig._keras.losses import check_is_scalar
 from tfbig._keras.variables import is_summed
 
@@ -89,6 +91,7 @@ class TrainerOverrides(_KerasModel):
     - `_maybe_symbolic_build` takes shapes from the dataset's specification.
       Keras reduces the first batch with MEAN, which crashes when it splits
       unevenly and for bool inputs.
+    - `jit_compile="auto"` follows the replicas' devices, also under a strategy.
     - The train, test and predict functions: `steps_per_execution > 1` and
       `jit_compile=True` fail under MirroredStrategy, and logs are the mean of
       the replicas' results, which is not the result of the whole batch.
@@ -110,6 +113,16 @@ class TrainerOverrides(_KerasModel):
 
     def _prepare_training(self, batch_size):
         """Hook: called before training. `batch_size` may be None."""
+
+    def _resolve_auto_jit_compile(self):
+        # Keras never compiles under a strategy, since it would compile the exchange too; here
+        # each replica compiles what comes before it. Not for embeddings: XLA adds the rows of
+        # their gradients up, which Keras's optimizers square one by one.
+        return (
+            not is_on_cpu(self.distribute_strategy)
+            and _trainer.model_supports_jit(self)
+            and not any(isinstance(x, keras.layers.Embedding) for x in self._flatten_layers())
+        )
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         strategy = self.distribute_strategy
