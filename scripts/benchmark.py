@@ -1,9 +1,25 @@
-"""Measures tfbig against plain Keras: time and peak memory of one effective batch.
+"""Measures tfbig against plain Keras, and against what one would pick instead of it.
 
-Every row runs in a process of its own, the rows in turn, several times over. Time is
-that of one effective batch after warm-up, memory the largest resident size of the
-process. The ratio is to plain Keras at the micro-batch, which applies the optimizer
-once per micro-batch.
+Every row runs in a process of its own, the rows in turn, several times over; the table has
+medians. Time is that of one effective batch after warm-up, memory the largest resident size
+of the process. The ratio is to plain Keras at the micro-batch, which applies the optimizer
+once per micro-batch. After the table, one line for each row of tfbig that another one beats
+says in what.
+
+Without --gradient_accumulation_steps, --batch_size is cut into micro-batches of
+--micro_batch_size samples. With it, --batch_size is cut into so many; or, if
+--micro_batch_size is given and --batch_size is not, the micro-batch stays and the effective
+batch grows:
+
+  benchmark.py --models=gpt --gradient_accumulation_steps=1,4,16,64 --micro_batch_size=8
+
+Of several numbers of micro-batches there are also tables of memory, samples/s and start.
+
+With --peers=torch,jax, the same models in PyTorch with Hugging Face Accelerate, and in Keras
+on JAX with its built-in accumulation, in environments that are made on demand.
+
+All have --threads threads for an operation, and on Linux as many cores. Elsewhere JAX may
+take more, which has no setting for it.
 
 With --network, tfbig over two workers and a narrow link between them: samples and bytes
 sent against accumulation that exchanges each micro-batch. This needs Linux, iproute2 and
@@ -11,98 +27,54 @@ the right to make network namespaces, which root has; elsewhere it is skipped, w
 line says, with exit code 0.
 
 With --tuners, searches without models: how good they get, and how long a suggestion takes.
+
+Exit code 1 says that a row has failed, and which the table says.
 """
 
-import collections
-import itertools
+import importlib.util
 import json
 import os
 import pathlib
 import platform
-import resource
-import statistics
-import subprocess
+import signal
 import sys
-import time
 
+import benchmark_models
 import benchmark_network
+import benchmark_peers
+import benchmark_plot
+import benchmark_process
+import benchmark_report
+import benchmark_rows
 import benchmark_tuners
 import command_line
 from absl import flags
 
-# ru_maxrss is in KiB on Linux, in bytes on macOS.
-_MAXRSS_MIB = 2**20 if sys.platform == "darwin" else 2**10
-_WARM_UP = 2  # Effective batches.
-
-WHOLE = "plain, whole batch"
-BUILT_IN = "plain, built-in accumulation"
-MICRO = "plain, micro-batch"
-TFBIG = "tfbig"
-JIT = "tfbig, jit_compile"
-ROWS = (WHOLE, BUILT_IN, MICRO, TFBIG, JIT)
-SKIPPED = {("cnn", JIT): "XLA on CPU runs convolutions in a loop very slowly"}
+MODELS, PEERS = tuple(benchmark_models.MODELS), benchmark_peers.PEERS
+ROWS = tuple(name for name in benchmark_rows.ROWS if name not in PEERS)
 
 
-# --- Models: layers, and `n` samples of data ---------------------------------
-
-
-def mlp(n):
-    """Four layers of 512 units."""
-    import numpy as np
-    from keras import Input, layers, losses
-
-    def make():
-        inputs = x = Input((512,))
-        for _ in range(4):
-            x = layers.Dense(512, activation="relu")(x)
-        return inputs, layers.Dense(10)(x)
-
-    random = np.random.default_rng(0)
-    x = random.normal(size=(n, 512)).astype("float32")
-    return make, x, random.integers(10, size=n), losses.SparseCategoricalCrossentropy(True)
-
-
-def transformer(n, length=32, width=64, tokens=1000):
-    """A language model: an embedding and two blocks of causal attention."""
-    import numpy as np
-    from keras import Input, layers, losses
-
-    def make():
-        inputs = Input((length,), dtype="int32")
-        x = layers.Embedding(tokens, width)(inputs)
-        for _ in range(2):
-            y = layers.LayerNormalization()(x)
-            x += layers.MultiHeadAttention(4, width // 4)(y, y, use_causal_mask=True)
-            y = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
-            x += layers.Dense(width)(y)
-        return inputs, layers.Dense(tokens)(layers.LayerNormalization()(x))
-
-    text = np.random.default_rng(0).integers(tokens, size=(n, length + 1))
-    return make, text[:, :-1], text[:, 1:], losses.SparseCategoricalCrossentropy(True)
-
-
-def cnn(n):
-    """Four strided convolutions of 64x64 pixels in three colours."""
-    import numpy as np
-    from keras import Input, layers, losses
-
-    def make():
-        inputs = x = Input((64, 64, 3))
-        for filters in (16, 32, 64, 64):
-            x = layers.Conv2D(filters, 3, strides=2, padding="same", activation="relu")(x)
-        return inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x))
-
-    random = np.random.default_rng(0)
-    x = random.normal(size=(n, 64, 64, 3)).astype("float32")
-    return make, x, random.integers(10, size=n), losses.SparseCategoricalCrossentropy(True)
-
-
-MODELS = {"mlp": mlp, "transformer": transformer, "cnn": cnn}
+def _cores():
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 # --- Flags -------------------------------------------------------------------
 
-_MODELS = flags.DEFINE_list("models", list(MODELS), f"What to measure, of {', '.join(MODELS)}.")
+_MODELS = flags.DEFINE_list(
+    "models", list(MODELS[:-1]), f"What to measure, of {', '.join(MODELS)}."
+)
+_ROWS = flags.DEFINE_list("rows", list(ROWS), f"How to train it, of {', '.join(ROWS)}.")
+_PEERS = flags.DEFINE_list(
+    "peers",
+    [],
+    f"Also what one would pick instead, of {', '.join(PEERS)}: installs into .venv-PEER what is "
+    "not there. pip's settings say where the CPU build of PyTorch is; the other is large.",
+)
+_PEERS_DIRECTORY = flags.DEFINE_string(
+    "peers_directory", str(benchmark_peers.ROOT), "Where the .venv-PEER are."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Effective batch, samples.", lower_bound=1)
 _MICRO_BATCH_SIZE = flags.DEFINE_integer(
     "micro_batch_size", 32, "Samples of a micro-batch; divides --batch_size.", lower_bound=1
@@ -110,11 +82,19 @@ _MICRO_BATCH_SIZE = flags.DEFINE_integer(
 _STEPS_LIST = flags.DEFINE_list(
     "gradient_accumulation_steps",
     None,
-    "Micro-batches per update, instead of --micro_batch_size: one number, or several as 2,8,32.",
+    "Micro-batches per update: one number, or several as 2,8,32. Of --micro_batch_size samples "
+    "each if that is given, else parts of --batch_size.",
 )
 _RUNS = flags.DEFINE_integer("runs", 3, "Processes for each row.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 5, "Effective batches timed in a run.", lower_bound=1)
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "Threads of an operation; by default all cores.", lower_bound=1
+)
+_TIMEOUT = flags.DEFINE_float(
+    "timeout", 900.0, "Seconds after which a process is killed.", lower_bound=0.0
+)
 _JSON = flags.DEFINE_string("json", None, "File to write all measurements to.")
+_PNG = flags.DEFINE_string("png", None, "File to draw the table to.")
 _NETWORK = flags.DEFINE_boolean(
     "network",
     False,
@@ -127,237 +107,166 @@ _TUNERS = flags.DEFINE_boolean(
 )
 _TRIALS = flags.DEFINE_integer("trials", 50, "Trials of a search, for --tuners.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Searches of each kind, for --tuners.", lower_bound=1)
-_ROW = flags.DEFINE_string("row", None, "Internal: the row that this process measures.")
+_ROW = flags.DEFINE_string("row", None, "Internal: the file that this worker writes to.")
 
 
-@flags.validator("models", f"they must be some of {', '.join(MODELS)}")
-def _are_models(names):
-    return bool(names) and set(names) <= set(MODELS)
+for _flag, _known in (("models", MODELS), ("rows", ROWS), ("peers", PEERS)):
+    flags.register_validator(
+        _flag,
+        lambda given, known=_known: set(given) <= set(known),
+        f"they must be some of {', '.join(_known)}",
+    )
 
 
-def _counts():
-    """The numbers of micro-batches per update; ValueError if one cannot be."""
-    if _NETWORK.value:
-        for name in ("models", "batch_size"):
-            if flags.FLAGS[name].present:
-                raise ValueError(f"--{name} does not go with --network")
-        counts = [int(k) for k in _STEPS_LIST.value or (1, 4, 16)]
-        if min(counts) < 1:
-            raise ValueError(f"--gradient_accumulation_steps must be positive: {min(counts)}")
-        return counts
-    whole = _BATCH_SIZE.value
-    if _STEPS_LIST.value is None:
-        counts = [whole / _MICRO_BATCH_SIZE.value]
-    else:
-        counts = [int(k) for k in _STEPS_LIST.value]
+def _steps_list(default):
+    """The numbers of --gradient_accumulation_steps; ValueError if one cannot be."""
+    counts = [int(k) for k in _STEPS_LIST.value or default]
+    if min(counts) < 1:
+        raise ValueError(f"--gradient_accumulation_steps must be positive: {min(counts)}")
+    return counts
+
+
+def _cuts():
+    """Pairs: micro-batches per update, effective batch; ValueError if one cannot be."""
+    whole, micro = _BATCH_SIZE.value, _MICRO_BATCH_SIZE.value
+    if _STEPS_LIST.value and flags.FLAGS["micro_batch_size"].present:
+        if flags.FLAGS["batch_size"].present:
+            raise ValueError(
+                "--batch_size, --micro_batch_size and --gradient_accumulation_steps do not go "
+                "together: each follows from the others"
+            )
+        return [(k, k * micro) for k in _steps_list(())]
+    counts = _steps_list((1,)) if _STEPS_LIST.value else [whole / micro]
     for k in counts:
-        if k < 1 or k != int(k) or whole % k:
+        if k != int(k) or whole % k:
             raise ValueError(
                 f"--batch_size={whole} must be divided by the micro-batch without a rest: "
                 f"{k:g} micro-batches"
             )
-    return [int(k) for k in counts]
+    return [(int(k), whole) for k in counts]
 
 
-# --- One row, in its own process ---------------------------------------------
-
-
-def _peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_MIB
-
-
-def measure(model_name, row, k):
-    """Seconds of each effective batch and peak memory, in this process."""
-    import keras
-
-    import tfbig
-
-    keras.utils.set_random_seed(0)
-    imported = _peak_mib()
-    whole, batches = _BATCH_SIZE.value, _WARM_UP + _STEPS.value
-    make, x, y, loss = MODELS[model_name](whole * batches)
-    inputs, outputs = make()
-    is_tfbig = row in (TFBIG, JIT)
-    if is_tfbig:
-        model = tfbig.Model(inputs, outputs, gradient_accumulation_steps=k)
-    else:
-        model = keras.Model(inputs, outputs)
-    accumulation = k if row == BUILT_IN and k > 1 else None
-    model.compile(
-        keras.optimizers.Adam(1e-3, gradient_accumulation_steps=accumulation),
-        loss,
-        jit_compile=row == JIT,
-    )
-    calls = k if row in (BUILT_IN, MICRO) else 1
-    ends = []
-    model.fit(
-        x,
-        y,
-        batch_size=whole // calls,
-        shuffle=False,
-        verbose=0,
-        callbacks=[
-            keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter())
-            )
-        ],
-    )
-    ends = ends[calls - 1 :: calls][_WARM_UP - 1 :]
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
-    peak = _peak_mib()
-    return {"seconds": seconds, "peak_mib": peak, "growth_mib": peak - imported}
-
-
-def _run_row(model, row, k):
-    """Starts a process for a row; returns what it measured."""
-    settings = [
-        f"--row={model}/{k}/{row}",
-        f"--batch_size={_BATCH_SIZE.value}",
-        f"--steps={_STEPS.value}",
+def _tasks():
+    """What to measure; ValueError if that cannot be."""
+    names = [name for name in benchmark_rows.ROWS if name in (*_ROWS.value, *_PEERS.value)]
+    if not names or not _MODELS.value:
+        raise ValueError("there is nothing to measure: --models, or --rows and --peers, are empty")
+    return [
+        benchmark_process.Task(name, model, whole, k, _STEPS.value, _THREADS.value or _cores())
+        for model in _MODELS.value
+        for k, whole in _cuts()
+        for name in names
     ]
-    process = subprocess.run(
-        [sys.executable, __file__, *settings], capture_output=True, text=True, check=False
-    )
-    if process.returncode:
-        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise RuntimeError(f"{model}, {row}: {lines[-1]}")
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 # --- All rows ----------------------------------------------------------------
-
-
-def _summary(runs):
-    seconds = [statistics.median(run["seconds"]) for run in runs]
-    return {
-        "seconds": statistics.median(seconds),
-        "seconds_min": min(seconds),
-        "seconds_max": max(seconds),
-        "peak_mib": statistics.median(run["peak_mib"] for run in runs),
-        "growth_mib": statistics.median(run["growth_mib"] for run in runs),
-    }
-
-
-def _print_table(summaries):
-    columns = "{:<12} {:>4}  {:<29} {:>9} {:>19} {:>6} {:>9} {:>8}"
-    print(columns.format("model", "K", "row", "s/batch", "min-max", "ratio", "peak MiB", "growth"))
-    for (model, k, row), s in summaries.items():
-        if s is None:
-            print(columns.format(model, k, row, "-", "", "", "", "") + SKIPPED[model, row])
-            continue
-        spread = f"{s['seconds_min']:.4f}-{s['seconds_max']:.4f}"
-        print(
-            columns.format(
-                model,
-                k,
-                row,
-                f"{s['seconds']:.4f}",
-                spread,
-                f"{s['ratio']:.2f}",
-                f"{s['peak_mib']:.0f}",
-                f"{s['growth_mib']:.0f}",
-            )
-        )
-
-
-def _measure_all(counts):
-    rows = [(m, k, row) for m in _MODELS.value for k in counts for row in ROWS]
-    runs = collections.defaultdict(list)
-    for i in range(_RUNS.value):
-        for model, k, row in rows:
-            if (model, row) in SKIPPED:
-                continue
-            print(f"run {i + 1}/{_RUNS.value}: {model}, K={k}, {row}", file=sys.stderr, flush=True)
-            runs[model, k, row].append(_run_row(model, row, k))
-    summaries = {key: _summary(runs[key]) if key in runs else None for key in rows}
-    for (model, k, _), summary in summaries.items():
-        if summary is not None:
-            summary["ratio"] = summary["seconds"] / summaries[model, k, MICRO]["seconds"]
-    return summaries, runs
 
 
 def _environment():
     from importlib import metadata
 
     versions = {name: metadata.version(name) for name in ("tensorflow", "keras", "tfbig")}
-    return {"python": platform.python_version(), "cpus": os.cpu_count(), **versions}
+    peers = {peer: benchmark_peers.requirements(peer) for peer in _PEERS.value}
+    return {"python": platform.python_version(), "cpus": os.cpu_count(), **versions, **peers}
 
 
-def _rows(summaries, runs):
-    rows = []
-    for key, summary in summaries.items():
-        row = dict(zip(("model", "gradient_accumulation_steps", "row"), key, strict=True))
-        if summary is None:
-            row["skipped"] = SKIPPED[key[0], key[2]]
+def _document(rows):
+    """The rows as they are written to --json."""
+    written = []
+    for row, ratio in zip(rows, benchmark_report.ratios(rows), strict=True):
+        model, k = row.group
+        head = {"model": model, "gradient_accumulation_steps": k, "row": row.title}
+        head["effective_batch"] = row.task.batch_size
+        if row.skipped or row.error:
+            head |= {"skipped": row.skipped} if row.skipped else {"error": row.error}
+            written.append(head)
         else:
-            row |= summary | {"runs": runs[key]}
-        rows.append(row)
-    return rows
+            written.append(head | row.summary() | {"ratio": ratio, "runs": row.runs})
+    return written
 
 
-def _write_json(path, rows, settings):
-    settings |= {"runs": _RUNS.value, "steps": _STEPS.value}
-    document = {"environment": _environment(), "settings": settings, "rows": rows}
-    path.write_text(json.dumps(document, indent=2) + "\n")
+def _measure_rows(tasks):
+    """Measures every row and prints the table.
 
-
-def _measure_rows(counts):
-    """Measures every row; returns those of the table, which it prints."""
-    summaries, runs = _measure_all(counts)
+    Returns:
+        What is written to --json, and whether all rows were measured.
+    """
+    # `timeout` sends it; as an exception it ends the process that is being measured, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    rows = benchmark_rows.make(tasks)
+    benchmark_rows.measure(rows, _RUNS.value, _TIMEOUT.value, _PEERS_DIRECTORY.value)
     print(
-        f"effective batch {_BATCH_SIZE.value}, {_RUNS.value} runs of {_STEPS.value} batches each; "
-        f"ratio to '{MICRO}'\n"
+        f"{_RUNS.value} runs of {_STEPS.value} effective batches each, {tasks[0].threads} threads"
     )
-    _print_table(summaries)
-    return _rows(summaries, runs)
+    for k, whole in dict.fromkeys(
+        (task.gradient_accumulation_steps, task.batch_size) for task in tasks
+    ):
+        print(f"K={k}: effective batch {whole}, micro-batch {whole // k}")
+    benchmark_report.show(rows)
+    if _PNG.value is not None:
+        benchmark_plot.draw(rows, _PNG.value)
+    return _document(rows), not any(row.error for row in rows)
 
 
 def _prepare():
-    """The numbers of micro-batches, None for --tuners, and where to write to, or None."""
+    """What to measure (counts, tasks or nothing), and where to write to, or None."""
     try:
         if _TUNERS.value and _NETWORK.value:
             raise ValueError("--tuners does not go with --network")
-        counts = None if _TUNERS.value else _counts()
-        path = pathlib.Path(_JSON.value) if _JSON.value else None
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--json={path}: there is no directory {path.parent}")
+        for mode in (_TUNERS, _NETWORK):
+            for name in ("models", "batch_size", "rows", "peers", "threads", "png"):
+                if mode.value and flags.FLAGS[name].present:
+                    raise ValueError(f"--{name} does not go with --{mode.name}")
+        for flag in (_JSON, _PNG):
+            if flag.value and not (parent := pathlib.Path(flag.value).parent).is_dir():
+                raise ValueError(f"--{flag.name}={flag.value}: there is no directory {parent}")
+        if _PNG.value and not importlib.util.find_spec("matplotlib"):
+            raise ValueError("--png needs matplotlib: pip install 'tfbig[plots]'")
+        if _TUNERS.value:
+            return None
+        return _steps_list((1, 4, 16)) if _NETWORK.value else _tasks()
     except ValueError as e:
         raise command_line.UsageError(e) from None
-    return counts, path
+
+
+def _mlp(n):
+    """Of `n` samples: the function that makes the model, the data and the loss."""
+    from keras import losses
+
+    data = benchmark_models.data("mlp", n)
+    return benchmark_models.mlp, *data, losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def _benchmark():
     # On a GPU, ru_maxrss would be the memory of the host.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     numbers = (_MICRO_BATCH_SIZE.value, _STEPS.value, _RUNS.value)
-    if _ROW.value is not None and _NETWORK.value:
-        rows = benchmark_network.measure(mlp, _counts(), *numbers)
+    if _ROW.value is not None:
+        rows = benchmark_network.measure(_mlp, _steps_list(()), *numbers)
         pathlib.Path(_ROW.value).write_text(json.dumps(rows))
         return 0
-    if _ROW.value is not None:
-        model, k, row = _ROW.value.split("/", 2)
-        print(json.dumps(measure(model, row, int(k))))
-        return 0
-    counts, path = _prepare()
+    what, complete = _prepare(), True
     try:
         if _TUNERS.value:
             rows = benchmark_tuners.compare(_TRIALS.value, _SEEDS.value)
             settings = {"trials": _TRIALS.value, "seeds": _SEEDS.value}
         elif _NETWORK.value:
-            rows = benchmark_network.compare(__file__, counts, *numbers)
+            rows = benchmark_network.compare(__file__, what, *numbers)
             settings = {"micro_batch_size": _MICRO_BATCH_SIZE.value}
         else:
-            rows = _measure_rows(counts)
-            settings = {"batch_size": _BATCH_SIZE.value}
+            rows, complete = _measure_rows(what)
+            settings = {"threads": what[0].threads}
     except benchmark_network.UnavailableError as e:
         print(f"benchmark.py: --network skipped: {e}", file=sys.stderr)
         return 0
-    except RuntimeError as e:
+    except (RuntimeError, benchmark_rows.DifferentModelsError) as e:
         print(f"benchmark.py: {e}", file=sys.stderr)
         return 1
-    if path is not None:
-        _write_json(path, rows, settings)
-    return 0
+    if _JSON.value is not None:
+        settings |= {"runs": _RUNS.value, "steps": _STEPS.value}
+        document = {"environment": _environment(), "settings": settings, "rows": rows}
+        pathlib.Path(_JSON.value).write_text(json.dumps(document, indent=2) + "\n")
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

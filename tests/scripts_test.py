@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -20,12 +21,12 @@ TRAIN, BENCHMARK = SCRIPTS / "train.py", SCRIPTS / "benchmark.py"
 UPDATES = 3
 
 
-def run(script, *arguments, cwd=None):
+def run(script, *arguments, cwd=None, timeout=120):
     return subprocess.run(
         [sys.executable, script, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         cwd=cwd,
         check=False,
     )
@@ -195,28 +196,157 @@ def test_help_is_quick_and_lists_the_flags(script):
 
 
 def test_benchmark_measures_every_row(tmp_path):
-    path = tmp_path / "rows.json"
+    path, png = tmp_path / "rows.json", tmp_path / "rows.png"
     done = run(
         BENCHMARK,
         *("--models=mlp", "--batch_size=8", "--gradient_accumulation_steps=2"),
-        *("--runs=1", "--steps=1", f"--json={path}"),
+        *("--runs=1", "--steps=1", f"--json={path}", f"--png={png}"),
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == [
         "plain, whole batch",
         "plain, built-in accumulation",
+        "plain, built-in accumulation, jit_compile",
         "plain, micro-batch",
         "tfbig",
         "tfbig, jit_compile",
+        "tfbig, recompute",
     ]
     base = rows["plain, micro-batch"]["seconds"]
     for name, row in rows.items():
         assert row["seconds"] > 0
         # A ratio is of the same numbers, divided once.
         assert row["ratio"] == row["seconds"] / base
+        assert row["samples_per_second"] == 8 / row["seconds"]
+        # Tracing alone takes longer than an update.
+        assert row["first_update_seconds"] > row["seconds"]
         assert row["peak_mib"] > row["growth_mib"] > 0
+        assert row["parameters"] == 4 * (512 * 512 + 512) + 512 * 10 + 10
         assert name in done.stdout
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+    # Each row of tfbig says which others are better, and in what.
+    lines = done.stdout.split("Where tfbig loses:")[-1].splitlines()
+    worse = {"slower": "seconds", "larger": "growth_mib", "later": "first_update_seconds"}
+    others = [name for name in rows if not name.startswith("tfbig")]
+    for name in rows.keys() - others:
+        said = "".join(line for line in lines if f"K=2, '{name}': " in line).split(": ")[-1]
+        for word, key in worse.items():
+            part = "".join(part for part in said.split("; ") if part.startswith(word))
+            for other in others:
+                ratio = rows[name][key] / rows[other][key]
+                assert (f"'{other}' ({ratio:.2f}x)" in part) == (ratio >= 1.01), (name, key)
+
+
+def fake_peers(directory, monkeypatch, **answers):
+    """Environments whose Python answers with an expression of `task` and `run`, from 0."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import benchmark_peers
+
+    for peer, answer in answers.items():
+        environment = directory / f".venv-{peer}"
+        (environment / "bin").mkdir(parents=True)
+        installed = "\n".join(benchmark_peers.requirements(peer))
+        (environment / "installed.txt").write_text(installed)
+        python = environment / "bin" / "python"
+        python.write_text(
+            f"#!{sys.executable} -S\n"
+            "import json, os, pathlib, sys\n"
+            "task = json.loads(sys.argv[2])\n"
+            "name = 'runs-{gradient_accumulation_steps}'.format(**task)\n"
+            "runs = pathlib.Path(__file__).with_name(name)\n"
+            "run = len(runs.read_text()) if runs.exists() else 0\n"
+            "runs.write_text('x' * (run + 1))\n"
+            "answer = {'seconds': [1.0], 'first_update_seconds': 1.5, 'peak_mib': 9.0,\n"
+            "          'growth_mib': 4.0, 'parameters': 7}\n"
+            f"print(json.dumps(answer | {answer}))\n"
+        )
+        python.chmod(0o755)
+    return f"--peers_directory={directory}"
+
+
+def test_benchmark_takes_the_median_of_runs_that_are_interleaved(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    seconds = "{'seconds': [[5.0, 1.0, 2.0][run]] * 3, 'first_update_seconds': 7.0}"
+    cores = "{'cores': len(os.sched_getaffinity(0)), 'threads': os.environ['OMP_NUM_THREADS']}"
+    done = run(
+        BENCHMARK,
+        *("--models=gpt", "--rows=", "--peers=torch,jax", "--batch_size=8", "--threads=1"),
+        "--micro_batch_size=8",
+        fake_peers(tmp_path, monkeypatch, torch=seconds, jax=cores),
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    torch, jax = json.loads(path.read_text())["rows"]
+    assert (torch["seconds"], torch["seconds_min"], torch["seconds_max"]) == (2.0, 1.0, 5.0)
+    assert torch["samples_per_second"] == 4.0
+    # 7 s for the first update, of which an update itself takes 5, 1, and 2.
+    assert torch["start_seconds"] == 5.0
+    assert torch["ratio"] is None
+    assert [row["row"] for row in (torch, jax)] == [
+        "PyTorch, Accelerate",
+        "Keras on JAX, built-in accumulation",
+    ]
+    order = [line.split("K=1, ")[1].split(",")[0] for line in done.stderr.splitlines()]
+    assert order == ["PyTorch", "Keras on JAX"] * 3
+    for own in jax["runs"]:
+        assert own["threads"] == "1"
+        assert own["cores"] == 1 or not hasattr(os, "sched_setaffinity")
+
+
+@pytest.mark.parametrize(
+    ("cut", "batches"),
+    [("--micro_batch_size=8", [8, 32]), ("--batch_size=32", [32, 32])],
+    ids=["micro_batch_stays", "effective_batch_stays"],
+)
+def test_benchmark_varies_the_number_of_micro_batches(cut, batches, tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    grows = "{'growth_mib': 100.0 * task['gradient_accumulation_steps']}"
+    done = run(
+        BENCHMARK,
+        *("--models=gpt", "--rows=", "--peers=jax", "--gradient_accumulation_steps=1,4", cut),
+        fake_peers(tmp_path, monkeypatch, jax=grows),
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["effective_batch"] for row in rows] == batches
+    over_k = done.stdout.split("Growth of the peak memory, MiB\n")[1].splitlines()
+    assert over_k[0].split()[-2:] == ["K=1", "K=4"]
+    assert over_k[1].split()[-2:] == ["100", "400"]
+
+
+def test_benchmark_goes_on_after_a_row_that_fails(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    directory = fake_peers(tmp_path, monkeypatch, jax="{}")
+    (tmp_path / ".venv-torch").write_text("in the way")
+    done = run(
+        BENCHMARK,
+        # One K at which all rows are there, and a time in which TensorFlow is not imported.
+        *("--models=mlp", "--rows=micro,tfbig", "--peers=torch,jax", "--timeout=1", "--runs=2"),
+        *(directory, f"--json={path}"),
+    )
+    assert done.returncode == 1, done.stderr
+    *killed, torch, jax = json.loads(path.read_text())["rows"]
+    assert [row["error"] for row in killed] == ["killed after 1 s"] * 2
+    assert torch["error"].startswith("python -m venv for torch: ")
+    assert jax["seconds"] == 1.0
+    # None is tried again.
+    assert done.stderr.count("tfbig") == 1
+    for row in (*killed, torch):
+        assert f"failed: {row['error']}" in done.stdout
+
+
+def test_benchmark_compares_models_of_one_size_only(tmp_path, monkeypatch):
+    directory = fake_peers(tmp_path, monkeypatch, torch="{}", jax="{'parameters': 8}")
+    done = run(BENCHMARK, "--models=vit", "--rows=", "--peers=torch,jax", directory)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "benchmark.py: vit is not the same model everywhere: 7 in 'PyTorch, Accelerate' but "
+        "8 in 'Keras on JAX, built-in accumulation'"
+    )
 
 
 def test_over_a_network_an_update_is_one_exchange(tmp_path):
@@ -255,6 +385,12 @@ def test_over_a_network_an_update_is_one_exchange(tmp_path):
         "--gradient_accumulation_steps=0",
         "--network --gradient_accumulation_steps=0",
         "--network --batch_size=64",
+        "--network --peers=jax",
+        "--peers=mxnet",
+        "--rows=none",
+        "--rows=",
+        "--png=/nowhere/rows.png",
+        "--batch_size=8 --micro_batch_size=4 --gradient_accumulation_steps=2",
     ],
 )
 def test_benchmark_refuses_in_one_line(arguments):
