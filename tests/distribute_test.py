@@ -23,7 +23,7 @@ import tfbig
 from tests import job
 from tests.conftest import make_strategy
 from tfbig import errors
-from tfbig.distribute import _cluster
+from tfbig.distribute import _cluster, _tpu
 
 DESCRIPTION = ("TF_CONFIG", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 DESCRIPTION += ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURMD_NODENAME")
@@ -439,7 +439,8 @@ NAMES = "`devices` must name devices that there are, each once: CPU:0, CPU:1, CP
 NUMBER = "`devices` must be an integer >= 1 or a list of one or more device names"
 ONE_NAME = "`devices` must be one device name, as 'GPU:0'"
 GOES_WITH = "`devices` goes with kind='mirrored' or 'one_device'"
-ONE_OF = "`kind` must be one of auto, multi_worker, mirrored, one_device, default"
+ONE_OF = "`kind` must be one of auto, tpu, multi_worker, mirrored, one_device, default"
+TPU_NAME = "`tpu` is a name, and goes with kind='tpu'"
 INVALID = [
     *((ONE_OF, {"kind": kind}) for kind in ("Mirrored", "", None, 2, ["auto"])),
     *((GOES_WITH, {"kind": k, "devices": 1}) for k in ("auto", "default", "multi_worker")),
@@ -449,6 +450,8 @@ INVALID = [
         for d in (["CPU:4"], ["CPU:0", "GPU:0"], ["foo"], [0], ["CPU:1", "/device:cpu:1"])
     ),
     *((ONE_NAME, {"kind": "one_device", "devices": d}) for d in (0, ["CPU:0"])),
+    (TPU_NAME, {"kind": "auto", "tpu": "node"}),
+    (TPU_NAME, {"kind": "tpu", "tpu": 8}),
     *((NAMES, {"kind": "one_device", "devices": d}) for d in ("CPU:4", "GPU:0", "foo", "")),
     *(
         ("`timeout` must be a number of seconds >= 0", {"timeout": t})
@@ -570,3 +573,44 @@ def of_resolver(resolver):
 @pytest.mark.parametrize("name", ["default", "one_device", "mirrored_2"])
 def test_a_single_process_is_the_chief(name):
     assert tfbig.distribute.is_chief(make_strategy(name)) is True
+
+
+# --- TPUs ----------------------------------------------------------------------
+
+
+def test_tensorflow_without_tpus_says_what_to_install():
+    with pytest.raises(errors.ClusterError, match=r"no support for TPUs.*tensorflow-tpu==2\.20"):
+        tfbig.distribute.get_strategy("tpu")
+
+
+@pytest.fixture
+def built_for_tpus(monkeypatch):
+    """As if TensorFlow had what a TPU needs; returns a function that sets what connecting does."""
+    monkeypatch.setattr(_tpu, "_NEEDED", ("MatMul",))
+    monkeypatch.delenv("TPU_NAME", raising=False)
+    asked = []
+
+    def connecting(error):
+        def resolver(tpu):
+            asked.append(tpu)
+            raise error
+
+        monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", resolver)
+        return asked
+
+    return connecting
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("of name"), OSError("of host"), tf.errors.NotFoundError(None, None, "op")]
+)
+def test_tpu_that_is_not_there(error, built_for_tpus, monkeypatch):
+    asked = built_for_tpus(error)
+    with pytest.raises(errors.ClusterError, match="No TPU was found on this machine"):
+        tfbig.distribute.get_strategy("tpu")
+    with pytest.raises(errors.ClusterError, match=r"under the name 'mine'.*TPU_NAME"):
+        tfbig.distribute.get_strategy("tpu", tpu="mine")
+    monkeypatch.setenv("TPU_NAME", "pod")
+    with pytest.raises(errors.ClusterError, match="under the name 'pod'"):
+        tfbig.distribute.get_strategy("tpu")
+    assert asked == ["local", "mine", "pod"]

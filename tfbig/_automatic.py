@@ -7,12 +7,11 @@ memory runs out. The second exchanges and applies what the first returned.
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import tensorflow as tf
 
-from tfbig import _capacity, _cut, _fit, _keras, _memory, _reduction, _workers, errors
+from tfbig import _capacity, _cut, _fit, _keras, _log, _memory, _reduction, _workers, errors
 
 __all__ = ("AutomaticSize", "TrainFunction")
 
@@ -74,6 +73,7 @@ class TrainFunction:
         self.strategy = model.distribute_strategy
         self.workers = _workers.Workers.of(self.strategy)
         self.devices = _keras.devices_of(self.strategy)
+        self.capacity = _capacity.Capacity(self.devices, memory_budget)
         self.share: Any = None
         self._sum = self._program(self._all_reduce)
         self._apply = self._program(self._apply_program)
@@ -157,7 +157,7 @@ class TrainFunction:
 
     def _say(self, text):
         if self.workers.is_chief:
-            print(f"tfbig: {text}", file=sys.stderr, flush=True)
+            _log.logger().info("tfbig: %s", text)
 
     # --- What runs on the devices ---------------------------------------------
 
@@ -225,7 +225,7 @@ class TrainFunction:
         """Whether a size must be found for this batch."""
         if self.automatic.size is None:
             return True
-        if self.memory_budget is None:
+        if self.capacity.budget is None:
             return False
         # Only with a budget: devices say themselves when memory runs out.
         return self._any(self._sample_bytes(data) > _LARGER * self.automatic.sample_bytes)
@@ -289,7 +289,7 @@ class TrainFunction:
         probe = self._program(self._probe_program)
         # XLA wants sizes known, and compiles for each.
         is_static = bool(self.model.jit_compile)
-        return _capacity.Capacity(self.devices, self.memory_budget).largest(
+        return self.capacity.largest(
             self.model,
             lambda size: probe(data, size if is_static else tf.constant(size)),
             self.automatic.share,

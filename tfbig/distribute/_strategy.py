@@ -1,21 +1,20 @@
 """`get_strategy`: the `tf.distribute` strategy for what there is."""
 
 import contextlib
-import logging
 import signal
 import threading
 
 import tensorflow as tf
 
-from tfbig import _building, _workers, errors
-from tfbig.distribute import _cluster
+from tfbig import _building, _log, _workers, errors
+from tfbig.distribute import _cluster, _tpu
 
 __all__ = ("get_strategy", "is_chief")
 
-KINDS = ("auto", "multi_worker", "mirrored", "one_device", "default")
+KINDS = ("auto", "tpu", "multi_worker", "mirrored", "one_device", "default")
 
 
-def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
+def get_strategy(kind="auto", *, tpu=None, devices=None, timeout=600.0, port=None):
     """Makes the strategy for the devices and workers that there are.
 
     To be called once, before anything else of TensorFlow runs. What was chosen,
@@ -24,8 +23,10 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
     Args:
         kind: "auto": several workers where TF_CONFIG (set by `tfbig.launch`, or
             by Kubeflow) or SLURM say so, else a mirrored strategy where there
-            are several GPUs, else the default strategy. Or "multi_worker",
+            are several GPUs, else the default strategy. Or "tpu", "multi_worker",
             "mirrored", "one_device" or "default", to have just that.
+        tpu: For "tpu": str, name or address of the TPU; by default what TPU_NAME says,
+            else that of this machine.
         devices: For "mirrored": int, how many replicas, or a list of device
             names such as `["GPU:0", "GPU:1"]`. Without GPUs a number makes as
             many logical CPU devices. By default all GPUs. For "one_device": a
@@ -40,7 +41,7 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
 
     Raises:
         ClusterError: If TF_CONFIG or SLURM's variables cannot be used, or kind is
-            "multi_worker" and there are none.
+            "multi_worker" and there are none; or no TPU is found.
         InvalidOptionError: If an argument is not valid.
         WorkerUnavailableError: If a worker does not come up in time.
 
@@ -58,6 +59,10 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
             "`devices` goes with kind='mirrored' or 'one_device'. Received: "
             f"kind={kind!r}, devices={devices!r}."
         )
+    if tpu is not None and (kind != "tpu" or not isinstance(tpu, str)):
+        raise errors.InvalidOptionError(
+            f"`tpu` is a name, and goes with kind='tpu'. Received: kind={kind!r}, tpu={tpu!r}."
+        )
     valid = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout >= 0
     if not valid:
         raise errors.InvalidOptionError(
@@ -67,22 +72,15 @@ def get_strategy(kind="auto", *, devices=None, timeout=600.0, port=None):
         raise errors.InvalidOptionError(
             f"`port` must be an integer from 1 to 65535. Received: port={port!r}."
         )
-    strategy, why = _MAKERS[kind](devices, timeout, port)
+    if kind == "tpu":
+        strategy, why = _tpu.connect(tpu)
+    else:
+        strategy, why = _MAKERS[kind](devices, timeout, port)
     name = type(strategy).__name__.lstrip("_")
     # The class of MultiWorkerMirroredStrategy has an older name.
     name = {"CollectiveAllReduceStrategy": "MultiWorkerMirroredStrategy"}.get(name, name)
-    _logger().info("tfbig: %s, %s replica(s), %s", name, strategy.num_replicas_in_sync, why)
+    _log.logger().info("tfbig: %s, %s replica(s), %s", name, strategy.num_replicas_in_sync, why)
     return strategy
-
-
-def _logger():
-    """The logger of this package, which shows what it says unless told otherwise."""
-    logger = logging.getLogger("tfbig")
-    if not logger.handlers and logger.level == logging.NOTSET:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-    return logger
 
 
 def is_chief(strategy):
