@@ -86,7 +86,9 @@ class MicroBatches:
         self.cut = cut
         self.variables = list(variables)
         self.metric_ids = {id(v) for v in metric_variables}
-        self.compiled = compiled
+        # Then the loop is a part of a program that has static shapes throughout.
+        self.is_inline = _keras.is_compiled_as_a_whole()
+        self.compiled = compiled or self.is_inline
         self.unrolled = unrolled
         self.measures_noise = measures_noise
         self.samples = tf.convert_to_tensor(_keras.batch_size(data), tf.int32)
@@ -178,7 +180,7 @@ class MicroBatches:
                 unrolled=self.unrolled,
             )
 
-        if not self.compiled:
+        if not self.compiled or self.is_inline:
             return run()
         # The exchange stays outside of what XLA compiles, and so does the case of no
         # samples, for which some operations have no XLA program.
@@ -227,9 +229,15 @@ class MicroBatches:
         state = self.traits.state
         before = [tf.convert_to_tensor(v.value) for v in state]
         connected = set(self.traits.connected)
+        # Gradients are added up in units of a full micro-batch, which are 1 as a rule: a weight
+        # for each would be another pass over them, for each micro-batch.
+        unit = tf.ones((), self.dtype)
+        if not self.is_whole:
+            unit = tf.cast(self.cut.largest(self.samples), self.dtype)
 
         def step(micro_batch, size, carry):
             weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
+            part, factor = weight / unit, None
             reducer = None if self.is_whole else _reduction.LossReducer(denominators, weight)
             with tf.GradientTape() as tape:
                 with (
@@ -237,21 +245,22 @@ class MicroBatches:
                     _keras.VariableValues(zip(state, carry["state"], strict=True)) as scope,
                 ):
                     result = self.loss_fn(micro_batch)
-                loss = scaled_loss = tf.cast(result.loss, self.dtype)
+                loss = tf.cast(result.loss, self.dtype)
+                scale = part
                 if loss_scale is not None:
-                    scaled_loss = loss * tf.cast(loss_scale, self.dtype)
+                    scale = part * tf.cast(loss_scale, self.dtype)
+                scaled_loss = loss * scale
             gradients = tape.gradient(scaled_loss, [_keras.native(v) for v in self.variables])
             connected.update(i for i, g in enumerate(gradients) if g is not None)
             moments = carry["moments"]
             if self.measures_noise:
-                moments += _noise_scale.moments(
-                    gradients, size, loss_scale, self.dtype, self.compiled
-                )
+                moments += _noise_scale.moments(gradients, size, scale, self.compiled)
             if result.weight is not None and not self.is_whole:
-                weight = tf.cast(result.weight, self.dtype)
+                factor = tf.cast(result.weight, self.dtype) / weight
+                weight *= factor
             return {
                 "gradients": [
-                    _accumulators.add(total, gradient, weight)
+                    _accumulators.add(total, gradient, factor)
                     for total, gradient in zip(carry["gradients"], gradients, strict=True)
                 ],
                 "loss": carry["loss"] + weight * loss,
@@ -290,6 +299,7 @@ class MicroBatches:
                 _accumulators.result(g, v) if i in connected else None
                 for i, (g, v) in enumerate(zip(total["gradients"], self.variables, strict=True))
             ],
+            unit=unit,
             loss=total["loss"],
             values=total["values"],
             weight=total["weight"],

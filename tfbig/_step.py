@@ -34,6 +34,7 @@ _SUPPORTED_STRATEGIES = (
     tf.distribute.OneDeviceStrategy,
     tf.distribute.MirroredStrategy,
     tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.TPUStrategy,
 )
 
 
@@ -42,9 +43,9 @@ def check_strategy():
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
     if strategy is not None and not isinstance(strategy, _SUPPORTED_STRATEGIES):
         raise errors.UnsupportedStrategyError(
-            "tfbig supports the default strategy, OneDeviceStrategy, MirroredStrategy and "
-            f"MultiWorkerMirroredStrategy. Received: {type(strategy).__name__}. Use "
-            "tfbig.distribute.get_strategy()."
+            "tfbig supports the default strategy, OneDeviceStrategy, MirroredStrategy, "
+            "MultiWorkerMirroredStrategy and TPUStrategy. Received: "
+            f"{type(strategy).__name__}. Use tfbig.distribute.get_strategy()."
         )
 
 
@@ -119,6 +120,9 @@ class TrainStep(_options.StepOptions):
             _update.check_optimizer(optimizer)
             # tfbig scales the loss itself, or not at all.
             kwargs["auto_scale_loss"] = False
+            if _keras.is_tpu(strategy):
+                # A TPU's programs are compiled anyway; Keras's own compilation fails there.
+                kwargs["jit_compile"] = False
             super().compile(optimizer, *args, **kwargs)
         _keras.check_losses(self)
         if not hasattr(self, "loss_scale") and _keras.computes_in_float16(self):
@@ -217,7 +221,7 @@ class TrainStep(_options.StepOptions):
     def _plain(self, step, data):
         """Runs a step of Keras, compiled by XLA if asked for."""
         data = _reduction.checked_data(data)
-        if self.jit_compile:
+        if self.jit_compile and not _keras.is_compiled_as_a_whole():
             step = tf.function(step, jit_compile=True, autograph=False)
         # An optimizer's counter does not depend on the data otherwise.
         with tf.control_dependencies(
@@ -231,12 +235,13 @@ class TrainStep(_options.StepOptions):
         synchronized = training and _keras.has_synchronized_layers(self)
         # An exchange may stand neither in a loop nor in an XLA program.
         compiled = bool(self.jit_compile) and not synchronized
+        is_xla = compiled or _keras.is_compiled_as_a_whole()
         recomputed = _recomputation.layers_of(self, self.recompute if training else None)
 
         def loss_fn(micro_batch):
             with (
                 _keras.output_losses(self) as output_losses,
-                _keras.recomputed(recomputed, compiled),
+                _keras.recomputed(recomputed, is_xla),
             ):
                 loss, *batch = _keras.forward(self, micro_batch, training)
             return _micro_batches.Loss(

@@ -22,7 +22,12 @@ from tfbig._keras.data import (
     resume_data,
     without_optionals,
 )
-from tfbig._keras.devices import devices_of
+from tfbig._keras.devices import (
+    compiled_as_a_whole,
+    devices_of,
+    is_compiled_as_a_whole,
+    is_tpu,
+)
 from tfbig._keras.layers import (
     all_layers,
     check_scope,
@@ -105,6 +110,7 @@ __all__ = (
     "check_losses",
     "check_scope",
     "compile_settings",
+    "compiled_as_a_whole",
     "computes_in_float16",
     "data_of_fit",
     "devices_of",
@@ -115,9 +121,11 @@ __all__ = (
     "has_synchronized_layers",
     "intercepted_losses",
     "is_compile_of",
+    "is_compiled_as_a_whole",
     "is_functional",
     "is_sharded",
     "is_summed",
+    "is_tpu",
     "known_batches",
     "loss_names",
     "match_ranks",

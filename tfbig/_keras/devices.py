@@ -1,11 +1,14 @@
-"""The devices that a strategy's replicas run on."""
+"""The devices that a strategy's replicas run on, and what is compiled for them."""
 
 import tensorflow as tf
+
+from tfbig._keras.thread import current, holding
 
 _NAMES_DEVICES = (
     tf.distribute.OneDeviceStrategy,
     tf.distribute.MirroredStrategy,
     tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.TPUStrategy,
 )
 
 
@@ -23,3 +26,22 @@ def devices_of(strategy):
 def is_on_cpu(strategy):
     """Whether all replicas of this process run on the CPU."""
     return all(device.startswith("CPU") for device in devices_of(strategy))
+
+
+def is_tpu(strategy):
+    """Whether replicas run on TPUs."""
+    return isinstance(strategy, tf.distribute.TPUStrategy)
+
+
+def compiled_as_a_whole():
+    """A context in which what is traced becomes one XLA program, as TPUs need it.
+
+    For a `tf.function(jit_compile=True)` around a whole step on one CPU, which runs what a TPU
+    would.
+    """
+    return holding("compiled_as_a_whole", True)
+
+
+def is_compiled_as_a_whole():
+    """Whether the step that is traced is one XLA program, its exchange and update included."""
+    return bool(current("compiled_as_a_whole")) or is_tpu(tf.distribute.get_strategy())
