@@ -69,6 +69,8 @@ class Tuner(keras_tuner.Tuner):
             to 10.
         gradient_accumulation_steps: as for `tfbig.extend`, of every model.
         micro_batch_size: as for `tfbig.extend`, of every model.
+        memory_budget: as for `tfbig.extend`, of every model.
+        recompute: as for `tfbig.extend`, of every model.
         loss_scale: as for `tfbig.extend`, of every model.
         max_seconds: float, seconds after which no trial begins any more.
         max_total_epochs: int, epochs of all trials after which none begins any more.
@@ -91,6 +93,8 @@ class Tuner(keras_tuner.Tuner):
         keep_best_k=10,
         gradient_accumulation_steps=None,
         micro_batch_size=None,
+        memory_budget=None,
+        recompute=None,
         loss_scale="auto",
         max_seconds=None,
         max_total_epochs=None,
@@ -104,6 +108,8 @@ class Tuner(keras_tuner.Tuner):
         self._options = {
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "micro_batch_size": micro_batch_size,
+            "memory_budget": memory_budget,
+            "recompute": recompute,
         }
         self._options = {k: v for k, v in self._options.items() if v is not None}
         self._loss_scale = loss_scale

@@ -64,9 +64,9 @@ class OptunaSearch(_tuner.Tuner):
             trial is feasible where all of them are <= 0.
         **kwargs: `directory`, `project_name`, `overwrite`, `executions_per_trial`,
             `max_retries_per_trial`, `max_consecutive_failed_trials`, `max_seconds`,
-            `max_total_epochs`, `keep_best_k`, `micro_batch_size`,
-            `gradient_accumulation_steps`, `loss_scale`, `distribution_strategy`,
-            `optimizer`, `loss`, `metrics`, `max_model_size`.
+            `max_total_epochs`, `keep_best_k`, `micro_batch_size`, `memory_budget`,
+            `gradient_accumulation_steps`, `recompute`, `loss_scale`,
+            `distribution_strategy`, `optimizer`, `loss`, `metrics`, `max_model_size`.
 
     Raises:
         InvalidOptionError: If an argument is not valid, or needs what is not installed.
