@@ -76,6 +76,39 @@ def test_a_tuner_searches_and_its_best_model_has_the_recorded_score(name, option
     assert f"Trial {trials[0].trial_id} summary" in out
 
 
+def test_every_trial_finds_the_micro_batch_that_fits(options):
+    """`hp.Int("batch_size")` is the effective batch; a trial that does not fit is infeasible."""
+    sizes = []
+
+    def sized(hp):
+        hp.Choice("batch_size", [8, 16])
+        width = hp.Choice("width", [1, 2**22])
+        layers = [keras.layers.Dense(width), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input((3,)), *layers])
+        model.compile("sgd", "mse")
+        return model
+
+    class Sees(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            sizes.append(self.model.micro_batch_size)
+
+    tuner = tuners.GridSearch(
+        sized, **options, max_trials=9, micro_batch_size="auto", memory_budget=32 * 2**20
+    )
+    tuner.search(**DATA, epochs=1, callbacks=[Sees()])
+    statuses = {
+        (t.hyperparameters.get("batch_size"), t.hyperparameters.get("width")): t.status
+        for t in tuner.oracle.trials.values()
+    }
+    assert statuses == {
+        (8, 1): "COMPLETED",
+        (8, 2**22): "INVALID",
+        (16, 1): "COMPLETED",
+        (16, 2**22): "INVALID",
+    }
+    assert set(sizes) == {8, 16}
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A search of three trials that has ended, its tuner and a callback that it was given."""

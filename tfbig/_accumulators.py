@@ -7,7 +7,7 @@ them for the whole batch, since Keras's optimizers square each row for itself.
 
 import tensorflow as tf
 
-__all__ = ("add", "dtype_for", "map_values", "result", "squared_norm", "start", "wider")
+__all__ = ("add", "dtype_for", "result", "squared_norm", "start", "wider")
 
 
 def dtype_for(dtype):
@@ -40,30 +40,25 @@ def start(variable, is_sparse):
     }
 
 
-def add(total, gradient, factor=None):
-    """The accumulator with a gradient added, times a factor if there is one.
-
-    The gradient may be None.
-    """
+def add(total, gradient, weight):
+    """The accumulator with `weight * gradient` added; gradient may be None."""
     if gradient is None:
         return total
-
-    def widened(values, dtype):
-        values = tf.cast(values, dtype)
-        return values if factor is None else values * tf.cast(factor, dtype)
-
     if isinstance(total, dict):
         k, values = total["count"], total["values"]
+        row = tf.cast(weight, values.dtype) * tf.cast(gradient.values, values.dtype)
         return {
             "count": k + 1,
             "indices": total["indices"].write(k, tf.cast(gradient.indices, tf.int64)),
-            "values": values.write(k, widened(gradient.values, values.dtype)),
+            "values": values.write(k, row),
         }
+    weight, shape = tf.cast(weight, total.dtype), total.shape
     if isinstance(gradient, tf.IndexedSlices):
-        rows = widened(gradient.values, total.dtype)
+        rows = weight * tf.cast(gradient.values, total.dtype)
         return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], rows)
+    total += weight * tf.cast(gradient, total.dtype)
     # Of inputs of unknown length, TensorFlow may not know the shape of a gradient.
-    return tf.ensure_shape(total + widened(gradient, total.dtype), total.shape)
+    return tf.ensure_shape(total, shape)
 
 
 def result(total, variable):
@@ -75,13 +70,6 @@ def result(total, variable):
         total["indices"].concat(),
         tf.constant(variable.shape.as_list(), tf.int64),
     )
-
-
-def map_values(function, gradient):
-    """`function` of the values of a gradient, dense or of rows; None of None."""
-    if not isinstance(gradient, tf.IndexedSlices):
-        return None if gradient is None else function(gradient)
-    return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
 
 
 def squared_norm(gradient, factor, compiled):

@@ -86,13 +86,6 @@ class Cut:
         small, larger = samples // count, samples % count
         return (size(small + 1), larger), (size(small), at_most(count - larger, samples))
 
-    def largest(self, samples):
-        """Samples of the largest micro-batch; an int32 scalar, or an int for an int."""
-        (large, larges), (small, _) = self.segments(samples)
-        if isinstance(samples, int):
-            return large if larges else small
-        return tf.where(larges > 0, large, small)
-
 
 def micro_batch(data, begin, size):
     def part(value):

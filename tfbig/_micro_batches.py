@@ -229,15 +229,9 @@ class MicroBatches:
         state = self.traits.state
         before = [tf.convert_to_tensor(v.value) for v in state]
         connected = set(self.traits.connected)
-        # Gradients are added up in units of a full micro-batch, which are 1 as a rule: a weight
-        # for each would be another pass over them, for each micro-batch.
-        unit = tf.ones((), self.dtype)
-        if not self.is_whole:
-            unit = tf.cast(self.cut.largest(self.samples), self.dtype)
 
         def step(micro_batch, size, carry):
             weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
-            part, factor = weight / unit, None
             reducer = None if self.is_whole else _reduction.LossReducer(denominators, weight)
             with tf.GradientTape() as tape:
                 with (
@@ -245,22 +239,21 @@ class MicroBatches:
                     _keras.VariableValues(zip(state, carry["state"], strict=True)) as scope,
                 ):
                     result = self.loss_fn(micro_batch)
-                loss = tf.cast(result.loss, self.dtype)
-                scale = part
+                loss = scaled_loss = tf.cast(result.loss, self.dtype)
                 if loss_scale is not None:
-                    scale = part * tf.cast(loss_scale, self.dtype)
-                scaled_loss = loss * scale
+                    scaled_loss = loss * tf.cast(loss_scale, self.dtype)
             gradients = tape.gradient(scaled_loss, [_keras.native(v) for v in self.variables])
             connected.update(i for i, g in enumerate(gradients) if g is not None)
             moments = carry["moments"]
             if self.measures_noise:
-                moments += _noise_scale.moments(gradients, size, scale, self.compiled)
+                moments += _noise_scale.moments(
+                    gradients, size, loss_scale, self.dtype, self.compiled
+                )
             if result.weight is not None and not self.is_whole:
-                factor = tf.cast(result.weight, self.dtype) / weight
-                weight *= factor
+                weight = tf.cast(result.weight, self.dtype)
             return {
                 "gradients": [
-                    _accumulators.add(total, gradient, factor)
+                    _accumulators.add(total, gradient, weight)
                     for total, gradient in zip(carry["gradients"], gradients, strict=True)
                 ],
                 "loss": carry["loss"] + weight * loss,
@@ -299,7 +292,6 @@ class MicroBatches:
                 _accumulators.result(g, v) if i in connected else None
                 for i, (g, v) in enumerate(zip(total["gradients"], self.variables, strict=True))
             ],
-            unit=unit,
             loss=total["loss"],
             values=total["values"],
             weight=total["weight"],

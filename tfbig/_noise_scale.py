@@ -25,19 +25,18 @@ __all__ = ("NoiseScale", "moments")
 DECAY = 0.99
 
 
-def moments(gradients, size, scale, compiled):
+def moments(gradients, size, loss_scale, dtype, compiled):
     """What a micro-batch adds: `[|g|^2, 1 / n, 1]`.
 
     Args:
         gradients: list of its gradients, None among them.
         size: int32 scalar, its samples.
-        scale: float scalar by which the gradients are multiplied; of the dtype of the result.
+        loss_scale: float32 scalar by which the gradients are multiplied, or None.
+        dtype: dtype of the result.
         compiled: whether XLA compiles it.
     """
-    dtype = scale.dtype
-    squares = [
-        _accumulators.squared_norm(g, 1 / scale, compiled) for g in gradients if g is not None
-    ]
+    factor = tf.ones((), dtype) if loss_scale is None else 1 / tf.cast(loss_scale, dtype)
+    squares = [_accumulators.squared_norm(g, factor, compiled) for g in gradients if g is not None]
     squared = tf.add_n([tf.cast(s, dtype) for s in squares]) if squares else tf.zeros((), dtype)
     return tf.stack([squared, 1 / tf.cast(size, dtype), tf.ones((), dtype)])
 

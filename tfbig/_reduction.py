@@ -23,7 +23,7 @@ import functools
 import keras
 import tensorflow as tf
 
-from tfbig import _accumulators, _keras, errors
+from tfbig import _keras, errors
 
 __all__ = (
     "Denominators",
@@ -202,9 +202,8 @@ class Accumulated:
     Attributes:
         variables: list of trainable variables.
         gradients: list of tensors of float32 or wider, the sum over micro-batches
-            of weight times gradient of the scaled loss, in units of `unit`; None where
-            the loss does not depend on the variable.
-        unit: float scalar, weight of a full micro-batch; exchanged, one.
+            of weight times gradient of the scaled loss; None where the loss does
+            not depend on the variable.
         loss: float scalar, sum of weight times (unscaled) loss.
         values: structure of float scalars, likewise summed.
         weight: float scalar, sum of the weights of the micro-batches.
@@ -221,7 +220,6 @@ class Accumulated:
 
     variables: list
     gradients: list
-    unit: tf.Tensor
     loss: tf.Tensor
     values: list | dict
     weight: tf.Tensor
@@ -233,9 +231,17 @@ class Accumulated:
     stop: tf.Tensor | None = None
 
     def _fields(self):
-        """What is made of tensors: the variables are the same in every graph."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["variables"]
+        names = (
+            "gradients",
+            "loss",
+            "values",
+            "weight",
+            "samples",
+            "logs",
+            "moments",
+            "loss_scale",
+        )
+        fields = {name: getattr(self, name) for name in names}
         return fields | {"state": [(c.before, c.after) for c in self.state]}
 
     def tensors(self):
@@ -279,6 +285,12 @@ def _sum_in(dtype, gradients, weight, is_checked):
     Divided by the weight before, or they might not fit into it; multiplied after.
     """
 
+    def map_values(function, gradient):
+        if not isinstance(gradient, tf.IndexedSlices):
+            return function(gradient)
+        values = function(gradient.values)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+
     def narrow(values):
         return tf.cast(tf.math.divide_no_nan(values, tf.cast(weight, values.dtype)), dtype)
 
@@ -288,22 +300,18 @@ def _sum_in(dtype, gradients, weight, is_checked):
     def as_bits(gradient, dtype):
         # Rows are gathered, not added, which TensorFlow does not do in bfloat16.
         is_sparse = isinstance(gradient, tf.IndexedSlices)
-        return (
-            _accumulators.map_values(lambda v: tf.bitcast(v, dtype), gradient)
-            if is_sparse
-            else gradient
-        )
+        return map_values(lambda v: tf.bitcast(v, dtype), gradient) if is_sparse else gradient
 
-    narrowed = [as_bits(_accumulators.map_values(narrow, g), tf.float16) for g in gradients]
+    narrowed = [as_bits(map_values(narrow, g), tf.float16) for g in gradients]
     sums = [as_bits(g, dtype) for g in all_reduce_sum(narrowed)]
     if is_checked:
         # With a loss scale, the update is skipped.
         values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in sums]
         finite = [tf.reduce_all(tf.math.is_finite(v)) for v in values]
         with _after(tf.debugging.Assert(tf.reduce_all(finite), [_keras.OVERFLOW])):
-            sums = [_accumulators.map_values(tf.identity, g) for g in sums]
+            sums = [map_values(tf.identity, g) for g in sums]
     return [
-        _accumulators.map_values(functools.partial(widen, wide=g.dtype), s)
+        map_values(functools.partial(widen, wide=g.dtype), s)
         for s, g in zip(sums, gradients, strict=True)
     ]
 
@@ -375,12 +383,7 @@ def exchange(share, exchange_dtype=None):
     def is_shared(change):
         return not change.is_metric or _keras.is_summed(change.variable)
 
-    # Shares may have been cut into micro-batches of different size.
-    gradients = [
-        _accumulators.map_values(lambda v: v * tf.cast(share.unit, v.dtype), g)
-        for g in share.gradients
-    ]
-    connected = [g for g in gradients if g is not None]
+    connected = [g for g in share.gradients if g is not None]
     rest = [scalars, *map(message, filter(is_shared, share.state))]
     if exchange_dtype is None:
         # Of one dtype, the widest, so that all go in one package.
@@ -414,7 +417,6 @@ def exchange(share, exchange_dtype=None):
     return dataclasses.replace(
         share,
         gradients=[None if g is None else _cast(next(gradients), g.dtype) for g in share.gradients],
-        unit=tf.ones_like(share.unit),
         loss=loss,
         values=tf.nest.pack_sequence_as(share.values, values),
         weight=weight,

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from tfbig import _accumulators, _keras, _reduction, errors
+from tfbig import _keras, _reduction, errors
 
 __all__ = ("Update", "apply_gradients")
 
@@ -56,9 +56,13 @@ def _values(gradient):
 
 
 def _divide(gradient, divisor):
-    return _accumulators.map_values(
-        lambda v: tf.math.divide_no_nan(v, tf.cast(divisor, v.dtype)), gradient
-    )
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            _divide(gradient.values, divisor), gradient.indices, gradient.dense_shape
+        )
+    return tf.math.divide_no_nan(gradient, tf.cast(divisor, gradient.dtype))
 
 
 def apply_gradients(
@@ -91,12 +95,11 @@ def apply_gradients(
     batch = _reduction.exchange(accumulated, exchange_dtype)
     loss = tf.math.divide_no_nan(batch.loss, batch.weight)
     values = tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values)
-    # One division, as it is a pass over all gradients: a power of two, which the scale is as a
-    # rule, changes no digit of the divisor.
-    divisor = batch.weight / batch.unit
+    # Two divisions: the scale is a power of two as a rule, and dividing by it
+    # alone is exact.
+    gradients = [_divide(g, batch.weight) for g in batch.gradients]
     if batch.loss_scale is not None:
-        divisor *= tf.cast(batch.loss_scale, divisor.dtype)
-    gradients = [_divide(g, divisor) for g in batch.gradients]
+        gradients = [_divide(g, batch.loss_scale) for g in gradients]
     measures_noise = batch.moments.shape[0] != 0
     norm = global_norm(gradients) if log_grad_norm or measures_noise else None
 
