@@ -203,7 +203,8 @@ class TrainStep(_options.StepOptions):
         if self.log_grad_norm:
             logs["grad_norm"] = update.gradient_norm
         if self.noise_scale_state is not None:
-            logs["gradient_noise_scale"] = self.noise_scale_state.update(update)
+            with _keras.exchanged_already(self.noise_scale_state.variables()):
+                logs["gradient_noise_scale"] = self.noise_scale_state.update(update)
         return logs
 
     @_keras.returns_global_logs

@@ -104,22 +104,25 @@ def apply_gradients(
     norm = global_norm(gradients) if log_grad_norm or measures_noise else None
 
     finite = None
-    if loss_scale is None:
-        # The optimizer's counter does not depend on the gradients otherwise.
-        with tf.control_dependencies([batch.weight]):
-            _apply(optimizer, gradients, batch.variables)
-    else:
-        flags = _finite_flags(gradients)
-        finite = tf.reduce_all(flags)
-        _apply_if_finite(optimizer, gradients, batch.variables, loss_scale, flags)
-    _assign_state(batch.state, finite, loss)
+    assigned = [*optimizer.variables, *batch.variables, *(c.variable for c in batch.state)]
+    with _keras.exchanged_already(assigned + (loss_scale.variables() if loss_scale else [])):
+        if loss_scale is None:
+            # The optimizer's counter does not depend on the gradients otherwise.
+            with tf.control_dependencies([batch.weight]):
+                _apply(optimizer, gradients, batch.variables)
+        else:
+            flags = _finite_flags(gradients)
+            finite = tf.reduce_all(flags)
+            _apply_if_finite(optimizer, gradients, batch.variables, loss_scale, flags)
+        _assign_state(batch.state, finite, loss)
     return Update(loss, values, finite, norm, batch.samples, batch.logs, batch.moments, batch.stop)
 
 
 def without_gradients(accumulated):
     """The `Update` of an evaluation: losses and metrics, no optimizer."""
     batch = _reduction.exchange(accumulated)
-    _assign_state(batch.state, None, None)
+    with _keras.exchanged_already([c.variable for c in batch.state]):
+        _assign_state(batch.state, None, None)
     return Update(
         tf.math.divide_no_nan(batch.loss, batch.weight),
         tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values),

@@ -60,6 +60,11 @@ def _build_by_call(model, specs):
         backend.compute_output_spec(call)
 
 
+def build_for(model, specs):
+    """Builds a model, its losses and its metrics for batches of these specifications."""
+    model._symbolic_build(data_batch=specs)
+
+
 def set_initial_epoch(model, epoch):
     """Has the next `fit`, or the one that begins, start with this epoch."""
     model._initial_epoch = epoch

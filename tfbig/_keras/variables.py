@@ -1,8 +1,12 @@
 """Variables: their copies on the replicas, and values that stand in for them."""
 
+import contextlib
+
 import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
+
+from tfbig._keras.devices import is_tpu
 
 
 def native(variable):
@@ -40,6 +44,25 @@ class VariableValues(keras.StatelessScope):
 def is_summed(variable):
     """Whether a metric's variable stands for the sum over the replicas, as most do."""
     return variable.aggregation == "sum" and variable.dtype.startswith(("float", "bfloat"))
+
+
+@contextlib.contextmanager
+def exchanged_already(variables):
+    """Within it, each core of a TPU assigns to its own copy of variables what it is given.
+
+    TPUStrategy would exchange it first, as the variable's aggregation says: `iterations` by an
+    AllToAll, and inside of the conditional that loss scaling needs. What is assigned after the
+    exchange is the same on all cores.
+    """
+    copied = [native(v) for v in variables] if is_tpu(tf.distribute.get_strategy()) else []
+    kept = [v._aggregation for v in copied]
+    for variable in copied:
+        variable._aggregation = tf.VariableAggregation.NONE
+    try:
+        yield
+    finally:
+        for variable, aggregation in zip(copied, kept, strict=True):
+            variable._aggregation = aggregation
 
 
 def values_of(variables):

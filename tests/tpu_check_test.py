@@ -1,0 +1,169 @@
+"""`python -m tfbig.tpu_check`, as a user calls it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import job
+from tfbig import tpu_check
+
+MODEL = """
+import keras
+import numpy as np
+
+def build(inner=(), inputs=keras.Input((8,)), optimizer="adam"):
+    model = keras.Sequential([inputs, *inner, keras.layers.Dense(10)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss)
+    return model
+
+def python():
+    import tensorflow as tf
+    class Python(keras.layers.Layer):
+        def call(self, x):
+            return tf.ensure_shape(tf.numpy_function(np.tanh, [x], tf.float32), x.shape)
+    return build([Python(name="tanh")])
+
+def ragged():
+    return build([keras.layers.GlobalMaxPooling1D()], keras.Input((None, 3)))
+
+def sampled():
+    return ragged(), (np.zeros((2, 7, 3), "float32"), np.zeros(2, "int32"))
+
+def raising():
+    raise KeyError("no such thing")
+
+def not_compiled():
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+
+def not_a_model():
+    return 3
+
+number = 3
+"""
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    (tmp_path / "my_model.py").write_text(MODEL)
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    monkeypatch.chdir(tmp_path)
+    # What naming a file adds is taken back.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in ("my_model", "broken"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(directory, capsys):
+    def run(*arguments):
+        code = tpu_check.main(arguments)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def rows(output):
+    """The lines of the report by their first word."""
+    return {line[:10].strip(): line[10:] for line in output.splitlines()}
+
+
+def test_report(run):
+    code, out, err = run("--topology", "v5e:2x2", "my_model.py:build", "--batch_size", "64",
+                         "--micro_batch_size=4")  # fmt: skip
+    assert (code, err) == (0, "")
+    report = rows(out)
+    assert report["model"] == "Sequential 'sequential'"
+    assert report["data"].startswith("x float32 (64, 8), y int32 (64,), as the model's inputs")
+    assert report["slice"] == "v5e:2x2, 4 cores, 16 samples each, cut into micro-batches of 4"
+    assert report["traced"].startswith("under TPUStrategy of TensorFlow 2.")
+    assert report["traced"].endswith("Nothing was compiled, nothing was run")
+    assert "runs on" not in out
+    assert report["checks"] == "passed"
+    # Gradients of 90 numbers, five scalars.
+    assert report["exchange"] == "3 CrossReplicaSum, 380 B from each core per update"
+    assert report["memory"] == "variables of the model   360 B (90 numbers)"
+    # Two moments of 90 numbers; iterations, int64; the learning rate.
+    assert "optimizer                732 B" in out
+    assert "of 16 GB of HBM" in out
+    assert "https://cloud.google.com/tpu/docs/v5e" in out
+
+
+def test_a_fault_is_told_with_its_layer(run):
+    code, out, _ = run("my_model.py:python", "--batch_size=64")
+    assert code == 1
+    assert rows(out)["checks"] == "1 failed"
+    assert "HostOperationError: A TPU cannot call Python." in out
+    assert "(PyFunc) of layer 'tanh' (Python)" in out
+
+
+def test_shapes_of_a_sample(run):
+    code, out, _ = run("my_model:sampled", "--batch_size=64", "--gradient_accumulation_steps=2")
+    assert code == 0
+    assert rows(out)["data"] == "x float32 (64, 7, 3), y int32 (64,)"
+    assert rows(out)["slice"].endswith("cut into 2 micro-batches")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--batch_size=64"], 2, "one argument must name what makes the model"),
+        (["my_model.py:build"], 2, "--batch_size must be given"),
+        (["my_model.py:build", "--batch_size=0"], 2, "--batch_size"),
+        (["my_model.py:build", "--batch_size=x"], 2, "--batch_size"),
+        (["my_model.py:build", "--batch=4"], 2, "Unknown command line flag 'batch'"),
+        (["my_model.py:build", "--batch_size=6"], 2, "must divide by the 4 cores of v5e:2x2"),
+        (["my_model.py:build", "--batch_size=8", "--topology=v4:2x2"], 2, "A topology must be"),
+        (
+            [
+                "my_model.py:build",
+                "--batch_size=8",
+                "--micro_batch_size=1",
+                "--gradient_accumulation_steps=2",
+            ],
+            2,
+            "exclude each other",
+        ),
+        (["my_model.py", "--batch_size=8"], 2, "a model is named as my_model.py:build"),
+        (["none.py:build", "--batch_size=8"], 2, "there is no file none.py"),
+        (["broken.py:build", "--batch_size=8"], 2, "No module named 'no_such_module'"),
+        (["my_model.py:other", "--batch_size=8"], 2, "has no function 'other'"),
+        (["my_model.py:number", "--batch_size=8"], 2, "has no function 'number'"),
+        (["my_model.py:raising", "--batch_size=8"], 2, "build() failed: KeyError"),
+        (["my_model.py:not_compiled", "--batch_size=8"], 2, "Sequential, not compiled"),
+        (["my_model.py:not_a_model", "--batch_size=8"], 2, "Received: int"),
+        (["my_model.py:ragged", "--batch_size=8"], 1, "of shape (None, None, 3)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_wrong_arguments_get_one_line(run, arguments, code, text):
+    got, out, err = run(*arguments)
+    assert (got, out) == (code, "")
+    assert text in err
+    assert err.startswith("tfbig.tpu_check: ")
+    assert err.count("\n") == 1
+
+
+def test_help(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "--topology" in out
+    assert "Exit code" in out
+
+
+def test_as_a_program_of_more_cores_than_there_are_devices(directory):
+    command = [sys.executable, "-m", "tfbig.tpu_check", "--topology=v6e:2x4", "my_model.py:build"]
+    result = subprocess.run(
+        [*command, "--batch_size=64"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=directory,
+        env=job.environment(),
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "v6e:2x4, 8 cores, 8 samples each" in result.stdout
+    assert "of 32 GB of HBM" in result.stdout

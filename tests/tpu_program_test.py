@@ -1,0 +1,304 @@
+"""An update as TPUs would get it: traced under a made-up slice, and faults that are found in it."""
+
+import contextlib
+import dataclasses
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbig
+from tfbig import _keras, _reduction, _tpu, _update
+from tfbig._tpu import checks
+
+SHARE = 8  # Samples of a core.
+
+
+@functools.cache
+def strategy():
+    """Four cores, as many as `conftest` has made logical CPU devices."""
+    return _tpu.made_up_strategy(_tpu.Slice.parse("v5e:2x2"))
+
+
+def net(*inner, shape=(3,), dtype="float32", optimizer=None, cls=tfbig.Sequential, **options):
+    """A compiled model with a last layer of one unit; `inner` are functions that make layers."""
+    options = {"gradient_accumulation_steps": 4} | options
+    with strategy().scope():
+        made = [layer() for layer in inner]
+        model = cls([keras.Input(shape, dtype=dtype), *made, layers.Dense(1)], **options)
+        model.compile(optimizer() if optimizer else "sgd", "mse", metrics=["mae"])
+    return model
+
+
+def traced(model):
+    inputs = model.inputs[0]
+    share = (
+        tf.TensorSpec([SHARE, *inputs.shape[1:]], inputs.dtype),
+        tf.TensorSpec([SHARE, *model.outputs[0].shape[1:]], "float32"),
+    )
+    return _tpu.trace(model, share)
+
+
+def found(model):
+    return _tpu.findings(traced(model))
+
+
+def summed(program):
+    """Shapes of what the cores sum, sorted."""
+    return sorted(tuple(place.op.inputs[0].shape) for place in checks.collectives(program))
+
+
+def test_variables_have_a_copy_for_each_core():
+    model = net()
+    assert strategy().num_replicas_in_sync == 4
+    for variable in model.weights:
+        assert len(strategy().experimental_local_results(variable.value)) == 4
+    model.set_weights([np.ones(w.shape) for w in model.weights])
+    assert float(model.weights[1].numpy()[0]) == 1.0
+
+
+def test_too_few_devices():
+    with pytest.raises(tfbig.errors.UnsupportedStrategyError, match="needs 16 logical CPU devices"):
+        _tpu.made_up_strategy(_tpu.Slice.parse("v5e:4x4"))
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:2", "v5e:2x2x2", "v5p:2x2", "v9:2x2", "v5e:0x2", ""])
+def test_a_topology_that_there_is_not(name):
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="such as v5e:2x2, v5p:2x2x2"):
+        _tpu.Slice.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("inner", "options"),
+    [
+        ([], {}),
+        ([], {"gradient_accumulation_steps": 1}),
+        ([], {"gradient_accumulation_steps": None, "micro_batch_size": 3}),
+        ([layers.BatchNormalization, lambda: layers.Dropout(0.5)], {"loss_scale": "dynamic"}),
+        ([lambda: layers.Dense(4, "relu", kernel_regularizer="l2")], {"loss_scale": 8.0}),
+        ([], {"optimizer": lambda: keras.optimizers.AdamW(global_clipnorm=1.0, use_ema=True)}),
+        ([], {"optimizer": keras.optimizers.Adam, "loss_scale": "dynamic"}),
+        ([lambda: layers.Dense(4)], {"log_grad_norm": True, "exchange_dtype": "bfloat16"}),
+        ([lambda: layers.Dense(4)], {"log_gradient_noise_scale": True, "recompute": True}),
+    ],
+    ids=[
+        "steps",
+        "whole",
+        "size",
+        "state",
+        "regularized",
+        "clipped",
+        "dynamic",
+        "half_exchange",
+        "noise_scale",
+    ],
+)
+def test_nothing_is_wrong_with_a_step_of_tfbig(inner, options):
+    assert found(net(*inner, **options)) == []
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        (lambda: layers.Embedding(10, 3), layers.GlobalAveragePooling1D),
+        (lambda: layers.Embedding(10, 3, mask_zero=True), lambda: layers.LSTM(2)),
+    ],
+    ids=["embedding", "masked"],
+)
+def test_nothing_is_wrong_with_a_model_of_tokens(inner):
+    model = net(*inner, shape=(5,), dtype="int32", loss_scale="dynamic")
+    assert found(model) == []
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize("loss_scale", [None, "dynamic"])
+def test_each_gradient_is_summed_once_and_outside_of_loops(steps, loss_scale):
+    model = net(layers.BatchNormalization, gradient_accumulation_steps=steps, loss_scale=loss_scale)
+    program = traced(model)
+    # Gradients of scale, offset, kernel and bias; scalars; two moving statistics; the two sums
+    # of the metric.
+    assert summed(program) == sorted([(3,), (3,), (3, 1), (1,), (5,), (3,), (3,), (), ()])
+    assert all(not (p.loops or p.conditionals) for p in checks.collectives(program))
+    # Else the check of what is inside of loops would say nothing.
+    assert any(place.loops for place in program.places)
+    assigned = [p for p in program.places if p.op.type.startswith("Assign")]
+    assert any(place.conditionals for place in assigned) == (loss_scale is not None)
+
+
+# --- Planted faults ----------------------------------------------------------
+
+
+class Layer(layers.Layer):
+    """A layer of a function that leaves shapes as they are."""
+
+    def __init__(self, function, name):
+        super().__init__(name=name)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+    def compute_output_shape(self, shape):
+        # Else Keras would call it outside of the strategy, to see.
+        return shape
+
+
+def planted(function, **options):
+    return net(lambda: Layer(function, "planted"), **options)
+
+
+def only(errors, kind, *texts):
+    """Checks that all errors are of a kind and that the first one holds the texts."""
+    assert errors
+    assert {type(e) for e in errors} == {kind}
+    for text in texts:
+        assert text in str(errors[0])
+
+
+def test_exchange_inside_of_the_loop():
+    def mean(x):
+        context = tf.distribute.get_replica_context()
+        # There is none while Keras builds the model.
+        return x - (context.all_reduce("MEAN", x) if context else x)
+
+    only(
+        found(planted(mean)),
+        _tpu.CollectiveError,
+        "(CrossReplicaSum)",
+        "layer 'planted' (Layer)",
+        "inside of the loop",
+    )
+
+
+def test_exchange_inside_of_a_conditional(monkeypatch):
+    # Without it TensorFlow sends `iterations` of the first core to all.
+    monkeypatch.setattr(_keras, "exchanged_already", lambda _: contextlib.nullcontext())
+    errors = found(net(loss_scale="dynamic"))
+    assert any("inside of a conditional" in str(e) for e in errors)
+    assert any("Cores exchange sums and means" in str(e) and "(AllToAll)" in str(e) for e in errors)
+
+
+def changed_exchange(monkeypatch, change):
+    """Replaces what `_reduction.exchange` returns, and changes what it returned."""
+    original = _reduction.exchange
+
+    def exchange(share, *args):
+        return change(share, original(share, *args))
+
+    monkeypatch.setattr(_reduction, "exchange", exchange)
+
+
+def test_double_sum(monkeypatch):
+    def again(share, batch):
+        return dataclasses.replace(batch, gradients=_reduction.all_reduce_sum(batch.gradients))
+
+    changed_exchange(monkeypatch, again)
+    errors = found(net())
+    only(errors, _tpu.CollectiveError, "the same on all cores already", "(CrossReplicaSum)")
+    assert len(errors) == 2  # Kernel and bias.
+
+
+def test_no_exchange(monkeypatch):
+    monkeypatch.setattr(_reduction, "all_reduce_sum", list)
+    errors = found(net(optimizer=lambda: keras.optimizers.SGD(0.1, momentum=0.9)))
+    only(errors, _tpu.DriftError, "was not exchanged")
+    text = " ".join(map(str, errors))
+    assert "kernel" in text
+    assert "bias" in text
+
+
+def test_one_gradient_is_not_exchanged(monkeypatch):
+    def mixed(share, batch):
+        return dataclasses.replace(batch, gradients=[batch.gradients[0], share.gradients[1]])
+
+    changed_exchange(monkeypatch, mixed)
+    errors = found(net())
+    only(errors, _tpu.DriftError, "bias")
+    assert len(errors) == 1
+
+
+def test_predicate_before_the_exchange(monkeypatch):
+    flags = _update._finite_flags
+    shares = []
+
+    def kept(share, batch):
+        shares.append(share.gradients)
+        return batch
+
+    changed_exchange(monkeypatch, kept)
+    monkeypatch.setattr(_update, "_finite_flags", lambda gradients: flags(shares[-1]))
+    errors = found(net(loss_scale="dynamic"))
+    assert type(errors[0]) is _tpu.PredicateError
+    assert "decided after the exchange" in str(errors[0])
+    assert "(If)" in str(errors[0])
+
+
+def tanh(x):
+    return tf.ensure_shape(tf.numpy_function(np.tanh, [x], tf.float32), x.shape)
+
+
+def python_tanh(x):
+    return tf.ensure_shape(tf.py_function(tf.tanh, [x], tf.float32), x.shape)
+
+
+@pytest.mark.parametrize(("function", "op"), [(python_tanh, "(EagerPyFunc)"), (tanh, "(PyFunc)")])
+def test_python_in_a_layer(function, op):
+    errors = found(planted(function))
+    assert {type(e) for e in errors} == {_tpu.HostOperationError}
+    assert op in str(errors[0])
+    assert "cannot call Python" in str(errors[0])
+    assert "layer 'planted' (Layer)" in str(errors[0])
+
+
+def test_string_features():
+    def hashed(x):
+        return tf.cast(tf.strings.to_hash_bucket_fast(x, 10), tf.float32)
+
+    errors = found(planted(hashed, dtype="string"))
+    assert {type(e) for e in errors} == {_tpu.HostOperationError}
+    assert any("(StringToHashBucketFast) of layer 'planted' (Layer)" in str(e) for e in errors)
+
+
+def test_an_operation_that_the_compiler_does_not_know():
+    model = net(lambda: layers.IntegerLookup(vocabulary=[3, 4]), shape=(1,), dtype="int64")
+    only(
+        found(model),
+        _tpu.UnknownOperationError,
+        "(LookupTableFindV2) of layer 'integer_lookup' (IntegerLookup)",
+    )
+
+
+def test_assertions_may_hold_strings():
+    def asserted(x):
+        with tf.control_dependencies([tf.debugging.assert_less(x, 9.0, "too large")]):
+            return tf.identity(x)
+
+    program = traced(planted(asserted))
+    assert any(place.op.type == "Assert" for place in program.places)
+    assert _tpu.findings(program) == []
+
+
+def test_dynamic_shape():
+    def positive(x):
+        return x + tf.reduce_sum(tf.boolean_mask(x, x > 0))
+
+    only(
+        found(planted(positive)),
+        _tpu.DynamicShapeError,
+        "shape (None, ",
+        "(Where) of layer 'planted' (Layer)",
+    )
+
+
+def test_check_raises_the_first():
+    with pytest.raises(_tpu.ProgramError, match="cannot call Python"):
+        _tpu.check(traced(planted(tanh)))
+
+
+def test_a_graph_without_a_program():
+    graph = tf.function(lambda x: x + 1).get_concrete_function(tf.TensorSpec([])).graph
+    with pytest.raises(tfbig.errors.UnsupportedStrategyError, match="no program for a TPU"):
+        _tpu.Program(graph)

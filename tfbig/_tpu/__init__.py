@@ -1,0 +1,40 @@
+"""A TPU program without a TPU: a model's step, traced under a made-up slice, and looked at.
+
+`slice.py` says what a slice is, `strategy.py` makes a `TPUStrategy` for one that is not there,
+`batch.py` says what a core is given, `program.py` traces the step, `differences.py` tells which
+of its values differ between the cores, and `checks.py` what is wrong with it.
+"""
+
+from tfbig._tpu.batch import Batch
+from tfbig._tpu.checks import (
+    CollectiveError,
+    DriftError,
+    DynamicShapeError,
+    HostOperationError,
+    PredicateError,
+    ProgramError,
+    UnknownOperationError,
+    check,
+    findings,
+)
+from tfbig._tpu.program import Program, trace
+from tfbig._tpu.slice import CHIPS, Slice
+from tfbig._tpu.strategy import made_up_strategy
+
+__all__ = (
+    "CHIPS",
+    "Batch",
+    "CollectiveError",
+    "DriftError",
+    "DynamicShapeError",
+    "HostOperationError",
+    "PredicateError",
+    "Program",
+    "ProgramError",
+    "Slice",
+    "UnknownOperationError",
+    "check",
+    "findings",
+    "made_up_strategy",
+    "trace",
+)

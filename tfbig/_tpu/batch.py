@@ -1,0 +1,120 @@
+"""What one core is given of a batch: shapes and dtypes."""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from tfbig import errors
+from tfbig._tpu.checks import DynamicShapeError
+
+__all__ = ("Batch",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """An effective batch: shapes and dtypes, without values.
+
+    Attributes:
+        specs: `(x, y)` or `(x, y, sample_weight)`, structures of `tf.TensorSpec`, whose first
+            dimension is the batch's.
+        is_assumed: bool, whether they are taken from the model, which does not know its targets.
+    """
+
+    specs: tuple
+    is_assumed: bool
+
+    @classmethod
+    def of_sample(cls, sample, size):
+        """As a sample of the data says.
+
+        Args:
+            sample: structure of arrays or tensors `(samples, ...)`, of any number of samples.
+            size: int, samples of an update, over all cores.
+        """
+
+        def spec(value):
+            if value is None:
+                return None
+            value = tf.convert_to_tensor(value)
+            return tf.TensorSpec([size, *value.shape[1:]], value.dtype)
+
+        return cls(keras.tree.map_structure(spec, sample), is_assumed=False)
+
+    @classmethod
+    def of_model(cls, model, size):
+        """As the inputs, outputs and losses of a functional or sequential model say.
+
+        Raises:
+            InvalidOptionError: If they do not tell.
+            DynamicShapeError: If a dimension besides the batch's is not fixed.
+        """
+        try:
+            inputs, outputs = list(model.inputs), list(model.outputs)
+        except (AttributeError, ValueError, TypeError):
+            inputs = outputs = []
+        sparse = _are_sparse(model.loss, outputs)
+        if not inputs or sparse is None:
+            raise errors.InvalidOptionError(
+                "What the model is trained on cannot be told from its inputs and losses. Have "
+                "build() return a pair of the model and a sample of the data: model, (x, y)."
+            )
+        x = [_spec(i, i.shape[1:], i.dtype, size) for i in inputs]
+        y = [
+            _spec(o, o.shape[1:-1], "int32", size)
+            if is_sparse
+            else _spec(o, o.shape[1:], keras.config.floatx(), size)
+            for o, is_sparse in zip(outputs, sparse, strict=True)
+        ]
+        pair = tuple(part[0] if len(part) == 1 else part for part in (x, y))
+        return cls(pair, is_assumed=True)
+
+    def share(self, cores):
+        """Specifications of what each of `cores` is given.
+
+        Raises:
+            InvalidOptionError: If the batch does not divide by the cores.
+        """
+
+        def part(spec):
+            if spec is None:
+                return None
+            size = spec.shape[0]
+            if size % cores:
+                raise errors.InvalidOptionError(
+                    f"A batch must divide by the cores, of which there are {cores}. Received: "
+                    f"batch_size={size}. Use {size // cores * cores or cores} or "
+                    f"{-(-size // cores) * cores}."
+                )
+            return tf.TensorSpec([size // cores, *spec.shape[1:]], spec.dtype)
+
+        return keras.tree.map_structure(part, self.specs)
+
+    def __str__(self):
+        names = ("x", "y", "sample_weight")
+        parts = zip(names, self.specs, strict=False)
+        return ", ".join(
+            f"{name} {spec.dtype.name} {tuple(spec.shape)}"
+            for name, part in parts
+            for spec in keras.tree.flatten(part)
+            if spec is not None
+        )
+
+
+def _are_sparse(loss, outputs):
+    """For each output whether its targets are indices of classes; None if that is not told."""
+    losses = loss if isinstance(loss, list | tuple) else [loss] * len(outputs)
+    if isinstance(loss, dict) or len(losses) != len(outputs) or None in losses:
+        return None
+    names = [x if isinstance(x, str) else getattr(x, "__name__", type(x).__name__) for x in losses]
+    return [name.lower().startswith("sparse") for name in names]
+
+
+def _spec(tensor, shape, dtype, size):
+    if None in shape:
+        raise DynamicShapeError(
+            "Every shape of a TPU's program must be fixed, save that the batch's size is given. "
+            f"Received: {tensor.name!r} of shape {tuple(tensor.shape)}. Fix it in keras.Input, or "
+            "have build() return a sample of the data too: model, (x, y)."
+        )
+    return tf.TensorSpec([size, *shape], dtype)
