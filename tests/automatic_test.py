@@ -181,9 +181,10 @@ def test_budget_on_the_cpu(name, kwargs):
     share = 1024 // make_strategy(name).num_replicas_in_sync
     assert found(2**33) == share
     few, many = found(16 * MIB), found(32 * MIB)
-    # At least the activations and their gradients.
-    assert 8 <= few <= 16 * MIB / (2 * 64 * 2**10)
-    assert 1.4 <= many / few <= 3.5
+    # At least the activations and their gradients, at most twice that.
+    assert 48 <= few <= 16 * MIB / (2 * 64 * 2**10)
+    # Less what the model takes; sizes are looked for to a sixteenth.
+    assert 1.9 <= many / few <= 2.2
 
 
 def test_budget_and_larger_samples():
@@ -214,9 +215,23 @@ def test_size_is_remembered(told):
     second, again = build(most=13)
     fit(second)
     assert (second.micro_batch_size, again.failures) == (first.micro_batch_size, [])
-    other, tried = build(most=13, recompute=["hidden"])
-    fit(other)
-    assert tried.failures
+
+
+@pytest.mark.parametrize("other", ["recompute", "optimizer", "precision"])
+def test_size_is_not_that_of_another_computation(other):
+    if other == "precision":
+        # Variables of both are in float32.
+        keras.config.set_dtype_policy("float32")
+    first, _ = build(most=13)
+    fit(first)
+    options = {"recompute": ["hidden"]} if other == "recompute" else {}
+    if other == "precision":
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    second, limited = build(most=13, **options)
+    if other == "optimizer":
+        second.compile("sgd", "mse")
+    fit(second)
+    assert limited.failures
 
 
 def test_larger_batch_is_tried_anew():
@@ -402,7 +417,8 @@ def test_meter_sees_what_is_taken():
     for _ in range(2):
         assert 64 * MIB <= meter(lambda: take(elements)) < 65 * MIB
     assert meter(lambda: take(tf.constant(MIB))) < 5 * MIB
-    assert 32 * MIB <= _memory.Meter(["CPU:0", "CPU:1"])(lambda: take(elements)) < 33 * MIB
+    # All CPU devices have one allocator.
+    assert 64 * MIB <= _memory.Meter(["CPU:0", "CPU:1"])(lambda: take(elements)) < 65 * MIB
     assert _memory.available() > MIB
     assert _memory.readable(1536 * MIB) == "1.50 GiB"
 

@@ -102,6 +102,20 @@ def dense(**options):
     return tfbig.Model(x, layers.Dense(11)(h), **options)
 
 
+class Draws(layers.Layer):
+    """Draws from the generator that all layers share, whose state is no variable of the layer."""
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x), dtype=x.dtype)
+
+
+def shared_generator(**options):
+    x = keras.Input((5,), dtype="int32")
+    h = layers.Embedding(11, 4)(x)
+    inner = keras.Sequential([layers.Dense(4), Draws(name="first"), layers.Dense(4)])
+    return tfbig.Model(x, layers.Dense(11)(Draws(name="second")(inner(h))), **options)
+
+
 def train(build, name="default", compile_kwargs=None, **options):
     """Trains from the same start; returns weights, moments, history and the model."""
     keras.utils.set_random_seed(1)
@@ -151,6 +165,12 @@ JIT, EAGERLY = {"jit_compile": True}, {"run_eagerly": True}
 def test_training_is_the_same(build, name, compile_kwargs):
     cut = {"micro_batch_size": 3, "compile_kwargs": compile_kwargs}
     assert_same(train(build, name, recompute=True, **cut), train(build, name, **cut))
+
+
+def test_generator_that_layers_share():
+    names = ["first", "second"]
+    cut = {"micro_batch_size": 3}
+    assert_same(train(shared_generator, recompute=names, **cut), train(shared_generator, **cut))
 
 
 def test_whole_batch_is_recomputed_too():
@@ -219,6 +239,9 @@ def test_option_is_kept():
     assert type(model).from_config(model.get_config()).recompute == ["frozen"]
     model.recompute = [model.get_layer("shared")]
     assert type(model).from_config(model.get_config()).recompute == ["shared"]
+    with pytest.raises(ValueError, match="'nowhere'"):
+        model.recompute = ["nowhere"]
+    assert type(model).from_config(model.get_config()).recompute == ["shared"]
     model.recompute = None
     assert type(model).from_config(model.get_config()).recompute is None
     assert tfbig.extend(blocks(), recompute=True).recompute is True
@@ -245,7 +268,7 @@ class MakesVariable(layers.Layer):
         return x * tf.Variable(1.0, dtype=x.dtype)
 
 
-class Draws(layers.Layer):
+class DrawsAnew(layers.Layer):
     def call(self, x):
         return x + tf.random.normal(tf.shape(x), dtype=x.dtype)
 
@@ -269,7 +292,7 @@ class ForeignVariable(layers.Layer):
     ("layer", "message"),
     [
         (lambda: MakesVariable(name="bad"), "'.*bad': it makes a variable"),
-        (lambda: Draws(name="bad"), "'.*bad': it draws anew"),
+        (lambda: DrawsAnew(name="bad"), "'.*bad': it draws anew"),
         (lambda: HasLoss(name="bad"), "'.*bad': it computes a Keras loss"),
         (lambda: ForeignVariable(name="bad"), "'.*bad': it uses a tf.Variable"),
         (

@@ -56,11 +56,12 @@ def train(model, x=X, y=Y, *, whole):
     context = _keras.compiled_as_a_whole if whole else contextlib.nullcontext
     with strategy.scope():
         model.optimizer.build(model.trainable_variables)
-        model._symbolic_build(
-            data_batch=(
+        _keras.build_for(
+            model,
+            (
                 tf.TensorSpec([BATCH, *x.shape[1:]], x.dtype),
                 tf.TensorSpec([BATCH, *y.shape[1:]], y.dtype),
-            )
+            ),
         )
 
     @tf.function(jit_compile=True if whole else None, autograph=False)

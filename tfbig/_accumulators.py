@@ -5,9 +5,21 @@ is a `tf.IndexedSlices`, a row for each look-up; its rows are kept, as Keras kee
 them for the whole batch, since Keras's optimizers square each row for itself.
 """
 
+import math
+
 import tensorflow as tf
 
-__all__ = ("add", "dtype_for", "result", "squared_norm", "start", "wider")
+__all__ = (
+    "add",
+    "dtype_for",
+    "map_values",
+    "result",
+    "size_of",
+    "squared_norm",
+    "start",
+    "values",
+    "wider",
+)
 
 
 def dtype_for(dtype):
@@ -20,6 +32,11 @@ def wider(dtype, other):
     """The wider one of an accumulator dtype and that for another dtype."""
     other = dtype_for(other)
     return other if other.size > dtype.size else dtype
+
+
+def size_of(variables):
+    """Bytes of the accumulators of dense gradients of these variables."""
+    return sum(math.prod(v.shape) * dtype_for(v.dtype).size for v in variables)
 
 
 def start(variable, is_sparse):
@@ -70,6 +87,18 @@ def result(total, variable):
         total["indices"].concat(),
         tf.constant(variable.shape.as_list(), tf.int64),
     )
+
+
+def values(gradient):
+    """The values of a gradient, dense or of rows."""
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def map_values(function, gradient):
+    """A gradient with `function` of its values; None for None."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return None if gradient is None else function(gradient)
+    return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
 
 
 def squared_norm(gradient, factor, compiled):

@@ -62,19 +62,18 @@ class TrainFunction:
         model: `keras.Model` with the halves of `TrainStep`.
         automatic: `AutomaticSize`.
         memory_budget: int, bytes of a replica, or None.
-        on_change: function without arguments, called when the size has changed.
     """
 
-    def __init__(self, model, automatic, memory_budget, on_change):
+    def __init__(self, model, automatic, memory_budget):
         self.model = model
         self.automatic = automatic
-        self.memory_budget = memory_budget
-        self.on_change = on_change
         self.strategy = model.distribute_strategy
         self.workers = _workers.Workers.of(self.strategy)
         self.devices = _keras.devices_of(self.strategy)
         self.capacity = _capacity.Capacity(self.devices, memory_budget)
         self.share: Any = None
+        # Whether losses have denominators that are counted; known after the first time.
+        self.has_counts = True
         self._sum = self._program(self._all_reduce)
         self._apply = self._program(self._apply_program)
         self._make_programs()
@@ -119,7 +118,10 @@ class TrainFunction:
         if self.workers.count == 1:
             return self._together(lambda: self._accumulate(data))
         # Programs that exchange run only once all workers are past where memory may run out.
-        counts = self._together(lambda: self._count(data))
+        counts = None
+        if self.has_counts:
+            counts = self._together(lambda: self._count(data))
+            self.has_counts = counts is not None
         return self._together(lambda: self._accumulate(data, counts))
 
     def _together(self, run):
@@ -153,7 +155,8 @@ class TrainFunction:
     def _set(self, size):
         self.automatic.size = size
         self._make_programs()
-        self.on_change()
+        # Evaluation takes no more samples at a time.
+        self.model.test_function = None
 
     def _say(self, text):
         if self.workers.is_chief:
@@ -172,13 +175,11 @@ class TrainFunction:
         self._accumulate = self._program(self._accumulate_program)
 
     def _run(self, step, data, *args):
-        is_placed = any(
-            isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
-        )
+        is_cut = _keras.is_placed(data)
 
         def on_replica(data, *args):
             data = _keras.without_optionals(data)
-            return step(data if is_placed else self.model._share_of_replica(data), *args)
+            return step(data if is_cut else self.model._share_of_replica(data), *args)
 
         return self.strategy.run(on_replica, args=(data, *args))
 
@@ -196,9 +197,13 @@ class TrainFunction:
 
         return self._run(step, data, counts)
 
-    def _probe_program(self, data, size):
+    def _probe_program(self, data, size, is_alone):
         def step(data):
-            data = _cut.micro_batch(data, 0, tf.minimum(size, _keras.batch_size(data)))
+            samples = tf.minimum(size, _keras.batch_size(data))
+            if is_alone:
+                replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+                samples = tf.where(replica % len(self.devices) == 0, samples, 0)
+            data = _cut.micro_batch(data, 0, samples)
             # As one micro-batch of several; nothing is exchanged.
             cut = _cut.Cut(micro_batch_size=2**30)
             counts = self.model._counts(data, cut)
@@ -247,15 +252,18 @@ class TrainFunction:
     @property
     def _key(self):
         model = self.model
+        layers = _keras.all_layers(model)
         return json.dumps(
             {
                 "model": type(model).__name__,
-                "layers": _fit.described_layers(model),
-                "variables": [(v.shape, v.dtype) for v in model.variables],
+                "layers": _fit.described(layers),
+                "dtypes": [(x.compute_dtype, x.variable_dtype) for x in layers],
+                "variables": [
+                    (v.shape, v.dtype) for v in (*model.variables, *model.optimizer.variables)
+                ],
+                "options": model._options(),
                 "jit_compile": bool(model.jit_compile),
-                "recompute": bool(model.recompute),
                 "devices": self.devices,
-                "memory_budget": self.memory_budget,
                 "share": self.automatic.share,
                 "sample_bytes": self.automatic.sample_bytes,
             },
@@ -291,7 +299,7 @@ class TrainFunction:
         is_static = bool(self.model.jit_compile)
         return self.capacity.largest(
             self.model,
-            lambda size: probe(data, size if is_static else tf.constant(size)),
+            lambda size, alone: probe(data, size if is_static else tf.constant(size), alone),
             self.automatic.share,
             warm_up=is_static,
         )

@@ -63,11 +63,8 @@ class State:
     """
 
     def __init__(self, model):
-        scale, noise, optimizer = (
-            model.loss_scale_state,
-            model.noise_scale_state,
-            model.optimizer,
-        )
+        scale, noise = model.loss_scale_state, model.noise_scale_state
+        optimizer = model.optimizer
         groups = {
             "weight": model.weights,
             type(optimizer).__name__: optimizer.variables if optimizer is not None else [],

@@ -1,5 +1,6 @@
 """How many samples fit into memory."""
 
+import functools
 import math
 
 import tensorflow as tf
@@ -75,6 +76,9 @@ class Capacity:
 
     def __init__(self, devices, memory_budget):
         self.meter = _memory.Meter(devices)
+        # Replicas that share memory are not all at their peak at once, or they are: what one
+        # takes is measured while the others have nothing to do.
+        self.is_shared = self.meter.is_cpu and len(devices) > 1
         self.memory_budget = memory_budget
         self.budget = memory_budget
         if memory_budget is None and self.meter.is_cpu:
@@ -87,8 +91,8 @@ class Capacity:
 
         Args:
             model: `keras.Model`, built, with its optimizer.
-            run: function of a number of samples, which raises an error of TensorFlow where
-                memory runs out.
+            run: function of a number of samples and of whether the first replica runs them
+                alone, which raises an error of TensorFlow where memory runs out.
             share: int, the most that is wanted.
             warm_up: whether the first run with each number takes memory of its own.
 
@@ -98,7 +102,7 @@ class Capacity:
         fixed = 0 if self.memory_budget is None else self._fixed(model)
 
         def fits(size):
-            return self._fits(lambda: run(size), fixed, warm_up or size == 1)
+            return self._fits(functools.partial(run, size), fixed, warm_up or size == 1)
 
         good, size = 0, 1
         while good < share and fits(size):
@@ -115,12 +119,13 @@ class Capacity:
 
     def _fits(self, run, fixed, warm_up):
         try:
+            if self.budget is None or self.is_shared:
+                run(False)
             if self.budget is None:
-                run()
                 return True
             if warm_up:
-                run()
-            needed = fixed + self.meter(run)
+                run(self.is_shared)
+            needed = fixed + self.meter(lambda: run(self.is_shared))
         except RUN_ERRORS as e:
             if not is_out_of_memory(e):
                 raise
@@ -138,10 +143,7 @@ class Capacity:
         """Bytes of variables; refuses a budget that does not hold the model itself."""
         fixed = _memory.size_of([*model.variables, *model.optimizer.variables])
         # The sums of gradients, and those of a micro-batch.
-        gradients = 2 * sum(
-            math.prod(v.shape) * _accumulators.dtype_for(v.dtype).size
-            for v in model.trainable_variables
-        )
+        gradients = 2 * _accumulators.size_of(model.trainable_variables)
         if fixed + gradients > self.memory_budget:
             raise errors.OutOfMemoryError(
                 "`memory_budget` must hold the model itself. Received: memory_budget="

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfbig import _keras, _workers, errors
 
-__all__ = ("arguments_of", "described_layers", "prepared")
+__all__ = ("arguments_of", "described", "prepared")
 
 
 def arguments_of(fit, args, kwargs):
@@ -92,7 +92,7 @@ def _fingerprint(model, arguments, options):
         if model.built
         else "not built",
         "model": type(model).__name__,
-        "layers": described_layers(model),
+        "layers": described(model.layers),
         "dtype policy": model.dtype_policy.name,
         "floatx": keras.config.floatx(),
         "seed": _keras.global_seed(),
@@ -109,9 +109,9 @@ def _fingerprint(model, arguments, options):
     return {k: json.dumps(v, default=_described, sort_keys=True) for k, v in found.items()}
 
 
-def described_layers(model):
-    """Class and settings of each layer of a model."""
-    return [[type(layer).__name__, _settings(layer)] for layer in model.layers]
+def described(layers):
+    """Class and settings of each layer."""
+    return [[type(layer).__name__, _settings(layer)] for layer in layers]
 
 
 def _settings(layer):

@@ -15,8 +15,7 @@ __all__ = ("Meter", "available", "readable", "size_of")
 class Meter:
     """Measures the memory that computations need beyond what is in use before.
 
-    It is what TensorFlow's allocators count: variables and tensors. Those of the CPU share
-    one, of which each replica is taken to have an equal part.
+    It is what TensorFlow's allocators count: variables and tensors. All CPU devices share one.
 
     Args:
         devices: list of names, those of the replicas of this process.
@@ -25,7 +24,6 @@ class Meter:
     def __init__(self, devices):
         self.is_cpu = all(d.startswith("CPU") for d in devices)
         self.devices = devices[:1] if self.is_cpu else devices
-        self._parts = len(devices) if self.is_cpu else 1
 
     def __call__(self, run):
         """Bytes that `run()` takes at its peak, on the device where it takes most.
@@ -45,8 +43,7 @@ class Meter:
             ) from None
         run()
         peaks = [_info(d)["peak"] for d in self.devices]
-        taken = max(peak - size for peak, size in zip(peaks, before, strict=True))
-        return taken // self._parts
+        return max(peak - size for peak, size in zip(peaks, before, strict=True))
 
 
 _info = tf.config.experimental.get_memory_info

@@ -108,10 +108,10 @@ class StepOptions(_keras.TrainerOverrides):
         self._rebuild_step()
 
     def _set_recompute(self, value):
-        # Keras would take the layers of a list for further layers of the model.
-        object.__setattr__(self, "_recompute", value)
         if self.built:
             _recomputation.layers_of(self, value)
+        # Keras would take the layers of a list for further layers of the model.
+        object.__setattr__(self, "_recompute", value)
 
     @property
     def _is_default(self):

@@ -23,7 +23,7 @@ import functools
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _accumulators, _keras, errors
 
 __all__ = (
     "Denominators",
@@ -231,17 +231,9 @@ class Accumulated:
     stop: tf.Tensor | None = None
 
     def _fields(self):
-        names = (
-            "gradients",
-            "loss",
-            "values",
-            "weight",
-            "samples",
-            "logs",
-            "moments",
-            "loss_scale",
-        )
-        fields = {name: getattr(self, name) for name in names}
+        """What is made of tensors: the variables are the same in every graph."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["variables"]
         return fields | {"state": [(c.before, c.after) for c in self.state]}
 
     def tensors(self):
@@ -285,12 +277,6 @@ def _sum_in(dtype, gradients, weight, is_checked):
     Divided by the weight before, or they might not fit into it; multiplied after.
     """
 
-    def map_values(function, gradient):
-        if not isinstance(gradient, tf.IndexedSlices):
-            return function(gradient)
-        values = function(gradient.values)
-        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-
     def narrow(values):
         return tf.cast(tf.math.divide_no_nan(values, tf.cast(weight, values.dtype)), dtype)
 
@@ -300,18 +286,21 @@ def _sum_in(dtype, gradients, weight, is_checked):
     def as_bits(gradient, dtype):
         # Rows are gathered, not added, which TensorFlow does not do in bfloat16.
         is_sparse = isinstance(gradient, tf.IndexedSlices)
-        return map_values(lambda v: tf.bitcast(v, dtype), gradient) if is_sparse else gradient
+        return (
+            _accumulators.map_values(lambda v: tf.bitcast(v, dtype), gradient)
+            if is_sparse
+            else gradient
+        )
 
-    narrowed = [as_bits(map_values(narrow, g), tf.float16) for g in gradients]
+    narrowed = [as_bits(_accumulators.map_values(narrow, g), tf.float16) for g in gradients]
     sums = [as_bits(g, dtype) for g in all_reduce_sum(narrowed)]
     if is_checked:
         # With a loss scale, the update is skipped.
-        values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in sums]
-        finite = [tf.reduce_all(tf.math.is_finite(v)) for v in values]
+        finite = [tf.reduce_all(tf.math.is_finite(_accumulators.values(g))) for g in sums]
         with _after(tf.debugging.Assert(tf.reduce_all(finite), [_keras.OVERFLOW])):
-            sums = [map_values(tf.identity, g) for g in sums]
+            sums = [_accumulators.map_values(tf.identity, g) for g in sums]
     return [
-        map_values(functools.partial(widen, wide=g.dtype), s)
+        _accumulators.map_values(functools.partial(widen, wide=g.dtype), s)
         for s, g in zip(sums, gradients, strict=True)
     ]
 
@@ -392,8 +381,8 @@ def exchange(share, exchange_dtype=None):
     else:
         # What the gradients are divided by goes before them, and in float32.
         scalars, *messages = all_reduce_sum(rest)
-        overflows = share.loss_scale is None
-        gradients = _sum_in(exchange_dtype, connected, scalars[1], is_checked=overflows)
+        is_checked = share.loss_scale is None
+        gradients = _sum_in(exchange_dtype, connected, scalars[1], is_checked)
 
     gradients, messages = iter(gradients), iter(messages)
     loss, weight, active, samples, stop, *rest = tf.unstack(scalars)

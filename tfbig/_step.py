@@ -30,18 +30,10 @@ from tfbig import (
 __all__ = ("TrainStep",)
 
 
-_SUPPORTED_STRATEGIES = (
-    tf.distribute.OneDeviceStrategy,
-    tf.distribute.MirroredStrategy,
-    tf.distribute.MultiWorkerMirroredStrategy,
-    tf.distribute.TPUStrategy,
-)
-
-
 def check_strategy():
     """Refuses the current strategy if it is not supported."""
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
-    if strategy is not None and not isinstance(strategy, _SUPPORTED_STRATEGIES):
+    if strategy is not None and not isinstance(strategy, _keras.STRATEGIES):
         raise errors.UnsupportedStrategyError(
             "tfbig supports the default strategy, OneDeviceStrategy, MirroredStrategy, "
             "MultiWorkerMirroredStrategy and TPUStrategy. Received: "
@@ -151,8 +143,8 @@ class TrainStep(_options.StepOptions):
 
     def _prepare_training(self, batch_size):
         cut = self._cut()
-        size = cut.micro_batch_size or (batch_size if cut.is_whole else 0)
-        is_one = size is not None and batch_size is not None and size >= batch_size
+        size = cut.micro_batch_size
+        is_one = cut.is_whole or (size and batch_size and size >= batch_size)
         if is_one and self.log_gradient_noise_scale and _reduction.replicas_of(self) == 1:
             raise errors.InvalidOptionError(
                 "`log_gradient_noise_scale` compares micro-batches, or replicas, with the whole "
@@ -170,7 +162,6 @@ class TrainStep(_options.StepOptions):
         """One update, with this replica's share of the effective batch."""
         if self._is_plain(self._cut()) and self.loss_scale_state is None and self._is_default:
             return self._plain(super().train_step, data)
-
         return self._apply(self._accumulate(data, self._cut()))
 
     def _accumulate(self, data, cut, **counts):
@@ -232,7 +223,6 @@ class TrainStep(_options.StepOptions):
 
     def _share(self, data, cut, training):
         """This replica's share of a batch, as `MicroBatches`."""
-
         synchronized = training and _keras.has_synchronized_layers(self)
         # An exchange may stand neither in a loop nor in an XLA program.
         compiled = bool(self.jit_compile) and not synchronized

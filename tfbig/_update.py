@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _reduction, errors
+from tfbig import _accumulators, _keras, _reduction, errors
 
 __all__ = ("Update", "apply_gradients")
 
@@ -45,24 +45,18 @@ def global_norm(gradients):
 def _finite_flags(gradients):
     """Vector of booleans, one a gradient: whether all its values are finite."""
     flags = [
-        tf.constant(True) if g is None else tf.reduce_all(tf.math.is_finite(_values(g)))
+        tf.constant(True)
+        if g is None
+        else tf.reduce_all(tf.math.is_finite(_accumulators.values(g)))
         for g in gradients
     ]
     return tf.stack(flags)
 
 
-def _values(gradient):
-    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-
-
 def _divide(gradient, divisor):
-    if gradient is None:
-        return None
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            _divide(gradient.values, divisor), gradient.indices, gradient.dense_shape
-        )
-    return tf.math.divide_no_nan(gradient, tf.cast(divisor, gradient.dtype))
+    return _accumulators.map_values(
+        lambda v: tf.math.divide_no_nan(v, tf.cast(divisor, v.dtype)), gradient
+    )
 
 
 def apply_gradients(

@@ -1,7 +1,6 @@
 """Gradient accumulation inside one `train_step`."""
 
 import warnings
-from typing import Any
 
 from tfbig import _automatic, _capacity, _cut, _reduction, _step, errors
 
@@ -189,11 +188,7 @@ class GradientAccumulationMixin(_step.TrainStep):
     def _make_train_function(self):
         if not self._automatic_size:
             return super()._make_train_function()
-
-        def on_change():
-            self.test_function: Any = None
-
-        return _automatic.TrainFunction(self, self._automatic_size, self.memory_budget, on_change)
+        return _automatic.TrainFunction(self, self._automatic_size, self.memory_budget)
 
     def _warn_of_few_samples(self, batch_size, share):
         steps = self.gradient_accumulation_steps

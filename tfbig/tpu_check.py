@@ -25,7 +25,7 @@ import keras
 import tensorflow as tf
 from absl import flags
 
-from tfbig import _step, _tpu, errors, models
+from tfbig import _keras, _options, _step, _tpu, errors, models
 from tfbig._tpu import report
 
 __all__ = ("main",)
@@ -158,18 +158,11 @@ def _module_of(path):
 
 
 def _make_devices(count):
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    if len(tf.config.get_logical_device_configuration(cpu) or [None]) >= count:
-        return
-    try:
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * count
-        )
-    except RuntimeError:
+    if _keras.make_logical_cpus(count) < count:
         raise UsageError(
             f"{count} logical CPU devices are needed, one for each core, and cannot be made any "
             "more, since TensorFlow has started."
-        ) from None
+        )
 
 
 def _run(tpu_slice, build):
@@ -227,10 +220,10 @@ def _built(build):
         "gradient_accumulation_steps": _STEPS.value,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    if not isinstance(model, _step.TrainStep):
+    if isinstance(model, _step.TrainStep):
+        _options.set_options(model, options)
+    else:
         model = models.extend(model, **options)
-    for name, value in options.items():
-        setattr(model, name, value)
     if sample is None:
         return model, _tpu.Batch.of_model(model, _BATCH_SIZE.value)
     return model, _tpu.Batch.of_sample(sample, _BATCH_SIZE.value)

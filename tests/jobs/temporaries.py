@@ -35,7 +35,7 @@ def compile_update(samples, steps, name):
         model.compile("sgd", "mse")
         model.optimizer.build(model.trainable_variables)
         spec = tf.TensorSpec([samples, WIDTH], "float32")
-        model._symbolic_build(data_batch=(spec, spec))
+        _keras.build_for(model, (spec, spec))
 
     def update(x):
         with _keras.compiled_as_a_whole():

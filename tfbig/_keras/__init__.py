@@ -23,10 +23,12 @@ from tfbig._keras.data import (
     without_optionals,
 )
 from tfbig._keras.devices import (
+    STRATEGIES,
     compiled_as_a_whole,
     devices_of,
     is_compiled_as_a_whole,
     is_tpu,
+    make_logical_cpus,
 )
 from tfbig._keras.layers import (
     all_layers,
@@ -79,6 +81,7 @@ from tfbig._keras.trainer import (
     build_for,
     data_of_fit,
     globally_logged,
+    is_placed,
     returns_global_logs,
     set_initial_epoch,
 )
@@ -94,6 +97,7 @@ from tfbig._keras.variables import (
 __all__ = (
     "NO_SAMPLES",
     "OVERFLOW",
+    "STRATEGIES",
     "TOO_MANY_SKIPS",
     "ConfigWith",
     "Functional",
@@ -127,11 +131,13 @@ __all__ = (
     "is_compile_of",
     "is_compiled_as_a_whole",
     "is_functional",
+    "is_placed",
     "is_sharded",
     "is_summed",
     "is_tpu",
     "known_batches",
     "loss_names",
+    "make_logical_cpus",
     "match_ranks",
     "merge_mask",
     "metrics_results",

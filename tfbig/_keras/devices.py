@@ -4,7 +4,8 @@ import tensorflow as tf
 
 from tfbig._keras.thread import current, holding
 
-_NAMES_DEVICES = (
+# What tfbig runs under, besides the default strategy, which names no devices.
+STRATEGIES = (
     tf.distribute.OneDeviceStrategy,
     tf.distribute.MirroredStrategy,
     tf.distribute.MultiWorkerMirroredStrategy,
@@ -14,7 +15,7 @@ _NAMES_DEVICES = (
 
 def devices_of(strategy):
     """Names, such as "GPU:0", of the devices of this process that replicas run on."""
-    if isinstance(strategy, _NAMES_DEVICES):
+    if isinstance(strategy, STRATEGIES):
         devices = strategy.extended.worker_devices
     else:
         gpus = tf.config.list_logical_devices("GPU")
@@ -26,6 +27,23 @@ def devices_of(strategy):
 def is_on_cpu(strategy):
     """Whether all replicas of this process run on the CPU."""
     return all(device.startswith("CPU") for device in devices_of(strategy))
+
+
+def make_logical_cpus(count):
+    """Makes so many logical CPU devices; returns how many there are.
+
+    Fewer than asked for, if TensorFlow has started.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    made = len(tf.config.get_logical_device_configuration(cpu) or [None])
+    if made < count:
+        try:
+            tf.config.set_logical_device_configuration(
+                cpu, [tf.config.LogicalDeviceConfiguration()] * count
+            )
+        except RuntimeError:
+            return made
+    return max(made, count)
 
 
 def is_tpu(strategy):

@@ -60,6 +60,11 @@ def _build_by_call(model, specs):
         backend.compute_output_spec(call)
 
 
+def is_placed(data):
+    """Whether a batch is a value of `tf.distribute` that holds the part of each replica."""
+    return any(isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data))
+
+
 def build_for(model, specs):
     """Builds a model, its losses and its metrics for batches of these specifications."""
     model._symbolic_build(data_batch=specs)
@@ -196,12 +201,10 @@ class TrainerOverrides(_KerasModel):
             is_summed(v) for v in self.metrics_variables
         )
 
-        is_placed = is_share or any(
-            isinstance(v, tf.distribute.DistributedValues) for v in tf.nest.flatten(data)
-        )
+        is_cut = is_share or is_placed(data)
 
         def step(data):
-            logs = replica_step(data if is_placed else self._share_of_replica(data))
+            logs = replica_step(data if is_cut else self._share_of_replica(data))
             if is_global or not logs:
                 return logs
             mean = tf.distribute.get_replica_context().all_reduce(
@@ -261,40 +264,40 @@ class TrainerOverrides(_KerasModel):
                 logs = one_step_on_data(data)
             return logs
 
-        def function(iterator):
-            try:
-                return run(iterator)
-            except tf.errors.InvalidArgumentError as e:
-                if NO_SAMPLES in str(e):
-                    raise errors.InvalidOptionError(NO_SAMPLES) from None
-                raise
+        return run
 
-        return function
+    def _explained(self, function):
+        """A train or test function whose assertions in the graph raise tfbig's errors."""
 
-    def make_train_function(self, force=False):
-        self._prepare_training(self._batch_size)
-        if self.train_function is not None and not force:
-            return
-        function = self._make_train_function()
-
-        def train_function(iterator):
+        def explained(iterator):
             try:
                 return function(iterator)
             except tf.errors.InvalidArgumentError as e:
-                if NO_SAMPLES in str(e):
-                    raise errors.InvalidOptionError(NO_SAMPLES) from None
-                if OVERFLOW in str(e):
-                    raise errors.GradientOverflowError(
-                        "A gradient is not finite after the exchange in "
-                        f"{self.exchange_dtype}: it overflows there, or training diverged. "
-                        "Use exchange_dtype='bfloat16' or None, or a loss scale, which skips such "
-                        "updates."
-                    ) from None
-                if TOO_MANY_SKIPS not in str(e):
+                error = self._error_of(str(e))
+                if error is None:
                     raise
-                raise self.loss_scale_state.error(self.trainable_variables) from None
+                raise error from None
 
-        self.train_function = train_function
+        return explained
+
+    def _error_of(self, message):
+        """What an assertion in the graph stands for; None if it is another's."""
+        if NO_SAMPLES in message:
+            return errors.InvalidOptionError(NO_SAMPLES)
+        if OVERFLOW in message:
+            return errors.GradientOverflowError(
+                f"A gradient is not finite after the exchange in {self.exchange_dtype}: it "
+                "overflows there, or training diverged. Use exchange_dtype='bfloat16' or None, or "
+                "a loss scale, which skips such updates."
+            )
+        if TOO_MANY_SKIPS in message:
+            return self.loss_scale_state.error(self.trainable_variables)
+        return None
+
+    def make_train_function(self, force=False):
+        self._prepare_training(self._batch_size)
+        if self.train_function is None or force:
+            self.train_function = self._explained(self._make_train_function())
 
     def _make_train_function(self):
         """Hook: the function of an iterator that trains."""
@@ -333,4 +336,4 @@ class TrainerOverrides(_KerasModel):
 
     def make_test_function(self, force=False):
         if self.test_function is None or force:
-            self.test_function = self._step_function(self.test_step)
+            self.test_function = self._explained(self._step_function(self.test_step))

@@ -1,8 +1,8 @@
 """The lines that `python -m tfbig.tpu_check` prints."""
 
-import tensorflow as tf
+import math
 
-from tfbig import _accumulators
+from tfbig import _accumulators, _memory
 from tfbig._tpu import checks
 
 __all__ = ("exchange", "memory", "size")
@@ -34,14 +34,11 @@ def exchange(program):
 
 def memory(model, chip):
     """Lines on what a core keeps between updates, and on gradients, beside its memory."""
-    parameters = _bytes(model.variables)
-    optimizer = _bytes(model.optimizer.variables)
-    gradients = sum(
-        v.shape.num_elements() * _accumulators.dtype_for(v.dtype).size
-        for v in model.trainable_variables
-    )
+    parameters = _memory.size_of(model.variables)
+    optimizer = _memory.size_of(model.optimizer.variables)
+    gradients = _accumulators.size_of(model.trainable_variables)
     known = parameters + optimizer + gradients
-    count = f"{sum(v.shape.num_elements() for v in model.variables):,} numbers"
+    count = f"{sum(math.prod(v.shape) for v in model.variables):,} numbers"
     yield f"variables of the model   {size(parameters)} ({count})"
     yield f"optimizer                {size(optimizer)}"
     yield f"accumulated gradients    {size(gradients)}"
@@ -50,7 +47,3 @@ def memory(model, chip):
         f"{100 * known / chip.hbm:.2g}% ({chip.source})"
     )
     yield "not known, as nothing was compiled: activations, and what the compiler adds"
-
-
-def _bytes(variables):
-    return sum(v.shape.num_elements() * tf.as_dtype(v.dtype).size for v in variables)

@@ -6,7 +6,7 @@ import threading
 
 import tensorflow as tf
 
-from tfbig import _building, _log, _workers, errors
+from tfbig import _building, _keras, _log, _workers, errors
 from tfbig.distribute import _cluster, _tpu
 
 __all__ = ("get_strategy", "is_chief")
@@ -179,20 +179,13 @@ def _mirrored(devices, timeout, port):
 
 
 def _make_logical_cpus(count):
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    made = len(tf.config.get_logical_device_configuration(cpu) or [None])
-    if made >= count:
-        return
-    try:
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * count
-        )
-    except RuntimeError:
+    made = _keras.make_logical_cpus(count)
+    if made < count:
         raise errors.InvalidOptionError(
             f"{count} logical CPU devices cannot be made any more: TensorFlow has started. Call "
             f"get_strategy before anything else, or give at most devices={made}. Received: "
             f"devices={count}."
-        ) from None
+        )
 
 
 def _one_device(devices, timeout, port):

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from tfbig import errors
 from tfbig.tuners import _hyperparameters as hps
-from tfbig.tuners import _progress, _space
+from tfbig.tuners import _progress, _space, _study
 
 __all__ = (
     "dataframe",
@@ -199,11 +199,6 @@ def importance(tuner, objective=None):
 @contextlib.contextmanager
 def quiet():
     """Neither Optuna nor matplotlib has anything to say that a user could act on."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
+    with _study.quiet(optuna.logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

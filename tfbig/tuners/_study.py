@@ -50,10 +50,10 @@ def without_secrets(text, storage):
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet(verbosity=optuna.logging.WARNING):
     """The engine's own messages would stand among those of the search."""
     level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(verbosity)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
