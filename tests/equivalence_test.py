@@ -86,7 +86,11 @@ def test_suspects_of_an_exact_run_are_notes():
 
 def test_planted_fault_is_found(monkeypatch):
     add = _accumulators.add
-    monkeypatch.setattr(_accumulators, "add", lambda total, g, weight: add(total, g, weight + 1))
+
+    def add_twice(totals, gradients, *args):
+        return add(add(totals, gradients, *args), gradients, *args)
+
+    monkeypatch.setattr(_accumulators, "add", add_twice)
     report = tfbig.check_equivalence(_model("default"), X, Y)
     assert not report.is_equivalent
     assert report.largest.kind == "gradient"

@@ -57,8 +57,46 @@ def start(variable, is_sparse):
     }
 
 
-def add(total, gradient, weight):
-    """The accumulator with `weight * gradient` added; gradient may be None."""
+def add(totals, gradients, weight, are_alike=None, is_first=None):
+    """A list of accumulators with `weight * gradient` added to each.
+
+    Args:
+        totals: list of accumulators.
+        gradients: list of tensors, `tf.IndexedSlices` or None.
+        weight: float scalar.
+        are_alike: bool scalar: whether the weights of all gradients of the sum are one. Each
+            pass over dense gradients that it saves is a part of the time of small
+            micro-batches. None if that is not known.
+        is_first: bool scalar: whether nothing has been added yet.
+    """
+    pairs = list(zip(totals, gradients, strict=True))
+    dense = [i for i, (_, g) in enumerate(pairs) if isinstance(g, tf.Tensor)]
+    sums = [t if isinstance(g, tf.Tensor) else _add_rows(t, g, weight) for t, g in pairs]
+
+    def summed(function):
+        # Of inputs of unknown length, TensorFlow may not know the shape of a gradient.
+        return [
+            tf.ensure_shape(function(total, tf.cast(gradient, total.dtype)), total.shape)
+            for total, gradient in (pairs[i] for i in dense)
+        ]
+
+    def weighted():
+        return summed(lambda total, gradient: total + tf.cast(weight, total.dtype) * gradient)
+
+    if are_alike is None:
+        results = weighted()
+    else:
+        results = tf.switch_case(
+            tf.where(are_alike, tf.where(is_first, 0, 1), 2),
+            [lambda: summed(lambda _, gradient: gradient), lambda: summed(tf.add), weighted],
+        )
+    for i, result in zip(dense, results, strict=True):
+        sums[i] = result
+    return sums
+
+
+def _add_rows(total, gradient, weight):
+    """The accumulator with the weighted rows of a gradient, which may be None."""
     if gradient is None:
         return total
     if isinstance(total, dict):
@@ -69,13 +107,8 @@ def add(total, gradient, weight):
             "indices": total["indices"].write(k, tf.cast(gradient.indices, tf.int64)),
             "values": values.write(k, row),
         }
-    weight, shape = tf.cast(weight, total.dtype), total.shape
-    if isinstance(gradient, tf.IndexedSlices):
-        rows = weight * tf.cast(gradient.values, total.dtype)
-        return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], rows)
-    total += weight * tf.cast(gradient, total.dtype)
-    # Of inputs of unknown length, TensorFlow may not know the shape of a gradient.
-    return tf.ensure_shape(total, shape)
+    rows = tf.cast(weight, total.dtype) * tf.cast(gradient.values, total.dtype)
+    return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], rows)
 
 
 def result(total, variable):

@@ -43,6 +43,7 @@ class Traits:
             known: without eager execution, tracing the loop adds to them.
         values: structure of the further values.
         logs: structure of the logs.
+        has_weight: whether the loss function says the weight of a micro-batch.
     """
 
     kinds: list
@@ -51,6 +52,7 @@ class Traits:
     connected: set
     values: list | dict
     logs: dict
+    has_weight: bool
 
 
 class MicroBatches:
@@ -137,6 +139,7 @@ class MicroBatches:
             connected={i for i, g in enumerate(gradients) if g is not None},
             values=keras.tree.map_structure(_spec, result.values),
             logs=keras.tree.map_structure(_spec, result.logs),
+            has_weight=result.weight is not None and not self.is_whole,
         )
 
     def _one_sample(self):
@@ -189,6 +192,19 @@ class MicroBatches:
             return compiled()
         return tf.cond(self.samples > 0, compiled, lambda: carry)
 
+    def _alike(self):
+        """Whether all micro-batches are of one size, and which, or else one; scalars.
+
+        Then they weigh one each, and gradients are added up without a multiplication, which is
+        a pass over all of them. None, None where that is not worth asking: XLA multiplies and
+        adds in one pass.
+        """
+        if self.is_whole or self.compiled or self.traits.has_weight:
+            return None, None
+        (large, larges), (small, smalls) = self.cut.segments(self.samples)
+        alike = tf.equal(larges, 0) | tf.equal(smalls, 0)
+        return alike, tf.where(alike, tf.where(tf.equal(larges, 0), small, large), 1)
+
     def counts(self):
         """This replica's part of the denominators, a vector; None where they are not needed.
 
@@ -229,6 +245,7 @@ class MicroBatches:
         state = self.traits.state
         before = [tf.convert_to_tensor(v.value) for v in state]
         connected = set(self.traits.connected)
+        alike, unit = self._alike()
 
         def step(micro_batch, size, carry):
             weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
@@ -249,13 +266,14 @@ class MicroBatches:
                 moments += _noise_scale.moments(
                     gradients, size, loss_scale, self.dtype, self.compiled
                 )
-            if result.weight is not None and not self.is_whole:
+            if self.traits.has_weight:
                 weight = tf.cast(result.weight, self.dtype)
+            elif alike is not None:
+                weight = tf.where(alike, tf.ones_like(weight), weight)
             return {
-                "gradients": [
-                    _accumulators.add(total, gradient, weight)
-                    for total, gradient in zip(carry["gradients"], gradients, strict=True)
-                ],
+                "gradients": _accumulators.add(
+                    carry["gradients"], gradients, weight, alike, tf.equal(carry["weight"], 0)
+                ),
                 "loss": carry["loss"] + weight * loss,
                 "values": keras.tree.map_structure(
                     lambda total, value: total + weight * tf.cast(value, self.dtype),
@@ -286,7 +304,7 @@ class MicroBatches:
                 "moments": tf.zeros([3 if self.measures_noise else 0], self.dtype),
             },
         )
-        return _reduction.Accumulated(
+        share = _reduction.Accumulated(
             variables=self.variables,
             gradients=[
                 _accumulators.result(g, v) if i in connected else None
@@ -304,6 +322,8 @@ class MicroBatches:
             moments=total["moments"],
             loss_scale=loss_scale,
         )
+        # On one replica, it does not matter in what the weights are counted.
+        return share if alike is None or _reduction.replicas() == 1 else share.times(unit)
 
 
 def _looks_up_rows():

@@ -206,7 +206,8 @@ class Accumulated:
             not depend on the variable.
         loss: float scalar, sum of weight times (unscaled) loss.
         values: structure of float scalars, likewise summed.
-        weight: float scalar, sum of the weights of the micro-batches.
+        weight: float scalar, sum of the weights of the micro-batches: samples, or another unit
+            that gradients, loss and values share.
         samples: int32 scalar.
         state: list of `StateChange`.
         logs: structure of the last micro-batch's logs; exchanged, their mean over
@@ -229,6 +230,20 @@ class Accumulated:
     moments: tf.Tensor
     loss_scale: tf.Tensor | None
     stop: tf.Tensor | None = None
+
+    def times(self, unit):
+        """The same with weights that were counted in this unit, an integer scalar."""
+
+        def times(value):
+            return value * tf.cast(unit, value.dtype)
+
+        return dataclasses.replace(
+            self,
+            gradients=[_accumulators.map_values(times, g) for g in self.gradients],
+            loss=times(self.loss),
+            values=tf.nest.map_structure(times, self.values),
+            weight=times(self.weight),
+        )
 
     def _fields(self):
         """What is made of tensors: the variables are the same in every graph."""
