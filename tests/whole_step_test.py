@@ -37,21 +37,22 @@ OPTIMIZERS = {
 }
 
 
-def build(optimizer="adamw", **options):
+def build(optimizer="adamw", batch_norm=True, **options):
     keras.utils.set_random_seed(1)
     with make_strategy("one_device").scope():
-        inner = [
-            layers.Dense(8, "tanh", kernel_regularizer="l2"),
-            layers.BatchNormalization(),
-            layers.Dense(2),
-        ]
+        inner = [layers.Dense(8, "tanh", kernel_regularizer="l2")]
+        inner += [layers.BatchNormalization()] * batch_norm
+        inner.append(layers.Dense(2))
         model = tfbig.Sequential([keras.Input((6,)), *inner], **options)
         model.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"], weighted_metrics=["mse"])
     return model
 
 
-def train(model, x=X, y=Y, *, whole):
-    """An epoch, with the step compiled as a whole or not at all; returns the last logs."""
+def train(model, x=X, y=Y, *, whole, counted=None):
+    """An epoch, with the step compiled as a whole or not at all; returns the last logs.
+
+    Of each batch, all samples count, or those that `counted` says.
+    """
     strategy = model.distribute_strategy
     context = _keras.compiled_as_a_whole if whole else contextlib.nullcontext
     with strategy.scope():
@@ -65,12 +66,15 @@ def train(model, x=X, y=Y, *, whole):
         )
 
     @tf.function(jit_compile=True if whole else None, autograph=False)
-    def update(x, y):
+    def update(x, y, *counted):
         with context():
-            return strategy.run(model.train_step, args=((x, y),))
+            data = _keras.PaddedBatch((x, y), *counted) if counted else (x, y)
+            return strategy.run(model.train_step, args=(data,))
 
+    flags = [] if counted is None else [tf.constant(counted, tf.int32)]
     for begin in range(0, len(x), BATCH):
-        logs = update(tf.constant(x[begin : begin + BATCH]), tf.constant(y[begin : begin + BATCH]))
+        x_batch, y_batch = (tf.constant(v[begin : begin + BATCH]) for v in (x, y))
+        logs = update(x_batch, y_batch, *flags)
     return {k: float(v) for k, v in logs.items()}
 
 
@@ -103,6 +107,24 @@ def test_micro_batches_of_two_sizes():
         models.append(build(micro_batch_size=6))
         train(models[-1], whole=whole)
     assert_same(*models)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"micro_batch_size": 5},
+        {"gradient_accumulation_steps": 3},
+        {"gradient_accumulation_steps": 1},
+    ],
+)
+def test_padded_batch_is_that_of_its_samples(options):
+    """A batch of 16, of which 7 samples count, against a batch of these 7."""
+    got, want = build(batch_norm=False, **options), build(batch_norm=False, **options)
+    x, y = X[:BATCH].copy(), Y[:BATCH].copy()
+    x[7:], y[7:] = np.nan, np.nan
+    train(got, x, y, whole=True, counted=np.arange(BATCH) < 7)
+    train(want, X[:7], Y[:7], whole=False)
+    assert_same(got, want)
 
 
 def test_non_finite_update_is_skipped():

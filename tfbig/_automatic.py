@@ -203,7 +203,7 @@ class TrainFunction:
             if is_alone:
                 replica = tf.distribute.get_replica_context().replica_id_in_sync_group
                 samples = tf.where(replica % len(self.devices) == 0, samples, 0)
-            data = _cut.micro_batch(data, 0, samples)
+            data = _keras.samples_of(data, 0, samples)
             # As one micro-batch of several; nothing is exchanged.
             cut = _cut.Cut(micro_batch_size=2**30)
             counts = self.model._counts(data, cut)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import keras
 import tensorflow as tf
 
 from tfbig import _keras, errors
@@ -87,33 +86,7 @@ class Cut:
         return (size(small + 1), larger), (size(small), at_most(count - larger, samples))
 
 
-def micro_batch(data, begin, size):
-    def part(value):
-        if value is None:
-            return None
-        if isinstance(value, tf.RaggedTensor):
-            return value[begin : begin + size]
-        if isinstance(value, tf.SparseTensor):
-            shape = tf.cast(value.dense_shape, tf.int64)
-            begin_, size_ = (tf.reshape(tf.cast(x, tf.int64), [1]) for x in (begin, size))
-            return tf.sparse.slice(
-                value,
-                tf.concat([begin_, tf.zeros_like(shape[1:])], 0),
-                tf.concat([size_, shape[1:]], 0),
-            )
-        # tf.slice with explicit sizes: XLA needs them as constants.
-        inner = tf.shape(value)[1:]
-        sliced = tf.slice(
-            value,
-            tf.concat([[begin], tf.zeros_like(inner)], 0),
-            tf.concat([[size], inner], 0),
-        )
-        return tf.ensure_shape(sliced, [None, *value.shape[1:]])
-
-    return keras.tree.map_structure(part, data)
-
-
-def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
+def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=None):
     """Calls `carry = step(micro_batch, size, carry)` for each micro-batch.
 
     One `tf.while_loop`, whatever the number of micro-batches. Micro-batches run
@@ -129,6 +102,10 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
         unrolled: Whether to lay the micro-batches out one after another, for
             ops that may not stand in a loop. Needs `gradient_accumulation_steps`
             and as many samples.
+        counted: int32 scalar, how many of the samples count, the first of them; needs
+            `static_sizes`. None for all. What is left when so many are cut into
+            micro-batches of these sizes goes one by one: a micro-batch of another size
+            would be another program.
     """
     samples = _keras.batch_size(data)
     if unrolled:
@@ -141,7 +118,7 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
         )
         for k in range(steps):
             begin, end = k * samples // steps, (k + 1) * samples // steps
-            carry = step(micro_batch(data, begin, end - begin), end - begin, carry)
+            carry = step(_keras.samples_of(data, begin, end - begin), end - begin, carry)
         return carry
 
     def loop(carry, count, bounds):
@@ -150,10 +127,25 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False):
 
         def body(k, carry):
             begin, size = bounds(k)
-            return k + 1, step(micro_batch(data, begin, size), size, carry)
+            return k + 1, step(_keras.samples_of(data, begin, size), size, carry)
 
+        if static_sizes:
+            # Where a loop hands on to the next what is constant and unchanged, TensorFlow's XLA
+            # bridge may lose the body of that.
+            carry = tf.nest.map_structure(tf.stop_gradient, carry)
         start = (tf.constant(0), carry)
         return tf.while_loop(lambda k, _: k < count, body, start, parallel_iterations=1)[1]
+
+    if counted is not None:
+        begin = 0
+        counts = {size: count for size, count in cut.segments(samples) if count}
+        counts[1] = samples
+        for size, count in counts.items():
+            # How many there are may change from batch to batch, their size may not.
+            count = tf.minimum(count, (counted - begin) // size)
+            carry = loop(carry, count, lambda k, begin=begin, size=size: (begin + k * size, size))
+            begin += count * size
+        return carry
 
     (large, larges), (small, smalls) = cut.segments(samples)
     if static_sizes:

@@ -69,6 +69,8 @@ class MicroBatches:
         trace_scope: Makes the context in which the loss function is traced to
             see what it does.
         measures_noise: Whether to collect what the gradient noise scale needs.
+        counted: int32 scalar: how many of the samples count, the first of them, in a program
+            that is compiled as a whole. None for all.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class MicroBatches:
         unrolled=False,
         trace_scope=contextlib.nullcontext,
         measures_noise=False,
+        counted=None,
     ):
         self.loss_fn = loss_fn
         self.data = _reduction.checked_data(data)
@@ -93,13 +96,15 @@ class MicroBatches:
         self.compiled = compiled or self.is_inline
         self.unrolled = unrolled
         self.measures_noise = measures_noise
-        self.samples = tf.convert_to_tensor(_keras.batch_size(data), tf.int32)
+        self.counted = counted
+        samples = _keras.batch_size(data) if counted is None else counted
+        self.samples = tf.convert_to_tensor(samples, tf.int32)
         self.dtype = _accumulators.dtype_for(keras.config.floatx())
         for variable in variables:
             self.dtype = _accumulators.wider(self.dtype, variable.dtype)
         # One micro-batch on one replica: Keras's own reductions are those of
         # the whole batch.
-        self.is_whole = cut.is_whole and _reduction.replicas() == 1
+        self.is_whole = cut.is_whole and _reduction.replicas() == 1 and counted is None
         if unrolled and cut.gradient_accumulation_steps is None:
             raise errors.UnsupportedModelError(
                 "A model with synchronized layers, whose micro-batches exchange with other "
@@ -144,7 +149,7 @@ class MicroBatches:
 
     def _one_sample(self):
         if self.samples > 0:
-            return _cut.micro_batch(self.data, 0, 1)
+            return _keras.samples_of(self.data, 0, 1)
         return keras.tree.map_structure(
             lambda v: v if v is None else tf.zeros([1, *v.shape[1:]], v.dtype), self.data
         )
@@ -181,6 +186,7 @@ class MicroBatches:
                 carry,
                 static_sizes=self.compiled,
                 unrolled=self.unrolled,
+                counted=self.counted,
             )
 
         if not self.compiled or self.is_inline:
@@ -199,7 +205,7 @@ class MicroBatches:
         a pass over all of them. None, None where that is not worth asking: XLA multiplies and
         adds in one pass.
         """
-        if self.is_whole or self.compiled or self.traits.has_weight:
+        if self.is_whole or self.compiled or self.counted is not None or self.traits.has_weight:
             return None, None
         (large, larges), (small, smalls) = self.cut.segments(self.samples)
         alike = tf.equal(larges, 0) | tf.equal(smalls, 0)

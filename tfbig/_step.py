@@ -160,7 +160,8 @@ class TrainStep(_options.StepOptions):
     @_keras.returns_global_logs
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
-        if self._is_plain(self._cut()) and self.loss_scale_state is None and self._is_default:
+        is_plain = self._is_plain(self._cut(), data)
+        if is_plain and self.loss_scale_state is None and self._is_default:
             return self._plain(super().train_step, data)
         return self._apply(self._accumulate(data, self._cut()))
 
@@ -201,14 +202,15 @@ class TrainStep(_options.StepOptions):
     @_keras.returns_global_logs
     def test_step(self, data):
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
-        if self._is_plain(self._evaluation_cut()):
+        if self._is_plain(self._evaluation_cut(), data):
             return self._plain(super().test_step, data)
         share = self._share(data, self._evaluation_cut(), training=False).accumulate()
         return self._logs(_update.without_gradients(share))
 
-    def _is_plain(self, cut):
+    def _is_plain(self, cut, data=None):
         # Then Keras's own step does it, number for number.
-        return cut.is_whole and _reduction.replicas() == 1
+        is_padded = isinstance(data, _keras.PaddedBatch)
+        return cut.is_whole and _reduction.replicas() == 1 and not is_padded
 
     def _plain(self, step, data):
         """Runs a step of Keras, compiled by XLA if asked for."""
@@ -227,6 +229,7 @@ class TrainStep(_options.StepOptions):
         # An exchange may stand neither in a loop nor in an XLA program.
         compiled = bool(self.jit_compile) and not synchronized
         is_xla = compiled or _keras.is_compiled_as_a_whole()
+        data, counted = _keras.without_padding(data)
         recomputed = _recomputation.layers_of(self, self.recompute if training else None)
 
         def loss_fn(micro_batch):
@@ -252,6 +255,7 @@ class TrainStep(_options.StepOptions):
             unrolled=synchronized,
             trace_scope=functools.partial(_keras.without_synchronization, self),
             measures_noise=training and self.log_gradient_noise_scale,
+            counted=counted,
         )
 
     def _logs(self, update):

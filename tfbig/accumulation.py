@@ -2,7 +2,7 @@
 
 import warnings
 
-from tfbig import _automatic, _capacity, _cut, _reduction, _step, errors
+from tfbig import _automatic, _capacity, _cut, _keras, _reduction, _step, errors
 
 __all__ = ("GradientAccumulationMixin",)
 
@@ -177,6 +177,12 @@ class GradientAccumulationMixin(_step.TrainStep):
                 "`micro_batch_size='auto'` needs a batch size that is known before training. "
                 "Received: a dataset whose batch size is not. Use dataset.batch, or pass a number "
                 "of samples as `micro_batch_size`."
+            )
+        if _keras.is_tpu(self.distribute_strategy):
+            raise errors.UnsupportedStrategyError(
+                "`micro_batch_size='auto'` has not been built for TPUs, which compile a program "
+                "for each size. Pass a number of samples: `python -m tfbig.tpu_check "
+                "--find_micro_batch_size` tells the largest that the compiler fits into memory."
             )
         if getattr(type(self), "train_step", None) is not _step.TrainStep.train_step:
             raise errors.UnsupportedModelError(

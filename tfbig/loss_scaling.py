@@ -185,6 +185,31 @@ class LossScaleState(_keras.SavedState):
         with tf.control_dependencies([] if tf.executing_eagerly() else written):
             tf.debugging.assert_less(consecutive, limit, _keras.TOO_MANY_SKIPS)
 
+    def watched(self, function, updates, variables):
+        """A train function after which the counters are looked at.
+
+        Of assertions a TPU's program has none. Looking at counters waits for the update, so that
+        is done once in `max_consecutive_skips` updates.
+
+        Args:
+            function: function of an iterator.
+            updates: int, what it does of them in a call.
+            variables: list of trainable variables.
+        """
+        limit, since = self.settings.max_consecutive_skips, 0
+
+        def watched(iterator):
+            nonlocal since
+            logs = function(iterator)
+            since += updates
+            if since >= limit:
+                since = 0
+                if int(self.consecutive_skips.numpy()) >= limit:
+                    raise self.error(variables)
+            return logs
+
+        return watched
+
     def error(self, variables):
         """The `LossScaleError` that says what happened, and where."""
         index = int(self.first_non_finite.numpy())
@@ -262,6 +287,12 @@ class DynamicLossScalingMixin(_step.TrainStep):
     def compile(self, *args, **kwargs):
         super().compile(*args, **kwargs)
         self._reset_loss_scale()
+
+    def _make_train_function(self):
+        function, state = super()._make_train_function(), self.loss_scale_state
+        if state is None or not _keras.is_tpu(self.distribute_strategy):
+            return function
+        return state.watched(function, self.steps_per_execution, self.trainable_variables)
 
     def _options(self):
         return super()._options() | {"loss_scale": self._loss_scale}

@@ -20,6 +20,7 @@ from tfbig._keras.data import (
     new_seed,
     reseeded_shuffling,
     resume_data,
+    samples_of,
     without_optionals,
 )
 from tfbig._keras.devices import (
@@ -57,6 +58,7 @@ from tfbig._keras.optimizer import (
     aggregated_gradients,
     needs_no_merge_call,
 )
+from tfbig._keras.padding import PaddedBatch, data_of, without_padding
 from tfbig._keras.recomputation import check_can_recompute, recomputed
 from tfbig._keras.saving import (
     ConfigWith,
@@ -102,6 +104,7 @@ __all__ = (
     "ConfigWith",
     "Functional",
     "LossScaleOptimizer",
+    "PaddedBatch",
     "SavedState",
     "SeedStates",
     "TrainerOverrides",
@@ -119,6 +122,7 @@ __all__ = (
     "compile_settings",
     "compiled_as_a_whole",
     "computes_in_float16",
+    "data_of",
     "data_of_fit",
     "devices_of",
     "draws_random_numbers",
@@ -154,6 +158,7 @@ __all__ = (
     "reseeded_shuffling",
     "resume_data",
     "returns_global_logs",
+    "samples_of",
     "set_initial_epoch",
     "track_for_checkpoint",
     "update_losses",
@@ -161,5 +166,6 @@ __all__ = (
     "values_of",
     "with_class",
     "without_optionals",
+    "without_padding",
     "without_synchronization",
 )

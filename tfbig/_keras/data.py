@@ -29,6 +29,34 @@ def batch_size(data):
     return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
 
 
+def samples_of(data, begin, size):
+    """So many samples of a (nested) batch, from an index on."""
+
+    def part(value):
+        if value is None:
+            return None
+        if isinstance(value, tf.RaggedTensor):
+            return value[begin : begin + size]
+        if isinstance(value, tf.SparseTensor):
+            shape = tf.cast(value.dense_shape, tf.int64)
+            begin_, size_ = (tf.reshape(tf.cast(x, tf.int64), [1]) for x in (begin, size))
+            return tf.sparse.slice(
+                value,
+                tf.concat([begin_, tf.zeros_like(shape[1:])], 0),
+                tf.concat([size_, shape[1:]], 0),
+            )
+        # tf.slice with explicit sizes: XLA needs them as constants.
+        inner = tf.shape(value)[1:]
+        sliced = tf.slice(
+            value,
+            tf.concat([[begin], tf.zeros_like(inner)], 0),
+            tf.concat([[size], inner], 0),
+        )
+        return tf.ensure_shape(sliced, [None, *value.shape[1:]])
+
+    return keras.tree.map_structure(part, data)
+
+
 def without_optionals(data):
     """Keras stands a `tf.experimental.Optional` for a None in a dataset."""
     return keras.tree.map_structure(

@@ -13,11 +13,13 @@ from tfbig._keras.data import (
     NO_SAMPLES,
     batch_size,
     effective_batch_size,
+    samples_of,
     specs_of_one_replica,
     without_optionals,
 )
-from tfbig._keras.devices import is_on_cpu
+from tfbig._keras.devices import is_on_cpu, is_tpu
 from tfbig._keras.losses import check_is_scalar
+from tfbig._keras.padding import check_divides, data_of, fix_batches
 from tfbig._keras.variables import is_summed
 
 # Messages of assertions in a graph, by which their errors are told apart.
@@ -140,7 +142,9 @@ class TrainerOverrides(_KerasModel):
         if iterator is not None:
             self._epoch_iterator = iterator
             size = 0 if iterator.num_batches == 0 else effective_batch_size(iterator)
-            data_batch = specs_of_one_replica(iterator._distributed_dataset)
+            if is_tpu(strategy):
+                fix_batches(iterator, size, strategy)
+            data_batch = data_of(specs_of_one_replica(iterator._distributed_dataset))
             if strategy.num_replicas_in_sync > 1 and None in keras.tree.flatten(data_batch):
                 raise errors.UnsupportedStrategyError(
                     "None among the inputs cannot be handed to several replicas: "
@@ -152,6 +156,8 @@ class TrainerOverrides(_KerasModel):
                 lambda v: v if v is None else tf.convert_to_tensor(v), data_batch
             )
             size = batch_size(data_batch)
+            if is_tpu(strategy):
+                check_divides(size, strategy.num_replicas_in_sync)
             data_batch = keras.tree.map_structure(
                 lambda v: v if v is None else tf.TensorSpec([None, *v.shape[1:]], v.dtype),
                 data_batch,
@@ -182,6 +188,9 @@ class TrainerOverrides(_KerasModel):
             return data
         size = batch_size(data)
         index = tf.cast(context.replica_id_in_sync_group, tf.int32)
+        if isinstance(size, int) and size % replicas == 0:
+            # Of a shape that is known, which a TPU needs.
+            return samples_of(data, index * (size // replicas), size // replicas)
         # The first replicas get more, as from a distributed dataset.
         begin, end = ((i * size + replicas - 1) // replicas for i in (index, index + 1))
         return keras.tree.map_structure(lambda v: v if v is None else v[begin:end], data)

@@ -134,7 +134,7 @@ def trace(model, share):
     """
     strategy = model.distribute_strategy
     with strategy.scope():
-        _keras.build_for(model, share)
+        _keras.build_for(model, _keras.data_of(share))
         # No variable can be made while a TPU's program is traced.
         model.optimizer.build(model.trainable_variables)
 
