@@ -7,6 +7,7 @@ memory runs out. The second exchanges and applies what the first returned.
 
 import dataclasses
 import json
+import time
 from typing import Any
 
 import tensorflow as tf
@@ -80,15 +81,19 @@ class TrainFunction:
 
     def __call__(self, iterator):
         """As many updates as Keras wants at a time; returns the logs of the last."""
-        logs = None
+        logs, waited = None, 0.0
         for _ in range(self.model.steps_per_execution):
+            begin = time.perf_counter()
             try:
                 data = next(iterator)
             except (StopIteration, tf.errors.OutOfRangeError):
                 if logs is None:
                     raise
                 break
+            waited += time.perf_counter() - begin
             logs = self.update(data)
+        if self.model.input_clock is not None:
+            self.model.input_clock.add(waited)
         return logs
 
     def update(self, data):

@@ -1,4 +1,4 @@
-"""Callbacks: backups that a training goes on from, effects of the chief alone."""
+"""Callbacks: backups that a training goes on from, effects of the chief alone, a record."""
 
 import contextlib
 import signal
@@ -9,8 +9,9 @@ from typing import Any
 import keras
 
 from tfbig import _backup, _keras, _stop, _workers, errors
+from tfbig._monitor import TrainingMonitor
 
-__all__ = ("PREEMPTED", "BackupAndRestore", "ChiefOnly")
+__all__ = ("PREEMPTED", "BackupAndRestore", "ChiefOnly", "TrainingMonitor")
 
 # Exit code of a program that was preempted and has a backup. Kubeflow restarts a
 # replica with a code over 127, and reserves this one for programs.

@@ -31,6 +31,7 @@ from tfbig._keras.devices import (
     is_tpu,
     make_logical_cpus,
 )
+from tfbig._keras.input_clock import InputClock
 from tfbig._keras.layers import (
     all_layers,
     check_scope,
@@ -103,6 +104,7 @@ __all__ = (
     "TOO_MANY_SKIPS",
     "ConfigWith",
     "Functional",
+    "InputClock",
     "LossScaleOptimizer",
     "PaddedBatch",
     "SavedState",

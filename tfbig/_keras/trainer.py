@@ -18,6 +18,7 @@ from tfbig._keras.data import (
     without_optionals,
 )
 from tfbig._keras.devices import is_on_cpu, is_tpu
+from tfbig._keras.input_clock import timed
 from tfbig._keras.losses import check_is_scalar
 from tfbig._keras.padding import check_divides, data_of, fix_batches
 from tfbig._keras.variables import is_summed
@@ -119,6 +120,13 @@ class TrainerOverrides(_KerasModel):
     _batch_size: int | None = None
     # The iterator of the running, or last, `fit` or `evaluate`.
     _epoch_iterator: typing.Any = None
+    # The `InputClock` of a callback, if one wants to know.
+    input_clock: typing.Any = None
+
+    @property
+    def batch_size_of_updates(self):
+        """int, samples of a full batch of the running, or last, `fit`; None if not known."""
+        return self._batch_size
 
     def _check_before_run(self):
         """Hook: raises for what cannot run."""
@@ -229,7 +237,7 @@ class TrainerOverrides(_KerasModel):
             logs |= {k: v for k, v in results.items() if k in logs}
         return logs
 
-    def _step_function(self, replica_step):
+    def _step_function(self, replica_step, is_timed=False):
         def one_step(data):
             return self._global_logs(replica_step, without_optionals(data))
 
@@ -237,27 +245,30 @@ class TrainerOverrides(_KerasModel):
             # Keras nests two tf.functions here, which fails under
             # MirroredStrategy. Optionals tell the end of the data: an exception
             # would lose the logs of the steps before it.
-            logs = one_step(iterator.get_next())
+            data, waited = timed(iterator.get_next)
+            logs = one_step(data)
 
-            def more(step, upcoming, *_):
+            def more(step, _, upcoming, *__):
                 return (step < self.steps_per_execution) & upcoming.has_value()
 
-            def next_step(step, upcoming, *_):
+            def next_step(step, waited, upcoming, *_):
                 new = tf.nest.flatten(one_step(upcoming.get_value()))
-                following = tf.cond(
+                following, more_waited = tf.cond(
                     step + 1 < self.steps_per_execution,
-                    iterator.get_next_as_optional,
-                    lambda: upcoming,
+                    lambda: timed(iterator.get_next_as_optional),
+                    lambda: (upcoming, tf.zeros_like(waited)),
                 )
-                return (step + 1, following, *new)
+                return (step + 1, waited + more_waited, following, *new)
 
-            carried = (tf.constant(1), iterator.get_next_as_optional(), *tf.nest.flatten(logs))
-            _, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
-            return tf.nest.pack_sequence_as(logs, last)
+            upcoming, more_waited = timed(iterator.get_next_as_optional)
+            carried = (tf.constant(1), waited + more_waited, upcoming, *tf.nest.flatten(logs))
+            _, waited, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
+            return tf.nest.pack_sequence_as(logs, last), waited
 
         def on_iterator(iterator):
             if self.steps_per_execution == 1:
-                return one_step(iterator.get_next())
+                data, waited = timed(iterator.get_next)
+                return one_step(data), waited
             return many_steps(iterator)
 
         if not self.run_eagerly:
@@ -268,7 +279,10 @@ class TrainerOverrides(_KerasModel):
 
         def run(iterator):
             if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-                return on_iterator(iterator)
+                logs, waited = on_iterator(iterator)
+                if is_timed and self.input_clock is not None:
+                    self.input_clock.add(waited)
+                return logs
             for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
                 logs = one_step_on_data(data)
             return logs
@@ -310,7 +324,7 @@ class TrainerOverrides(_KerasModel):
 
     def _make_train_function(self):
         """Hook: the function of an iterator that trains."""
-        return self._step_function(self.train_step)
+        return self._step_function(self.train_step, is_timed=True)
 
     def predict_on_batch(self, x):
         if self.distribute_strategy.num_replicas_in_sync == 1:

@@ -1,0 +1,226 @@
+"""`tfbig.callbacks.TrainingMonitor`: what it writes is what happened."""
+
+import csv
+import importlib.util
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbig
+from tests.conftest import make_strategy
+
+X, Y = np.ones((32, 4), "float32"), np.ones((32, 1), "float32")
+
+
+def build(strategy="default", **options):
+    options = {"gradient_accumulation_steps": 2, "loss_scale": 8.0, "log_grad_norm": True} | options
+    with make_strategy(strategy).scope():
+        model = tfbig.Sequential([keras.Input((4,)), layers.Dense(1)], **options)
+        model.compile(keras.optimizers.SGD(0.01), "mse", metrics=["mae"])
+    return model
+
+
+def monitor(directory, **options):
+    return tfbig.callbacks.TrainingMonitor(
+        directory, **{"frequency": 1, "plot": False, "tensorboard": False} | options
+    )
+
+
+def fit(model, *callbacks, x=X, epochs=2, **kwargs):
+    return model.fit(
+        x,
+        Y,
+        batch_size=8,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[*callbacks],
+        **kwargs,
+    )
+
+
+def written(directory):
+    with open(directory / "training.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+def test_rows_are_the_logs_of_updates(tmp_path, strategy):
+    model, seen = build(strategy), []
+    model.loss_scale = tfbig.DynamicLossScale(initial_scale=8.0)
+    x = X.copy()
+    x[20] = np.inf  # In the third batch.
+    logged = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append({k: float(v) for k, v in logs.items()})
+    )
+    history = fit(model, monitor(tmp_path), logged, x=x).history
+    rows = written(tmp_path)
+    assert [int(row["update"]) for row in rows] == list(range(1, 9))
+    assert [int(row["epoch"]) for row in rows] == [0] * 4 + [1] * 4
+    names = ["loss", "mae", "loss_scale", "skipped_updates", "grad_norm"]
+    for row, logs in zip(rows, seen, strict=True):
+        np.testing.assert_equal([float(row[n]) for n in names], [logs[n] for n in names])
+    assert [float(row["skipped_updates"]) for row in rows] == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert float(rows[-1]["loss"]) == pytest.approx(history["loss"][-1], rel=1e-6)
+    assert all(float(row["learning_rate"]) == pytest.approx(0.01) for row in rows)
+    assert all(float(row["host_mib"]) > 100 for row in rows)
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert rows[0]["update_seconds"] == ""  # It was traced.
+    for row in rows[1:]:
+        assert 8 / float(row["update_seconds"]) == pytest.approx(float(row["samples_per_second"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps_per_execution": 2}, {"run_eagerly": True}, {"micro_batch_size": "auto"}],
+    ids=["plain", "many_steps", "eager", "auto"],
+)
+def test_waiting_for_data_is_told_apart(tmp_path, options):
+    pause = 0.1
+
+    def sleep(x, y):
+        time.sleep(pause)
+        return x, y
+
+    def slow(x, y):
+        a, b = tf.numpy_function(sleep, [x, y], [tf.float32, tf.float32])
+        return tf.ensure_shape(a, x.shape), tf.ensure_shape(b, y.shape)
+
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8, drop_remainder=True)
+    # Without a thread that reads ahead.
+    quiet = tf.data.Options()
+    quiet.threading.private_threadpool_size = 1
+    size = options.pop("micro_batch_size", None)
+    kinds = {"micro_batch_size": size, "gradient_accumulation_steps": None} if size else {}
+    model = build(log_grad_norm=False, **kinds)
+    model.compile("sgd", "mse", **options)
+    callback = monitor(tmp_path, frequency=None)
+    model.fit(
+        dataset.map(slow).with_options(quiet),
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[callback],
+    )
+    # Keras reads one batch ahead while it takes shapes from the dataset, not later.
+    for row in callback.rows[1:]:
+        assert row["input_seconds"] >= 0.5 * pause
+        assert row["input_seconds"] <= row["update_seconds"]
+    callback = monitor(tmp_path / "fast", frequency=None)
+    model.fit(dataset.cache(), epochs=2, shuffle=False, verbose=0, callbacks=[callback])
+    assert callback.rows[-1]["input_seconds"] < 0.5 * pause
+
+
+def test_validation_takes_no_time_of_training(tmp_path):
+    callback = monitor(tmp_path, frequency=None)
+    slow = keras.callbacks.LambdaCallback(on_test_batch_end=lambda batch, logs: time.sleep(0.3))
+    model = build()
+    fit(model, slow, epochs=1)
+    fit(model, callback, slow, validation_data=(X, Y), validation_batch_size=8, validation_freq=1)
+    assert max(row["update_seconds"] for row in callback.rows) < 0.3
+    assert not any(name.startswith("val_") for row in callback.rows for name in row)
+
+
+def test_training_that_goes_on_adds_its_rows(tmp_path):
+    model = build()
+    fit(model, monitor(tmp_path), epochs=1)
+    first = written(tmp_path)
+    fit(model, monitor(tmp_path), epochs=1)
+    assert written(tmp_path)[:4] == first
+    assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 9))
+
+
+def test_rows_that_an_interruption_lost_are_replaced(tmp_path):
+    class Interruption(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    def backup():
+        return tfbig.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=2)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), backup(), monitor(tmp_path), Interruption())
+    assert [int(row["update"]) for row in written(tmp_path)] == [1, 2, 3]
+    fit(build(), backup(), monitor(tmp_path))
+    assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 9))
+
+
+def test_directory_of_another_training_is_left_as_it_is(tmp_path):
+    fit(build(), monitor(tmp_path))
+    before = (tmp_path / "training.csv").read_bytes()
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="with 8 rows of another"):
+        fit(build(), monitor(tmp_path))
+    assert (tmp_path / "training.csv").read_bytes() == before
+    (tmp_path / "training.csv").write_text("update\nx\n")
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="cannot be read"):
+        fit(build(), monitor(tmp_path))
+
+
+def test_off_by_a_flag(tmp_path):
+    model = build()
+    fit(model, monitor(tmp_path / "not", enabled=False))
+    assert not (tmp_path / "not").exists()
+    assert model.input_clock is None
+
+
+def test_evaluation_alone_is_not_its_business(tmp_path):
+    build().evaluate(X, Y, verbose=0, callbacks=[monitor(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_page_of_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    fit(build(), monitor(tmp_path, plot=True))
+    header = (tmp_path / "training.png").read_bytes()[:24]
+    width, height = (int.from_bytes(header[i : i + 4], "big") for i in (16, 20))
+    assert (header[1:4], width, height) == (b"PNG", 1350, 780)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
+def test_tensorboard_events(tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    fit(build(), monitor(tmp_path, tensorboard=True))
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    found = {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")}
+    assert found == {
+        int(row["update"]): pytest.approx(float(row["loss"])) for row in written(tmp_path)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"directory": ""}, "must be a directory"),
+        ({"directory": "gs://bucket"}, "must be a directory of a file system"),
+        ({"frequency": 0}, "must be an integer >= 1"),
+        ({"frequency": True}, "must be an integer >= 1"),
+    ],
+)
+def test_wrong_arguments(tmp_path, arguments, message):
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=message):
+        tfbig.callbacks.TrainingMonitor(**{"directory": tmp_path} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("tensorboard", "tensorboard"), ("plot", "matplotlib")]
+)
+def test_missing_package(tmp_path, monkeypatch, name, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=f"pip install {package}"):
+        tfbig.callbacks.TrainingMonitor(tmp_path, **{name: True})
+    callback = tfbig.callbacks.TrainingMonitor(tmp_path)
+    assert not getattr(callback, name)
+
+
+def test_model_of_keras_is_refused(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"Use tfbig\.extend"):
+        fit(model, monitor(tmp_path))

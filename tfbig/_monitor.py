@@ -1,0 +1,277 @@
+"""What training does, written down: `tfbig.callbacks.TrainingMonitor`."""
+
+import csv
+import importlib.util
+import os
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, _monitor_plot, _workers, errors
+
+__all__ = ("TrainingMonitor",)
+
+_CSV, _PNG = "training.csv", "training.png"
+
+# The columns that are the same for every model; those of its logs follow.
+COLUMNS = (
+    "update",
+    "epoch",
+    "seconds",
+    "samples_per_second",
+    "update_seconds",
+    "input_seconds",
+    "learning_rate",
+    "device_mib",
+    "host_mib",
+)
+
+# Seconds from one row to the next, so that the rows cost nothing that could be seen.
+_INTERVAL = 1.0
+
+# ru_maxrss is in KiB on Linux, in bytes on macOS.
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+class TrainingMonitor(keras.callbacks.Callback):
+    """Writes down what training does: a CSV file, a page of plots, and TensorBoard's events.
+
+    A row tells, as means over the updates since the row before: samples per second, seconds of
+    an update, and how many of these it waited for data (`input_seconds`; the rest is computing and
+    exchanging, which only a profiler tells apart). Then the learning rate, the peaks of
+    memory (MiB) on the first device of this process and of the process itself, and the logs: loss
+    and metrics of the epoch so far, `loss_scale` and `skipped_updates` while scaling is on,
+    `grad_norm` and `gradient_noise_scale` where the model logs them. `update` counts updates
+    since the model was made, skipped ones included. Times leave out validation and the first
+    update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
+
+    On several workers all may have the callback; the chief writes.
+
+    Args:
+        directory: str or path, where training.csv and training.png are written. A training that
+            goes on adds its rows, and replaces those of updates that an interruption lost.
+        frequency: int, updates from row to row. Defaults to None: about a second.
+        tensorboard: bool, whether events for TensorBoard are written into the directory. Defaults
+            to None: if it is installed.
+        plot: bool, whether training.png is drawn when training ends. Defaults to None: if
+            matplotlib is installed.
+        enabled: bool. With False the callback does nothing. Defaults to True.
+
+    Raises:
+        InvalidOptionError: If an argument is not valid, what it needs is not installed, or, at
+            the start of `fit`, the directory holds the rows of another training.
+
+    Example:
+
+    >>> import tempfile
+    >>> model = tfbig.Sequential([keras.Input((4,)), keras.layers.Dense(1)], loss_scale=8.0)
+    >>> model.compile("sgd", "mse")
+    >>> monitor = tfbig.callbacks.TrainingMonitor(tempfile.mkdtemp(), frequency=2, plot=False)
+    >>> history = model.fit(
+    ...     np.ones((32, 4)), np.ones((32, 1)), batch_size=8, verbose=0, callbacks=[monitor]
+    ... )
+    >>> [(row["update"], row["loss_scale"]) for row in monitor.rows]
+    [(2, 8.0), (4, 8.0)]
+    """
+
+    # Keras need not wait for it after each batch: nothing in it depends on the thread.
+    async_safe = True
+
+    def __init__(self, directory, *, frequency=None, tensorboard=None, plot=None, enabled=True):
+        super().__init__()
+        if not str(directory) or "://" in str(directory):
+            raise errors.InvalidOptionError(
+                "`directory` must be a directory of a file system; mount other storage. Received: "
+                f"directory={str(directory)!r}."
+            )
+        is_number = isinstance(frequency, int) and not isinstance(frequency, bool)
+        if frequency is not None and not (is_number and frequency >= 1):
+            raise errors.InvalidOptionError(
+                "`frequency` must be an integer >= 1, a number of updates, or None. Received: "
+                f"frequency={frequency!r}."
+            )
+        self.directory = pathlib.Path(directory)
+        self.frequency = frequency
+        self.tensorboard = _wanted("tensorboard", tensorboard, "tensorboard")
+        self.plot = _wanted("plot", plot, "matplotlib")
+        self.enabled = enabled
+        self.rows: list[dict[str, Any]] = []
+        self._events: Any = None
+        self._is_running = False
+
+    def set_model(self, model):
+        super().set_model(model)
+        if not hasattr(model, "input_clock"):
+            raise errors.UnsupportedModelError(
+                "tfbig.callbacks.TrainingMonitor needs a model of tfbig. Received: "
+                f"{type(model).__name__}. Use tfbig.extend(model)."
+            )
+
+    def on_train_begin(self, logs=None):
+        is_chief = _workers.Workers.of(self.model.distribute_strategy).is_chief
+        self._is_running = bool(self.enabled) and is_chief
+        if not self._is_running:
+            return
+        self._epoch, self._update = 0, self._updates_of_model()
+        self.rows = self._rows_before()
+        self._seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.tensorboard:
+            self._events = tf.summary.create_file_writer(str(self.directory))
+        self.model.input_clock = _keras.InputClock()
+        self._begin = time.perf_counter()
+        self._is_traced = self._is_open = False
+        self._restart()
+
+    def _updates_of_model(self):
+        iterations = self.model.optimizer.iterations.numpy()
+        return int(iterations) + getattr(self.model, "skipped_updates", 0)
+
+    def _rows_before(self):
+        """The rows of the training that goes on."""
+        rows = _read(self.directory / _CSV)
+        if rows and self._update == 0:
+            raise errors.InvalidOptionError(
+                "`directory` must be empty, or that of the training that goes on. Received: "
+                f"{self.directory}, with {len(rows)} rows of another. Use another directory."
+            )
+        # An interrupted training goes on from its backup, and repeats what came after it.
+        return [row for row in rows if row["update"] <= self._update]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._is_running:
+            self._epoch, self._done = epoch, None
+            self._restart()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._is_running and self._done is None:
+            # In the middle of an epoch, if training goes on there.
+            self._done = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not self._is_running:
+            return
+        updates = batch + 1 - self._done
+        self._done += updates
+        self._update += updates
+        self._last = time.perf_counter()
+        waited = self.model.input_clock.pop()
+        if self._is_traced:
+            self._updates += updates
+            self._waited += waited
+        else:
+            # What it took was for the most part tracing.
+            self._is_traced = True
+            self._restart()
+        if self.frequency is not None:
+            is_due = self._update // self.frequency > (self._update - updates) // self.frequency
+        else:
+            is_due = self._updates and self._last - self._since >= _INTERVAL
+        if is_due:
+            self._write(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._is_running and (self._updates or not self.rows):
+            self._write({k: v for k, v in logs.items() if not k.startswith("val_")})
+
+    def on_train_end(self, logs=None):
+        if not self._is_running:
+            return
+        self._is_running, self.model.input_clock = False, None
+        if self._events is not None:
+            self._events.close()
+        if self.plot and self.rows:
+            _monitor_plot.draw(self.rows, self.directory / _PNG)
+
+    def _restart(self):
+        """The next row's means begin here."""
+        self._since, self._updates, self._waited = time.perf_counter(), 0, 0.0
+
+    def _write(self, logs):
+        seconds = waited = samples = None
+        if self._updates:
+            # Not until now: what follows an epoch's last update, such as a validation, is left out.
+            seconds = (self._last - self._since) / self._updates
+            waited = self._waited / self._updates
+            samples = self.model.batch_size_of_updates
+        measured = (
+            self._update,
+            self._epoch,
+            self._seconds_before + self._last - self._begin,
+            samples and samples / seconds,
+            seconds,
+            waited,
+            float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
+            _device_mib(self.model.distribute_strategy),
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
+        )
+        row = dict(zip(COLUMNS, measured, strict=True)) | {k: float(v) for k, v in logs.items()}
+        is_new = not (self._is_open and self.rows[-1].keys() == row.keys())
+        self.rows.append(row)
+        _append(self.directory / _CSV, self.rows if is_new else [row], is_new)
+        self._is_open = True
+        if self._events is not None:
+            with self._events.as_default():
+                for name, value in row.items():
+                    if value is not None and name != "update":
+                        tf.summary.scalar(name, value, step=row["update"])
+                self._events.flush()
+        self._restart()
+
+
+def _wanted(name, value, package):
+    """Whether what needs a package is wanted: by default if it is installed."""
+    is_there = importlib.util.find_spec(package) is not None
+    if value and not is_there:
+        raise errors.InvalidOptionError(
+            f"`{name}` needs {package}, which is not installed. Received: {name}={value!r}. "
+            f"pip install {package}"
+        )
+    return is_there if value is None else bool(value)
+
+
+def _device_mib(strategy):
+    """The peak of the memory of the first device, where TensorFlow counts it, else None."""
+    try:
+        info = tf.config.experimental.get_memory_info(_keras.devices_of(strategy)[0])
+    except (ValueError, tf.errors.OpError):
+        return None
+    return info["peak"] / 2**20
+
+
+def _read(path):
+    """The rows of a file, or none."""
+
+    def value(name, text):
+        if text == "":
+            return None
+        return int(text) if name in ("update", "epoch") else float(text)
+
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            return [{k: value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError) as e:
+        raise errors.InvalidOptionError(
+            f"{path} must be the file of a TrainingMonitor. Received: one that cannot be read "
+            f"({e}). Use another directory."
+        ) from e
+
+
+def _append(path, rows, is_new):
+    """Adds rows to a file; a new one replaces what was there in one step."""
+    target = path.with_suffix(".tmp") if is_new else path
+    with open(target, "w" if is_new else "a", newline="") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+    if is_new:
+        os.replace(target, path)

@@ -1,0 +1,61 @@
+"""The page of plots of a training."""
+
+import math
+
+__all__ = ("draw",)
+
+# Title, columns, whether the axis is logarithmic; drawn where there are numbers.
+_PANELS = (
+    ("loss", ("loss",), False),
+    ("loss scale", ("loss_scale",), True),
+    ("skipped updates", ("skipped_updates",), False),
+    ("gradient norm", ("grad_norm",), True),
+    ("gradient noise scale, samples", ("gradient_noise_scale",), True),
+    ("samples per second", ("samples_per_second",), False),
+    ("seconds of an update", ("update_seconds", "input_seconds"), False),
+    ("learning rate", ("learning_rate",), False),
+    ("peak memory, MiB", ("device_mib", "host_mib"), False),
+)
+
+_WIDTH, _HEIGHT, _COLUMNS = 4.5, 2.6, 3
+
+
+def draw(rows, path):
+    """Draws what of the rows changes over the updates.
+
+    Args:
+        rows: list of dictionaries, as `TrainingMonitor` makes them.
+        path: path of the PNG file.
+    """
+    # Not pyplot: no window is wanted, and the figures of the user are theirs.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def numbers(name):
+        pairs = [(row["update"], row.get(name)) for row in rows]
+        return [(x, y) for x, y in pairs if y is not None and math.isfinite(y)]
+
+    panels = [
+        (title, drawn, is_logarithmic)
+        for title, names, is_logarithmic in _PANELS
+        if (drawn := {name: found for name in names if (found := numbers(name))})
+    ]
+    height = math.ceil(len(panels) / _COLUMNS)
+    figure = Figure(figsize=(_WIDTH * _COLUMNS, _HEIGHT * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, drawn, is_logarithmic) in enumerate(panels):
+        axes = figure.add_subplot(height, _COLUMNS, i + 1)
+        for name, pairs in drawn.items():
+            label = {"update_seconds": "all", "input_seconds": "waiting for data"}.get(name, name)
+            axes.plot(*zip(*pairs, strict=True), marker="." if len(pairs) < 30 else "", label=label)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        if is_logarithmic and all(y > 0 for pairs in drawn.values() for _, y in pairs):
+            axes.set_yscale("log")
+        elif len(drawn) > 1:
+            axes.set_ylim(bottom=0)
+        if len(drawn) > 1:
+            axes.legend(fontsize=8)
+        if i >= len(panels) - _COLUMNS:
+            axes.set_xlabel("update")
+    figure.savefig(path, dpi=100)
