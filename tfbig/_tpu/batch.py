@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbig import errors
@@ -19,10 +20,12 @@ class Batch:
         specs: `(x, y)` or `(x, y, sample_weight)`, structures of `tf.TensorSpec`, whose first
             dimension is the batch's.
         is_assumed: bool, whether they are taken from the model, which does not know its targets.
+        sample: `(x, y)` or `(x, y, sample_weight)`, structures of arrays, or None.
     """
 
     specs: tuple
     is_assumed: bool
+    sample: tuple | None = None
 
     @classmethod
     def of_sample(cls, sample, size):
@@ -39,7 +42,7 @@ class Batch:
             value = tf.convert_to_tensor(value)
             return tf.TensorSpec([size, *value.shape[1:]], value.dtype)
 
-        return cls(keras.tree.map_structure(spec, sample), is_assumed=False)
+        return cls(keras.tree.map_structure(spec, sample), is_assumed=False, sample=sample)
 
     @classmethod
     def of_model(cls, model, size):
@@ -90,6 +93,31 @@ class Batch:
 
         return keras.tree.map_structure(part, self.specs)
 
+    def values(self, seed=0):
+        """A batch: rows of the sample; random, where there is none or all its rows are the same.
+
+        Returns:
+            Structure of arrays, as `specs`.
+        """
+        random = np.random.default_rng(seed)
+
+        def drawn(spec, rows):
+            if spec is None:
+                return None
+            rows = None if rows is None else np.asarray(rows)
+            if rows is not None and len(rows) and (rows != rows[:1]).any():
+                return rows[random.integers(len(rows), size=spec.shape[0])]
+            if spec.dtype.is_floating:
+                return random.normal(size=spec.shape).astype(spec.dtype.as_numpy_dtype)
+            # Small enough for an index, of whatever.
+            return random.integers(2, size=spec.shape).astype(spec.dtype.as_numpy_dtype)
+
+        sample = self.sample
+        if sample is None:
+            sample = keras.tree.map_structure(lambda spec: None, self.specs)
+        flat = [drawn(*pair) for pair in zip(_flat(self.specs), _flat(sample), strict=True)]
+        return keras.tree.pack_sequence_as(self.specs, flat)
+
     def __str__(self):
         names = ("x", "y", "sample_weight")
         parts = zip(names, self.specs, strict=False)
@@ -99,6 +127,10 @@ class Batch:
             for spec in keras.tree.flatten(part)
             if spec is not None
         )
+
+
+def _flat(structure):
+    return keras.tree.flatten(structure)
 
 
 def _are_sparse(loss, outputs):

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfbig import _keras, errors
 
-__all__ = ("Place", "Program", "trace")
+__all__ = ("Place", "Program", "function_of", "functions_of", "living", "trace")
 
 # What `tf.distribute.TPUStrategy` marks operations of the program with.
 _MARK = "_tpu_replicate"
@@ -44,19 +44,29 @@ class Program:
     Args:
         graph: FuncGraph in which `strategy.run` was called once.
         layers: list of layers, of whose names the names of operations are made.
+        variables: list of Keras variables, those that the program may use.
+        logs: list of str, names of what is returned.
 
     Attributes:
         places: list of `Place`: all operations that take part, those of loops, conditionals and
             functions included.
         inputs: list of `tf.Operation` that stand for the values which each core has for itself:
             data and variables.
+        outputs: list of `tf.Operation` that stand for what each core returns.
+        logs: list of str, names of the outputs.
+        data: list of str, names of the tensors that stand for the parts of the batch.
     """
 
-    def __init__(self, graph, layers=()):
+    def __init__(self, graph, layers=(), variables=(), logs=()):
         self._layers = {layer.name: type(layer).__name__ for layer in layers}
         self.inputs = [op for op in graph.get_operations() if op.type == "TPUReplicatedInput"]
+        self.outputs = [op for op in graph.get_operations() if op.type == "TPUReplicatedOutput"]
+        self.logs = list(logs)
+        self._captured = {inner.name: outer for outer, inner in graph.captures}
+        self.data = [t.name for t in graph.inputs if t.name not in self._captured]
+        self._variables = {id(v.value._packed_var._handle): v for v in variables}
         self.places: list[Place] = []
-        for op in _living(graph):
+        for op in living(graph):
             if _MARK in op.node_def.attr:
                 self._add(Place(op))
         if not self.places:
@@ -67,8 +77,23 @@ class Program:
     def _add(self, place):
         self.places.append(place)
         for graph in functions_of(place.op):
-            for op in _living(graph):
+            for op in living(graph):
                 self._add(Place(op, (*place.enclosing, place.op)))
+
+    @property
+    def operations(self):
+        """List of the `tf.Operation` outside of functions, in order."""
+        return [place.op for place in self.places if not place.enclosing]
+
+    def variable_of(self, op):
+        """The Keras variable that one of `inputs` stands for; None if it is not known."""
+        return self._variables.get(id(self._captured.get(op.inputs[0].name)))
+
+    def constant(self, tensor):
+        """Value of a tensor outside of the program, or None if it is not known."""
+        if tensor.name in self._captured:
+            return self._captured[tensor.name].numpy()
+        return tf.get_static_value(tensor)
 
     def layer_of(self, op):
         """Name and class of the layer that an operation belongs to, for a message; or None."""
@@ -110,7 +135,7 @@ def _function(graph, name):
     raise LookupError(f"Function {name!r} is not in the graph.")
 
 
-def _living(graph):
+def living(graph):
     """What results or effects of a graph depend on, in order; TensorFlow drops the rest."""
     wanted = [t.op for t in graph.outputs] + list(graph.control_outputs)
     living = set()
@@ -145,4 +170,19 @@ def trace(model, share):
 
     specs = keras.tree.flatten(share)
     with strategy.scope():
-        return Program(update.get_concrete_function(*specs).graph, _keras.all_layers(model))
+        concrete = update.get_concrete_function(*specs)
+    logs = concrete.structured_outputs
+    return Program(
+        concrete.graph,
+        layers=_keras.all_layers(model),
+        variables=_variables(model),
+        # As TensorFlow flattens a dictionary.
+        logs=sorted(logs) if isinstance(logs, dict) else (),
+    )
+
+
+def _variables(model):
+    """All variables of a model that an update may use."""
+    states = [s for s in (model.loss_scale_state, model.noise_scale_state) if s is not None]
+    own = [v for s in states for v in s.variables()]
+    return [*model.variables, *model.optimizer.variables, *model.metrics_variables, *own]
