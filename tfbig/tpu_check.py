@@ -3,10 +3,19 @@
 Traces one update of the model that `build()` returns under `tf.distribute.TPUStrategy`, for a
 slice that need not be there, and checks what must hold for its program: fixed shapes, operations
 that the compiler knows, one exchange per update and outside of loops and conditionals, decisions
-and assignments the same on all cores. Nothing is compiled, and nothing is run on a TPU.
+and assignments the same on all cores. Nothing is run on a TPU.
 
     python -m tfbig.tpu_check --topology=v5e:2x2 my_model.py:build \\
         --batch_size=1024 --micro_batch_size=32
+
+With --compile the program is lowered by TensorFlow's own kernels for TPUs and compiled by the
+compiler for TPUs, and what it plans is reported: exchanges, and the memory of a core, an estimate.
+With --find_micro_batch_size also for other sizes, up to the largest that fits. With --run=lowered
+the lowered program runs on CPU devices, one for each core, once on random data and once with NaN
+on one core, beside the whole batch in plain Keras: with SGD, without dropout, and with
+BatchNormalization frozen, as both depend on the cut. Both need Python environments of two
+gigabytes each, made in --environments the first time (libtpu comes under a licence of its own).
+--run=traced runs what was traced, by TensorFlow on this machine, and needs none.
 
 `build` takes no arguments, is called in the scope of the strategy, and returns a compiled Keras
 model, or a pair of it and a sample of the data, (x, y) or (x, y, sample_weight), of which shapes
@@ -16,17 +25,17 @@ Exit code: 0 if nothing is wrong, 1 if the update cannot be traced or a check fa
 arguments.
 """
 
-import importlib
-import importlib.util
+import os
 import pathlib
 import sys
+import tempfile
 
-import keras
 import tensorflow as tf
 from absl import flags
 
-from tfbig import _keras, _options, _step, _tpu, errors, models
-from tfbig._tpu import report
+from tfbig import _keras, _tpu, _tpu_models, errors
+from tfbig._tpu import environments, lowering, numbers, report
+from tfbig._tpu.build_function import UsageError, build_function
 
 __all__ = ("main",)
 
@@ -63,10 +72,29 @@ _STEPS = flags.DEFINE_integer(
     lower_bound=1,
     flag_values=_FLAGS,
 )
-
-
-class UsageError(Exception):
-    """The arguments are wrong; the text says which, and what is right."""
+_COMPILE = flags.DEFINE_bool(
+    "compile", False, "Also lower and compile the program for the slice.", flag_values=_FLAGS
+)
+_FIND = flags.DEFINE_bool(
+    "find_micro_batch_size",
+    False,
+    "Also look for the largest micro-batch of which the compiler says that it fits: powers of two, "
+    "a compilation each, three or four in all. Includes --compile.",
+    flag_values=_FLAGS,
+)
+_RUN = flags.DEFINE_enum(
+    "run",
+    None,
+    ["traced", "lowered"],
+    "Also run an update on the CPU and compare its numbers: of the traced or the lowered program.",
+    flag_values=_FLAGS,
+)
+_ENVIRONMENTS = flags.DEFINE_string(
+    "environments",
+    os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "tfbig"),
+    "Directory of the environments that --compile and --run=lowered make.",
+    flag_values=_FLAGS,
+)
 
 
 def main(arguments=None):
@@ -83,7 +111,7 @@ def main(arguments=None):
         tpu_slice, name = _parsed(arguments)
         # First: the model's file may start TensorFlow.
         _make_devices(tpu_slice.cores)
-        return _run(tpu_slice, _function(name))
+        return _run(tpu_slice, build_function(name))
     except (UsageError, flags.Error, errors.InvalidOptionError) as e:
         return _failed(e, 2)
     except errors.TfbigError as e:
@@ -122,41 +150,6 @@ def _parsed(arguments):
     return tpu_slice, names[0]
 
 
-def _function(name):
-    """The function that `file.py:function` or `package.module:function` names."""
-    source, _, attribute = name.rpartition(":")
-    if not source or not attribute:
-        raise UsageError(
-            f"a model is named as my_model.py:build or my_package.my_model:build. Received: {name}"
-        )
-    # A program of the user may read its own flags, which have their defaults here.
-    flags.FLAGS.mark_as_parsed()
-    path = pathlib.Path(source)
-    # As when Python runs the file, or a module of this directory.
-    sys.path.insert(0, str(path.resolve().parent if path.suffix == ".py" else pathlib.Path.cwd()))
-    try:
-        module = _module_of(path) if path.suffix == ".py" else importlib.import_module(source)
-    except Exception as e:
-        raise UsageError(f"{source} cannot be imported: {type(e).__name__}: {e}") from e
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UsageError(f"{source} has no function {attribute!r}.")
-    return function
-
-
-def _module_of(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Keras and pickle look classes up by the name of their module.
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _make_devices(count):
     if _keras.make_logical_cpus(count) < count:
         raise UsageError(
@@ -167,8 +160,7 @@ def _make_devices(count):
 
 def _run(tpu_slice, build):
     strategy = _tpu.made_up_strategy(tpu_slice)
-    with strategy.scope():
-        model, batch = _built(build)
+    model, batch = _built(build, strategy)
     share = batch.share(tpu_slice.cores)
     print(f"model     {type(model).__name__} {model.name!r}")
     assumed = (
@@ -190,43 +182,93 @@ def _run(tpu_slice, build):
         return 1
     print(
         f"traced    under TPUStrategy of TensorFlow {tf.__version__}: {len(program.places):,} "
-        "operations. Nothing was compiled, nothing was run"
+        f"operations{'' if _goes_on() else '. Nothing was compiled, nothing was run'}"
     )
     found = _tpu.findings(program)
     print(f"checks    {f'{len(found)} failed' if found else 'passed'}")
     for error in found:
         print(f"          {type(error).__name__}: {error}")
     print(f"exchange  {report.exchange(program)}")
-    for i, line in enumerate(report.memory(model, tpu_slice.chip)):
-        print(f"{'memory' if i == 0 else '':10}{line}")
-    return 1 if found else 0
+    _print("memory", report.memory(model, tpu_slice.chip))
+    if found:
+        return 1
+    return _go_on(tpu_slice, build, strategy, program)
 
 
-def _built(build):
-    """The extended model of `build()`, and the `Batch` that it is trained on."""
-    try:
-        made = build()
-    except Exception as e:
-        raise UsageError(f"build() failed: {type(e).__name__}: {e}") from e
-    model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, keras.Model) or not model.compiled or model.optimizer is None:
-        raise UsageError(
-            "build() must return a compiled Keras model, or it and a sample of the data. "
-            f"Received: {type(model).__name__}"
-            f"{', not compiled' if isinstance(model, keras.Model) else ''}."
-        )
-    options = {
-        "micro_batch_size": _MICRO_BATCH_SIZE.value,
-        "gradient_accumulation_steps": _STEPS.value,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    if isinstance(model, _step.TrainStep):
-        _options.set_options(model, options)
-    else:
-        model = models.extend(model, **options)
-    if sample is None:
-        return model, _tpu.Batch.of_model(model, _BATCH_SIZE.value)
-    return model, _tpu.Batch.of_sample(sample, _BATCH_SIZE.value)
+def _goes_on():
+    return _COMPILE.value or _FIND.value or _RUN.value
+
+
+def _print(title, lines):
+    for i, line in enumerate(lines):
+        print(f"{title if i == 0 else '':10}{line}", flush=True)
+
+
+def _go_on(tpu_slice, build, strategy, program):
+    """Compiles and runs, where it is asked for; returns the exit code."""
+    made = environments.Environments(_ENVIRONMENTS.value)
+    if _COMPILE.value or _FIND.value:
+        compiled = _compiled(program, strategy, tpu_slice, made)
+        _print("compiled", report.compiled(compiled, tpu_slice))
+        if compiled.errors():
+            return 1
+    if _FIND.value:
+
+        def compiled_with(size):
+            model, batch = _built(build, strategy, micro_batch_size=size)
+            program = _tpu.trace(model, batch.share(tpu_slice.cores))
+            return _compiled(program, strategy, tpu_slice, made)
+
+        share = _BATCH_SIZE.value // tpu_slice.cores
+        found = lowering.largest_that_fits(compiled_with, share, tpu_slice)
+        _print("fits", report.largest(found, share, tpu_slice))
+    if _RUN.value:
+        return _compare(build, strategy, tpu_slice, made)
+    return 0
+
+
+def _compiled(program, strategy, tpu_slice, made):
+    with tempfile.TemporaryDirectory() as directory:
+        return _lowered(program, strategy, directory, made).compile(tpu_slice)
+
+
+def _lowered(program, strategy, directory, made):
+    with strategy.scope():
+        function = _tpu.PureFunction(program)
+    return lowering.lower(function, pathlib.Path(directory), made)
+
+
+def _compare(build, strategy, tpu_slice, made):
+    """Runs an update on the CPU beside one of the whole batch; returns the exit code."""
+    cores = tpu_slice.cores
+
+    def run(model, batch, data):
+        program = _tpu.trace(model, batch.share(cores))
+        if _RUN.value == "traced":
+            with strategy.scope():
+                function = _tpu.PureFunction(program)
+            return numbers.run(function, data, cores, numbers.imitated(function))
+        with tempfile.TemporaryDirectory() as directory:
+            lowered = _lowered(program, strategy, directory, made)
+            return numbers.run(lowered.function, data, cores, lowered.run)
+
+    def built(strategy, **options):
+        model, batch = _built(build, strategy, **options)
+        return _tpu_models.made_exact(model, strategy), batch
+
+    found = _tpu_models.compared(built, strategy, cores, run)
+    _print("run", report.compared(found, _RUN.value, cores))
+    return 0 if found.is_right else 1
+
+
+def _built(build, strategy, **options):
+    """The model of `build()` as the arguments cut it, and the `Batch` that it is trained on."""
+    if not options:
+        options = {
+            "micro_batch_size": _MICRO_BATCH_SIZE.value,
+            "gradient_accumulation_steps": _STEPS.value,
+        }
+    return _tpu_models.built(build, strategy, _BATCH_SIZE.value, options)
 
 
 def _cut_of(model):

@@ -3,6 +3,10 @@
 `slice.py` says what a slice is, `strategy.py` makes a `TPUStrategy` for one that is not there,
 `batch.py` says what a core is given, `program.py` traces the step, `differences.py` tells which
 of its values differ between the cores, and `checks.py` what is wrong with it.
+
+`pure.py` makes a function without variables of the program, `lowering.py` has it lowered and
+compiled by programs in `external`, which run in `environments.py`, `hlo.py` looks for exchanges
+in what the compiler made of it, and `numbers.py` compares an update with what it should be.
 """
 
 from tfbig._tpu.batch import Batch
@@ -18,6 +22,7 @@ from tfbig._tpu.checks import (
     findings,
 )
 from tfbig._tpu.program import Program, trace
+from tfbig._tpu.pure import PureFunction
 from tfbig._tpu.slice import CHIPS, Slice
 from tfbig._tpu.strategy import made_up_strategy
 
@@ -31,6 +36,7 @@ __all__ = (
     "PredicateError",
     "Program",
     "ProgramError",
+    "PureFunction",
     "Slice",
     "UnknownOperationError",
     "check",

@@ -5,7 +5,7 @@ import math
 from tfbig import _accumulators, _memory
 from tfbig._tpu import checks
 
-__all__ = ("exchange", "memory", "size")
+__all__ = ("compared", "compiled", "exchange", "largest", "memory", "size")
 
 
 def size(count):
@@ -46,4 +46,74 @@ def memory(model, chip):
         f"of a core, together      {size(known)} of {size(chip.hbm)} of HBM, "
         f"{100 * known / chip.hbm:.2g}% ({chip.source})"
     )
-    yield "not known, as nothing was compiled: activations, and what the compiler adds"
+    yield "besides: activations, and what the compiler adds, which it knows when it has compiled"
+
+
+def compiled(outcome, tpu_slice):
+    """Lines on what the compiler for TPUs made of a program, a `Compiled`."""
+    chip = tpu_slice.chip
+    if outcome.message:
+        yield f"no, refused by the TPU compiler for {chip.name}: {outcome.message[:1000]}"
+        return
+    yield f"by the TPU compiler for {chip.name}, {tpu_slice.cores} cores; it did not run on one"
+    yield from outcome.errors()
+    found = outcome.collectives
+    kinds = sorted({c.kind for c in found})
+    yield "exchange   " + (
+        ", ".join(
+            f"{sum(c.kind == kind for c in found)} {kind} of "
+            f"{sum(c.arrays for c in found if c.kind == kind)} arrays, "
+            f"{size(sum(c.bytes for c in found if c.kind == kind))} from each core per update"
+            for kind in kinds
+        )
+        or "nothing"
+    )
+    memory = outcome.memory
+    yield (
+        f"memory     of a core, an estimate: {size(memory.total)} of {size(chip.hbm)} of HBM, "
+        f"{100 * memory.total / chip.hbm:.2g}%"
+    )
+    yield (
+        f"           arguments {size(memory.arguments)}, temporaries {size(memory.temporaries)}, "
+        f"new results {size(memory.results - memory.shared)}, program {size(memory.code)}"
+    )
+
+
+def largest(found, share, tpu_slice):
+    """Lines on the micro-batch sizes that were tried, of `largest_that_fits`."""
+    fitting = [n for n, outcome in found.items() if outcome.fits(tpu_slice.chip)]
+    if fitting:
+        most = "all samples of a core" if max(fitting) == share else "of powers of two"
+        yield f"micro-batches of up to {max(fitting)}, {most}: an estimate by the TPU compiler"
+    else:
+        yield f"no micro-batch, by the TPU compiler for {tpu_slice.chip.name}"
+    for n, outcome in sorted(found.items()):
+        needed = size(outcome.memory.total) if outcome.memory else outcome.message[:200]
+        yield f"{n:>10} samples: {needed}"
+
+
+def compared(found, what, cores):
+    """Lines on a `Comparison` of an update on the CPU with one of the whole batch."""
+    first = found.differences[0]
+    verdict = "equals" if first.size <= found.tolerance else "DIFFERS from"
+    where = f"on {cores} CPU devices" if what == "lowered" else f"as {cores} cores in one graph"
+    yield (
+        f"{'right' if found.is_right else 'WRONG'}: an update of the {what} program, {where}, "
+        f"{verdict} one of the whole batch in Keras"
+    )
+    yield (
+        f"largest deviation {first.size:.1e} of the largest change of a weight, in {first.name} "
+        f"(rounding: up to {found.tolerance:.0e}; SGD)"
+    )
+    if found.random:
+        yield f"not compared, as random numbers depend on the cut: {', '.join(found.random)}"
+    if found.apart:
+        yield f"NOT the same on all cores: {', '.join(found.apart)}"
+    else:
+        yield "all cores agree, to the bit"
+    if found.skipped is None:
+        yield "no update with NaN: the data holds no floats, or the model has no loss scaling"
+    elif found.skipped:
+        yield f"NaN on one core is NOT skipped by all: {'; '.join(found.skipped)}"
+    else:
+        yield "NaN on one core: skipped by all, weights unchanged to the bit"

@@ -1,0 +1,174 @@
+"""An update of all cores, run on the CPU, beside one of the whole batch in plain Keras."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfbig import errors
+
+__all__ = (
+    "TOLERANCES",
+    "Difference",
+    "Update",
+    "differences",
+    "imitated",
+    "poisoned",
+    "run",
+    "whole_update",
+)
+
+# What counts as rounding, relative to the largest change of a weight.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an update made of the variables.
+
+    Attributes:
+        before: dict of arrays `(cores, ...)`, by path of the variable.
+        after: dict of arrays `(cores, ...)`, of those that were assigned.
+    """
+
+    before: dict
+    after: dict
+
+    def apart(self):
+        """List of str, the variables that are not the same on all cores, to the bit."""
+        return [name for name, v in self.after.items() if not _is_equal(v, v[:1])]
+
+    def changed(self, names):
+        """List of str, those of the variables of which a bit has changed, on any core."""
+        return [
+            n for n in names if n in self.after and not _is_equal(self.after[n], self.before[n])
+        ]
+
+
+def _is_equal(a, b):
+    return np.array_equal(a, np.broadcast_to(b, a.shape), equal_nan=a.dtype.kind == "f")
+
+
+def run(function, data, cores, runner):
+    """Runs a core's program once on all cores.
+
+    Args:
+        function: `PureFunction`.
+        data: structure of arrays, the batch of all cores.
+        cores: int.
+        runner: function of a list of arrays `(cores, ...)`, the arguments; returns the results.
+
+    Returns:
+        An `Update`.
+
+    Raises:
+        UnsupportedModelError: If the value of a variable is not known.
+    """
+    flat = [v for v in keras.tree.flatten(data) if v is not None]
+    values = []
+    for argument in function.arguments:
+        if argument.kind == "data":
+            value = np.asarray(flat[argument.index])
+            values.append(value.reshape(cores, -1, *value.shape[1:]))
+        elif argument.values is None:
+            raise errors.UnsupportedModelError(
+                "A variable must belong to the model, a layer or the optimizer to be run. "
+                f"Received: {argument.name!r}. Make it with add_weight."
+            )
+        else:
+            values.append(np.stack(argument.values))
+    results = runner(values)
+    named = [(r, v) for r, v in zip(function.results, results, strict=True)]
+    before = {a.name: v for a, v in zip(function.arguments, values, strict=True)}
+    return Update(before, {r.name: v for r, v in named if r.argument is not None})
+
+
+def imitated(function):
+    """A runner for `run` that needs TensorFlow alone: the traced graph, all cores in one."""
+
+    @tf.function(autograph=False)
+    def all_cores(values):
+        return function.together(
+            [list(core) for core in zip(*map(tf.unstack, values), strict=True)]
+        )
+
+    def runner(values):
+        results = all_cores([tf.constant(v) for v in values])
+        return [np.stack(copies) for copies in zip(*results, strict=True)]
+
+    return runner
+
+
+def whole_update(model, data, rate=1.0):
+    """One update of the whole batch as Keras does it; the weights are taken back.
+
+    Args:
+        model: compiled Keras model with a built `keras.optimizers.SGD`.
+        data: structure of arrays, `(x, y)` or `(x, y, sample_weight)`.
+        rate: float, learning rate.
+
+    Returns:
+        List of arrays, as of `get_weights`.
+    """
+    before = model.get_weights()
+    model.optimizer.learning_rate = rate
+    model.train_on_batch(*data)
+    after = model.get_weights()
+    model.set_weights(before)
+    return after
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far a weight is from where it should be.
+
+    Attributes:
+        name: str, path of the weight.
+        size: float, the largest over elements and cores, in units of the largest change of any
+            weight; inf where one is not finite.
+    """
+
+    name: str
+    size: float
+
+
+def differences(update, wanted, names):
+    """List of `Difference`, the largest first.
+
+    Args:
+        update: `Update`.
+        wanted: list of arrays, of what the weights should be.
+        names: list of str, paths of the weights.
+    """
+    before = {n: update.before[n][0] for n in names if n in update.before}
+    changes = [
+        np.max(np.abs(w - before[n]), initial=0)
+        for n, w in zip(names, wanted, strict=True)
+        if n in before and w.dtype.kind == "f"
+    ]
+    largest = max(changes, default=0) or 1.0
+    found = []
+    for name, value in zip(names, wanted, strict=True):
+        if name in before and value.dtype.kind == "f":
+            got = update.after.get(name, update.before[name]).astype(np.float64)
+            size = float(np.max(np.abs(got - value), initial=0)) / largest
+            found.append(Difference(name, size if np.isfinite(size) else np.inf))
+    return sorted(found, key=lambda d: -d.size)
+
+
+def poisoned(data, cores):
+    """The batch with NaN in the samples of the last core; None if it has no floats.
+
+    Args:
+        data: structure of arrays, `(x, y)` or `(x, y, sample_weight)`.
+        cores: int.
+    """
+    flat = keras.tree.flatten(data)
+    places = [i for i, v in enumerate(flat) if v is not None and v.dtype.kind == "f"]
+    if not places:
+        return None
+    value = flat[places[0]].copy()
+    value[-len(value) // cores :] = np.nan
+    flat[places[0]] = value
+    return keras.tree.pack_sequence_as(data, flat)

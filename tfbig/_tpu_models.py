@@ -1,0 +1,176 @@
+"""The models that `python -m tfbig.tpu_check` looks at: as a user makes them, and comparable."""
+
+import contextlib
+import dataclasses
+
+import keras
+import numpy as np
+
+from tfbig import _keras, _options, _step, _tpu, models
+from tfbig._tpu import numbers
+from tfbig._tpu.build_function import UsageError
+
+__all__ = ("Comparison", "built", "compared", "made_exact")
+
+
+def built(build, strategy, batch_size, options):
+    """Makes a model, extended.
+
+    Args:
+        build: function that returns a compiled model, or a pair of it and a sample of the data.
+        strategy: `tf.distribute.Strategy` in whose scope it is made, or None, for which a plain
+            Keras model stays one.
+        batch_size: int, samples of an update.
+        options: dict of options of `tfbig.extend`.
+
+    Returns:
+        Model and `Batch`.
+
+    Raises:
+        UsageError: If `build` fails, or returns something else.
+    """
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model, sample = _made(build)
+        options = {name: value for name, value in options.items() if value is not None}
+        if isinstance(model, _step.TrainStep):
+            _options.set_options(model, options)
+        elif strategy:
+            model = models.extend(model, **options)
+        if sample is None:
+            return model, _tpu.Batch.of_model(model, batch_size)
+        return model, _tpu.Batch.of_sample(sample, batch_size)
+
+
+def _made(build):
+    try:
+        made = build()
+    except Exception as e:
+        raise UsageError(f"build() failed: {type(e).__name__}: {e}") from e
+    model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, keras.Model) or not model.compiled or model.optimizer is None:
+        raise UsageError(
+            "build() must return a compiled Keras model, or it and a sample of the data. "
+            f"Received: {type(model).__name__}"
+            f"{', not compiled' if isinstance(model, keras.Model) else ''}."
+        )
+    return model, sample
+
+
+def made_exact(model, strategy):
+    """Takes from a model what depends on how a batch is cut, and Adam, which hides a scale.
+
+    It gets SGD; dropout drops nothing, and BatchNormalization normalizes with its moving
+    statistics.
+    """
+    for layer in _keras.all_layers(model):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+        elif _keras.draws_random_numbers(layer) and hasattr(layer, "rate"):
+            layer.rate = 0
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model.optimizer = keras.optimizers.SGD(1.0)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """An update of all cores beside one of the whole batch, and one with NaN on one core.
+
+    Attributes:
+        differences: list of `numbers.Difference`, the largest first.
+        tolerance: float, what of them counts as rounding.
+        apart: list of str, variables that are not the same on all cores.
+        random: list of str, layers of which random numbers could not be turned off.
+        skipped: list of str, what is wrong with the update that should be skipped; None if there
+            was none, as the data holds no floats or the model has no loss scaling.
+    """
+
+    differences: list
+    tolerance: float
+    apart: list
+    random: list
+    skipped: list | None
+
+    @property
+    def is_right(self):
+        """Whether nothing is wrong."""
+        is_close = self.differences[0].size <= self.tolerance or bool(self.random)
+        return is_close and not self.apart and not self.skipped
+
+
+def compared(built, strategy, cores, run):
+    """Compares updates of all cores with what they should be.
+
+    Args:
+        built: function of a strategy or None, and of options, that returns a model and its
+            `Batch`.
+        strategy: `TPUStrategy`.
+        cores: int.
+        run: function of a model, a `Batch` and values that returns a `numbers.Update`.
+
+    Returns:
+        A `Comparison`.
+    """
+    model, batch = built(strategy)
+    if isinstance(model, _step.TrainStep) and hasattr(type(model), "loss_scale"):
+        model.loss_scale = None
+    data = batch.values()
+    names, wanted, rate = _wanted(built, model, batch, data)
+    model.optimizer.learning_rate = rate
+    update = run(model, batch, data)
+    return Comparison(
+        numbers.differences(update, wanted, names),
+        _tolerance(model),
+        update.apart(),
+        [
+            f"{type(layer).__name__} {layer.name!r}"
+            for layer in _keras.all_layers(model)
+            if _keras.draws_random_numbers(layer)
+        ],
+        _skipped(built, strategy, cores, run, data),
+    )
+
+
+def _wanted(built, model, batch, data):
+    """Names of the weights, their values after the whole batch, and the rate."""
+    whole, _ = built(None)
+    if isinstance(whole, _step.TrainStep):
+        # Then its step is Keras's own.
+        _options.set_options(whole, {"gradient_accumulation_steps": 1, "loss_scale": None})
+    _keras.build_for(whole, batch.specs)
+    with model.distribute_strategy.scope():
+        _keras.build_for(model, batch.specs)
+    whole.set_weights(model.get_weights())
+    whole.optimizer.build(whole.trainable_variables)
+    before = whole.get_weights()
+    after = numbers.whole_update(whole, data)
+    changes = [
+        np.max(np.abs(a - b), initial=0)
+        for a, b in zip(after, before, strict=True)
+        if a.dtype.kind == "f"
+    ]
+    # With it the largest change is near 1, and what weights lose in rounding is small beside it.
+    rate = 2.0 ** -np.round(np.log2(max(changes, default=0) or 1.0))
+    return [w.path for w in model.weights], numbers.whole_update(whole, data, rate), float(rate)
+
+
+def _tolerance(model):
+    dtypes = {layer.compute_dtype for layer in [model, *_keras.all_layers(model)]}
+    return max(numbers.TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
+
+
+def _skipped(built, strategy, cores, run, data):
+    """What is wrong with an update with NaN on one core, as lines; None if there is none."""
+    data = numbers.poisoned(data, cores)
+    model, batch = built(strategy)
+    if data is None or not hasattr(type(model), "loss_scale"):
+        return None
+    model.loss_scale = "dynamic"
+    update = run(model, batch, data)
+    names = [w.path for w in [*model.weights, *model.optimizer.variables]]
+    wrong = [f"{name} has changed" for name in update.changed(names)]
+    if not (update.after["skipped_updates"] == 1).all():
+        wrong.append(f"skipped updates of the cores: {update.after['skipped_updates'].tolist()}")
+    if not (update.after["loss_scale"] * 2 == update.before["loss_scale"]).all():
+        wrong.append(f"loss scale of the cores: {update.after['loss_scale'].tolist()}")
+    return wrong + [f"{name} differs between the cores" for name in update.apart()]
