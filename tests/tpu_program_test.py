@@ -271,6 +271,35 @@ def test_an_operation_that_the_compiler_does_not_know():
     )
 
 
+def test_augmentation_that_the_compiler_does_not_know():
+    model = net(lambda: layers.RandomRotation(0.1), layers.Flatten, shape=(4, 4, 3))
+    only(
+        found(model),
+        _tpu.UnknownOperationError,
+        "(ImageProjectiveTransformV3) of layer 'random_rotation' (RandomRotation)",
+        "Move it into the input pipeline",
+    )
+
+
+def synchronized(**options):
+    return net(lambda: layers.BatchNormalization(synchronized=True), **options)
+
+
+@pytest.mark.parametrize("loss_scale", [None, "dynamic"])
+def test_statistics_that_a_layer_exchanges_are_averaged_again(loss_scale):
+    assert found(synchronized(gradient_accumulation_steps=2, loss_scale=loss_scale)) == []
+
+
+def test_double_sum_beside_a_layer_that_exchanges(monkeypatch):
+    def again(share, batch):
+        return dataclasses.replace(batch, gradients=_reduction.all_reduce_sum(batch.gradients))
+
+    changed_exchange(monkeypatch, again)
+    errors = found(synchronized(gradient_accumulation_steps=2))
+    only(errors, _tpu.CollectiveError, "the same on all cores already")
+    assert len(errors) == 4  # Kernel, bias, scale and offset.
+
+
 def test_assertions_may_hold_strings():
     def asserted(x):
         with tf.control_dependencies([tf.debugging.assert_less(x, 9.0, "too large")]):

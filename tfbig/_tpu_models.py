@@ -13,6 +13,10 @@ from tfbig._tpu.build_function import UsageError
 __all__ = ("Comparison", "built", "compared", "made_exact")
 
 
+# What layers of Keras call the part that they drop.
+_RATES = ("rate", "dropout", "recurrent_dropout")
+
+
 def built(build, strategy, batch_size, options):
     """Makes a model, extended.
 
@@ -65,8 +69,10 @@ def made_exact(model, strategy):
     for layer in _keras.all_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
-        elif _keras.draws_random_numbers(layer) and hasattr(layer, "rate"):
-            layer.rate = 0
+        elif _keras.draws_random_numbers(layer):
+            for name in _RATES:
+                if hasattr(layer, name):
+                    setattr(layer, name, 0)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model.optimizer = keras.optimizers.SGD(1.0)
     return model
@@ -80,9 +86,9 @@ class Comparison:
         differences: list of `numbers.Difference`, the largest first.
         tolerance: float, what of them counts as rounding.
         apart: list of str, variables that are not the same on all cores.
-        random: list of str, layers of which random numbers could not be turned off.
+        random: list of str, layers that may draw random numbers, which could not be turned off.
         skipped: list of str, what is wrong with the update that should be skipped; None if there
-            was none, as the data holds no floats or the model has no loss scaling.
+            was none, as nothing could be NaN or the model has no loss scaling.
     """
 
     differences: list
@@ -161,12 +167,19 @@ def _tolerance(model):
 
 def _skipped(built, strategy, cores, run, data):
     """What is wrong with an update with NaN on one core, as lines; None if there is none."""
-    data = numbers.poisoned(data, cores)
     model, batch = built(strategy)
-    if data is None or not hasattr(type(model), "loss_scale"):
+    if not hasattr(type(model), "loss_scale"):
         return None
     model.loss_scale = "dynamic"
-    update = run(model, batch, data)
+    poisoned = numbers.poisoned(data, cores)
+    if poisoned is None:
+        # Without floats in the data, a weight can be NaN.
+        batch = batch.weighted()
+        if batch is None:
+            return None
+        weight = np.ones(batch.specs[2].shape, "float32")
+        poisoned = (*data[:2], *numbers.poisoned((weight,), cores))
+    update = run(model, batch, poisoned)
     names = [w.path for w in [*model.weights, *model.optimizer.variables]]
     wrong = [f"{name} has changed" for name in update.changed(names)]
     if not (update.after["skipped_updates"] == 1).all():

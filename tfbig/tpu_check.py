@@ -192,7 +192,7 @@ def _run(tpu_slice, build):
     _print("memory", report.memory(model, tpu_slice.chip))
     if found:
         return 1
-    return _go_on(tpu_slice, build, strategy, program)
+    return _go_on(tpu_slice, build, strategy, model, program)
 
 
 def _goes_on():
@@ -204,7 +204,7 @@ def _print(title, lines):
         print(f"{title if i == 0 else '':10}{line}", flush=True)
 
 
-def _go_on(tpu_slice, build, strategy, program):
+def _go_on(tpu_slice, build, strategy, model, program):
     """Compiles and runs, where it is asked for; returns the exit code."""
     made = environments.Environments(_ENVIRONMENTS.value)
     if _COMPILE.value or _FIND.value:
@@ -220,7 +220,8 @@ def _go_on(tpu_slice, build, strategy, program):
             return _compiled(program, strategy, tpu_slice, made)
 
         share = _BATCH_SIZE.value // tpu_slice.cores
-        found = lowering.largest_that_fits(compiled_with, share, tpu_slice)
+        known = {model.micro_batch_size: compiled} if model.micro_batch_size else {}
+        found = lowering.largest_that_fits(compiled_with, share, tpu_slice, known)
         _print("fits", report.largest(found, share, tpu_slice))
     if _RUN.value:
         return _compare(build, strategy, tpu_slice, made)

@@ -93,6 +93,16 @@ class Batch:
 
         return keras.tree.map_structure(part, self.specs)
 
+    def weighted(self):
+        """The same with a weight for each sample; None if it has one, or not one target."""
+        parts = dict(zip(("x", "y", "sample_weight"), self.specs, strict=False))
+        if parts.get("sample_weight") is not None or not isinstance(parts["y"], tf.TensorSpec):
+            return None
+        size, *rest = parts["y"].shape
+        # Keras takes it for each position of a sample, too.
+        weight = tf.TensorSpec([size, 1] if rest else [size], tf.float32)
+        return dataclasses.replace(self, specs=(parts["x"], parts["y"], weight), sample=None)
+
     def values(self, seed=0):
         """A batch: rows of the sample; random, where there is none or all its rows are the same.
 
@@ -100,13 +110,15 @@ class Batch:
             Structure of arrays, as `specs`.
         """
         random = np.random.default_rng(seed)
+        rows = random.random(_flat(self.specs)[0].shape[0])
 
-        def drawn(spec, rows):
+        def drawn(spec, sample):
             if spec is None:
                 return None
-            rows = None if rows is None else np.asarray(rows)
-            if rows is not None and len(rows) and (rows != rows[:1]).any():
-                return rows[random.integers(len(rows), size=spec.shape[0])]
+            sample = None if sample is None else np.asarray(sample)
+            if sample is not None and len(sample) and (sample != sample[:1]).any():
+                # What belongs together is drawn together.
+                return sample[(rows * len(sample)).astype(int)]
             if spec.dtype.is_floating:
                 return random.normal(size=spec.shape).astype(spec.dtype.as_numpy_dtype)
             # Small enough for an index, of whatever.

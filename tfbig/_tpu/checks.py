@@ -214,12 +214,34 @@ def _misplaced_collectives(program):
 def _repeated_collectives(program, differences):
     for place in collectives(program):
         tensor = place.op.inputs[0]
+        if _ends_in(place.op.outputs[0], program.synchronized):
+            continue  # A mean of what the layer's own exchange has made the same already.
         if differences.is_exchanged(tensor) and not differences.differs(tensor):
             yield CollectiveError(
                 "Each value must be exchanged once. Received: "
                 f"{program.describe(place.op)} of what is the same on all cores already, since it "
                 "was exchanged before: a sum multiplies it by their number, a mean does nothing."
             )
+
+
+def _ends_in(tensor, handles):
+    """Whether a tensor has no use but to be assigned to these variables, computed with or not."""
+    waiting, seen, ends = [tensor], set(), False
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.name in seen:
+            continue
+        seen.add(tensor.name)
+        for op in tensor.consumers():
+            if op.type == "AssignVariableOp" and op.inputs[0].op in handles:
+                ends = True
+            elif op.op_def.is_stateful or op.type.endswith(_CONTROL_FLOW) or not op.outputs:
+                return False
+            elif op.type == "IdentityN":
+                waiting += [o for i, o in zip(op.inputs, op.outputs, strict=True) if i is tensor]
+            else:
+                waiting += op.outputs
+    return ends
 
 
 def _assignments(program, differences):

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ __all__ = ("PROGRAMS", "Environments", "ExternalError", "UnavailableError")
 _LOWERING = ("tensorflow-tpu==2.20.0", "libtpu==0.0.18", "numpy==2.4.6", "protobuf==7.36.2")
 _COMPILING = ("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.42.1", "numpy==2.4.6")
 PROGRAMS = {"with_tensorflow": _LOWERING, "with_jax": _COMPILING}
+
+_EXTERNAL = pathlib.Path(__file__).parent / "external"
 
 _SECONDS_TO_INSTALL = 1800  # Two gigabytes may be downloaded.
 _ATTEMPTS = 5
@@ -91,7 +94,7 @@ class Environments:
             UnavailableError: If its environment cannot be made.
             ExternalError: If it fails, or takes more than `timeout` seconds.
         """
-        path = pathlib.Path(__file__).parent / "external" / f"{program}.py"
+        path = _EXTERNAL / f"{program}.py"
         command = [str(part) for part in (self.python(program), path, *arguments)]
         # libtpu lets one process of a machine use it.
         with _locked(pathlib.Path(tempfile.gettempdir()) / "tfbig_tpu_check.lock"):
@@ -131,13 +134,10 @@ def _cause(done):
     """The last error of a program, in a line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
-    # Of the exception, its first lines; what its stack was interests nobody.
-    found = (
-        [line for line in lines[starts[-1] :] if "Error: " in line.split(" ")[0] + " "]
-        if starts
-        else []
-    )
-    return (found or lines or [f"exit code {done.returncode}"])[-1][:2000]
+    raised = lines[starts[-1] :] if starts else []
+    # The line that names the exception: what follows it may be many.
+    named = [line for line in raised if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return (named or lines or [f"exit code {done.returncode}"])[-1][:2000]
 
 
 def _install(environment, command):

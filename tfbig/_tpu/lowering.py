@@ -155,26 +155,28 @@ def export(function, directory):
     (directory / "signature.json").write_text(json.dumps(signature, indent=1))
 
 
-def largest_that_fits(compiled_with, share, tpu_slice):
+def largest_that_fits(compiled_with, share, tpu_slice, known=()):
     """Looks for the largest micro-batch that fits, among powers of two and all of the share.
 
     Args:
         compiled_with: function of a micro-batch size that returns `Compiled`.
         share: int, samples of a core.
         tpu_slice: `Slice`.
+        known: dict of `Compiled` by micro-batch size, what was compiled before.
 
     Returns:
         Dict of `Compiled` by micro-batch size, of all that were compiled; at most the logarithm
         of the number of sizes.
     """
     sizes = sorted({2**i for i in range(share.bit_length()) if 2**i < share} | {share})
-    found = {}
+    found = dict(known)
     low, high = 0, len(sizes)
     # All below `low` fit, none from `high` on does.
     while low < high:
         middle = (low + high) // 2
         size = sizes[middle]
-        found[size] = compiled_with(size)
+        if size not in found:
+            found[size] = compiled_with(size)
         if found[size].fits(tpu_slice.chip):
             low = middle + 1
         else:

@@ -55,6 +55,8 @@ class Program:
         outputs: list of `tf.Operation` that stand for what each core returns.
         logs: list of str, names of the outputs.
         data: list of str, names of the tensors that stand for the parts of the batch.
+        synchronized: list of `tf.Operation`, those of `inputs` that are statistics of layers which
+            exchange in their forward pass, as BatchNormalization(synchronized=True) does.
     """
 
     def __init__(self, graph, layers=(), variables=(), logs=()):
@@ -65,6 +67,13 @@ class Program:
         self._captured = {inner.name: outer for outer, inner in graph.captures}
         self.data = [t.name for t in graph.inputs if t.name not in self._captured]
         self._variables = {id(v.value._packed_var._handle): v for v in variables}
+        statistics = {
+            id(variable)
+            for layer in layers
+            if getattr(layer, "synchronized", False)
+            for variable in layer.non_trainable_variables
+        }
+        self.synchronized = [op for op in self.inputs if id(self.variable_of(op)) in statistics]
         self.places: list[Place] = []
         for op in living(graph):
             if _MARK in op.node_def.attr:

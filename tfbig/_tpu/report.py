@@ -105,14 +105,14 @@ def compared(found, what, cores):
         f"largest deviation {first.size:.1e} of the largest change of a weight, in {first.name} "
         f"(rounding: up to {found.tolerance:.0e}; SGD)"
     )
-    if found.random:
-        yield f"not compared, as random numbers depend on the cut: {', '.join(found.random)}"
+    if found.random and first.size > found.tolerance:
+        yield f"which may be, as random numbers depend on the cut: {', '.join(found.random)}"
     if found.apart:
         yield f"NOT the same on all cores: {', '.join(found.apart)}"
     else:
         yield "all cores agree, to the bit"
     if found.skipped is None:
-        yield "no update with NaN: the data holds no floats, or the model has no loss scaling"
+        yield "no update with NaN: nothing in the data can be, or the model has no loss scaling"
     elif found.skipped:
         yield f"NaN on one core is NOT skipped by all: {'; '.join(found.skipped)}"
     else:

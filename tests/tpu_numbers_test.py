@@ -1,0 +1,245 @@
+"""An update of four cores, imitated in one graph, beside the whole batch; planted faults."""
+
+import dataclasses
+import functools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbig
+from tfbig import _reduction, _tpu, _tpu_models, _update
+from tfbig._tpu import numbers
+
+CORES, BATCH = 4, 32
+
+
+@functools.cache
+def strategy():
+    return _tpu.made_up_strategy(_tpu.Slice.parse("v5e:2x2"))
+
+
+def build(inner=(), inputs=((6,), "float32"), loss="mse"):
+    """A function that makes a compiled Keras model; `inner` are functions that make layers."""
+
+    def make():
+        shape, dtype = inputs
+        made = [layer() for layer in inner]
+        model = keras.Sequential([keras.Input(shape, dtype=dtype), *made, layers.Dense(2)])
+        metrics = ["mae"] if loss == "mse" else ["accuracy"]
+        model.compile(keras.optimizers.Adam(global_clipnorm=1.0), loss, metrics=metrics)
+        return model
+
+    return make
+
+
+def imitate(model, batch, data):
+    program = _tpu.trace(model, batch.share(CORES))
+    with strategy().scope():
+        function = _tpu.PureFunction(program)
+    return numbers.run(function, data, CORES, numbers.imitated(function))
+
+
+def built(make, **options):
+    """An extended model, made for four cores, and its batch."""
+    options = options or {"gradient_accumulation_steps": 4}
+    return _tpu_models.built(make, strategy(), BATCH, options)
+
+
+def compared(make, run=imitate):
+    def exact(strategy):
+        options = {"gradient_accumulation_steps": 4}
+        model, batch = _tpu_models.built(make, strategy, BATCH, options)
+        return _tpu_models.made_exact(model, strategy), batch
+
+    return _tpu_models.compared(exact, strategy(), CORES, run)
+
+
+class Centred(layers.Layer):
+    """Takes the mean over the cores from each sample, so exchanges in each forward pass."""
+
+    def call(self, x):
+        context = tf.distribute.get_replica_context()
+        # There is none while Keras builds the model.
+        return x - (context.all_reduce("MEAN", x) if context else x)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+DENSE = (lambda: layers.Dense(8, "tanh"),)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        build(DENSE),
+        build((*DENSE, layers.BatchNormalization, lambda: layers.Dropout(0.5))),
+        build((lambda: layers.Dense(4, kernel_regularizer="l2"), layers.LayerNormalization)),
+        build(
+            (lambda: layers.Embedding(5, 3, mask_zero=True), layers.GlobalAveragePooling1D),
+            inputs=((7,), "int32"),
+        ),
+        build(
+            (lambda: layers.Conv2D(3, 3), layers.Flatten),
+            inputs=((5, 5, 2), "float32"),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        ),
+    ],
+    ids=["dense", "state", "regularized", "tokens", "images"],
+)
+def test_an_update_of_all_cores_is_that_of_the_whole_batch(make):
+    found = compared(make)
+    assert found.is_right, found
+    assert found.differences[0].size < 1e-5  # Rounding of float32, of changes near 1.
+    assert (found.apart, found.skipped) == ([], [])
+
+
+def changed_exchange(monkeypatch, change):
+    original = _reduction.exchange
+
+    def exchange(share, *args):
+        return change(share, original(share, *args))
+
+    monkeypatch.setattr(_reduction, "exchange", exchange)
+
+
+def double_sum(monkeypatch):
+    def again(share, batch):
+        return dataclasses.replace(batch, gradients=_reduction.all_reduce_sum(batch.gradients))
+
+    changed_exchange(monkeypatch, again)
+
+
+def mean_for_sum(monkeypatch):
+    def mean(share, batch):
+        return dataclasses.replace(batch, gradients=[g / CORES for g in batch.gradients])
+
+    changed_exchange(monkeypatch, mean)
+
+
+def loss_divided_twice(monkeypatch):
+    original = _update._divide
+    monkeypatch.setattr(_update, "_divide", lambda g, d: original(original(g, d), float(CORES)))
+
+
+def no_exchange(monkeypatch):
+    monkeypatch.setattr(_reduction, "all_reduce_sum", list)
+
+
+FAULTS = {
+    "double_sum": double_sum,
+    "mean_for_sum": mean_for_sum,
+    "loss_divided_twice": loss_divided_twice,
+    "no_exchange": no_exchange,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_number_is_found(monkeypatch, fault):
+    FAULTS[fault](monkeypatch)
+    found = compared(build(DENSE))
+    assert not found.is_right
+    # No rounding: of the update, a multiple or a part.
+    assert found.differences[0].size > 0.1
+    assert bool(found.apart) == (fault == "no_exchange")
+
+
+def test_cores_that_decide_for_themselves_are_found(monkeypatch):
+    flags, shares = _update._finite_flags, []
+
+    def kept(share, batch):
+        shares.append(share.gradients)
+        return batch
+
+    changed_exchange(monkeypatch, kept)
+    monkeypatch.setattr(_update, "_finite_flags", lambda gradients: flags(shares[-1]))
+    found = compared(build(DENSE))
+    assert not found.is_right
+    assert any("skipped updates of the cores: [0, 0, 0, 1]" in line for line in found.skipped)
+
+
+def test_a_weight_that_is_nan_is_found_where_nothing_is_skipped(monkeypatch):
+    monkeypatch.setattr(_update, "_finite_flags", lambda gradients: tf.ones(len(gradients), bool))
+    found = compared(build(DENSE))
+    assert found.differences[0].size < 1e-5
+    assert not found.is_right
+    assert any("kernel has changed" in line for line in found.skipped)
+
+
+def test_a_layer_that_exchanges_in_the_loop_cannot_be_imitated():
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"layer 'own' \(Centred\)"):
+        compared(build((lambda: Centred(name="own"),)))
+
+
+def test_what_random_numbers_make_different_is_said():
+    class Noisy(layers.Layer):
+        def __init__(self):
+            super().__init__(name="noisy")
+            self.generator = keras.random.SeedGenerator(1)
+
+        def call(self, x):
+            return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
+
+    found = compared(build((Noisy,)))
+    assert found.random == ["Noisy 'noisy'"]
+    assert found.differences[0].size > 1e-3
+    assert found.is_right  # Nothing that could be told.
+
+
+def test_arguments_and_results():
+    model, batch = built(build(DENSE), loss_scale=4.0, micro_batch_size=2)
+    with strategy().scope():
+        function = _tpu.PureFunction(_tpu.trace(model, batch.share(CORES)))
+    arguments = {a.name: a for a in function.arguments}
+    kernel = model.trainable_variables[0]
+    assert arguments[kernel.path].kind == "variable"
+    assert len(arguments[kernel.path].values) == CORES
+    np.testing.assert_array_equal(arguments[kernel.path].values[3], kernel.numpy())
+    assert [a.index for a in function.arguments if a.kind == "data"] == [0, 1]
+    numbered = [a.values for a in function.arguments if a.kind == "core"]
+    assert [0, 1, 2, 3] in [list(map(int, values)) for values in numbered]
+    logged = [r.name for r in function.results if r.argument is None]
+    assert logged == ["loss", "loss_scale", "mae", "skipped_updates"]
+    assigned = {r.name: r.argument for r in function.results if r.argument is not None}
+    assert function.arguments[assigned[kernel.path]].name == kernel.path
+    # Nothing assigns the rate.
+    assert not any("learning_rate" in name for name in assigned)
+    assert {v.path for v in model.trainable_variables} <= set(assigned)
+
+
+def test_a_pure_function_holds_no_variables():
+    model, batch = built(build(DENSE), loss_scale=4.0)
+    with strategy().scope():
+        function = _tpu.PureFunction(_tpu.trace(model, batch.share(CORES)))
+    specs = [a.spec for a in function.arguments]
+    graph = tf.function(function, autograph=False).get_concrete_function(*specs).graph
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    assert not [n.op for n in nodes if "Variable" in n.op or n.op == "TPUReplicateMetadata"]
+    assert any(n.op == "While" for n in nodes)
+    assert any(n.op == "If" for n in nodes)
+
+
+def test_rows_of_a_sample_are_drawn():
+    sample = (np.arange(12.0).reshape(4, 3), np.arange(4))
+    x, y = _tpu.Batch.of_sample(sample, BATCH).values()
+    np.testing.assert_array_equal(x[:, 0] / 3, y)
+    assert len(np.unique(y)) > 1
+
+
+def test_a_sample_of_zeros_says_shapes_alone():
+    x, y = _tpu.Batch.of_sample((np.zeros((2, 3), "float32"), np.zeros(2, "int32")), BATCH).values()
+    assert (x.dtype, y.dtype) == ("float32", "int32")
+    assert len(np.unique(x)) == x.size
+    assert set(y) == {0, 1}
+
+
+def test_poisoned():
+    x, y = numbers.poisoned((np.ones((8, 3)), np.ones(8)), 4)
+    assert np.isnan(x[6:]).all()
+    assert np.isfinite(x[:6]).all()
+    assert np.isfinite(y).all()
+    assert numbers.poisoned((np.ones(8, int), None), 4) is None
