@@ -114,6 +114,7 @@ def test_shapes_of_a_sample(run):
         (["my_model.py:build", "--batch_size=0"], 2, "--batch_size"),
         (["my_model.py:build", "--batch_size=x"], 2, "--batch_size"),
         (["my_model.py:build", "--batch=4"], 2, "Unknown command line flag 'batch'"),
+        (["my_model.py:build", "--batch_size=8", "--run=compiled"], 2, "--run"),
         (["my_model.py:build", "--batch_size=6"], 2, "must divide by the 4 cores of v5e:2x2"),
         (["my_model.py:build", "--batch_size=8", "--topology=v4:2x2"], 2, "A topology must be"),
         (
@@ -144,6 +145,24 @@ def test_wrong_arguments_get_one_line(run, arguments, code, text):
     assert text in err
     assert err.startswith("tfbig.tpu_check: ")
     assert err.count("\n") == 1
+
+
+def test_run_of_what_was_traced(run):
+    code, out, _ = run("my_model.py:build", "--batch_size=16", "--run=traced",
+                       "--gradient_accumulation_steps=2")  # fmt: skip
+    assert code == 0
+    assert "Nothing was" not in out
+    assert rows(out)["run"].startswith("right: an update of the traced program, as 4 cores in one")
+    assert "skipped by all, weights unchanged to the bit" in out
+
+
+def test_an_environment_that_cannot_be_made(run, directory):
+    code, out, err = run("my_model.py:build", "--batch_size=16", "--compile",
+                         f"--environments={directory / 'broken.py'}")  # fmt: skip
+    assert code == 1
+    # What was found before is told.
+    assert rows(out)["checks"] == "passed"
+    assert "broken.py cannot be made" in err
 
 
 def test_help(run):

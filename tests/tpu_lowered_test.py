@@ -99,9 +99,10 @@ def lowered(model, batch, made, directory):
 
 @pytest.mark.parametrize("fault", tpu_numbers_test.FAULTS)
 def test_a_wrong_number_is_found(made, tmp_path, monkeypatch, fault):
-    def run(model, batch, data):
+    def run(model, batch, *several):
         program = lowered(model, batch, made, tmp_path)
-        return numbers.run(program.function, data, tpu_numbers_test.CORES, program.run)
+        cores = tpu_numbers_test.CORES
+        return [numbers.run(program.function, data, cores, program.run) for data in several]
 
     tpu_numbers_test.FAULTS[fault](monkeypatch)
     found = tpu_numbers_test.compared(tpu_numbers_test.build(tpu_numbers_test.DENSE), run)

@@ -35,11 +35,12 @@ def build(inner=(), inputs=((6,), "float32"), loss="mse"):
     return make
 
 
-def imitate(model, batch, data):
+def imitate(model, batch, *several):
     program = _tpu.trace(model, batch.share(CORES))
     with strategy().scope():
         function = _tpu.PureFunction(program)
-    return numbers.run(function, data, CORES, numbers.imitated(function))
+    runner = numbers.imitated(function)
+    return [numbers.run(function, data, CORES, runner) for data in several]
 
 
 def built(make, **options):
@@ -159,6 +160,14 @@ def test_cores_that_decide_for_themselves_are_found(monkeypatch):
     found = compared(build(DENSE))
     assert not found.is_right
     assert any("skipped updates of the cores: [0, 0, 0, 1]" in line for line in found.skipped)
+
+
+def test_an_update_that_is_left_out_without_cause_is_found(monkeypatch):
+    monkeypatch.setattr(_update, "_finite_flags", lambda gradients: tf.zeros(len(gradients), bool))
+    found = compared(build(DENSE))
+    assert found.differences[0].size < 1e-5
+    assert not found.is_right
+    assert "without NaN" in found.skipped[0]
 
 
 def test_a_weight_that_is_nan_is_found_where_nothing_is_skipped(monkeypatch):

@@ -87,8 +87,9 @@ class Comparison:
         tolerance: float, what of them counts as rounding.
         apart: list of str, variables that are not the same on all cores.
         random: list of str, layers that may draw random numbers, which could not be turned off.
-        skipped: list of str, what is wrong with the update that should be skipped; None if there
-            was none, as nothing could be NaN or the model has no loss scaling.
+        skipped: list of str, what is wrong under dynamic loss scaling, with an update that should
+            be as without, and one that should be skipped; None if there were none, as nothing
+            could be NaN or the model has no loss scaling.
     """
 
     differences: list
@@ -112,7 +113,8 @@ def compared(built, strategy, cores, run):
             `Batch`.
         strategy: `TPUStrategy`.
         cores: int.
-        run: function of a model, a `Batch` and values that returns a `numbers.Update`.
+        run: function of a model, a `Batch` and any number of values of it, that returns a list of
+            `numbers.Update`: each starts anew.
 
     Returns:
         A `Comparison`.
@@ -123,9 +125,11 @@ def compared(built, strategy, cores, run):
     data = batch.values()
     names, wanted, rate = _wanted(built, model, batch, data)
     model.optimizer.learning_rate = rate
-    update = run(model, batch, data)
+    initial = model.get_weights()
+    (update,) = run(model, batch, data)
+    differences = numbers.differences(update, wanted, names)
     return Comparison(
-        numbers.differences(update, wanted, names),
+        differences,
         _tolerance(model),
         update.apart(),
         [
@@ -133,7 +137,7 @@ def compared(built, strategy, cores, run):
             for layer in _keras.all_layers(model)
             if _keras.draws_random_numbers(layer)
         ],
-        _skipped(built, strategy, cores, run, data),
+        _scaled(built, strategy, cores, run, data, initial, wanted, rate, differences[0].size),
     )
 
 
@@ -165,12 +169,19 @@ def _tolerance(model):
     return max(numbers.TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
 
 
-def _skipped(built, strategy, cores, run, data):
-    """What is wrong with an update with NaN on one core, as lines; None if there is none."""
+def _scaled(built, strategy, cores, run, data, initial, wanted, rate, size):
+    """What is wrong with two updates under dynamic loss scaling; None if there are none.
+
+    One is to be as without scaling, but for rounding; the other, with NaN on one core, skipped.
+    """
     model, batch = built(strategy)
     if not hasattr(type(model), "loss_scale"):
         return None
+    with model.distribute_strategy.scope():
+        _keras.build_for(model, batch.specs)
+    model.set_weights(initial)
     model.loss_scale = "dynamic"
+    model.optimizer.learning_rate = rate
     poisoned = numbers.poisoned(data, cores)
     if poisoned is None:
         # Without floats in the data, a weight can be NaN.
@@ -178,12 +189,18 @@ def _skipped(built, strategy, cores, run, data):
         if batch is None:
             return None
         weight = np.ones(batch.specs[2].shape, "float32")
+        data = (*data[:2], weight)
         poisoned = (*data[:2], *numbers.poisoned((weight,), cores))
-    update = run(model, batch, poisoned)
-    names = [w.path for w in [*model.weights, *model.optimizer.variables]]
-    wrong = [f"{name} has changed" for name in update.changed(names)]
-    if not (update.after["skipped_updates"] == 1).all():
-        wrong.append(f"skipped updates of the cores: {update.after['skipped_updates'].tolist()}")
-    if not (update.after["loss_scale"] * 2 == update.before["loss_scale"]).all():
-        wrong.append(f"loss scale of the cores: {update.after['loss_scale'].tolist()}")
-    return wrong + [f"{name} differs between the cores" for name in update.apart()]
+    update, skipped = run(model, batch, data, poisoned)
+    weights = [w.path for w in model.weights]
+    largest = numbers.differences(update, wanted, weights)[0]
+    wrong = []
+    if largest.size > max(_tolerance(model), 2 * size):
+        wrong = [f"without NaN, {largest.name} deviates by {largest.size:.1e} under loss scaling"]
+    names = weights + [v.path for v in model.optimizer.variables]
+    wrong += [f"{name} has changed" for name in skipped.changed(names)]
+    if not (skipped.after["skipped_updates"] == 1).all():
+        wrong.append(f"skipped updates of the cores: {skipped.after['skipped_updates'].tolist()}")
+    if not (skipped.after["loss_scale"] * 2 == skipped.before["loss_scale"]).all():
+        wrong.append(f"loss scale of the cores: {skipped.after['loss_scale'].tolist()}")
+    return wrong + [f"{name} differs between the cores" for name in skipped.apart()]

@@ -243,15 +243,16 @@ def _compare(build, strategy, tpu_slice, made):
     """Runs an update on the CPU beside one of the whole batch; returns the exit code."""
     cores = tpu_slice.cores
 
-    def run(model, batch, data):
+    def run(model, batch, *several):
         program = _tpu.trace(model, batch.share(cores))
         if _RUN.value == "traced":
             with strategy.scope():
                 function = _tpu.PureFunction(program)
-            return numbers.run(function, data, cores, numbers.imitated(function))
+            runner = numbers.imitated(function)
+            return [numbers.run(function, data, cores, runner) for data in several]
         with tempfile.TemporaryDirectory() as directory:
             lowered = _lowered(program, strategy, directory, made)
-            return numbers.run(lowered.function, data, cores, lowered.run)
+            return [numbers.run(lowered.function, data, cores, lowered.run) for data in several]
 
     def built(strategy, **options):
         model, batch = _built(build, strategy, **options)

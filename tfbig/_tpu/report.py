@@ -114,6 +114,6 @@ def compared(found, what, cores):
     if found.skipped is None:
         yield "no update with NaN: nothing in the data can be, or the model has no loss scaling"
     elif found.skipped:
-        yield f"NaN on one core is NOT skipped by all: {'; '.join(found.skipped)}"
+        yield f"with loss scaling, and NaN on one core, WRONG: {'; '.join(found.skipped[:5])}"
     else:
         yield "NaN on one core: skipped by all, weights unchanged to the bit"
