@@ -4,7 +4,8 @@
 `batch.py` says what a core is given, `program.py` traces the step, `differences.py` tells which
 of its values differ between the cores, and `checks.py` what is wrong with it.
 
-`pure.py` makes a function without variables of the program, `lowering.py` has it lowered and
+`pure.py` makes a function without variables of the program, whose operations `conversion.py`
+copies, `lowering.py` has it lowered and
 compiled by programs in `external`, which run in `environments.py`, `hlo.py` looks for exchanges
 in what the compiler made of it, and `numbers.py` compares an update with what it should be.
 """

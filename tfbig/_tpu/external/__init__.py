@@ -1,1 +1,0 @@
-"""Programs for other environments than that of tfbig, of which they import nothing."""
