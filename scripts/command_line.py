@@ -58,14 +58,14 @@ def interrupted(program, what):
     return 130
 
 
-def make_writable(path):
-    """Makes a directory if there is none, and checks that files can be written there."""
+def make_writable(path, flag="output_dir"):
+    """Makes the directory of a flag if there is none, and checks that it can be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as e:
-        raise UsageError(f"--output_dir={path} cannot be written to: {e.strerror}.") from None
+        raise UsageError(f"--{flag}={path} cannot be written to: {e.strerror}.") from None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,126 @@
+"""The output directory of a run: what it holds, and whether a run may begin or go on there."""
+
+import json
+import pathlib
+import shutil
+
+import command_line
+
+# What every run leaves; some tasks leave more.
+RESULTS = ("history.csv", "curves.png", "model.keras")
+_MORE_RESULTS = ("samples.txt", "samples.png")
+
+_ABOUT = "run.json"
+
+
+class RunDirectory:
+    """The output directory of one run.
+
+    `run.json` in it says what run it is: the task and the flags that decide the weights.
+
+    Args:
+        path: path of the directory.
+        settings: dict of what decides the weights, "task" among it.
+        backup_dir: path that was asked for, or None: `backup` in the directory.
+    """
+
+    def __init__(self, path, settings, backup_dir):
+        self.path = pathlib.Path(path)
+        self.settings = settings
+        self.has_own_backup = backup_dir is not None
+        self.backup = pathlib.Path(backup_dir or self.path / "backup")
+        self.goes_on = False
+
+    def prepare(self, resume, overwrite):
+        """Checks that a run may begin or, with `resume`, go on here. Nothing is changed.
+
+        Raises:
+            UsageError: If it may not; the text says what does.
+        """
+        if not overwrite:
+            self._check_task()
+        if resume:
+            self._check_resumable()
+        elif self.has_own_backup and self.backup.exists():
+            # A job that is started again with the same flags goes on without being told.
+            self.goes_on = True
+        elif not overwrite:
+            self._check_free()
+        command_line.make_writable(self.path)
+
+    def begin(self):
+        """Makes room for a run; one that goes on keeps what is there. On the chief only."""
+        if self.goes_on:
+            return
+        for name in (*RESULTS, *_MORE_RESULTS):
+            (self.path / name).unlink(missing_ok=True)
+        if not self.has_own_backup:
+            shutil.rmtree(self.backup, ignore_errors=True)
+        # Also tells a run that ended before its first backup from one that is complete.
+        self.backup.mkdir(parents=True, exist_ok=True)
+        about = json.dumps(self.settings, indent=2)
+        (self.path / _ABOUT).write_text(about + "\n", encoding="utf-8")
+
+    def _check_task(self):
+        other = self._read_settings().get("task", self.settings["task"])
+        if other != self.settings["task"]:
+            raise command_line.UsageError(
+                f"--output_dir={self.path} holds a run of --task={other}. Received: "
+                f"--task={self.settings['task']}. Choose another directory or add --overwrite."
+            )
+
+    def _check_free(self):
+        found = [name for name in RESULTS if (self.path / name).exists()]
+        if not self.has_own_backup and self._holds_backup():
+            raise command_line.UsageError(
+                f"--output_dir={self.path} holds a run that was interrupted. Go on with it by "
+                "--resume, choose another directory, or add --overwrite."
+            )
+        if found:
+            raise command_line.UsageError(
+                f"--output_dir={self.path} already holds a run ({', '.join(found)}). Choose "
+                "another or add --overwrite."
+            )
+
+    def _check_resumable(self):
+        about = self.path / _ABOUT
+        if not about.exists():
+            raise command_line.UsageError(
+                f"--resume goes on with a run in --output_dir. Received: {self.path}, which holds "
+                "none. Name the directory of the run, or leave out --resume."
+            )
+        theirs = self._read_settings()
+        names = {**theirs, **self.settings}
+        others = [name for name in names if theirs.get(name) != self.settings.get(name)]
+        if others:
+            said = ", ".join(f"{name}={self.settings.get(name)}" for name in others)
+            wanted = ", ".join(f"{name}={theirs.get(name)}" for name in others)
+            raise command_line.UsageError(
+                f"--resume goes on with the same run: {self.path} holds one with {wanted}. "
+                f"Received: {said}. Give the flags of that run, or choose another --output_dir."
+            )
+        if not self._holds_backup():
+            raise command_line.UsageError(
+                f"--resume needs a backup. Received: {self.path}, whose run is complete, or ended "
+                "before its first backup. Add --overwrite instead of --resume to train anew."
+            )
+        self.goes_on = True
+
+    def _holds_backup(self):
+        return self.backup.is_dir() and any(self.backup.iterdir())
+
+    def _read_settings(self):
+        """What run.json says; nothing where there is none."""
+        path = self.path / _ABOUT
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("it is not a dictionary")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as e:
+            raise command_line.UsageError(
+                f"{path} says what run --output_dir holds, and cannot be read: {e}. Choose another "
+                "directory, or remove this one."
+            ) from None
+        return settings

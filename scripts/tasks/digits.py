@@ -1,0 +1,47 @@
+"""Digits: a small convolutional network reads scanned digits, which scikit-learn ships."""
+
+import digits_data
+
+from tasks import task
+
+DEFAULTS = task.Defaults(batch_size=512, epochs=40, learning_rate=0.01)
+FLAGS = ()
+
+
+def load(settings):
+    import keras
+
+    import tfbig
+
+    try:
+        train, validation = digits_data.load()
+    except ModuleNotFoundError:
+        raise task.MissingExtraError("--task=digits", "sklearn") from None
+    return task.Task(
+        train=train,
+        validation=validation,
+        make_model=lambda **options: tfbig.Sequential(_layers(), **options),
+        make_optimizer=lambda rate, updates: keras.optimizers.Adam(task.falling(rate, updates)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        make_metrics=lambda: ["accuracy"],
+        measure="val_accuracy",
+        bar=0.97,
+    )
+
+
+def _layers():
+    import keras
+    from keras import layers
+
+    convolution = {"kernel_size": 3, "padding": "same", "activation": "relu"}
+    return [
+        keras.Input((8, 8, 1)),
+        layers.Conv2D(16, **convolution),
+        layers.Conv2D(32, **convolution),
+        layers.MaxPooling2D(),
+        layers.Conv2D(64, **convolution),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        # Logits in at least float32: a softmax in float16 loses its tail.
+        layers.Dense(10, dtype=keras.config.floatx()),
+    ]
