@@ -93,8 +93,8 @@ _EPOCHS = flags.DEFINE_integer(
 _LEARNING_RATE = flags.DEFINE_float(
     "learning_rate",
     None,
-    "The highest learning rate; it falls to 0 along a cosine. By default the task's "
-    f"({_per_task('learning_rate')}).",
+    "The highest learning rate; it falls to 0 along a cosine, but not that of gan. By default the "
+    f"task's ({_per_task('learning_rate')}).",
 )
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Where the results go. By default runs/<task>."

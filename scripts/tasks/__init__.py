@@ -1,5 +1,5 @@
 """What train.py can train: a module a task."""
 
-from tasks import digits, language, speech
+from tasks import digits, gan, language, speech
 
-TASKS = {"digits": digits, "language": language, "speech": speech}
+TASKS = {"digits": digits, "gan": gan, "language": language, "speech": speech}

@@ -1,0 +1,87 @@
+"""GAN: a generator makes digits that a discriminator is to take for scanned ones.
+
+Two networks, two optimizers, and a `train_step` of its own on `tfbig.accumulate_gradients` and
+`tfbig.apply_gradients`. A classifier of scanned digits judges what is generated.
+"""
+
+import command_line
+import digits_data
+import numpy as np
+from absl import flags
+
+from tasks import task
+
+DEFAULTS = task.Defaults(batch_size=128, epochs=300, learning_rate=0.001)
+FLAGS = ()
+
+_NOISE = 32  # Values from which a digit is made.
+_JUDGED = 1000  # Generated digits that are judged.
+
+
+def load(settings):
+    import keras
+
+    from tasks import adversaries, digit_score
+
+    if flags.FLAGS.micro_batch_size == "auto":
+        raise command_line.UsageError(
+            "--micro_batch_size=auto needs the train_step of tfbig. Received: --task=gan, which "
+            "has its own. Give a number."
+        )
+    try:
+        (real, labels), (held_out, _) = digits_data.load()
+    except ModuleNotFoundError:
+        raise task.MissingExtraError("--task=gan", "sklearn") from None
+    score = digit_score.DigitScore(real, labels)
+    seen = np.random.default_rng(1).standard_normal((_JUDGED, _NOISE)).astype(real.dtype)
+
+    def make_model(**options):
+        return adversaries.Adversaries(noise=_NOISE, **options)
+
+    def judge(model):
+        return score.of(_generated(model, seen))
+
+    class Judge(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["val_score"] = judge(self.model)
+
+    def conclude(model, path):
+        images = _generated(model, seen[:64])
+        _draw(images, path / "samples.png")
+        noise = np.random.default_rng(0).random(held_out.shape)
+        return [
+            "",
+            f"score of scanned digits {score.of(held_out):.2f}, of noise {score.of(noise):.2f}",
+            f"samples.png holds {len(images)} generated digits",
+        ]
+
+    return task.Task(
+        train=(real,),
+        validation=None,
+        make_model=make_model,
+        # The rate does not fall: neither network reaches a minimum.
+        make_optimizer=lambda rate, updates: keras.optimizers.Adam(rate, beta_1=0.5),
+        measure="val_score",
+        bar=0.8 * score.of(held_out),
+        curves=("generator_loss", "discriminator_loss", "score"),
+        callbacks=[Judge()],
+        conclude=conclude,
+    )
+
+
+def _generated(model, noise):
+    return np.asarray(model.generator(noise, training=False), "float32")
+
+
+def _draw(images, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    side = int(len(images) ** 0.5)
+    rows = [
+        np.hstack(list(np.pad(row[..., 0], ((0, 0), (1, 1), (1, 1)))))
+        for row in images[: side * side].reshape(side, side, *images.shape[1:])
+    ]
+    pyplot.imsave(path, np.kron(np.vstack(rows), np.ones((6, 6))), cmap="gray", vmin=0, vmax=1)

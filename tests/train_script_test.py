@@ -1,0 +1,245 @@
+"""scripts/train.py with its tasks, as a user starts it: in a process of its own."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from tasks import adversaries, bits, log_mel, transformer  # noqa: F401  (of saved models)
+
+import tfbig
+from tests import job
+from tests.scripts_test import TRAIN, run, table
+
+# So small that tracing takes most of the time.
+SMALL = {
+    "language": (
+        *("--task=language", "--corpus_bytes=10000", "--held_out_bytes=2000", "--window=32"),
+        *("--vocabulary=300", "--batch_size=4", "--nojit_compile", "--verbose=2"),
+    ),
+    "speech": (
+        *("--task=speech", "--voices=en-us+f1,en+m1", "--held_out_voices=en-us+m3", "--takes=1"),
+        *("--batch_size=20", "--verbose=2"),
+    ),
+    "gan": ("--task=gan", "--batch_size=512", "--verbose=2"),
+}
+UPDATES = 45  # Of an epoch: 1,437 digits in batches of 32.
+MEASURES = {"language": "bits_per_byte", "speech": "accuracy", "gan": "score"}
+
+
+def history(directory):
+    with (directory / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"--cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+def arguments_of(task, cache):
+    return (*SMALL[task], cache) if task == "speech" else SMALL[task]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "cut"),
+    [
+        ("language", ("--micro_batch_size=auto",), None),
+        ("speech", ("--precision=mixed_float16", "--gradient_accumulation_steps=3"), "3"),
+        ("gan", ("--strategy=mirrored", "--micro_batch_size=100"), "3"),
+    ],
+)
+def test_a_task_leaves_a_run_and_says_whether_it_reached_its_bar(
+    task, options, cut, cache, tmp_path
+):
+    arguments = (*arguments_of(task, cache), *options, f"--output_dir={tmp_path}")
+    done = run(TRAIN, *arguments, "--epochs=1", "--require_bar", timeout=300)
+    # So little training misses the bar.
+    assert done.returncode == 3, done.stderr
+    said = "tfbig: micro_batch_size='auto' is 4 samples of the 4 of a replica\n"
+    assert done.stderr == (said if "--micro_batch_size=auto" in options else "")
+    name = f"val_{MEASURES[task]}"
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(rf"{name} \d+\.\d{{4}} \(bar (below )?[\d.]+, missed\)", last)
+    (epoch,) = history(tmp_path)
+    assert f"{float(epoch[name]):.4f}" == last.split()[1]
+    if cut is not None:
+        assert table(done.stdout)["micro-batches per update"] == f"{cut} per replica"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(model, tfbig.Model)
+    assert int(model.optimizer.iterations.numpy()) > 0
+    if task == "gan":
+        assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    if task == "language":
+        assert (tmp_path / "samples.txt").read_text().count("--- begun with") >= 1
+        assert float(epoch["val_perplexity"]) > 1
+        np.testing.assert_allclose(
+            np.log(float(epoch["perplexity"])), float(epoch["loss"]), rtol=0.05
+        )
+
+
+def test_a_bar_that_is_reached_is_exit_code_0(tmp_path):
+    arguments = ("--batch_size=64", "--epochs=8", "--verbose=0", "--require_bar")
+    done = run(TRAIN, *arguments, f"--output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"val_accuracy (0\.9[7-9]\d\d|1\.0000) \(bar 0\.97\)", done.stdout.splitlines()[-1]
+    )
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupt(process, how, after):
+    for line in process.stdout:
+        if line.startswith(after):
+            break
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGTERM, tfbig.callbacks.PREEMPTED), (signal.SIGINT, 130)]
+)
+def test_an_interrupted_run_resumes(how, code, tmp_path):
+    # Small batches, so that it does not end before the signal comes.
+    arguments = ("--batch_size=32", "--epochs=6", "--verbose=2")
+    directory = f"--output_dir={tmp_path / 'parts'}"
+    assert interrupt(start(*arguments, directory), how, "Epoch 3/") == code
+    resumed = run(TRAIN, *arguments, directory, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Epoch 1/" not in resumed.stdout
+    assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
+    assert [row["epoch"] for row in history(tmp_path / "parts")] == list("012345")
+    if how == signal.SIGINT:
+        return
+    whole = run(TRAIN, *arguments, f"--output_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    pairs = zip(history(tmp_path / "whole"), history(tmp_path / "parts"), strict=True)
+    for one, other in pairs:
+        # Sums of several threads come in any order.
+        assert float(one["val_loss"]) == pytest.approx(float(other["val_loss"]), abs=0.02)
+
+    # It is complete now.
+    again = run(TRAIN, *arguments, directory, "--resume")
+    assert again.returncode == 2
+    assert "complete" in again.stderr
+
+
+REFUSED = {
+    "--task=speech --voices=en-us+nobody": "no voice 'en-us+nobody'",
+    "--task=speech --held_out_voices=klingon-x": "no voice 'klingon-x'",
+    "--task=speech --voices=en-us+f1 --held_out_voices=en-us+f1": "for training or for validation",
+    "--task=speech --cache_dir=/proc/tfbig": "--cache_dir=/proc/tfbig cannot be written to",
+    "--task=gan --micro_batch_size=auto": "Give a number",
+    "--task=language --parameters=2B": "from 1M to 1B",
+    "--task=language --parameters=small": "from 1M to 1B",
+    "--parameters=1M": "--parameters goes with --task=language",
+    "--micro_batch_size=many": "auto or an integer >= 1",
+    "--micro_batch_size=0": "auto or an integer >= 1",
+    "--resume": "holds none",
+    "--resume --overwrite": "at most one",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_done_gets_one_line_and_exit_code_2(arguments, tmp_path):
+    done = run(TRAIN, *arguments.split(), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: ")
+    assert REFUSED[arguments] in line
+    assert done.stdout == ""
+    assert not list(tmp_path.rglob("model.keras"))
+
+
+@pytest.mark.parametrize(
+    ("task", "package", "extra"),
+    [("language", "tokenizers", "language"), ("speech", "espeakng_loader", "speech")],
+)
+def test_a_missing_extra_is_named(task, package, extra, tmp_path):
+    (tmp_path / f"{package}.py").write_text("raise ModuleNotFoundError\n")
+    # Nor is there a library of the system.
+    site = "import ctypes.util\nctypes.util.find_library = lambda name: None\n"
+    (tmp_path / "sitecustomize.py").write_text(site)
+    process = job.start(
+        [sys.executable, TRAIN, *SMALL[task], f"--output_dir={tmp_path / 'run'}"],
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{job.ROOT}",
+    )
+    done = job.finish(process, 60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"pip install 'tfbig[{extra}]'" in line
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_directory_of_another_run_is_left_alone(tmp_path):
+    done = run(TRAIN, "--epochs=1", "--verbose=0", f"--output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    cases = {
+        "--task=gan": "holds a run of --task=digits",
+        "--task=gan --resume": "holds a run of --task=digits",
+        "--task=digits": "already holds a run",
+        "--resume --epochs=1 --seed=5": "one with seed=0. Received: seed=5",
+    }
+    for arguments, text in cases.items():
+        done = run(TRAIN, *arguments.split(), f"--output_dir={tmp_path}")
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert text in line
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_a_damaged_backup_is_named(tmp_path):
+    arguments = ("--batch_size=16", "--epochs=50", "--verbose=2", f"--output_dir={tmp_path}")
+    interrupt(start(*arguments), signal.SIGTERM, "Epoch 2/")
+    (backup,) = (tmp_path / "backup").iterdir()
+    backup.write_bytes(backup.read_bytes()[:100])
+    done = run(TRAIN, *arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "was interrupted. Go on with it by --resume" in line
+    done = run(TRAIN, *arguments, "--resume")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "cannot be read" in line
+    assert "Epoch" not in done.stdout
+    (tmp_path / "run.json").write_text("{")
+    done = run(TRAIN, *arguments, "--resume")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "run.json" in line
+
+
+WAYS = {
+    "alone": ((), ()),
+    "mirrored": ((), ("--strategy=mirrored", "--replicas=2")),
+    "workers": ((job.LAUNCH, "--workers", "2"), ()),
+    "float16": ((), ("--precision=mixed_float16",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("task", ["digits", "gan", "language", "speech"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_bar_is_reached(task, way, tmp_path):
+    launcher, options = WAYS[way]
+    command = [sys.executable, *launcher, TRAIN, f"--task={task}", "--require_bar", "--verbose=2"]
+    process = job.start([*command, f"--output_dir={tmp_path}", *options])
+    done = job.finish(process, 1700)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
