@@ -40,9 +40,10 @@ _TASK = flags.DEFINE_enum("task", "digits", sorted(TASKS), "What to train.")
 _STRATEGY = flags.DEFINE_enum(
     "strategy",
     "auto",
-    ["auto", "multi_worker", "mirrored", "one_device", "default"],
+    ["auto", "tpu", "multi_worker", "mirrored", "one_device", "default"],
     "The tf.distribute strategy. auto: all workers that TF_CONFIG or SLURM list, else all GPUs, "
-    "else the CPU. mirrored uses GPUs where there are any, else logical CPU devices.",
+    "else the CPU. mirrored uses GPUs where there are any, else logical CPU devices. tpu: the one "
+    "of this machine, or that of the environment's TPU_NAME.",
 )
 _REPLICAS = flags.DEFINE_integer(
     "replicas",
@@ -251,9 +252,14 @@ def _start():
     devices = _REPLICAS.value
     if _STRATEGY.value == "mirrored" and not tf.config.list_physical_devices("GPU"):
         devices = devices or 2
-    strategy = tfbig.distribute.get_strategy(
-        _STRATEGY.value, devices=devices if _STRATEGY.value == "mirrored" else None
-    )
+    try:
+        strategy = tfbig.distribute.get_strategy(
+            _STRATEGY.value, devices=devices if _STRATEGY.value == "mirrored" else None
+        )
+    except tfbig.errors.ClusterError as e:
+        if _STRATEGY.value != "tpu":
+            raise
+        raise command_line.UsageError(e) from None
     if _PRECISION.value == "float64":
         keras.config.set_floatx("float64")
     keras.config.set_dtype_policy(_PRECISION.value)

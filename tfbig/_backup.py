@@ -12,6 +12,7 @@ import os
 import pathlib
 import zipfile
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -68,6 +69,7 @@ class State:
         groups = {
             "weight": model.weights,
             type(optimizer).__name__: optimizer.variables if optimizer is not None else [],
+            **{f"{name}, {type(o).__name__}": o.variables for name, o in _others(model)},
             "loss scale": scale.variables() if scale is not None else [],
             "noise scale": noise.variables() if noise is not None else [],
             "seed": model.seed_states.variables(),
@@ -81,6 +83,15 @@ class State:
             for group, variables in groups.items()
             for v in variables
         ]
+
+
+def _others(model):
+    """Pairs of name and optimizer: attributes of the model, for a `train_step` of several."""
+    return [
+        (name, value)
+        for name, value in sorted(vars(model).items())
+        if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer
+    ]
 
 
 def path_in(directory):

@@ -22,12 +22,13 @@ class BackupAndRestore(keras.callbacks.Callback):
     """Backs a training up, and goes on from there when the program starts again.
 
     An interrupted and resumed training ends with the weights of the uninterrupted
-    one: model, optimizer, loss scale, metrics and the states of random generators
-    are restored, and the epoch goes on with the batch that comes next. Arrays are
-    shuffled in each epoch by a seed that the backup keeps; a `tf.data.Dataset` of
-    your own must shuffle by a seed, as after `keras.utils.set_random_seed`. Not restored
-    is what other callbacks count, such as the patience of `EarlyStopping` and
-    `ReduceLROnPlateau`, and what is drawn from a generator that the model does not hold.
+    one: model, optimizer (and others that are attributes of the model), loss scale,
+    metrics and the states of random generators are restored, and the epoch goes on with
+    the batch that comes next. Arrays are shuffled in each epoch by a seed that the backup
+    keeps; a `tf.data.Dataset` of your own must shuffle by a seed, as after
+    `keras.utils.set_random_seed`. Not restored is what other callbacks count, such as the
+    patience of `EarlyStopping` and `ReduceLROnPlateau`, and what is drawn from a
+    generator that the model does not hold.
 
     Restores before and backs up after what the other callbacks of `fit` do.
 

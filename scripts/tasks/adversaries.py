@@ -47,13 +47,6 @@ class Adversaries(tfbig.Model):
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    @property
-    def weights(self):
-        # A backup keeps the weights and the optimizer of `compile`. The moments of the other
-        # one are to be kept as well.
-        others = self.generator_optimizer.variables if self.generator_optimizer else []
-        return [*super().weights, *others]
-
     def train_step(self, data):
         images = data[0] if isinstance(data, tuple) else data
         # Drawn for the whole share, so that the cut does not change which noise it is.
