@@ -52,7 +52,7 @@ def size(text, name):
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "words"])
 def test_one_exchange_is_compiled(check, model, topology):
     out = check(
         model, f"--topology={topology}", "--batch_size=256", "--micro_batch_size=4", "--compile"

@@ -8,14 +8,14 @@ import keras
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts"))
 
 import benchmark_models
-import train
+from tasks import digits, speech
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def cnn():
     """That of `scripts/train.py --task=digits`."""
-    model = keras.Sequential(train.digits().make_layers())
+    model = keras.Sequential(digits._layers())
     model.compile("adamw", LOSS, metrics=["accuracy"])
     return model
 
@@ -25,3 +25,10 @@ def decoder():
     model = keras.Model(*benchmark_models.gpt())
     model.compile(keras.optimizers.AdamW(1e-3, global_clipnorm=1.0), LOSS)
     return model, benchmark_models.data("gpt", 64)
+
+
+def words():
+    """That of `scripts/train.py --task=speech`: spectra, convolutions and a transformer."""
+    model = keras.Model(*speech._layers())
+    model.compile("adamw", LOSS)
+    return model
