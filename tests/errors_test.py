@@ -505,6 +505,11 @@ def test_accumulate_gradients_takes_one_cut():
         )
 
 
+def test_accumulate_gradients_needs_a_variable():
+    with refused(errors.InvalidOptionError, ValueError, "Received: none", "before it is built"):
+        tfbig.accumulate_gradients(lambda x: tf.reduce_mean(x), [], tf.ones((4, 1)))
+
+
 def test_accumulate_gradients_is_told_the_size():
     w = keras.Variable([1.0, 2.0])
     with refused(errors.InvalidOptionError, ValueError, "an option of models", "Pass a number"):

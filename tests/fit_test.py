@@ -4,14 +4,17 @@ import csv
 import functools
 import io
 import types
+import warnings
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.eager import context as tf_context
 
 import tfbig
 from tests.conftest import make_strategy
+from tfbig import _fit
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -843,3 +846,33 @@ def test_summary_and_count_params_are_the_twins():
     assert own_count == count == 4 * 5 + 5 + 5 * 3 + 3
     # Only the default name, after the class, may differ.
     assert own_text.splitlines()[1:] == text.splitlines()[1:]
+
+
+OFF, DATA, FILE = (
+    getattr(tf.data.experimental.AutoShardPolicy, name) for name in ("OFF", "DATA", "FILE")
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "change", "warning"),
+    [
+        (OFF, lambda d: d, "hand every worker the same samples"),
+        (OFF, lambda d: d.shard(2, 0), None),
+        (DATA, lambda d: d.shuffle(4), "shuffled without a seed"),
+        (None, lambda d: d.shuffle(4).map(lambda x: x), "shuffled without a seed"),
+        (None, lambda d: d.shuffle(4, seed=0), None),
+        (FILE, lambda d: d.shuffle(4), None),
+    ],
+)
+def test_data_of_which_workers_do_not_each_read_their_own(policy, change, warning, monkeypatch):
+    monkeypatch.setattr(tf_context.context(), "_seed", None)
+    dataset = change(tf.data.Dataset.range(8)).batch(2)
+    if policy is not None:
+        options = tf.data.Options()
+        options.experimental_distribute.auto_shard_policy = policy
+        dataset = dataset.with_options(options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _fit._warn_of_same_samples(dataset)
+    assert len(caught) == (warning is not None)
+    assert all(warning in str(w.message) for w in caught)

@@ -463,6 +463,14 @@ def test_extend_takes_off_a_loss_scale_optimizer():
     assert tfbig.extend(plain, loss_scale=4.0).loss_scale == 4.0
 
 
+def test_extend_takes_a_scale_over_that_is_larger_than_ours():
+    plain = sequential(keras.Sequential)
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), initial_scale=2.0**30)
+    plain.compile(optimizer, "mse")
+    model = tfbig.extend(plain)
+    assert model.loss_scale == model.loss_scale_state.settings.max_scale == 2.0**30
+
+
 def test_extend_keeps_the_scale_that_was_reached():
     keras.config.set_dtype_policy("mixed_float16")
     plain = compiled(sequential(keras.Sequential))

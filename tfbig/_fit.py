@@ -141,15 +141,23 @@ def _described(value):
 
 
 def _warn_of_same_samples(data):
-    policy = tf.data.experimental.AutoShardPolicy.OFF
-    if not isinstance(data, tf.data.Dataset) or (
-        data.options().experimental_distribute.auto_shard_policy != policy
-    ):
+    """Warns of data of which workers would not each read their own samples."""
+    if not isinstance(data, tf.data.Dataset):
         return
-    if not _keras.is_sharded(data):
-        warnings.warn(
+    policies = tf.data.experimental.AutoShardPolicy
+    policy = data.options().experimental_distribute.auto_shard_policy
+    message = None
+    if policy == policies.OFF and not _keras.is_sharded(data):
+        message = (
             "The dataset would hand every worker the same samples: its auto_shard_policy is OFF "
             "and there is no `shard` in it. Leave the policy at DATA, or call dataset.shard("
-            "workers, index).",
-            stacklevel=4,
+            "workers, index)."
         )
+    elif policy in (policies.AUTO, policies.DATA) and _keras.shuffles_without_seed(data):
+        message = (
+            "The dataset is shuffled without a seed, so in another order on each worker: of what "
+            "they share out, some samples come twice and others not at all. Call "
+            "dataset.shuffle(n, seed=0), or tf.random.set_seed before."
+        )
+    if message is not None:
+        warnings.warn(message, stacklevel=4)

@@ -413,6 +413,12 @@ def accumulate_gradients(
     >>> float(update.loss), w.numpy().tolist()
     (3.0, [-2.0, 2.0])
     """
+    variables = list(variables)
+    if not variables:
+        raise errors.InvalidOptionError(
+            "`variables` must be a list of one trainable variable or more. Received: none of them. "
+            "A model has no variables before it is built."
+        )
     if gradient_accumulation_steps is None and micro_batch_size is None:
         gradient_accumulation_steps = 1
 

@@ -234,7 +234,7 @@ class DynamicLossScalingMixin(_step.TrainStep):
     keras.Model)`.
 
     Args:
-        loss_scale: "auto": dynamic where the model's dtype policy computes in
+        loss_scale: "auto": dynamic where the model, or a layer of it, computes in
             float16, else none. "dynamic": `DynamicLossScale()`. A positive
             number: a fixed scale, with which non-finite updates are skipped too.
             None: no scaling, nothing is checked. Or a `DynamicLossScale`.

@@ -209,9 +209,11 @@ def _extended_model(model, options):
     if isinstance(optimizer, _keras.LossScaleOptimizer):
         if optimizer.built and "loss_scale" not in options:
             reached = optimizer
+        initial = optimizer.initial_scale
         scale = DynamicLossScale(
-            initial_scale=optimizer.initial_scale,
+            initial_scale=initial,
             growth_interval=optimizer.dynamic_growth_steps,
+            max_scale=max(initial, DynamicLossScale().max_scale),
         )
         options = {"loss_scale": scale} | options
         optimizer = optimizer.inner_optimizer

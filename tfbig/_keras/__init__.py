@@ -21,6 +21,7 @@ from tfbig._keras.data import (
     reseeded_shuffling,
     resume_data,
     samples_of,
+    shuffles_without_seed,
     without_optionals,
 )
 from tfbig._keras.devices import (
@@ -162,6 +163,7 @@ __all__ = (
     "returns_global_logs",
     "samples_of",
     "set_initial_epoch",
+    "shuffles_without_seed",
     "track_for_checkpoint",
     "update_losses",
     "update_metrics",

@@ -104,6 +104,15 @@ def is_sharded(dataset):
     )
 
 
+def shuffles_without_seed(dataset):
+    """Whether `shuffle` without a seed was called on a dataset, or on one it is made from."""
+    own = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
+    is_unseeded = type(dataset).__name__ == "_ShuffleDataset" and not any(
+        int(seed) for seed in own if seed is not None
+    )
+    return is_unseeded or any(shuffles_without_seed(source) for source in dataset._inputs())
+
+
 def reseeded_shuffling(seed):
     """A context in which `fit` on arrays shuffles by this seed, in each epoch anew.
 
