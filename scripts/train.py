@@ -41,9 +41,9 @@ _STRATEGY = flags.DEFINE_enum(
     "strategy",
     "auto",
     ["auto", "tpu", "multi_worker", "mirrored", "one_device", "default"],
-    "The tf.distribute strategy. auto: all workers that TF_CONFIG or SLURM list, else all GPUs, "
-    "else the CPU. mirrored uses GPUs where there are any, else logical CPU devices. tpu: the one "
-    "of this machine, or that of the environment's TPU_NAME.",
+    "The tf.distribute strategy. auto: a TPU, else all workers that TF_CONFIG or SLURM list, else "
+    "all GPUs, else the CPU. mirrored uses GPUs where there are any, else logical CPU devices. "
+    "tpu: the one of this machine, or that of the environment's TPU_NAME.",
 )
 _REPLICAS = flags.DEFINE_integer(
     "replicas",

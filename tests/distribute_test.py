@@ -614,3 +614,8 @@ def test_tpu_that_is_not_there(error, built_for_tpus, monkeypatch):
     with pytest.raises(errors.ClusterError, match="under the name 'pod'"):
         tfbig.distribute.get_strategy("tpu")
     assert asked == ["local", "mine", "pod"]
+    # There is one by its name, so it is what is asked for.
+    with pytest.raises(errors.ClusterError, match="under the name 'pod'"):
+        tfbig.distribute.get_strategy()
+    monkeypatch.setattr(_tpu, "_NEEDED", ("NoSuchOperation",))
+    assert type(tfbig.distribute.get_strategy()).__name__ == "_DefaultDistributionStrategy"

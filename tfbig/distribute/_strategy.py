@@ -21,10 +21,10 @@ def get_strategy(kind="auto", *, tpu=None, devices=None, timeout=600.0, port=Non
     and why, is one line of the log "tfbig" of Python's logging, shown on stderr.
 
     Args:
-        kind: "auto": several workers where TF_CONFIG (set by `tfbig.launch`, or
-            by Kubeflow) or SLURM say so, else a mirrored strategy where there
-            are several GPUs, else the default strategy. Or "tpu", "multi_worker",
-            "mirrored", "one_device" or "default", to have just that.
+        kind: "auto": a TPU where TensorFlow is built for them and one is there, else several
+            workers where TF_CONFIG (set by `tfbig.launch`, or by Kubeflow) or SLURM say so,
+            else a mirrored strategy where there are several GPUs, else the default strategy.
+            Or "tpu", "multi_worker", "mirrored", "one_device" or "default", to have just that.
         tpu: For "tpu": str, name or address of the TPU; by default what TPU_NAME says,
             else that of this machine.
         devices: For "mirrored": int, how many replicas, or a list of device
@@ -101,6 +101,8 @@ def is_chief(strategy):
 
 def _auto(devices, timeout, port):
     del devices
+    if _tpu.is_there():
+        return _tpu.connect()
     cluster = _cluster.find(port=port)
     if cluster is not None and len(cluster.tasks) > 1:
         return _over_workers(cluster, timeout)

@@ -1,18 +1,29 @@
 """Connecting to TPUs: finding them, or saying what is missing."""
 
 import os
+import pathlib
 
 import tensorflow as tf
 from tensorflow.python.framework import kernels as _kernels
 
 from tfbig import errors
 
-__all__ = ("connect",)
+__all__ = ("connect", "is_there")
 
 # Operations without which no program can be sent to a TPU.
 _NEEDED = ("_ConfigureDistributedTPU", "TPUCompile", "TPUExecute")
 
 _INSTALL = "pip uninstall tensorflow && pip install 'tensorflow-tpu==2.20.*'"
+
+
+def _is_supported():
+    return any(_kernels.get_registered_kernels_for_op(name).kernel for name in _NEEDED)
+
+
+def is_there():
+    """Whether this TensorFlow knows TPUs, and one is named by TPU_NAME or in this machine."""
+    devices = [*pathlib.Path("/dev").glob("accel*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
+    return _is_supported() and bool(os.environ.get("TPU_NAME") or devices)
 
 
 def connect(tpu=None):
@@ -28,7 +39,7 @@ def connect(tpu=None):
     Raises:
         ClusterError: If this TensorFlow knows no TPUs, or none is found.
     """
-    if not any(_kernels.get_registered_kernels_for_op(name).kernel for name in _NEEDED):
+    if not _is_supported():
         raise errors.ClusterError(
             f"This build of TensorFlow, {tf.__version__}, has no support for TPUs; the newest that "
             f"has is tensorflow-tpu 2.20. On the TPU's machine: {_INSTALL}"
