@@ -862,6 +862,9 @@ OFF, DATA, FILE = (
         (None, lambda d: d.shuffle(4).map(lambda x: x), "shuffled without a seed"),
         (None, lambda d: d.shuffle(4, seed=0), None),
         (FILE, lambda d: d.shuffle(4), None),
+        # Then workers read files of their own.
+        (None, lambda d: tf.data.TextLineDataset(["a", "b"]).shuffle(4), None),
+        (DATA, lambda d: tf.data.TextLineDataset(["a", "b"]).shuffle(4), "without a seed"),
     ],
 )
 def test_data_of_which_workers_do_not_each_read_their_own(policy, change, warning, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import shutil
 import time
 
 import keras
@@ -160,6 +161,67 @@ def test_directory_of_another_training_is_left_as_it_is(tmp_path):
     (tmp_path / "training.csv").write_text("update\nx\n")
     with pytest.raises(tfbig.errors.InvalidOptionError, match="cannot be read"):
         fit(build(), monitor(tmp_path))
+
+
+def test_columns_that_change(tmp_path):
+    model = build()
+    fit(model, monitor(tmp_path), epochs=1)
+    model.log_grad_norm = False
+    fit(model, monitor(tmp_path), epochs=1)
+    rows = written(tmp_path)
+    assert [row["grad_norm"] != "" for row in rows] == [True] * 4 + [False] * 4
+    assert {row["loss_scale"] for row in rows} == {"8.0"}
+    # Killed while it wrote a row.
+    with open(tmp_path / "training.csv", "a") as file:
+        file.write("9,0,1.")
+    fit(model, monitor(tmp_path), epochs=1)
+    assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 13))
+
+
+def test_batches_of_a_validation_are_others(tmp_path):
+    callback = monitor(tmp_path)
+    fit(build(), callback, validation_data=(X, Y), validation_batch_size=32)
+    for row in callback.rows[1:]:
+        assert row["samples_per_second"] * row["update_seconds"] == pytest.approx(8)
+
+
+def test_steps_per_execution_that_do_not_divide_the_epoch(tmp_path):
+    model = build()
+    model.compile("sgd", "mse", steps_per_execution=3)
+    callback = monitor(tmp_path)
+    fit(model, callback)
+    assert [row["update"] for row in callback.rows] == [3, 4, 7, 8]
+    assert int(model.optimizer.iterations.numpy()) == 8
+
+
+def test_metrics_of_all_kinds(tmp_path):
+    model = build()
+    two = keras.metrics.F1Score(average=None, threshold=0.5, name="two")
+    model.compile("sgd", "mse", metrics=[two, keras.metrics.MeanAbsoluteError(name="update")])
+    callback = monitor(tmp_path)
+    fit(model, callback)
+    assert [row["update"] for row in callback.rows] == list(range(1, 9))
+
+
+def test_exception_leaves_no_clock_running(tmp_path):
+    def stop(batch, logs):
+        raise KeyboardInterrupt
+
+    model = build()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, monitor(tmp_path), keras.callbacks.LambdaCallback(on_train_batch_end=stop))
+    assert model.input_clock is None
+
+
+def test_a_file_that_cannot_be_written_ends_nothing(tmp_path):
+    class Removing(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    model = build()
+    with pytest.warns(UserWarning, match=r"could not be written.*Training goes on"):
+        fit(model, Removing(), monitor(tmp_path / "run"))
+    assert int(model.optimizer.iterations.numpy()) == 8
 
 
 def test_off_by_a_flag(tmp_path):

@@ -86,6 +86,50 @@ def test_filled_batches_change_nothing(strategy, options, weight, monkeypatch):
 
 
 @pytest.mark.usefixtures("as_on_tpu")
+def test_what_fills_a_batch_is_no_part_of_its_statistics():
+    def build_with(**options):
+        with make_strategy("mirrored_2").scope():
+            inner = [layers.BatchNormalization(**options), layers.Dense(2)]
+            model = tfbig.Sequential([keras.Input((6,)), *inner], gradient_accumulation_steps=2)
+            model.compile("sgd", "mse")
+        return model
+
+    single = pytest.warns(UserWarning, match="statistics of single samples")
+    with (
+        single,
+        pytest.raises(tfbig.errors.UnsupportedModelError, match="synchronized layers, all"),
+    ):
+        fit(build_with(synchronized=True))
+    with pytest.warns(UserWarning, match="statistics of single samples"):
+        fit(build_with())
+
+
+@pytest.mark.usefixtures("as_on_tpu")
+def test_inputs_without_targets():
+    class Distance(tfbig.Model):
+        def __init__(self):
+            super().__init__(gradient_accumulation_steps=2)
+            self.dense = layers.Dense(2)
+
+        def call(self, x):
+            a, b = x
+            distance = keras.ops.mean(keras.ops.square(self.dense(a) - b))
+            self.add_loss(distance)
+            return distance
+
+    models = []
+    for data in (tf.data.Dataset.from_tensor_slices(((X[:24], Y[:24]),)), None):
+        keras.utils.set_random_seed(1)
+        models.append(Distance())
+        models[-1].compile("sgd")
+        x = [X[:24], Y[:24]] if data is None else data.batch(8)
+        size = {"batch_size": 8} if data is None else {}
+        models[-1].fit(x, shuffle=False, verbose=0, **size)
+    assert_same(*models)
+    assert np.any(models[0].dense.bias.numpy())
+
+
+@pytest.mark.usefixtures("as_on_tpu")
 def test_batches_have_one_size():
     model, shapes = build(), []
     step = model.train_step
@@ -122,7 +166,7 @@ def test_train_on_batch_has_shapes_that_are_known():
     ("data", "batch_size", "message"),
     [
         ((X, Y), 7, "must divide by the cores, of which there are 2. Received: batch_size=7"),
-        ((X, Y), 1, "Received: batch_size=1. Use 2 or 2"),
+        ((X, Y), 1, r"Received: batch_size=1\. Use 2\."),
         (
             (
                 tf.data.Dataset.from_tensor_slices((X, Y)).group_by_window(

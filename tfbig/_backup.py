@@ -87,11 +87,18 @@ class State:
 
 def _others(model):
     """Pairs of name and optimizer: attributes of the model, for a `train_step` of several."""
-    return [
+    found = [
         (name, value)
         for name, value in sorted(vars(model).items())
         if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer
     ]
+    for name, optimizer in found:
+        if not optimizer.built:
+            raise errors.BackupError(
+                "An optimizer must be built before `fit` to be a part of the backup. Received: "
+                f"{name}, not built. Call {name}.build(variables)."
+            )
+    return found
 
 
 def path_in(directory):

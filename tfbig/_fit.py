@@ -153,7 +153,11 @@ def _warn_of_same_samples(data):
             "and there is no `shard` in it. Leave the policy at DATA, or call dataset.shard("
             "workers, index)."
         )
-    elif policy in (policies.AUTO, policies.DATA) and _keras.shuffles_without_seed(data):
+    elif (
+        # Of files, AUTO has each worker read its own.
+        (policy == policies.DATA or (policy == policies.AUTO and not _keras.reads_files(data)))
+        and _keras.shuffles_without_seed(data)
+    ):
         message = (
             "The dataset is shuffled without a seed, so in another order on each worker: of what "
             "they share out, some samples come twice and others not at all. Call "

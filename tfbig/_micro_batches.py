@@ -111,6 +111,12 @@ class MicroBatches:
                 "replicas, needs a fixed number of them. Received: "
                 f"micro_batch_size={cut.micro_batch_size}. Use gradient_accumulation_steps."
             )
+        if unrolled and counted is not None:
+            raise errors.UnsupportedModelError(
+                "With synchronized layers, all batches must have as many samples on a TPU: what "
+                "fills a smaller one would be a part of the statistics. Received: data whose last "
+                "batch may be smaller. Use drop_remainder=True, or leave samples out."
+            )
         self.traits = self._trace(trace_scope)
 
     def _trace(self, trace_scope):

@@ -7,9 +7,11 @@ import pathlib
 import resource
 import sys
 import time
+import warnings
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfbig import _keras, _monitor_plot, _workers, errors
@@ -79,9 +81,6 @@ class TrainingMonitor(keras.callbacks.Callback):
     [(2, 8.0), (4, 8.0)]
     """
 
-    # Keras need not wait for it after each batch: nothing in it depends on the thread.
-    async_safe = True
-
     def __init__(self, directory, *, frequency=None, tensorboard=None, plot=None, enabled=True):
         super().__init__()
         if not str(directory) or "://" in str(directory):
@@ -102,6 +101,7 @@ class TrainingMonitor(keras.callbacks.Callback):
         self.enabled = enabled
         self.rows: list[dict[str, Any]] = []
         self._events: Any = None
+        self._names: tuple[str, ...] = ()
         self._is_running = False
 
     def set_model(self, model):
@@ -117,20 +117,29 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._is_running = bool(self.enabled) and is_chief
         if not self._is_running:
             return
-        self._epoch, self._update = 0, self._updates_of_model()
+        self._epoch, self._update = 0, self._updates_of_model(0)
+        # Of training: a validation within `fit` has another.
+        self._batch_size = self.model.batch_size_of_updates
         self.rows = self._rows_before()
         self._seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.tensorboard:
             self._events = tf.summary.create_file_writer(str(self.directory))
         self.model.input_clock = _keras.InputClock()
-        self._begin = time.perf_counter()
-        self._is_traced = self._is_open = False
+        self._begin = self._last = time.perf_counter()
+        self._is_traced, self._names = False, ()
         self._restart()
 
-    def _updates_of_model(self):
-        iterations = self.model.optimizer.iterations.numpy()
-        return int(iterations) + getattr(self.model, "skipped_updates", 0)
+    def _optimizers(self):
+        own = vars(self.model).values()
+        found = [o for o in own if isinstance(o, keras.optimizers.Optimizer)]
+        return found if self.model.optimizer is None else [self.model.optimizer, *found]
+
+    def _updates_of_model(self, counted):
+        """Its updates; what was counted here, of a model without an optimizer."""
+        iterations = [int(o.iterations.numpy()) for o in self._optimizers()]
+        skipped = getattr(self.model, "skipped_updates", 0)
+        return max(iterations) + skipped if iterations else counted
 
     def _rows_before(self):
         """The rows of the training that goes on."""
@@ -156,7 +165,9 @@ class TrainingMonitor(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if not self._is_running:
             return
-        updates = batch + 1 - self._done
+        # With steps_per_execution, Keras counts beyond the end of the data.
+        end = min(batch + 1, self.params.get("steps") or batch + 1)
+        updates = end - self._done
         self._done += updates
         self._update += updates
         self._last = time.perf_counter()
@@ -193,28 +204,30 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._since, self._updates, self._waited = time.perf_counter(), 0, 0.0
 
     def _write(self, logs):
+        self._update = self._updates_of_model(self._update)
         seconds = waited = samples = None
         if self._updates:
             # Not until now: what follows an epoch's last update, such as a validation, is left out.
             seconds = (self._last - self._since) / self._updates
             waited = self._waited / self._updates
-            samples = self.model.batch_size_of_updates
-        measured = (
+            samples = self._batch_size
+        optimizers = self._optimizers()
+        measured: tuple[Any, ...] = (
             self._update,
             self._epoch,
             self._seconds_before + self._last - self._begin,
             samples and samples / seconds,
             seconds,
             waited,
-            float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
+            _learning_rate(optimizers[0]) if optimizers else None,
             _device_mib(self.model.distribute_strategy),
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
         )
-        row = dict(zip(COLUMNS, measured, strict=True)) | {k: float(v) for k, v in logs.items()}
-        is_new = not (self._is_open and self.rows[-1].keys() == row.keys())
+        # The columns win over metrics of the same name; a metric of several numbers has no column.
+        row = {k: float(v) for k, v in logs.items() if np.ndim(v) == 0}
+        row |= dict(zip(COLUMNS, measured, strict=True))
         self.rows.append(row)
-        _append(self.directory / _CSV, self.rows if is_new else [row], is_new)
-        self._is_open = True
+        self._write_csv(row)
         if self._events is not None:
             with self._events.as_default():
                 for name, value in row.items():
@@ -222,6 +235,21 @@ class TrainingMonitor(keras.callbacks.Callback):
                         tf.summary.scalar(name, value, step=row["update"])
                 self._events.flush()
         self._restart()
+
+    def _write_csv(self, row):
+        # Another column, as after the first epoch of a callback that adds one, is a new file.
+        is_new = not row.keys() <= set(self._names)
+        if is_new:
+            names = [name for r in self.rows for name in r if name not in COLUMNS]
+            self._names = (*COLUMNS, *dict.fromkeys(names))
+        try:
+            _append(self.directory / _CSV, self._names, self.rows if is_new else [row], is_new)
+        except OSError as e:
+            self._names = ()
+            warnings.warn(
+                f"{self.directory / _CSV} could not be written: {e}. Training goes on.",
+                stacklevel=2,
+            )
 
 
 def _wanted(name, value, package):
@@ -233,6 +261,10 @@ def _wanted(name, value, package):
             f"pip install {package}"
         )
     return is_there if value is None else bool(value)
+
+
+def _learning_rate(optimizer):
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def _device_mib(strategy):
@@ -256,7 +288,10 @@ def _read(path):
         return []
     try:
         with open(path, newline="") as file:
-            return [{k: value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+            lines = list(csv.DictReader(file))
+            if lines and None in lines[-1].values():
+                del lines[-1]  # Of a program that was killed while it wrote.
+            return [{k: value(k, v) for k, v in line.items()} for line in lines]
     except (OSError, ValueError, TypeError) as e:
         raise errors.InvalidOptionError(
             f"{path} must be the file of a TrainingMonitor. Received: one that cannot be read "
@@ -264,11 +299,10 @@ def _read(path):
         ) from e
 
 
-def _append(path, rows, is_new):
+def _append(path, names, rows, is_new):
     """Adds rows to a file; a new one replaces what was there in one step."""
     target = path.with_suffix(".tmp") if is_new else path
     with open(target, "w" if is_new else "a", newline="") as file:
-        names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(file, names)
         if is_new:
             writer.writeheader()

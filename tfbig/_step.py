@@ -155,7 +155,11 @@ class TrainStep(_options.StepOptions):
     def fit(self, *args, **kwargs):
         arguments = _fit.arguments_of(super().fit, args, kwargs)
         with _fit.prepared(self, arguments, self._options()) as arguments:
-            return super().fit(**arguments)
+            try:
+                return super().fit(**arguments)
+            finally:
+                # Of a callback that was not told that training ended.
+                self.input_clock = None
 
     @_keras.returns_global_logs
     def train_step(self, data):

@@ -104,6 +104,13 @@ def is_sharded(dataset):
     )
 
 
+# Datasets that read files; what interleaves files has them in a function.
+_READERS = (
+    *("TFRecordDataset", "TextLineDataset", "FixedLengthRecordDataset"),
+    *("_InterleaveDataset", "_ParallelInterleaveDataset", "_FlatMapDataset"),
+)
+
+
 def shuffles_without_seed(dataset):
     """Whether `shuffle` without a seed was called on a dataset, or on one it is made from."""
     own = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
@@ -111,6 +118,11 @@ def shuffles_without_seed(dataset):
         int(seed) for seed in own if seed is not None
     )
     return is_unseeded or any(shuffles_without_seed(source) for source in dataset._inputs())
+
+
+def reads_files(dataset):
+    """Whether a dataset is made of files, as far as can be told."""
+    return type(dataset).__name__.startswith(_READERS) or any(map(reads_files, dataset._inputs()))
 
 
 def reseeded_shuffling(seed):

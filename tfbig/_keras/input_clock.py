@@ -8,10 +8,7 @@ __all__ = ("InputClock", "timed")
 
 
 class InputClock:
-    """The seconds that each call of a train function waited for data.
-
-    Callbacks may read it in another thread than the one that trains.
-    """
+    """The seconds that each call of a train function waited for data."""
 
     def __init__(self):
         self._waits: collections.deque = collections.deque()

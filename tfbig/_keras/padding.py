@@ -28,10 +28,11 @@ class PaddedBatch(typing.NamedTuple):
 def check_divides(size, replicas):
     """Raises if a batch of so many samples is not the same number for each replica."""
     if size % replicas:
+        larger = -(-size // replicas) * replicas
+        smaller = f"{larger - replicas} or " if larger > replicas else ""
         raise errors.InvalidOptionError(
             f"On a TPU, a batch must divide by the cores, of which there are {replicas}. Received: "
-            f"batch_size={size}. Use {size // replicas * replicas or replicas} or "
-            f"{-(-size // replicas) * replicas}."
+            f"batch_size={size}. Use {smaller}{larger}."
         )
 
 
@@ -45,31 +46,40 @@ def fix_batches(iterator, size, strategy):
         size: int, samples of a batch; None if that is not known.
         strategy: `tf.distribute.Strategy`.
 
+    Returns:
+        Whether batches are padded.
+
     Raises:
         InvalidOptionError: If the size is not known, or does not divide by the replicas.
     """
     dataset = iterator.data_adapter.get_tf_dataset()
     if isinstance(dataset, tf.distribute.DistributedDataset):
-        return  # Of the user: it is cut over the replicas already.
+        return False  # Of the user: it is cut over the replicas already.
     if size is None:
         raise errors.InvalidOptionError(
-            "On a TPU, the batch size must be known before training. Received: a dataset whose "
-            "batch size is not. Use dataset.batch(n, drop_remainder=True)."
+            "On a TPU, the batch size must be known before training. Received: data whose batch "
+            "size is not. Use arrays, or a dataset with batch(n, drop_remainder=True)."
         )
     check_divides(size, strategy.num_replicas_in_sync)
     leaves = tf.nest.flatten(dataset.element_spec)
     tensors = [s for s in leaves if isinstance(s, tf.TensorSpec)]
-    if any(isinstance(s, tf.RaggedTensorSpec | tf.SparseTensorSpec) for s in leaves):
+    is_dense = all(s.shape.rank is not None for s in tensors) and not any(
+        isinstance(s, tf.RaggedTensorSpec | tf.SparseTensorSpec) for s in leaves
+    )
+    if not is_dense:
         raise errors.UnsupportedModelError(
             "On a TPU, inputs must be dense tensors of fixed shapes. Received: a dataset of "
             f"{dataset.element_spec}. Use to_tensor(shape=...)."
         )
     if all(s.shape.rank and s.shape[0] == size for s in tensors):
-        return
+        return False
     is_ragged = iterator.data_adapter.has_partial_batch is not False
     fix = functools.partial(_padded if is_ragged else _fixed, size=size)
-    dataset = dataset.map(lambda *data: fix(data[0] if len(data) == 1 else data))
+    # `map` takes a tuple apart, also one that holds only the inputs.
+    is_tuple = isinstance(dataset.element_spec, tuple)
+    dataset = dataset.map(lambda *data: fix(data if is_tuple else data[0]))
     iterator._distributed_dataset = strategy.experimental_distribute_dataset(dataset)
+    return is_ragged
 
 
 def _fixed(data, size):

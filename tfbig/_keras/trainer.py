@@ -1,6 +1,7 @@
 """`fit`, `evaluate` and `predict` under strategies, as `keras.Model` should do them."""
 
 import typing
+import warnings
 
 import keras
 import tensorflow as tf
@@ -150,8 +151,8 @@ class TrainerOverrides(_KerasModel):
         if iterator is not None:
             self._epoch_iterator = iterator
             size = 0 if iterator.num_batches == 0 else effective_batch_size(iterator)
-            if is_tpu(strategy):
-                fix_batches(iterator, size, strategy)
+            if is_tpu(strategy) and fix_batches(iterator, size, strategy):
+                self._warn_of_single_samples()
             data_batch = data_of(specs_of_one_replica(iterator._distributed_dataset))
             if strategy.num_replicas_in_sync > 1 and None in keras.tree.flatten(data_batch):
                 raise errors.UnsupportedStrategyError(
@@ -178,6 +179,21 @@ class TrainerOverrides(_KerasModel):
             if any(_is_composite(spec) for spec in keras.tree.flatten(data_batch)):
                 _build_by_call(self, data_batch)
             self._symbolic_build(data_batch=data_batch)
+
+    def _warn_of_single_samples(self):
+        found = [
+            layer.name
+            for layer in self._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+        ]
+        if found:
+            warnings.warn(
+                "The last batch of an epoch may be smaller. What it has beyond full micro-batches "
+                "goes one by one on a TPU, and BatchNormalization takes statistics of single "
+                f"samples there. Received: {', '.join(found)}. Use drop_remainder=True, or leave "
+                "samples out.",
+                stacklevel=5,
+            )
 
     def _get_metrics_result_or_logs(self, logs):
         # Without logs the epoch was resumed after its last batch.
