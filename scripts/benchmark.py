@@ -21,6 +21,9 @@ on JAX with its built-in accumulation, in environments that are made on demand.
 All have --threads threads for an operation, and on Linux as many cores. Elsewhere JAX may
 take more, which has no setting for it.
 
+With --in_turn, the rows of a model run in one process, an update of each in turn: for ratios on a
+machine that others use too, which slows down both of two that follow each other.
+
 With --network, tfbig over two workers and a narrow link between them: samples and bytes
 sent against accumulation that exchanges each micro-batch. This needs Linux, iproute2 and
 the right to make network namespaces, which root has; elsewhere it is skipped, which one
@@ -47,6 +50,7 @@ import benchmark_process
 import benchmark_report
 import benchmark_rows
 import benchmark_tuners
+import benchmark_turns
 import command_line
 from absl import flags
 
@@ -95,6 +99,12 @@ _TIMEOUT = flags.DEFINE_float(
 )
 _JSON = flags.DEFINE_string("json", None, "File to write all measurements to.")
 _PNG = flags.DEFINE_string("png", None, "File to draw the table to.")
+_IN_TURN = flags.DEFINE_boolean(
+    "in_turn",
+    False,
+    "Measure the --rows of one of --models in one process, --steps updates of each in turn; ratios "
+    "are to the first row.",
+)
 _NETWORK = flags.DEFINE_boolean(
     "network",
     False,
@@ -157,6 +167,17 @@ def _tasks():
         for k, whole in _cuts()
         for name in names
     ]
+
+
+def _tasks_in_turn():
+    tasks = _tasks()
+    if len({(task.model, task.gradient_accumulation_steps) for task in tasks}) > 1:
+        raise ValueError("--in_turn measures one model and one number of micro-batches")
+    if wrong := [task.row for task in tasks if task.row not in benchmark_turns.ROWS]:
+        raise ValueError(
+            f"--in_turn measures rows of {', '.join(benchmark_turns.ROWS)}: {', '.join(wrong)}"
+        )
+    return tasks
 
 
 # --- All rows ----------------------------------------------------------------
@@ -224,6 +245,8 @@ def _prepare():
             raise ValueError("--png needs matplotlib: pip install 'tfbig[plots]'")
         if _TUNERS.value:
             return None
+        if _IN_TURN.value and not _NETWORK.value:
+            return _tasks_in_turn()
         return _steps_list((1, 4, 16)) if _NETWORK.value else _tasks()
     except ValueError as e:
         raise command_line.UsageError(e) from None
@@ -247,7 +270,9 @@ def _benchmark():
         return 0
     what, complete = _prepare(), True
     try:
-        if _TUNERS.value:
+        if _IN_TURN.value:
+            rows, settings = benchmark_turns.measure(what), {"threads": what[0].threads}
+        elif _TUNERS.value:
             rows = benchmark_tuners.compare(_TRIALS.value, _SEEDS.value)
             settings = {"trials": _TRIALS.value, "seeds": _SEEDS.value}
         elif _NETWORK.value:

@@ -267,6 +267,22 @@ def fake_peers(directory, monkeypatch, **answers):
     return f"--peers_directory={directory}"
 
 
+def test_benchmark_measures_rows_in_turn(tmp_path):
+    path = tmp_path / "rows.json"
+    done = run(
+        BENCHMARK,
+        *("--in_turn", "--models=mlp", "--rows=built_in,tfbig", "--batch_size=8"),
+        *("--gradient_accumulation_steps=2", "--steps=3", f"--json={path}"),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(path.read_text())["rows"]
+    assert (first["row"], second["row"]) == ("plain, built-in accumulation", "tfbig")
+    assert first["ratio"] == 1.0
+    assert second["ratio"] > 0
+    assert f"{8 / second['seconds']:.1f}" in done.stdout
+
+
 def test_benchmark_takes_the_median_of_runs_that_are_interleaved(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     seconds = "{'seconds': [[5.0, 1.0, 2.0][run]] * 3, 'first_update_seconds': 7.0}"
@@ -390,6 +406,8 @@ def test_over_a_network_an_update_is_one_exchange(tmp_path):
         "--rows=none",
         "--rows=",
         "--png=/nowhere/rows.png",
+        "--in_turn --models=mlp,wide --rows=tfbig",
+        "--in_turn --models=mlp --rows=whole,tfbig",
         "--batch_size=8 --micro_batch_size=4 --gradient_accumulation_steps=2",
     ],
 )
