@@ -25,6 +25,15 @@ def python():
             return tf.ensure_shape(tf.numpy_function(np.tanh, [x], tf.float32), x.shape)
     return build([Python(name="tanh")])
 
+def noisy():
+    class Noisy(keras.layers.Layer):
+        def __init__(self):
+            super().__init__(name="noisy")
+            self.generator = keras.random.SeedGenerator(1)
+        def call(self, x):
+            return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
+    return build([Noisy()])
+
 def ragged():
     return build([keras.layers.GlobalMaxPooling1D()], keras.Input((None, 3)))
 
@@ -154,6 +163,14 @@ def test_run_of_what_was_traced(run):
     assert "Nothing was" not in out
     assert rows(out)["run"].startswith("right: an update of the traced program, as 4 cores in one")
     assert "skipped by all, weights unchanged to the bit" in out
+
+
+def test_what_cannot_be_compared_is_not_right(run):
+    code, out, _ = run("my_model.py:noisy", "--batch_size=16", "--run=traced",
+                       "--gradient_accumulation_steps=2")  # fmt: skip
+    assert code == 1
+    assert rows(out)["run"].startswith("not compared: random numbers of Noisy 'noisy' cannot be")
+    assert "right" not in out
 
 
 def test_an_environment_that_cannot_be_made(run, directory):

@@ -11,7 +11,7 @@ from keras import layers
 
 import tfbig
 from tfbig import _reduction, _tpu, _tpu_models, _update
-from tfbig._tpu import numbers
+from tfbig._tpu import numbers, report
 
 CORES, BATCH = 4, 32
 
@@ -78,6 +78,7 @@ DENSE = (lambda: layers.Dense(8, "tanh"),)
     [
         build(DENSE),
         build((*DENSE, layers.BatchNormalization, lambda: layers.Dropout(0.5))),
+        build((*DENSE, lambda: layers.GaussianNoise(0.5))),
         build((lambda: layers.Dense(4, kernel_regularizer="l2"), layers.LayerNormalization)),
         build(
             (lambda: layers.Embedding(5, 3, mask_zero=True), layers.GlobalAveragePooling1D),
@@ -89,13 +90,13 @@ DENSE = (lambda: layers.Dense(8, "tanh"),)
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         ),
     ],
-    ids=["dense", "state", "regularized", "tokens", "images"],
+    ids=["dense", "state", "noise", "regularized", "tokens", "images"],
 )
 def test_an_update_of_all_cores_is_that_of_the_whole_batch(make):
     found = compared(make)
     assert found.is_right, found
     assert found.differences[0].size < 1e-5  # Rounding of float32, of changes near 1.
-    assert (found.apart, found.skipped) == ([], [])
+    assert (found.apart, found.skipped, found.random) == ([], [], [])
 
 
 def changed_exchange(monkeypatch, change):
@@ -195,7 +196,45 @@ def test_what_random_numbers_make_different_is_said():
     found = compared(build((Noisy,)))
     assert found.random == ["Noisy 'noisy'"]
     assert found.differences[0].size > 1e-3
-    assert found.is_right  # Nothing that could be told.
+    # Nothing that could be told.
+    assert (found.is_right, found.is_wrong) == (False, False)
+    first, *_ = report.compared(found, "traced", CORES)
+    assert first.startswith("not compared: random numbers of Noisy 'noisy' cannot be turned off")
+    # Random numbers are no reason for this.
+    apart = dataclasses.replace(found, apart=["kernel"])
+    assert apart.is_wrong
+    assert next(report.compared(apart, "traced", CORES)).startswith("WRONG: ")
+
+
+@pytest.mark.parametrize("inner", [lambda: layers.LSTM(3), lambda: layers.LSTM(3, dropout=0.5)])
+def test_a_layer_whose_dropout_is_off_excuses_nothing(monkeypatch, inner):
+    double_sum(monkeypatch)
+    found = compared(build((inner,), inputs=((4, 3), "float32")))
+    assert found.random == []
+    assert found.is_wrong
+
+
+def bfloat16():
+    made = [layers.Dense(8, "tanh", dtype="bfloat16"), layers.Dense(2, dtype="bfloat16")]
+    model = keras.Sequential([keras.Input((6,), dtype="bfloat16"), *made])
+    model.compile(keras.optimizers.SGD(), "mse")
+    return model
+
+
+def test_weights_in_bfloat16_are_compared(monkeypatch):
+    found = compared(bfloat16)
+    assert len(found.differences) == 4
+    assert found.is_right, found
+    double_sum(monkeypatch)
+    assert compared(bfloat16).is_wrong
+
+
+def test_nan_in_bfloat16_equals_itself():
+    values = np.array([[1, np.nan]] * 2, tf.bfloat16.as_numpy_dtype)
+    assert numbers.Update({"v": values}, {"v": values.copy()}).changed(["v"]) == []
+    assert numbers.Update({}, {"v": values}).apart() == []
+    (poisoned,) = numbers.poisoned((np.ones((4, 2), values.dtype),), 4)
+    assert np.isnan(poisoned.astype(float)).sum() == 2
 
 
 def test_arguments_and_results():
@@ -244,6 +283,18 @@ def test_a_sample_of_zeros_says_shapes_alone():
     assert (x.dtype, y.dtype) == ("float32", "int32")
     assert len(np.unique(x)) == x.size
     assert set(y) == {0, 1}
+
+
+def test_weights_of_samples_need_targets():
+    assert _tpu.Batch.of_sample((np.zeros((2, 3), "float32"),), BATCH).weighted() is None
+
+
+@pytest.mark.parametrize(("size", "text"), [(2, "Use 4."), (6, "Use 4 or 8.")])
+def test_a_batch_that_does_not_divide(size, text):
+    batch = _tpu.Batch.of_sample((np.zeros((2, 3)), np.zeros(2)), size)
+    with pytest.raises(tfbig.errors.InvalidOptionError) as caught:
+        batch.share(CORES)
+    assert str(caught.value).endswith(text)
 
 
 def test_poisoned():

@@ -13,8 +13,8 @@ from tfbig._tpu.build_function import UsageError
 __all__ = ("Comparison", "built", "compared", "made_exact")
 
 
-# What layers of Keras call the part that they drop.
-_RATES = ("rate", "dropout", "recurrent_dropout")
+# What layers of Keras call the part that they drop, and the size of the noise that they add.
+_RATES = ("rate", "dropout", "recurrent_dropout", "stddev")
 
 
 def built(build, strategy, batch_size, options):
@@ -63,19 +63,29 @@ def _made(build):
 def made_exact(model, strategy):
     """Takes from a model what depends on how a batch is cut, and Adam, which hides a scale.
 
-    It gets SGD; dropout drops nothing, and BatchNormalization normalizes with its moving
-    statistics.
+    It gets SGD; dropout drops nothing, noise is none, and BatchNormalization normalizes with its
+    moving statistics.
     """
     for layer in _keras.all_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
         elif _keras.draws_random_numbers(layer):
-            for name in _RATES:
-                if hasattr(layer, name):
-                    setattr(layer, name, 0)
+            for name in _rates(layer):
+                setattr(layer, name, 0)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model.optimizer = keras.optimizers.SGD(1.0)
     return model
+
+
+def _rates(layer):
+    """Names of the numbers that turn a layer's randomness off where they are 0."""
+    # A layer may keep a layer under one of these names.
+    return [name for name in _RATES if isinstance(getattr(layer, name, None), int | float)]
+
+
+def _stays_random(layer):
+    """Whether `made_exact` cannot turn a layer's randomness off."""
+    return _keras.draws_random_numbers(layer) and not _rates(layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +109,19 @@ class Comparison:
     skipped: list | None
 
     @property
+    def is_equal(self):
+        """Whether the update is that of the whole batch, but for rounding."""
+        return self.differences[0].size <= self.tolerance
+
+    @property
+    def is_wrong(self):
+        """Whether something is wrong, for which random numbers are no reason."""
+        return bool(self.apart or self.skipped or not (self.is_equal or self.random))
+
+    @property
     def is_right(self):
-        """Whether nothing is wrong."""
-        is_close = self.differences[0].size <= self.tolerance or bool(self.random)
-        return is_close and not self.apart and not self.skipped
+        """Whether nothing is wrong, and random numbers hid nothing."""
+        return self.is_equal and not self.is_wrong
 
 
 def compared(built, strategy, cores, run):
@@ -128,16 +147,19 @@ def compared(built, strategy, cores, run):
     initial = model.get_weights()
     (update,) = run(model, batch, data)
     differences = numbers.differences(update, wanted, names)
+    random = [
+        f"{type(layer).__name__} {layer.name!r}"
+        for layer in _keras.all_layers(model)
+        if _stays_random(layer)
+    ]
+    # Random numbers deviate by any amount.
+    size = np.inf if random else differences[0].size
     return Comparison(
         differences,
         _tolerance(model),
         update.apart(),
-        [
-            f"{type(layer).__name__} {layer.name!r}"
-            for layer in _keras.all_layers(model)
-            if _keras.draws_random_numbers(layer)
-        ],
-        _scaled(built, strategy, cores, run, data, initial, wanted, rate, differences[0].size),
+        random,
+        _scaled(built, strategy, cores, run, data, initial, wanted, rate, size),
     )
 
 
@@ -155,9 +177,7 @@ def _wanted(built, model, batch, data):
     before = whole.get_weights()
     after = numbers.whole_update(whole, data)
     changes = [
-        np.max(np.abs(a - b), initial=0)
-        for a, b in zip(after, before, strict=True)
-        if a.dtype.kind == "f"
+        numbers.distance(a, b) for a, b in zip(after, before, strict=True) if numbers.is_floating(a)
     ]
     # With it the largest change is near 1, and what weights lose in rounding is small beside it.
     rate = 2.0 ** -np.round(np.log2(max(changes, default=0) or 1.0))

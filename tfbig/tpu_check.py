@@ -12,17 +12,19 @@ With --compile the program is lowered by TensorFlow's own kernels for TPUs and c
 compiler for TPUs, and what it plans is reported: exchanges, and the memory of a core, an estimate.
 With --find_micro_batch_size also for other sizes, up to the largest that fits. With --run=lowered
 the lowered program runs on CPU devices, one for each core, once on random data and once with NaN
-on one core, beside the whole batch in plain Keras: with SGD, without dropout, and with
-BatchNormalization frozen, as both depend on the cut. Both need Python environments of two
-gigabytes each, made in --environments the first time (libtpu comes under a licence of its own).
---run=traced runs what was traced, by TensorFlow on this machine, and needs none.
+on one core, beside the whole batch in plain Keras: with SGD, without dropout and noise, and with
+BatchNormalization frozen, as these depend on the cut. Where a layer draws random numbers that
+cannot be turned off, and the updates differ, the verdict is "not compared". --compile and
+--run=lowered need Python environments of two gigabytes each, made in --environments the first time
+(libtpu comes under a licence of its own). --run=traced runs what was traced, by TensorFlow on this
+machine, and needs none.
 
 `build` takes no arguments, is called in the scope of the strategy, and returns a compiled Keras
 model, or a pair of it and a sample of the data, (x, y) or (x, y, sample_weight), of which shapes
 and dtypes count. A plain Keras model is extended by `tfbig.extend`.
 
-Exit code: 0 if nothing is wrong, 1 if the update cannot be traced or a check fails, 2 for wrong
-arguments.
+Exit code: 0 if nothing is wrong, 1 if the update cannot be traced or compared or a check fails,
+2 for wrong arguments.
 """
 
 import os

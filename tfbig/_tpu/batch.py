@@ -84,10 +84,11 @@ class Batch:
                 return None
             size = spec.shape[0]
             if size % cores:
+                # The multiples next to it; below the first there is none.
+                near = sorted({max(size // cores, 1) * cores, -(-size // cores) * cores})
                 raise errors.InvalidOptionError(
                     f"A batch must divide by the cores, of which there are {cores}. Received: "
-                    f"batch_size={size}. Use {size // cores * cores or cores} or "
-                    f"{-(-size // cores) * cores}."
+                    f"batch_size={size}. Use {' or '.join(map(str, near))}."
                 )
             return tf.TensorSpec([size // cores, *spec.shape[1:]], spec.dtype)
 
@@ -96,7 +97,7 @@ class Batch:
     def weighted(self):
         """The same with a weight for each sample; None if it has one, or not one target."""
         parts = dict(zip(("x", "y", "sample_weight"), self.specs, strict=False))
-        if parts.get("sample_weight") is not None or not isinstance(parts["y"], tf.TensorSpec):
+        if parts.get("sample_weight") is not None or not isinstance(parts.get("y"), tf.TensorSpec):
             return None
         size, *rest = parts["y"].shape
         # Keras takes it for each position of a sample, too.

@@ -13,7 +13,9 @@ __all__ = (
     "Difference",
     "Update",
     "differences",
+    "distance",
     "imitated",
+    "is_floating",
     "poisoned",
     "run",
     "whole_update",
@@ -46,8 +48,18 @@ class Update:
         ]
 
 
+def is_floating(array):
+    """Whether an array holds floats, also of a kind that numpy does not know, as bfloat16."""
+    return tf.as_dtype(array.dtype).is_floating
+
+
+def distance(a, b):
+    """The largest difference of two arrays of floats, taken in float64."""
+    return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)), initial=0))
+
+
 def _is_equal(a, b):
-    return np.array_equal(a, np.broadcast_to(b, a.shape), equal_nan=a.dtype.kind == "f")
+    return np.array_equal(a, np.broadcast_to(b, a.shape), equal_nan=is_floating(a))
 
 
 def run(function, data, cores, runner):
@@ -143,16 +155,15 @@ def differences(update, wanted, names):
     """
     before = {n: update.before[n][0] for n in names if n in update.before}
     changes = [
-        np.max(np.abs(w - before[n]), initial=0)
+        distance(w, before[n])
         for n, w in zip(names, wanted, strict=True)
-        if n in before and w.dtype.kind == "f"
+        if n in before and is_floating(w)
     ]
     largest = max(changes, default=0) or 1.0
     found = []
     for name, value in zip(names, wanted, strict=True):
-        if name in before and value.dtype.kind == "f":
-            got = update.after.get(name, update.before[name]).astype(np.float64)
-            size = float(np.max(np.abs(got - value), initial=0)) / largest
+        if name in before and is_floating(value):
+            size = distance(update.after.get(name, update.before[name]), value) / largest
             found.append(Difference(name, size if np.isfinite(size) else np.inf))
     return sorted(found, key=lambda d: -d.size)
 
@@ -165,7 +176,7 @@ def poisoned(data, cores):
         cores: int.
     """
     flat = keras.tree.flatten(data)
-    places = [i for i, v in enumerate(flat) if v is not None and v.dtype.kind == "f"]
+    places = [i for i, v in enumerate(flat) if v is not None and is_floating(v)]
     if not places:
         return None
     value = flat[places[0]].copy()

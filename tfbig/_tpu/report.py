@@ -95,18 +95,21 @@ def largest(found, share, tpu_slice):
 def compared(found, what, cores):
     """Lines on a `Comparison` of an update on the CPU with one of the whole batch."""
     first = found.differences[0]
-    verdict = "equals" if first.size <= found.tolerance else "DIFFERS from"
     where = f"on {cores} CPU devices" if what == "lowered" else f"as {cores} cores in one graph"
-    yield (
-        f"{'right' if found.is_right else 'WRONG'}: an update of the {what} program, {where}, "
-        f"{verdict} one of the whole batch in Keras"
-    )
+    update = f"an update of the {what} program, {where}"
+    random = f"random numbers of {', '.join(found.random)} cannot be turned off"
+    if found.is_equal:
+        word = "WRONG" if found.is_wrong else "right"
+        yield f"{word}: {update}, equals one of the whole batch in Keras"
+    elif found.is_wrong:
+        reason = f", which may be: {random}" if found.random else ""
+        yield f"WRONG: {update}, DIFFERS from one of the whole batch in Keras{reason}"
+    else:
+        yield f"not compared: {random}, so {update}, need not be one of the whole batch in Keras"
     yield (
         f"largest deviation {first.size:.1e} of the largest change of a weight, in {first.name} "
         f"(rounding: up to {found.tolerance:.0e}; SGD)"
     )
-    if found.random and first.size > found.tolerance:
-        yield f"which may be, as random numbers depend on the cut: {', '.join(found.random)}"
     if found.apart:
         yield f"NOT the same on all cores: {', '.join(found.apart)}"
     else:
