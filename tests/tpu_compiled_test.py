@@ -1,9 +1,12 @@
 """What the compiler for TPUs says: how it is read, asked for, and told. Nothing is compiled."""
 
+import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfbig import _tpu, errors
 from tfbig._tpu import environments, hlo, lowering, report
@@ -35,7 +38,7 @@ HLO = """HloModule a, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 }
 
 %branch.5 (t: f32[8]) -> bf16[4] {
-  ROOT %all-gather-start.1 = bf16[4]{0} all-gather-start(%t), dimensions={0}
+  ROOT %all-gather-start.1 = (bf16[2]{0:T(4,1)}, bf16[4]{0:T(4,1)}) all-gather-start(%t)
 }
 
 %branch.6 (t: f32[8]) -> bf16[4] {
@@ -59,6 +62,20 @@ def test_collectives_and_where_they_stand():
     assert found["all-reduce.3"].inside == ("loop",)
     gather = found["all-gather-start.1"]
     assert (gather.kind, gather.bytes, gather.inside) == ("all-gather", 8, ("conditional",))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "arrays", "size"),
+    [
+        ("((f32[2]{0}, f32[3,2]{1,0}), (f32[4]{0}, f32[6,2]{1,0})) all-gather-start(", 2, 64),
+        ("(f32[2]{0}, f32[2]{0}, u32[], u32[]) collective-permute-start(", 1, 8),
+        ("(f32[2]{0}, f32[3]{0}) all-reduce-start(", 2, 20),
+        ("f32[2]{0} all-reduce-start(", 1, 8),
+    ],
+)
+def test_operands_of_what_begins_are_not_counted(instruction, arrays, size):
+    (found,) = hlo.collectives(f"ENTRY %main (x: f32[2]) -> f32[2] {{\n  %a = {instruction}%x)\n}}")
+    assert (found.arrays, found.bytes) == (arrays, size)
 
 
 def memory(**sizes):
@@ -126,6 +143,22 @@ def test_the_largest_micro_batch_that_fits(limit, share, largest):
     assert len(tried) == before
 
 
+@pytest.mark.parametrize(("known", "limit", "largest"), [(24, 30, 16), (128, 64, 64)])
+def test_what_is_known_is_told_as_what_was_tried(known, limit, largest):
+    """A size between those that are tried is left out; one above the share is the share."""
+
+    def compiled_with(size):
+        tried.append(size)
+        return lowering.Compiled(None, memory(temporaries=2 * SLICE.chip.hbm * (size > limit)))
+
+    tried: list[int] = []
+    fitting = lowering.Compiled(None, memory())
+    found = lowering.largest_that_fits(compiled_with, 64, SLICE, {known: fitting})
+    assert max(n for n, outcome in found.items() if outcome.fits(SLICE.chip)) == largest
+    assert set(found) <= {2**i for i in range(7)}
+    assert 64 not in tried
+
+
 @pytest.fixture
 def external(tmp_path, monkeypatch):
     """A function that runs a program, given as text, as one of another environment."""
@@ -164,6 +197,32 @@ def test_it_is_tried_again_while_libtpu_is_in_use(external, tmp_path):
     assert (tmp_path / "tries").read_text() == "xxx"
 
 
+@pytest.mark.parametrize("is_in_use", [True, False])
+def test_libtpu_in_use_is_no_refusal(tmp_path, is_in_use):
+    class Failing:
+        def run(self, *_):
+            said = "The TPU is already in use by process 7" if is_in_use else "no such op"
+            raise environments.ExternalError("failed: JaxRuntimeError: ABORTED", said)
+
+    lowered = lowering.Lowered(tmp_path, None, Failing())
+    if is_in_use:
+        with pytest.raises(environments.ExternalError, match="ABORTED"):
+            lowered.compile(SLICE)
+    else:
+        assert lowered.compile(SLICE).message == "ABORTED"
+
+
+def test_bfloat16_is_kept_in_files(tmp_path):
+    class Copying:
+        def run(self, program, command, directory, cores, inputs, outputs):
+            outputs.write_bytes(inputs.read_bytes())
+
+    given = np.ones((4, 2), tf.bfloat16.as_numpy_dtype)
+    (got,) = lowering.Lowered(tmp_path, None, Copying()).run([given])
+    assert got.dtype == given.dtype
+    np.testing.assert_array_equal(got, given)
+
+
 def test_another_failure_is_not_tried_again(external, tmp_path):
     with pytest.raises(environments.ExternalError):
         external("import sys; open(sys.argv[1], 'a').write('x'); 1 / 0", tmp_path / "tries")
@@ -188,7 +247,8 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
 
     def install(command, **_):
         commands.append(command)
-        (tmp_path / "jax").mkdir(exist_ok=True)
+        (tmp_path / "jax/bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "jax/bin/python").touch()
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(environments.subprocess, "run", install)
@@ -200,6 +260,45 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setitem(environments.PROGRAMS, "with_jax", ("jax==0.11",))
     made.python("with_jax")
     assert len(commands) == 4
+    # Its interpreter is gone, as after an update of Python.
+    (tmp_path / "jax/bin/python").unlink()
+    (tmp_path / "jax/bin/python").symlink_to(tmp_path / "none")
+    made.python("with_jax")
+    assert len(commands) == 6
+
+
+def test_an_interpreter_that_does_not_start(tmp_path, external, monkeypatch):
+    monkeypatch.setattr(environments.Environments, "python", lambda *_: tmp_path / "none")
+    with pytest.raises(environments.UnavailableError, match="none cannot be started"):
+        external("")
+
+
+def test_an_environment_that_is_made_needs_no_lock(tmp_path):
+    (tmp_path / "jax/bin").mkdir(parents=True)
+    (tmp_path / "jax/bin/python").touch()
+    (tmp_path / "jax/installed.txt").write_text("\n".join(environments.PROGRAMS["with_jax"]))
+    assert environments.Environments(tmp_path).python("with_jax").exists()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_the_lock_of_another_user_is_only_read(external, tmp_path, monkeypatch):
+    lock, opened = tmp_path / "tfbig_tpu_check.lock", os.open
+    lock.touch()
+
+    def refusing(path, flags, *arguments, **options):
+        if path == lock and flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(environments.os, "open", refusing)
+    external(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_lock_that_cannot_be_opened(external, tmp_path):
+    (tmp_path / "tfbig_tpu_check.lock").mkdir()
+    with pytest.raises(environments.UnavailableError, match="lock file must be readable"):
+        external("")
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):

@@ -17,7 +17,7 @@ import time
 
 from tfbig import _log, errors
 
-__all__ = ("PROGRAMS", "Environments", "ExternalError", "UnavailableError")
+__all__ = ("PROGRAMS", "Environments", "ExternalError", "UnavailableError", "is_in_use")
 
 # The program that runs in each, and what it needs.
 _LOWERING = ("tensorflow-tpu==2.20.0", "libtpu==0.0.18", "numpy==2.4.6", "protobuf==7.36.2")
@@ -34,7 +34,7 @@ _IN_USE = ("libtpu_lockfile", "already in use")
 
 
 class UnavailableError(errors.TfbigError, RuntimeError):
-    """An environment cannot be made."""
+    """An environment cannot be made or used."""
 
 
 class ExternalError(errors.TfbigError, RuntimeError):
@@ -62,36 +62,41 @@ class Environments:
             program: str, one of `PROGRAMS`.
 
         Raises:
-            UnavailableError: If it cannot be made.
+            UnavailableError: If it cannot be made, or waited for.
         """
         environment = self.directory / program.removeprefix("with_")
         interpreter = environment / "bin" / "python"
         wanted = PROGRAMS[program]
         # Written last, so that an interrupted attempt is repeated.
         stamp = environment / "installed.txt"
+        # Without the lock: the directory may be another user's.
+        if _is_made(interpreter, stamp, wanted):
+            return interpreter
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UnavailableError(f"{self.directory} cannot be made: {e}") from e
         with _locked(self.directory / "lock"):
-            if stamp.exists() and stamp.read_text().split() == list(wanted):
+            if _is_made(interpreter, stamp, wanted):
                 return interpreter
             _log.logger().info("tfbig: making %s: %s", environment, ", ".join(wanted))
             try:
                 _install(environment, [sys.executable, "-m", "venv", "--clear", str(environment)])
                 pip = [str(interpreter), "-m", "pip", "install", "--disable-pip-version-check"]
                 _install(environment, [*pip, "--quiet", *wanted])
-            except BaseException:
+                stamp.write_text("\n".join(wanted) + "\n")
+            except BaseException as e:
                 shutil.rmtree(environment, ignore_errors=True)
+                if isinstance(e, OSError):
+                    raise UnavailableError(f"{environment} cannot be made: {e}") from e
                 raise
-            stamp.write_text("\n".join(wanted) + "\n")
         return interpreter
 
     def run(self, program, *arguments, timeout=900):
         """Runs a program of `external` to its end, one at a time on this machine.
 
         Raises:
-            UnavailableError: If its environment cannot be made.
+            UnavailableError: If its environment cannot be made or used.
             ExternalError: If it fails, or takes more than `timeout` seconds.
         """
         path = _EXTERNAL / f"{program}.py"
@@ -102,11 +107,23 @@ class Environments:
                 done = _finished(command, timeout)
                 if done.returncode == 0:
                     return
-                is_in_use = any(text in done.stderr for text in _IN_USE)
-                if not is_in_use or attempt == _ATTEMPTS:
+                if not is_in_use(done.stderr) or attempt == _ATTEMPTS:
                     break
                 time.sleep(2**attempt)
         raise ExternalError(f"{program} failed: {_cause(done)}", done.stderr)
+
+
+def is_in_use(output):
+    """Whether what a program said tells that another process uses libtpu."""
+    return any(text in output for text in _IN_USE)
+
+
+def _is_made(interpreter, stamp, wanted):
+    try:
+        # The interpreter is a link to another, which may be gone.
+        return interpreter.exists() and stamp.read_text().split() == list(wanted)
+    except OSError:
+        return False
 
 
 def _environment():
@@ -128,6 +145,8 @@ def _finished(command, timeout):
         )
     except subprocess.TimeoutExpired as e:
         raise ExternalError(f"{command[1]} took more than {timeout} s", "") from e
+    except OSError as e:
+        raise UnavailableError(f"{command[0]} cannot be started: {e}") from e
 
 
 def _cause(done):
@@ -158,9 +177,28 @@ def _install(environment, command):
 @contextlib.contextmanager
 def _locked(path):
     """Waits until no other process has the file, then keeps it."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        lock = _opened(path)
+    except OSError as e:
+        raise UnavailableError(
+            f"The lock file must be readable. Received: {path}: {e.strerror}. Have its owner "
+            "remove it or make it readable."
+        ) from e
+    try:
         try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as e:
+            raise UnavailableError(f"{path} cannot be locked: {e}") from e
+        yield
+    finally:
+        os.close(lock)
+
+
+def _opened(path):
+    """Descriptor of a lock file, which may be another user's."""
+    try:
+        # To be written, as NFS asks of what is locked.
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        # Not with O_CREAT: in a shared directory, Linux may refuse it for another user's file.
+        return os.open(path, os.O_RDONLY)

@@ -22,6 +22,8 @@ _CALLED = re.compile(
     r"(body|condition|branch_computations|true_computation|false_computation|calls|to_apply"
     r"|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
+# What these begin with `-start` returns the operands too: (operands, results, ...).
+_WITH_OPERANDS = ("all-gather-start", "collective-permute-start")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z\d]*)\[([\d,]*)\]")
 
 
@@ -80,12 +82,28 @@ def _parsed(text):
             # What begins apart from its end is counted where it begins.
             kind = opcode.removesuffix("-start")
             if kind in _KINDS:
+                if opcode in _WITH_OPERANDS:
+                    shape = _results(shape)
                 computations.setdefault(current, []).append((name, kind, shape))
             for _, several, one in _CALLED.findall(line):
                 around = {"while": "loop", "conditional": "conditional"}.get(opcode, "")
                 for callee in re.findall(r"[\w.\-]+", several or one):
                     called.setdefault(current, []).append((callee, around))
     return computations, called, entry
+
+
+def _results(shape):
+    """The second part of a tuple's shape; the shape itself if it is no tuple."""
+    if not shape.startswith("("):
+        return shape
+    parts, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts[1] if len(parts) > 1 else shape
 
 
 def _size(shape):

@@ -80,13 +80,18 @@ class Lowered:
         self._environments = made
 
     def compile(self, tpu_slice):
-        """Compiles it for a slice; returns `Compiled`."""
+        """Compiles it for a slice; returns `Compiled`.
+
+        Raises:
+            ExternalError: If the compiler does not come to a result, as libtpu is in use.
+        """
         try:
             self._environments.run(
                 "with_jax", "compile", self.directory, tpu_slice, tpu_slice.cores
             )
         except environments.ExternalError as e:
-            if "JaxRuntimeError" not in str(e):
+            # What JAX raises while libtpu is in use says nothing about the program.
+            if "JaxRuntimeError" not in str(e) or environments.is_in_use(e.output):
                 raise
             return Compiled(str(e).partition("JaxRuntimeError: ")[2])
         sizes = json.loads((self.directory / "memory.json").read_text())
@@ -107,7 +112,10 @@ class Lowered:
         cores = len(values[0])
         self._environments.run("with_jax", "run", self.directory, cores, inputs, outputs)
         with np.load(outputs) as arrays:
-            return [arrays[str(i)] for i in range(len(arrays.files))]
+            found = [arrays[str(i)] for i in range(len(arrays.files))]
+        # A file of numpy forgets what bfloat16 is, the one kind that numpy does not know here.
+        known = tf.bfloat16.as_numpy_dtype
+        return [array.view(known) if array.dtype.kind == "V" else array for array in found]
 
 
 def lower(function, directory, made):
@@ -165,11 +173,12 @@ def largest_that_fits(compiled_with, share, tpu_slice, known=()):
         known: dict of `Compiled` by micro-batch size, what was compiled before.
 
     Returns:
-        Dict of `Compiled` by micro-batch size, of all that were compiled; at most the logarithm
-        of the number of sizes.
+        Dict of `Compiled` by micro-batch size, of those among these sizes that were compiled; at
+        most the logarithm of their number, besides what is known.
     """
     sizes = sorted({2**i for i in range(share.bit_length()) if 2**i < share} | {share})
-    found = dict(known)
+    # A micro-batch is at most all samples of a core.
+    found = {min(size, share): outcome for size, outcome in dict(known).items()}
     low, high = 0, len(sizes)
     # All below `low` fit, none from `high` on does.
     while low < high:
@@ -181,4 +190,4 @@ def largest_that_fits(compiled_with, share, tpu_slice, known=()):
             low = middle + 1
         else:
             high = middle
-    return found
+    return {size: found[size] for size in sizes if size in found}
