@@ -2,6 +2,7 @@
 
 import collections
 
+import benchmark_models
 import keras
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from keras import layers
 
 import tfbig
 from tests.conftest import make_strategy
+from tfbig import _memory
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -314,3 +316,25 @@ def test_layer_that_cannot_be_recomputed_is_named(layer, message):
 
     with pytest.raises(tfbig.errors.UnsupportedModelError, match=message):
         train_one()
+
+
+def test_activations_take_less_memory():
+    def peak(size, recompute):
+        keras.utils.set_random_seed(0)
+        inputs, outputs = benchmark_models.gpt()
+        model = tfbig.Model(inputs, outputs, micro_batch_size=size, recompute=recompute)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, jit_compile=False)
+        x, y = benchmark_models.data("gpt", 2 * size)
+
+        def update():
+            return model.fit(x, y, batch_size=2 * size, verbose=0)
+
+        update()
+        return _memory.Meter(["CPU:0"])(update)
+
+    def per_sample(recompute):
+        return (peak(12, recompute) - peak(4, recompute)) / 8
+
+    # What is left is what goes from block to block, and one block.
+    assert per_sample(None) > 2 * per_sample(True) > 0
