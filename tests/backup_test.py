@@ -684,3 +684,17 @@ def test_chief_only_forwards_every_hook():
 def test_chief_only_takes_nothing_but_callbacks():
     with pytest.raises(errors.InvalidOptionError, match=r"must be Keras callbacks.*3"):
         tfbig.callbacks.ChiefOnly(3)
+
+
+def test_other_optimizers_of_a_model_are_in_the_backup():
+    model = compiled()
+    model.own = keras.optimizers.SGD()
+    model.more = [keras.optimizers.Adam(), keras.optimizers.SGD()]
+    with pytest.raises(errors.BackupError, match=r"not built\. Call more\.build\(variables\)"):
+        _backup.State(model)
+    others = [model.own, *model.more]
+    for optimizer in others:
+        optimizer.build(model.trainable_variables)
+    held = [id(v) for v in _backup.State(model).variables]
+    assert all(held.count(id(v)) == 1 for o in others for v in o.variables)
+    assert len(set(held)) == len(held)

@@ -85,12 +85,20 @@ class State:
         ]
 
 
+def _leaves(value):
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _others(model):
     """Pairs of name and optimizer: attributes of the model, for a `train_step` of several."""
     found = [
-        (name, value)
+        (f"{name}/{i}" if i else name, leaf)
         for name, value in sorted(vars(model).items())
-        if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer
+        # TensorFlow and Keras keep lists of their own of what a model holds.
+        for i, leaf in enumerate([value] if name.startswith("_") else _leaves(value))
+        if isinstance(leaf, keras.optimizers.Optimizer) and leaf is not model.optimizer
     ]
     for name, optimizer in found:
         if not optimizer.built:

@@ -22,7 +22,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     """Backs a training up, and goes on from there when the program starts again.
 
     An interrupted and resumed training ends with the weights of the uninterrupted
-    one: model, optimizer (and others that are attributes of the model), loss scale,
+    one: model, optimizer (and others that the model holds), loss scale,
     metrics and the states of random generators are restored, and the epoch goes on with
     the batch that comes next. Arrays are shuffled in each epoch by a seed that the backup
     keeps; a `tf.data.Dataset` of your own must shuffle by a seed, as after
