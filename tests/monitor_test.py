@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from tensorflow.python.framework import config
 
 import tfbig
 from tests.conftest import make_strategy
@@ -115,6 +116,15 @@ def test_waiting_for_data_is_told_apart(tmp_path, options):
     callback = monitor(tmp_path / "fast", frequency=None)
     model.fit(dataset.cache(), epochs=2, shuffle=False, verbose=0, callbacks=[callback])
     assert callback.rows[-1]["input_seconds"] < 0.5 * pause
+
+
+def test_deterministic_operations_have_no_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "is_op_determinism_enabled", lambda: True)
+    monkeypatch.setattr(tf, "timestamp", None)
+    callback = monitor(tmp_path)
+    fit(build(), callback)
+    assert [row["input_seconds"] for row in callback.rows] == [None] * 8
+    assert all(row["update_seconds"] > 0 for row in callback.rows[1:])
 
 
 def test_validation_takes_no_time_of_training(tmp_path):

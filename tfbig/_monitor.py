@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 import os
 import pathlib
 import resource
@@ -45,9 +46,10 @@ class TrainingMonitor(keras.callbacks.Callback):
 
     A row tells, as means over the updates since the row before: samples per second, seconds of
     an update, and how many of these it waited for data (`input_seconds`; the rest is computing and
-    exchanging, which only a profiler tells apart). Then the learning rate, the peaks of
-    memory (MiB) on the first device of this process and of the process itself, and the logs: loss
-    and metrics of the epoch so far, `loss_scale` and `skipped_updates` while scaling is on,
+    exchanging, which only a profiler tells apart). With deterministic operations the waiting is
+    not known. Then the learning rate, the peaks of memory (MiB) on the first device of this
+    process and of the process itself, and the logs: loss and metrics of the epoch so far,
+    `loss_scale` and `skipped_updates` while scaling is on,
     `grad_norm` and `gradient_noise_scale` where the model logs them. `update` counts updates
     since the model was made, skipped ones included. Times leave out validation and the first
     update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
@@ -209,7 +211,8 @@ class TrainingMonitor(keras.callbacks.Callback):
         if self._updates:
             # Not until now: what follows an epoch's last update, such as a validation, is left out.
             seconds = (self._last - self._since) / self._updates
-            waited = self._waited / self._updates
+            # Not known with deterministic operations.
+            waited = self._waited / self._updates if math.isfinite(self._waited) else None
             samples = self._batch_size
         optimizers = self._optimizers()
         measured: tuple[Any, ...] = (

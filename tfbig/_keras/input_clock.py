@@ -1,8 +1,10 @@
 """How long training waits for data."""
 
 import collections
+import math
 
 import tensorflow as tf
+from tensorflow.python.framework import config
 
 __all__ = ("InputClock", "timed")
 
@@ -23,7 +25,12 @@ class InputClock:
 
 
 def timed(get_next):
-    """What a function that reads a batch returns, and the seconds that takes; in a graph or not."""
+    """What a function that reads a batch returns, and the seconds that takes; in a graph or not.
+
+    NaN with deterministic operations, among which TensorFlow has no clock.
+    """
+    if config.is_op_determinism_enabled():
+        return get_next(), tf.constant(math.nan, tf.float64)
     begin = tf.timestamp()
     with tf.control_dependencies([begin]):
         batch = get_next()
