@@ -1,9 +1,11 @@
 """What gradients are added up in."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfbig
 from tfbig import _accumulators
 
 TOTALS = [np.full((2, 3), 10.0, "float32"), np.full(3, 20.0, "float32")]
@@ -37,6 +39,31 @@ def test_adding(are_alike, is_first, expected, is_eager):
         assert got.dtype == "float32"
         np.testing.assert_array_equal(got, np.full_like(total, value))
     np.testing.assert_array_equal(same, TOTALS[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"gradient_accumulation_steps": 4}, [True] * 4),
+        ({"gradient_accumulation_steps": 3}, [False] * 3),  # 3, 3 and 2 samples.
+        ({"micro_batch_size": 4}, [True] * 2),
+        ({"micro_batch_size": 5}, [False] * 2),
+        ({"micro_batch_size": 9}, [True]),
+    ],
+)
+def test_micro_batches_of_one_size_are_not_multiplied(options, expected, monkeypatch):
+    add, seen = _accumulators.add, []
+
+    def recorded(totals, gradients, weight, are_alike, is_first):
+        seen.append(bool(are_alike))
+        assert bool(is_first) == (len(seen) == 1)
+        return add(totals, gradients, weight, are_alike, is_first)
+
+    monkeypatch.setattr(_accumulators, "add", recorded)
+    model = tfbig.Sequential([keras.Input((2,)), keras.layers.Dense(1)], **options)
+    model.compile("sgd", "mse", run_eagerly=True)
+    model.fit(np.ones((8, 2)), np.ones((8, 1)), batch_size=8, verbose=0)
+    assert seen == expected
 
 
 def test_rows_are_weighted_always():

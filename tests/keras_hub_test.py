@@ -17,17 +17,19 @@ TOKENS = RNG.integers(1, VOCABULARY, size=(SAMPLES, LENGTH))
 # Samples of different length: what follows is padding.
 MASK = (np.arange(LENGTH) < RNG.integers(4, LENGTH + 1, size=(SAMPLES, 1))).astype("int64")
 
+SIZES = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 1,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "intermediate_dim": 16,
+    "max_sequence_length": LENGTH,
+    "dropout": 0.0,
+}
+
 
 def bert():
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=LENGTH,
-        dropout=0.0,
-    )
+    backbone = keras_hub.models.BertBackbone(**SIZES)
     model = keras_hub.models.BertTextClassifier(
         backbone, num_classes=CLASSES, preprocessor=None, dropout=0.0
     )
@@ -36,15 +38,7 @@ def bert():
 
 
 def gpt2():
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=LENGTH,
-        dropout=0.0,
-    )
+    backbone = keras_hub.models.GPT2Backbone(**SIZES)
     model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
     x = {"token_ids": TOKENS, "padding_mask": MASK}
     # The next token; the weights leave padding out.

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbig
+from tests import faults
 from tfbig import _reduction, _tpu, _tpu_models, _update
 from tfbig._tpu import numbers, report
 
@@ -99,27 +100,11 @@ def test_an_update_of_all_cores_is_that_of_the_whole_batch(make):
     assert (found.apart, found.skipped, found.random) == ([], [], [])
 
 
-def changed_exchange(monkeypatch, change):
-    original = _reduction.exchange
-
-    def exchange(share, *args):
-        return change(share, original(share, *args))
-
-    monkeypatch.setattr(_reduction, "exchange", exchange)
-
-
-def double_sum(monkeypatch):
-    def again(share, batch):
-        return dataclasses.replace(batch, gradients=_reduction.all_reduce_sum(batch.gradients))
-
-    changed_exchange(monkeypatch, again)
-
-
 def mean_for_sum(monkeypatch):
     def mean(share, batch):
         return dataclasses.replace(batch, gradients=[g / CORES for g in batch.gradients])
 
-    changed_exchange(monkeypatch, mean)
+    faults.changed_exchange(monkeypatch, mean)
 
 
 def loss_divided_twice(monkeypatch):
@@ -132,7 +117,7 @@ def no_exchange(monkeypatch):
 
 
 FAULTS = {
-    "double_sum": double_sum,
+    "double_sum": faults.double_sum,
     "mean_for_sum": mean_for_sum,
     "loss_divided_twice": loss_divided_twice,
     "no_exchange": no_exchange,
@@ -156,7 +141,7 @@ def test_cores_that_decide_for_themselves_are_found(monkeypatch):
         shares.append(share.gradients)
         return batch
 
-    changed_exchange(monkeypatch, kept)
+    faults.changed_exchange(monkeypatch, kept)
     monkeypatch.setattr(_update, "_finite_flags", lambda gradients: flags(shares[-1]))
     found = compared(build(DENSE))
     assert not found.is_right
@@ -208,7 +193,7 @@ def test_what_random_numbers_make_different_is_said():
 
 @pytest.mark.parametrize("inner", [lambda: layers.LSTM(3), lambda: layers.LSTM(3, dropout=0.5)])
 def test_a_layer_whose_dropout_is_off_excuses_nothing(monkeypatch, inner):
-    double_sum(monkeypatch)
+    faults.double_sum(monkeypatch)
     found = compared(build((inner,), inputs=((4, 3), "float32")))
     assert found.random == []
     assert found.is_wrong
@@ -225,7 +210,7 @@ def test_weights_in_bfloat16_are_compared(monkeypatch):
     found = compared(bfloat16)
     assert len(found.differences) == 4
     assert found.is_right, found
-    double_sum(monkeypatch)
+    faults.double_sum(monkeypatch)
     assert compared(bfloat16).is_wrong
 
 

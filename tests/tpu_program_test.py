@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbig
+from tests import faults
 from tfbig import _keras, _reduction, _tpu, _update
 from tfbig._tpu import checks
 
@@ -181,21 +182,8 @@ def test_exchange_inside_of_a_conditional(monkeypatch):
     assert any("Cores exchange sums and means" in str(e) and "(AllToAll)" in str(e) for e in errors)
 
 
-def changed_exchange(monkeypatch, change):
-    """Replaces what `_reduction.exchange` returns, and changes what it returned."""
-    original = _reduction.exchange
-
-    def exchange(share, *args):
-        return change(share, original(share, *args))
-
-    monkeypatch.setattr(_reduction, "exchange", exchange)
-
-
 def test_double_sum(monkeypatch):
-    def again(share, batch):
-        return dataclasses.replace(batch, gradients=_reduction.all_reduce_sum(batch.gradients))
-
-    changed_exchange(monkeypatch, again)
+    faults.double_sum(monkeypatch)
     errors = found(net())
     only(errors, _tpu.CollectiveError, "the same on all cores already", "(CrossReplicaSum)")
     assert len(errors) == 2  # Kernel and bias.
@@ -214,7 +202,7 @@ def test_one_gradient_is_not_exchanged(monkeypatch):
     def mixed(share, batch):
         return dataclasses.replace(batch, gradients=[batch.gradients[0], share.gradients[1]])
 
-    changed_exchange(monkeypatch, mixed)
+    faults.changed_exchange(monkeypatch, mixed)
     errors = found(net())
     only(errors, _tpu.DriftError, "bias")
     assert len(errors) == 1
@@ -228,7 +216,7 @@ def test_predicate_before_the_exchange(monkeypatch):
         shares.append(share.gradients)
         return batch
 
-    changed_exchange(monkeypatch, kept)
+    faults.changed_exchange(monkeypatch, kept)
     monkeypatch.setattr(_update, "_finite_flags", lambda gradients: flags(shares[-1]))
     errors = found(net(loss_scale="dynamic"))
     assert type(errors[0]) is _tpu.PredicateError
@@ -291,10 +279,7 @@ def test_statistics_that_a_layer_exchanges_are_averaged_again(loss_scale):
 
 
 def test_double_sum_beside_a_layer_that_exchanges(monkeypatch):
-    def again(share, batch):
-        return dataclasses.replace(batch, gradients=_reduction.all_reduce_sum(batch.gradients))
-
-    changed_exchange(monkeypatch, again)
+    faults.double_sum(monkeypatch)
     errors = found(synchronized(gradient_accumulation_steps=2))
     only(errors, _tpu.CollectiveError, "the same on all cores already")
     assert len(errors) == 4  # Kernel, bias, scale and offset.

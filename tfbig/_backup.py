@@ -12,11 +12,10 @@ import os
 import pathlib
 import zipfile
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import errors
+from tfbig import _keras, errors
 
 __all__ = ("Backup", "read", "write")
 
@@ -65,11 +64,18 @@ class State:
 
     def __init__(self, model):
         scale, noise = model.loss_scale_state, model.noise_scale_state
-        optimizer = model.optimizer
+        optimizers = {}
+        for name, optimizer in _keras.optimizers_of(model):
+            if name and not optimizer.built:
+                raise errors.BackupError(
+                    "An optimizer must be built before `fit` to be a part of the backup. Received: "
+                    f"{name}, not built. Call {name}.build(variables)."
+                )
+            kind = type(optimizer).__name__
+            optimizers[f"{name}, {kind}" if name else kind] = optimizer.variables
         groups = {
             "weight": model.weights,
-            type(optimizer).__name__: optimizer.variables if optimizer is not None else [],
-            **{f"{name}, {type(o).__name__}": o.variables for name, o in _others(model)},
+            **optimizers,
             "loss scale": scale.variables() if scale is not None else [],
             "noise scale": noise.variables() if noise is not None else [],
             "seed": model.seed_states.variables(),
@@ -83,30 +89,6 @@ class State:
             for group, variables in groups.items()
             for v in variables
         ]
-
-
-def _leaves(value):
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _others(model):
-    """Pairs of name and optimizer: attributes of the model, for a `train_step` of several."""
-    found = [
-        (f"{name}/{i}" if i else name, leaf)
-        for name, value in sorted(vars(model).items())
-        # TensorFlow and Keras keep lists of their own of what a model holds.
-        for i, leaf in enumerate([value] if name.startswith("_") else _leaves(value))
-        if isinstance(leaf, keras.optimizers.Optimizer) and leaf is not model.optimizer
-    ]
-    for name, optimizer in found:
-        if not optimizer.built:
-            raise errors.BackupError(
-                "An optimizer must be built before `fit` to be a part of the backup. Received: "
-                f"{name}, not built. Call {name}.build(variables)."
-            )
-    return found
 
 
 def path_in(directory):

@@ -133,9 +133,7 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._restart()
 
     def _optimizers(self):
-        own = vars(self.model).values()
-        found = [o for o in own if isinstance(o, keras.optimizers.Optimizer)]
-        return found if self.model.optimizer is None else [self.model.optimizer, *found]
+        return [optimizer for _, optimizer in _keras.optimizers_of(self.model)]
 
     def _updates_of_model(self, counted):
         """Its updates; what was counted here, of a model without an optimizer."""
@@ -195,7 +193,7 @@ class TrainingMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if not self._is_running:
             return
-        self._is_running, self.model.input_clock = False, None
+        self._is_running = False
         if self._events is not None:
             self._events.close()
         if self.plot and self.rows:

@@ -176,9 +176,10 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore(self):
         self._data = _keras.data_of_fit(self.model)
         backup, self._backup = self._backup, None
+        # Before training, also where there is no backup yet: it says what cannot be in one.
+        state = _backup.State(self.model)
         if backup is None:
             return
-        state = _backup.State(self.model)
         if backup.described != state.described:
             raise errors.BackupError(
                 f"The backup in {self.backup_dir} is of another model, optimizer or loss scale: "

@@ -60,6 +60,7 @@ from tfbig._keras.optimizer import (
     LossScaleOptimizer,
     aggregated_gradients,
     needs_no_merge_call,
+    optimizers_of,
 )
 from tfbig._keras.padding import PaddedBatch, data_of, without_padding
 from tfbig._keras.recomputation import check_can_recompute, recomputed
@@ -152,6 +153,7 @@ __all__ = (
     "native",
     "needs_no_merge_call",
     "new_seed",
+    "optimizers_of",
     "output_losses",
     "owns",
     "reads_files",

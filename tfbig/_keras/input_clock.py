@@ -24,12 +24,13 @@ class InputClock:
         return float(self._waits.popleft()) if self._waits else 0.0
 
 
-def timed(get_next):
+def timed(get_next, is_wanted):
     """What a function that reads a batch returns, and the seconds that takes; in a graph or not.
 
-    NaN with deterministic operations, among which TensorFlow has no clock.
+    NaN where they are not wanted, and with deterministic operations, among which TensorFlow has
+    no clock.
     """
-    if config.is_op_determinism_enabled():
+    if not is_wanted or config.is_op_determinism_enabled():
         return get_next(), tf.constant(math.nan, tf.float64)
     begin = tf.timestamp()
     with tf.control_dependencies([begin]):

@@ -1,5 +1,6 @@
 """Optimizers: gradients that are exchanged already, moving averages in replica context."""
 
+import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer as LossScaleOptimizer
@@ -48,3 +49,20 @@ TFOptimizer._overwrite_model_variables_with_average_value = _overwrite_with_aver
 def needs_no_merge_call():
     """Whether the strategy updates variables in replica context (TPU does)."""
     return tf.__internal__.distribute.strategy_supports_no_merge_call()
+
+
+def optimizers_of(model):
+    """Pairs of name and optimizer: that of `compile`, then others that the model holds."""
+
+    def leaves(name, value):
+        # TensorFlow and Keras keep lists of their own of what a model holds.
+        if isinstance(value, dict | list | tuple) and not name.startswith("_"):
+            return list(value.values()) if isinstance(value, dict) else list(value)
+        return [value]
+
+    found = {} if model.optimizer is None else {id(model.optimizer): ("", model.optimizer)}
+    for name, value in sorted(vars(model).items()):
+        for i, leaf in enumerate(leaves(name, value)):
+            if isinstance(leaf, keras.optimizers.Optimizer):
+                found.setdefault(id(leaf), (f"{name}/{i}" if i else name, leaf))
+    return list(found.values())

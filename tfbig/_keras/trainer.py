@@ -126,7 +126,7 @@ class TrainerOverrides(_KerasModel):
 
     @property
     def batch_size_of_updates(self):
-        """int, samples of a full batch of the running, or last, `fit`; None if not known."""
+        """int, samples of a full batch of the last `fit` or `evaluate`; None if not known."""
         return self._batch_size
 
     def _check_before_run(self):
@@ -261,7 +261,7 @@ class TrainerOverrides(_KerasModel):
             # Keras nests two tf.functions here, which fails under
             # MirroredStrategy. Optionals tell the end of the data: an exception
             # would lose the logs of the steps before it.
-            data, waited = timed(iterator.get_next)
+            data, waited = timed(iterator.get_next, is_timed)
             logs = one_step(data)
 
             def more(step, _, upcoming, *__):
@@ -271,19 +271,19 @@ class TrainerOverrides(_KerasModel):
                 new = tf.nest.flatten(one_step(upcoming.get_value()))
                 following, more_waited = tf.cond(
                     step + 1 < self.steps_per_execution,
-                    lambda: timed(iterator.get_next_as_optional),
+                    lambda: timed(iterator.get_next_as_optional, is_timed),
                     lambda: (upcoming, tf.zeros_like(waited)),
                 )
                 return (step + 1, waited + more_waited, following, *new)
 
-            upcoming, more_waited = timed(iterator.get_next_as_optional)
+            upcoming, more_waited = timed(iterator.get_next_as_optional, is_timed)
             carried = (tf.constant(1), waited + more_waited, upcoming, *tf.nest.flatten(logs))
             _, waited, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
             return tf.nest.pack_sequence_as(logs, last), waited
 
         def on_iterator(iterator):
             if self.steps_per_execution == 1:
-                data, waited = timed(iterator.get_next)
+                data, waited = timed(iterator.get_next, is_timed)
                 return one_step(data), waited
             return many_steps(iterator)
 
