@@ -83,7 +83,7 @@ def add(totals, gradients, weight, are_alike=None, is_first=None):
     def weighted():
         return summed(lambda total, gradient: total + tf.cast(weight, total.dtype) * gradient)
 
-    if are_alike is None:
+    if are_alike is None or not dense:
         results = weighted()
     else:
         results = tf.switch_case(
