@@ -10,6 +10,9 @@ import command_line
 RESULTS = ("history.csv", "curves.png", "model.keras")
 _MORE_RESULTS = ("samples.txt", "samples.png")
 
+# The directory of a `tfbig.callbacks.TrainingMonitor` in it.
+MONITOR = "monitor"
+
 _ABOUT = "run.json"
 
 
@@ -50,6 +53,9 @@ class RunDirectory:
 
     def begin(self):
         """Makes room for a run; one that goes on keeps what is there. On the chief only."""
+        if not (self.goes_on and self._holds_backup()):
+            # Without a backup training begins anew.
+            shutil.rmtree(self.path / MONITOR, ignore_errors=True)
         if self.goes_on:
             return
         for name in (*RESULTS, *_MORE_RESULTS):

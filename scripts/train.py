@@ -9,8 +9,9 @@ not the mathematics.
     python scripts/train.py --task=language
     python scripts/train.py --task=speech --micro_batch_size=auto
 
-The output directory then holds history.csv, curves.png and model.keras. A run that was
-interrupted goes on with `--resume`. At its end a run says whether it reached the bar of its task.
+The output directory then holds history.csv, curves.png and model.keras, and in `monitor` what
+`tfbig.callbacks.TrainingMonitor` writes about every second. A run that was interrupted goes on
+with `--resume`. At its end a run says whether it reached the bar of its task.
 """
 
 import dataclasses
@@ -128,6 +129,12 @@ _JIT_COMPILE = flags.DEFINE_boolean(
 )
 _STEPS_PER_EXECUTION = flags.DEFINE_integer(
     "steps_per_execution", 1, "Updates per call of the compiled function.", lower_bound=1
+)
+_MONITOR = flags.DEFINE_boolean(
+    "monitor",
+    True,
+    "Write speed, memory, loss scale and more into --output_dir/monitor: training.csv, "
+    "training.png, and TensorBoard's events where it is installed.",
 )
 _VERBOSE = flags.DEFINE_integer(
     "verbose",
@@ -352,7 +359,7 @@ def _train(directory, settings):
     import tfbig
 
     is_chief = tfbig.distribute.is_chief(strategy)
-    recorder = model = None
+    recorder = model = monitor = None
     try:
         task = module.load(settings)
         samples = len(task.train[0])
@@ -367,6 +374,9 @@ def _train(directory, settings):
             _BACKUP_FREQ.value or "epoch",
             delete_checkpoint=not directory.has_own_backup,
         )
+        monitor = tfbig.callbacks.TrainingMonitor(
+            directory.path / run_directory.MONITOR, enabled=_MONITOR.value
+        )
         model = _make_model(task, strategy, updates, settings)
         # Only now, so that a run that cannot begin leaves the old one.
         if is_chief:
@@ -378,13 +388,14 @@ def _train(directory, settings):
             validation_data=task.validation,
             validation_batch_size=settings.batch_size,
             verbose=_VERBOSE.value if is_chief else 0,
-            callbacks=[*task.callbacks, recorder, backup],
+            callbacks=[*task.callbacks, recorder, backup, monitor],
         )
     except KeyboardInterrupt:
         # A second Ctrl-C would leave half a file.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if model is not None and model.optimizer.built and is_chief:
             _save(model, recorder, task, settings, directory.path)
+            monitor.draw()
             done = run_history.updates(model)
             return command_line.interrupted(
                 PROGRAM,

@@ -170,6 +170,28 @@ def test_by_default_a_row_is_of_a_second(tmp_path, monkeypatch):
     assert [row["seconds"] for row in callback.rows] == [1.5, 2.0, 3.0, 4.0]
 
 
+def test_the_page_is_drawn_during_training_if_that_takes_little_time(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    clock, drawn = Clock(monkeypatch), []
+    callback = monitor(tmp_path, plot=True)
+
+    def draw(rows, path):
+        drawn.append(rows[-1]["update"])
+        path.write_text(f"{len(drawn)}")
+        clock.go_on(2.0)
+
+    monkeypatch.setattr(_monitor._monitor_plot, "draw", draw)
+    others = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: clock.go_on(15.0)
+    )
+    fit(build(), callback, others, epochs=10)
+    # Epochs of 60 s. First after 100 s at least, then after 100 times what drawing took; and at
+    # the end.
+    assert drawn == [8, 24, 40, 40]
+    assert (tmp_path / "training.png").read_text() == "4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training.csv", "training.png"]
+
+
 def test_training_that_goes_on_adds_its_rows(tmp_path):
     model = build()
     fit(model, monitor(tmp_path), epochs=1)
@@ -246,14 +268,20 @@ def test_metrics_of_all_kinds(tmp_path):
     assert [row["update"] for row in callback.rows] == list(range(1, 9))
 
 
-def test_exception_leaves_no_clock_running(tmp_path):
+def test_an_exception_leaves_no_clock_running(tmp_path):
+    pytest.importorskip("matplotlib")
+
     def stop(batch, logs):
         raise KeyboardInterrupt
 
-    model = build()
+    model, callback = build(), monitor(tmp_path, plot=True)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, monitor(tmp_path), keras.callbacks.LambdaCallback(on_train_batch_end=stop))
+        fit(model, callback, keras.callbacks.LambdaCallback(on_train_batch_end=stop))
     assert model.input_clock is None
+    # It was not told that training ended, but what there is can be drawn.
+    assert not (tmp_path / "training.png").exists()
+    callback.draw()
+    assert (tmp_path / "training.png").exists()
 
 
 def test_a_file_that_cannot_be_written_ends_nothing(tmp_path):

@@ -88,6 +88,7 @@ def test_train_leaves_a_run_and_ends_with_a_table(
     assert all((name in done.stdout) == bool(scaling) for name in ("loss_scale", "skipped_updates"))
 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "monitor/training.png").read_bytes().startswith(b"\x89PNG")
     model = keras.saving.load_model(tmp_path / "model.keras")
     assert isinstance(model, tfbig.Sequential)
     assert int(model.optimizer.iterations.numpy()) == UPDATES
@@ -181,6 +182,8 @@ def test_a_run_that_is_killed_before_its_first_backup_is_started_again(tmp_path)
     done = run(TRAIN, "--epochs=2", "--verbose=0", *arguments)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
+    with (tmp_path / "monitor/training.csv").open() as file:
+        assert [int(row["update"]) for row in csv.DictReader(file)][-1] == 2 * UPDATES
 
 
 @pytest.mark.parametrize("script", [TRAIN, BENCHMARK], ids=lambda path: path.stem)

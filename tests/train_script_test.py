@@ -119,11 +119,17 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     arguments = ("--batch_size=32", "--epochs=6", "--verbose=2")
     directory = f"--output_dir={tmp_path / 'parts'}"
     assert interrupt(start(*arguments, directory), how, "Epoch 3/") == code
+    # After a SIGTERM there may be no time to draw.
+    assert (tmp_path / "parts/monitor/training.png").exists() == (how == signal.SIGINT)
     resumed = run(TRAIN, *arguments, directory, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "Epoch 1/" not in resumed.stdout
     assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
     assert [row["epoch"] for row in history(tmp_path / "parts")] == list("012345")
+    with (tmp_path / "parts/monitor/training.csv").open() as file:
+        monitored = [int(row["update"]) for row in csv.DictReader(file)]
+    assert monitored == sorted(set(monitored))
+    assert set(monitored) >= {i * UPDATES for i in range(1, 7)}
     if how == signal.SIGINT:
         return
     whole = run(TRAIN, *arguments, f"--output_dir={tmp_path / 'whole'}")

@@ -37,6 +37,10 @@ COLUMNS = (
 # Seconds from one row to the next, so that the rows cost nothing that could be seen.
 _INTERVAL = 1.0
 
+# The page is drawn anew at the end of an epoch if that takes no more of the time since it was
+# drawn than this; until the first, which imports matplotlib, so many seconds are assumed.
+_DRAWING_SHARE, _FIRST_DRAWING = 0.01, 1.0
+
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
@@ -63,7 +67,8 @@ class TrainingMonitor(keras.callbacks.Callback):
         tensorboard: bool, whether events for TensorBoard are written into the directory. Defaults
             to None: if it is installed.
         plot: bool, whether training.png is drawn when training ends. Defaults to None: if
-            matplotlib is installed.
+            matplotlib is installed; during it as well, at the end of an epoch after at least 100
+            times as long as drawing takes. `draw()` does it at once, as after a Ctrl-C.
         enabled: bool. With False the callback does nothing. Defaults to True.
 
     Raises:
@@ -128,7 +133,8 @@ class TrainingMonitor(keras.callbacks.Callback):
         if self.tensorboard:
             self._events = tf.summary.create_file_writer(str(self.directory))
         self.model.input_clock = _keras.InputClock()
-        self._begin = self._last = time.perf_counter()
+        self._begin = self._last = self._drawn = time.perf_counter()
+        self._drawing = _FIRST_DRAWING
         self._is_traced, self._names = False, ()
         self._restart()
 
@@ -187,8 +193,13 @@ class TrainingMonitor(keras.callbacks.Callback):
             self._write(logs)
 
     def on_epoch_end(self, epoch, logs=None):
-        if self._is_running and (self._updates or not self.rows):
+        if not self._is_running:
+            return
+        if self._updates or not self.rows:
             self._write({k: v for k, v in logs.items() if not k.startswith("val_")})
+        since = time.perf_counter() - self._drawn
+        if self._drawing <= _DRAWING_SHARE * since:
+            self.draw()
 
     def on_train_end(self, logs=None):
         if not self._is_running:
@@ -196,8 +207,21 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._is_running = False
         if self._events is not None:
             self._events.close()
-        if self.plot and self.rows:
-            _monitor_plot.draw(self.rows, self.directory / _PNG)
+        self.draw()
+
+    def draw(self):
+        """Draws training.png of the rows so far, if there are any and pages are drawn."""
+        if not (self.plot and self.rows):
+            return
+        begin = time.perf_counter()
+        path = self.directory / _PNG
+        try:
+            _monitor_plot.draw(self.rows, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+        except OSError as e:
+            _warn(path, e)
+        self._drawn = time.perf_counter()
+        self._drawing = self._drawn - begin
 
     def _restart(self):
         """The next row's means begin here."""
@@ -247,10 +271,11 @@ class TrainingMonitor(keras.callbacks.Callback):
             _append(self.directory / _CSV, self._names, self.rows if is_new else [row], is_new)
         except OSError as e:
             self._names = ()
-            warnings.warn(
-                f"{self.directory / _CSV} could not be written: {e}. Training goes on.",
-                stacklevel=2,
-            )
+            _warn(self.directory / _CSV, e)
+
+
+def _warn(path, error):
+    warnings.warn(f"{path} could not be written: {error}. Training goes on.", stacklevel=3)
 
 
 def _wanted(name, value, package):

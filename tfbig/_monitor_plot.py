@@ -25,7 +25,7 @@ def draw(rows, path):
 
     Args:
         rows: list of dictionaries, as `TrainingMonitor` makes them.
-        path: path of the PNG file.
+        path: path of the file, a PNG whatever its name.
     """
     # Not pyplot: no window is wanted, and the figures of the user are theirs.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -58,4 +58,4 @@ def draw(rows, path):
             axes.legend(fontsize=8)
         if i >= len(panels) - _COLUMNS:
             axes.set_xlabel("update")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, format="png")
