@@ -362,6 +362,136 @@ def test_setting_an_option_rebuilds_a_compiled_step(float64):
     assert_same(model.get_weights(), plain.get_weights())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"micro_batch_size": 2},
+        {"micro_batch_size": "auto"},
+        {"loss_scale": 8.0},
+        {"log_grad_norm": True},
+        {"recompute": True},
+    ],
+    ids=lambda options: "_".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_an_option_that_a_callback_sets_holds_from_then_on(float64, options):
+    def build():
+        model = sequential(tfbig.Sequential, gradient_accumulation_steps=2)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    def set_options(model):
+        for name, value in options.items():
+            setattr(model, name, value)
+
+    def fit(model, *callbacks, **kwargs):
+        data = {"validation_data": (X[:5], Y[:5]), "shuffle": False, "verbose": 0}
+        return model.fit(X, Y, batch_size=8, callbacks=[*callbacks], **data, **kwargs).history
+
+    one, other = build(), build()
+    set_once = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: set_options(one) if epoch == 1 else None
+    )
+    during = fit(one, set_once, epochs=2)
+    fit(other)
+    set_options(other)
+    after = fit(other)
+    assert {k: v[-1] for k, v in during.items()} == pytest.approx(
+        {k: v[-1] for k, v in after.items()}
+    )
+    for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", ["shown", 14], ids=str)
+def test_what_auto_found_can_be_kept(size):
+    model = sequential(tfbig.Sequential, micro_batch_size="auto")
+    model.compile("sgd", "mse")
+    model.fit(X, Y, batch_size=14, verbose=0)
+    model.micro_batch_size = model.micro_batch_size if size == "shown" else size
+    assert model.get_config()["micro_batch_size"] == 14
+
+
+class Reconstructing(keras.Model):
+    """Learns of its input plus 10, whatever the targets are."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = dense(2, 1)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        x, _ = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, x[:, :2] + 10.0, self(x, training=True))
+        variables = self.trainable_variables
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        return {"own_loss": loss}
+
+    def test_step(self, data):
+        return {"own_result": tf.reduce_sum(data[0])}
+
+
+class Mixed(tfbig.GradientAccumulationMixin, tfbig.DynamicLossScalingMixin, Reconstructing):
+    pass
+
+
+WAYS_TO_EXTEND = {
+    "model": lambda **options: tfbig.extend(Reconstructing(), **options),
+    "class": lambda **options: tfbig.extend(Reconstructing)(**options),
+    "mixins": Mixed,
+    "subclass": type("Further", (Mixed,), {}),
+}
+ways_to_extend = pytest.mark.parametrize("way", WAYS_TO_EXTEND)
+
+
+@ways_to_extend
+def test_steps_of_a_class_that_is_extended_stay_its_own(way):
+    plain, model = Reconstructing(), WAYS_TO_EXTEND[way]()
+    histories = []
+    for m in (plain, model):
+        m.compile(keras.optimizers.SGD(0.01), "mse")
+        histories.append(m.fit(X, Y, batch_size=7, shuffle=False, verbose=0).history)
+    assert list(histories[1]) == ["own_loss"]
+    assert histories[1]["own_loss"] == pytest.approx(histories[0]["own_loss"])
+
+
+@ways_to_extend
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"micro_batch_size": 3},
+        {"micro_batch_size": "auto"},
+        {"loss_scale": 8.0},
+        {"log_grad_norm": True},
+        {"recompute": True},
+    ],
+    ids=lambda options: "_".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_options_that_a_train_step_of_its_own_would_lose(way, options):
+    model = WAYS_TO_EXTEND[way](**options)
+    model.compile("sgd", "mse")
+    ((name, value),) = options.items()
+    with pytest.raises(
+        errors.UnsupportedModelError, match=f"^Reconstructing has a `train_step`.*{name}={value!r}"
+    ):
+        model.fit(X, Y, verbose=0)
+    # An evaluation takes none of them.
+    result = model.evaluate(X[:4], Y[:4], verbose=0, return_dict=True)
+    assert result == {"own_result": pytest.approx(X[:4].sum())}
+
+
+def test_a_train_step_of_its_own_is_of_one_replica():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.extend(Reconstructing())
+        model.compile("sgd", "mse")
+    with pytest.raises(errors.UnsupportedModelError, match=r"no options, 2 replica\(s\)"):
+        model.fit(X, Y, verbose=0)
+
+
 def test_loss_scale_holds_what_holds_now():
     model = sequential(tfbig.Sequential)
     assert (model.loss_scale, model.skipped_updates) == (None, 0)

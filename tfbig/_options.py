@@ -1,5 +1,6 @@
 """Options of the step: how the gradient is computed, exchanged and looked at."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -20,6 +21,13 @@ def option_names(cls):
         and "__init__" in vars(c)
         for name in inspect.getfullargspec(c.__init__).kwonlyargs
     }
+
+
+@functools.cache
+def _settable(cls):
+    """Names of the options of a class that are properties of tfbig."""
+    found = {name: getattr(cls, name, None) for name in option_names(cls)}
+    return {k for k, v in found.items() if isinstance(v, property) and v.fset is not None}
 
 
 def set_options(model, options):
@@ -126,9 +134,13 @@ class StepOptions(_keras.TrainerOverrides):
             "exchange_dtype": self._exchange_dtype,
         }
 
-    def _rebuild_step(self):
-        self.train_function: Any = None
-        self.test_function: Any = None
+    def __setattr__(self, name, value):
+        # Keras passes over a value that is there already; here a property may show a number that
+        # was found, and be set to it.
+        if name in _settable(type(self)):
+            getattr(type(self), name).fset(self, value)
+        else:
+            super().__setattr__(name, value)
 
     get_config = _keras.ConfigWith(lambda: StepOptions, "_option_config")
 

@@ -41,6 +41,13 @@ def check_strategy():
         )
 
 
+def _owner_of_other(cls, name):
+    """The class that has a step of its own where Keras's is expected, or None."""
+    after = cls.__mro__[cls.__mro__.index(TrainStep) + 1 :]
+    owner = next((c for c in after if name in vars(c)), None)
+    return None if owner is None or owner.__module__.split(".")[0] == "keras" else owner
+
+
 class TrainStep(_options.StepOptions):
     """The step of both mixins: overrides `train_step` and `test_step`.
 
@@ -89,6 +96,9 @@ class TrainStep(_options.StepOptions):
                 f"class {cls.__name__}({bases}). Write class {cls.__name__}"
                 f"({', '.join(b.__name__ for b in correct)})."
             )
+        owner = _owner_of_other(cls, "test_step")
+        if owner is not None and cls.test_step is TrainStep.test_step:
+            cls.test_step = owner.test_step
 
     def __init__(self, *args, **kwargs):
         check_strategy()
@@ -150,6 +160,31 @@ class TrainStep(_options.StepOptions):
                 "`log_gradient_noise_scale` compares micro-batches, or replicas, with the whole "
                 f"batch, and needs two of them. Received: one micro-batch for a batch of "
                 f"{batch_size}. Use gradient_accumulation_steps=2 or more."
+            )
+
+    def make_train_function(self, force=False):
+        self._check_train_step()
+        super().make_train_function(force)
+
+    def _check_train_step(self):
+        """Refuses what would replace the `train_step` of a class that is extended."""
+        owner = _owner_of_other(type(self), "train_step")
+        if owner is None or type(self).train_step is not TrainStep.train_step:
+            return
+        given = self._options() | {"loss_scale": None}
+        if given.get("gradient_accumulation_steps") == 1:
+            del given["gradient_accumulation_steps"]
+        given = {k: v for k, v in given.items() if v not in (None, False)}
+        if self.loss_scale_state is not None:
+            given["loss_scale"] = self.loss_scale
+        replicas = _reduction.replicas_of(self)
+        if given or replicas > 1:
+            said = ", ".join(f"{k}={v!r}" for k, v in given.items())
+            raise errors.UnsupportedModelError(
+                f"{owner.__name__} has a `train_step` of its own, which tfbig's would replace. "
+                f"Received: {said or 'no options'}, {replicas} replica(s). Write it in a subclass "
+                "of tfbig.Model from tfbig.accumulate_gradients and tfbig.apply_gradients, or "
+                "leave the options out, on one replica."
             )
 
     def fit(self, *args, **kwargs):

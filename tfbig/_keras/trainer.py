@@ -119,6 +119,8 @@ class TrainerOverrides(_KerasModel):
     predict_function: typing.Any
 
     _batch_size: int | None = None
+    # The same of the last `fit`, also after a validation in it.
+    _training_batch_size: int | None = None
     # The iterator of the running, or last, `fit` or `evaluate`.
     _epoch_iterator: typing.Any = None
     # The `InputClock` of a callback, if one wants to know.
@@ -334,9 +336,26 @@ class TrainerOverrides(_KerasModel):
         return None
 
     def make_train_function(self, force=False):
-        self._prepare_training(self._batch_size)
+        self._training_batch_size = self._batch_size
+        self._prepare_training(self._training_batch_size)
         if self.train_function is None or force:
             self.train_function = self._explained(self._make_train_function())
+
+    def _rebuild_step(self):
+        """Has the functions that train and test made anew at their next call."""
+
+        def train(iterator):
+            self._prepare_training(self._training_batch_size)
+            self.train_function = self._explained(self._make_train_function())
+            return self.train_function(iterator)
+
+        def test(iterator):
+            self.make_test_function(force=True)
+            return self.test_function(iterator)
+
+        # Not None where there were any: in the loop of `fit` Keras goes on calling them.
+        self.train_function = self.train_function and train
+        self.test_function = self.test_function and test
 
     def _make_train_function(self):
         """Hook: the function of an iterator that trains."""
