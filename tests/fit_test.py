@@ -311,6 +311,25 @@ def test_run_eagerly_is_the_compiled_training(name, options):
     assert_same_training(trained, plain_training(feed))
 
 
+def embedded(api):
+    x = keras.Input((4,), dtype="int32")
+    table = keras.layers.Embedding(
+        6, 4, embeddings_initializer=keras.initializers.RandomUniform(seed=5)
+    )
+    return api.Model(x, dense(3, 2)(keras.layers.Flatten()(table(x))), **api.options)
+
+
+@pytest.mark.parametrize("options", [K1, BY_2], ids=["k1", "by2"])
+@pytest.mark.parametrize("kwargs", [{"steps_per_execution": 2}, {"run_eagerly": True}], ids=str)
+def test_rows_of_embeddings_on_replicas_may_be_fewer_or_none(options, kwargs):
+    def feed(model):
+        # The last batch of each epoch has one sample: the second replica has none.
+        x = np.abs(X[:25] * 100).astype("int32") % 6
+        return model.fit(x, Y[:25], batch_size=8, epochs=2, shuffle=False, verbose=0)
+
+    both("mirrored_2", options, embedded, compile_classifier, feed, plain_args={}, **kwargs)
+
+
 # --- Inputs and outputs ------------------------------------------------------
 
 

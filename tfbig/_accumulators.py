@@ -115,11 +115,18 @@ def result(total, variable):
     """The gradient that was added up: a tensor or `tf.IndexedSlices`."""
     if not isinstance(total, dict):
         return total
+    if tf.executing_eagerly() and total["count"] == 0:
+        # There, TensorFlow cannot concatenate no arrays.
+        total = _add_rows(total, _no_rows(variable, total["values"].dtype), 1)
     return tf.IndexedSlices(
         total["values"].concat(),
         total["indices"].concat(),
         tf.constant(variable.shape.as_list(), tf.int64),
     )
+
+
+def _no_rows(variable, dtype):
+    return tf.IndexedSlices(tf.zeros([0, *variable.shape[1:]], dtype), tf.zeros([0], tf.int64))
 
 
 def values(gradient):

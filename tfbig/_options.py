@@ -137,7 +137,7 @@ class StepOptions(_keras.TrainerOverrides):
     def __setattr__(self, name, value):
         # Keras passes over a value that is there already; here a property may show a number that
         # was found, and be set to it.
-        if name in _settable(type(self)):
+        if name in _settable(type(self)):  # type: ignore[arg-type]
             getattr(type(self), name).fset(self, value)
         else:
             super().__setattr__(name, value)

@@ -98,7 +98,7 @@ class TrainStep(_options.StepOptions):
             )
         owner = _owner_of_other(cls, "test_step")
         if owner is not None and cls.test_step is TrainStep.test_step:
-            cls.test_step = owner.test_step
+            cls.test_step = owner.test_step  # type: ignore[method-assign]
 
     def __init__(self, *args, **kwargs):
         check_strategy()

@@ -144,8 +144,11 @@ class TrainerOverrides(_KerasModel):
         return (
             not is_on_cpu(self.distribute_strategy)
             and _trainer.model_supports_jit(self)
-            and not any(isinstance(x, keras.layers.Embedding) for x in self._flatten_layers())
+            and not self._has_embeddings()
         )
+
+    def _has_embeddings(self):
+        return any(isinstance(x, keras.layers.Embedding) for x in self._flatten_layers())
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         strategy = self.distribute_strategy
@@ -283,11 +286,15 @@ class TrainerOverrides(_KerasModel):
             _, waited, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
             return tf.nest.pack_sequence_as(logs, last), waited
 
-        def on_iterator(iterator):
-            if self.steps_per_execution == 1:
-                data, waited = timed(iterator.get_next, is_timed)
-                return one_step(data), waited
-            return many_steps(iterator)
+        def one_step_of(iterator):
+            data, waited = timed(iterator.get_next, is_timed)
+            return one_step(data), waited
+
+        # Replicas gather the rows of an embedding's gradient, and in a loop of the graph their
+        # number must stay what it is, which that of a smaller last batch does not.
+        gathers = self.distribute_strategy.num_replicas_in_sync > 1 and self._has_embeddings()
+        calls = self.steps_per_execution if gathers else 1
+        on_iterator = many_steps if self.steps_per_execution > calls else one_step_of
 
         if not self.run_eagerly:
             one_step_on_data = tf.function(one_step, reduce_retracing=True, autograph=False)
@@ -298,6 +305,12 @@ class TrainerOverrides(_KerasModel):
         def run(iterator):
             if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
                 logs, waited = on_iterator(iterator)
+                for _ in range(calls - 1):
+                    try:
+                        logs, more_waited = on_iterator(iterator)
+                    except tf.errors.OutOfRangeError:
+                        break
+                    waited += more_waited
                 if is_timed and self.input_clock is not None:
                     self.input_clock.add(waited)
                 return logs
