@@ -1,6 +1,7 @@
 """Recomputation of activations changes memory and time, and no number."""
 
 import collections
+import types
 
 import benchmark_models
 import keras
@@ -288,6 +289,48 @@ class ForeignVariable(layers.Layer):
 
     def call(self, x):
         return x * self.hidden[0]
+
+
+class Gate(layers.Layer):
+    """Multiplies its input by a tensor in an object, of which `tf.nest` knows nothing."""
+
+    def call(self, x, box=None):
+        return x * (box or self.box).gate
+
+
+class Gated(tfbig.Model):
+    def __init__(self, how, **kwargs):
+        super().__init__(**kwargs)
+        self.how, self.dense, self.gate = how, layers.Dense(4), Gate(name="gate")
+
+    def call(self, x):
+        h = self.dense(x)
+        box = types.SimpleNamespace(gate=tf.constant(2.0, h.dtype) if self.how == "constant" else h)
+        if self.how == "argument":
+            return self.gate(x, box=box) + h
+        self.gate.box = box
+        return self.gate(x) + h
+
+
+def fit_gated(how, recompute, **kwargs):
+    keras.utils.set_random_seed(0)
+    model = Gated(how, recompute=recompute, micro_batch_size=4)
+    model.compile("sgd", "mse", **kwargs)
+    model.fit(RNG.normal(size=(8, 4)), np.ones((8, 4)), verbose=0)
+    return model
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("how", ["attribute", "argument"])
+def test_a_tensor_that_is_no_argument_is_refused(how, jit_compile):
+    # Its gradient would be lost; and later, another may be in its place.
+    message = "gate'.*not among its arguments"
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=message):
+        fit_gated(how, ["gate"], jit_compile=jit_compile)
+
+
+def test_a_constant_is_no_argument():
+    assert int(fit_gated("constant", ["gate"]).optimizer.iterations.numpy()) == 1
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ class _Call:
 
         @tf.custom_gradient
         def function(*tensors):
-            with _record.stop_recording(), _deterministic(self.layer):
+            known = [*tensors, *self.inputs, *self.masks, *self.state.values()]
+            with _record.stop_recording(), _only_of(self.layer, known):
                 outputs, scope = self._run(tensors, self.state)
             first.extend((outputs, scope))
 
@@ -228,22 +229,31 @@ def _cannot(layer, reason):
 
 
 @contextlib.contextmanager
-def _deterministic(layer):
-    """Refuses what another call would not do again."""
+def _only_of(layer, tensors):
+    """Refuses a call that is not a function of these tensors, or that another would not repeat."""
 
     def refuse(next_creator, **kwargs):
         raise errors.UnsupportedModelError(_cannot(layer, "it makes a variable in its call"))
 
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    before = 0 if graph is None else len(graph.get_operations())
+    before = set() if graph is None else {op.name for op in graph.get_operations()}
     with tf.variable_creator_scope(refuse):
         yield
     if graph is None:
         return
-    for operation in graph.get_operations()[before:]:
+    known = {id(t) for t in tensors}
+    for operation in graph.get_operations():
+        if operation.name in before:
+            continue
         if operation.type in _DRAWS:
             reason = f"it draws anew in each call ({operation.type}); use keras.random with a seed"
             raise errors.UnsupportedModelError(_cannot(layer, reason))
+        for t in operation.inputs:
+            # What comes from outside of the graph is constant in it.
+            is_constant = t.op.type in ("Const", "Placeholder") or not t.dtype.is_floating
+            if t.op.name in before and id(t) not in known and not is_constant:
+                reason = f"it uses a tensor that is not among its arguments ({t.name})"
+                raise errors.UnsupportedModelError(_cannot(layer, reason))
 
 
 def _is_differentiable(tensor):
