@@ -403,6 +403,17 @@ def test_an_option_that_a_callback_sets_holds_from_then_on(float64, options):
         np.testing.assert_allclose(a, b, rtol=TOLERANCE)
 
 
+def test_train_on_batch_returns_a_list_as_keras_does():
+    options = {"loss_scale": 8.0, "log_grad_norm": True, "log_gradient_noise_scale": True}
+    plain, model = sequential(keras.Sequential), sequential(tfbig.Sequential, **OPTIONS | options)
+    for m in (plain, model):
+        m.compile("sgd", "mse", metrics=["mae"])
+    want, got = (m.train_on_batch(X, Y) for m in (plain, model))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    names = {"loss", "mae", "loss_scale", "skipped_updates", "grad_norm", "gradient_noise_scale"}
+    assert set(model.train_on_batch(X, Y, return_dict=True)) == names
+
+
 @pytest.mark.parametrize("size", ["shown", 14], ids=str)
 def test_what_auto_found_can_be_kept(size):
     model = sequential(tfbig.Sequential, micro_batch_size="auto")

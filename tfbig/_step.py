@@ -30,6 +30,10 @@ from tfbig import (
 __all__ = ("TrainStep",)
 
 
+# What the logs of an update hold beside Keras's own.
+_ADDED_LOGS = ("loss_scale", "skipped_updates", "grad_norm", "gradient_noise_scale")
+
+
 def check_strategy():
     """Refuses the current strategy if it is not supported."""
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
@@ -237,6 +241,12 @@ class TrainStep(_options.StepOptions):
             with _keras.exchanged_already(self.noise_scale_state.variables()):
                 logs["gradient_noise_scale"] = self.noise_scale_state.update(update)
         return logs
+
+    def _flatten_metrics_in_order(self, logs):
+        # A list has no names: a program that unpacks what Keras returns must find that.
+        return super()._flatten_metrics_in_order(
+            {k: v for k, v in logs.items() if k not in _ADDED_LOGS}
+        )
 
     @_keras.returns_global_logs
     def test_step(self, data):
