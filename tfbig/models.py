@@ -94,6 +94,10 @@ class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Seque
 def extend(model_or_class, **options):
     """Adds both mixins to a Keras class or to a model that exists.
 
+    A `train_step` of the class's own goes on to run where tfbig has nothing to add, on one
+    replica and without options; else `fit` raises `UnsupportedModelError`, since tfbig's would
+    replace it. A `test_step` of its own stays.
+
     Args:
         model_or_class: A subclass of `keras.Model`; or a model, built or not,
             compiled or not. It is left as it is.
