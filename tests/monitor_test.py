@@ -352,8 +352,11 @@ def test_missing_package(tmp_path, monkeypatch, name, package):
     assert not getattr(callback, name)
 
 
-def test_model_of_keras_is_refused(tmp_path):
+def test_model_of_keras_is_refused_unless_it_is_off(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
     model.compile("sgd", "mse")
     with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"Use tfbig\.extend"):
-        fit(model, monitor(tmp_path))
+        fit(model, monitor(tmp_path / "run"))
+    fit(model, monitor(tmp_path / "run", enabled=False))
+    assert int(model.optimizer.iterations.numpy()) == 8
+    assert not (tmp_path / "run").exists()

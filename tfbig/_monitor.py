@@ -113,15 +113,16 @@ class TrainingMonitor(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        if not hasattr(model, "input_clock"):
+        if self.enabled and not hasattr(model, "input_clock"):
             raise errors.UnsupportedModelError(
                 "tfbig.callbacks.TrainingMonitor needs a model of tfbig. Received: "
                 f"{type(model).__name__}. Use tfbig.extend(model)."
             )
 
     def on_train_begin(self, logs=None):
-        is_chief = _workers.Workers.of(self.model.distribute_strategy).is_chief
-        self._is_running = bool(self.enabled) and is_chief
+        self._is_running = (
+            bool(self.enabled) and _workers.Workers.of(self.model.distribute_strategy).is_chief
+        )
         if not self._is_running:
             return
         self._epoch, self._update = 0, self._updates_of_model(0)
