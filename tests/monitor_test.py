@@ -341,6 +341,17 @@ def test_wrong_arguments(tmp_path, arguments, message):
         tfbig.callbacks.TrainingMonitor(**{"directory": tmp_path} | arguments)
 
 
+@pytest.mark.parametrize("directory", ["file", "file/run", "no_directory/run"])
+def test_directory_that_cannot_be_made(tmp_path, directory):
+    (tmp_path / "file").write_text("other")
+    (tmp_path / "no_directory").symlink_to(tmp_path / "nowhere")
+    model = build()
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="must be one that can be made"):
+        fit(model, monitor(tmp_path / directory))
+    assert int(model.optimizer.iterations.numpy()) == 0
+    assert (tmp_path / "file").read_text() == "other"
+
+
 @pytest.mark.parametrize(
     ("name", "package"), [("tensorboard", "tensorboard"), ("plot", "matplotlib")]
 )

@@ -73,7 +73,7 @@ class TrainingMonitor(keras.callbacks.Callback):
 
     Raises:
         InvalidOptionError: If an argument is not valid, what it needs is not installed, or, at
-            the start of `fit`, the directory holds the rows of another training.
+            the start of `fit`, the directory cannot be made or holds the rows of another training.
 
     Example:
 
@@ -128,9 +128,15 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._epoch, self._update = 0, self._updates_of_model(0)
         # Of training: a validation within `fit` has another.
         self._batch_size = self.model.batch_size_of_updates
-        self.rows = self._rows_before()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.rows = self._rows_before()
+        except OSError as e:
+            raise errors.InvalidOptionError(
+                "`directory` must be one that can be made, and written to. Received: "
+                f"directory={str(self.directory)!r} ({e}). Use another directory."
+            ) from e
         self._seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
-        self.directory.mkdir(parents=True, exist_ok=True)
         if self.tensorboard:
             self._events = tf.summary.create_file_writer(str(self.directory))
         self.model.input_clock = _keras.InputClock()
