@@ -217,15 +217,58 @@ def test_rows_that_an_interruption_lost_are_replaced(tmp_path):
     assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 9))
 
 
-def test_directory_of_another_training_is_left_as_it_is(tmp_path):
-    fit(build(), monitor(tmp_path))
-    before = (tmp_path / "training.csv").read_bytes()
-    with pytest.raises(tfbig.errors.InvalidOptionError, match="with 8 rows of another"):
+def test_restart_after_a_crash_before_the_first_backup(tmp_path):
+    class Crash(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                raise RuntimeError("crash")
+
+    def callbacks():
+        return tfbig.callbacks.BackupAndRestore(tmp_path / "backup"), monitor(tmp_path / "run")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(build(), *callbacks(), Crash())
+    with pytest.warns(UserWarning, match=r"3 rows in .* are kept as training\.1\.csv"):
+        fit(build(), *callbacks())
+    assert [int(row["update"]) for row in written(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_files_of_another_training_are_kept(tmp_path):
+    contents = []
+    for number in range(3):
+        if number:
+            (tmp_path / "training.png").write_text(f"{number}")
+            with pytest.warns(UserWarning, match=rf"are kept as training\.{number}\.csv"):
+                fit(build(), monitor(tmp_path))
+        else:
+            fit(build(), monitor(tmp_path))
+        contents.append((tmp_path / "training.csv").read_bytes())
+    names = ["training.1.csv", "training.2.csv", "training.csv"]
+    assert [(tmp_path / name).read_bytes() for name in names] == contents
+    assert [(tmp_path / f"training.{n}.png").read_text() for n in (1, 2)] == ["1", "2"]
+    assert len({*contents}) == 3
+    # A number is free where both names are.
+    (tmp_path / "training.3.png").write_text("3")
+    with pytest.warns(UserWarning, match=r"are kept as training\.4\.csv"):
         fit(build(), monitor(tmp_path))
-    assert (tmp_path / "training.csv").read_bytes() == before
-    (tmp_path / "training.csv").write_text("update\nx\n")
+    assert (tmp_path / "training.3.png").read_text() == "3"
+
+
+@pytest.mark.parametrize("updates", [0, 8])
+@pytest.mark.parametrize(
+    "text",
+    ["update,epoch,seconds\nx,0,1.0\n", "epoch,loss\n0,1.0\n1,0.5\n", f'update\n"{"x" * 140000}'],
+    ids=["damaged", "other", "field"],
+)
+def test_file_that_cannot_be_read_is_left_as_it_is(tmp_path, text, updates):
+    model = build()
+    if updates:
+        fit(model)
+    (tmp_path / "training.csv").write_text(text)
     with pytest.raises(tfbig.errors.InvalidOptionError, match="cannot be read"):
-        fit(build(), monitor(tmp_path))
+        fit(model, monitor(tmp_path))
+    assert (tmp_path / "training.csv").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["training.csv"]
 
 
 def test_columns_that_change(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -62,7 +63,9 @@ class TrainingMonitor(keras.callbacks.Callback):
 
     Args:
         directory: str or path, where training.csv and training.png are written. A training that
-            goes on adds its rows, and replaces those of updates that an interruption lost.
+            goes on adds its rows, and replaces those of updates that an interruption lost. Before
+            one that begins anew, what is there is renamed to training.1.csv and training.1.png,
+            or the first number that is free, with a warning.
         frequency: int, updates from row to row. Defaults to None: about a second.
         tensorboard: bool, whether events for TensorBoard are written into the directory. Defaults
             to None: if it is installed.
@@ -73,7 +76,8 @@ class TrainingMonitor(keras.callbacks.Callback):
 
     Raises:
         InvalidOptionError: If an argument is not valid, what it needs is not installed, or, at
-            the start of `fit`, the directory cannot be made or holds the rows of another training.
+            the start of `fit`, the directory cannot be made, or holds a training.csv that is
+            damaged or not of a monitor, which is left as it is.
 
     Example:
 
@@ -155,13 +159,16 @@ class TrainingMonitor(keras.callbacks.Callback):
         return max(iterations) + skipped if iterations else counted
 
     def _rows_before(self):
-        """The rows of the training that goes on."""
+        """The rows of the training that goes on; those of another are kept under another name."""
         rows = _read(self.directory / _CSV)
         if rows and self._update == 0:
-            raise errors.InvalidOptionError(
-                "`directory` must be empty, or that of the training that goes on. Received: "
-                f"{self.directory}, with {len(rows)} rows of another. Use another directory."
+            # Not an error: a job that failed before its first backup is started again like this.
+            warnings.warn(
+                f"Training begins anew; the {len(rows)} rows in {self.directory} are kept as "
+                f"{_put_aside(self.directory)}.",
+                stacklevel=3,
             )
+            return []
         # An interrupted training goes on from its backup, and repeats what came after it.
         return [row for row in rows if row["update"] <= self._update]
 
@@ -313,9 +320,9 @@ def _read(path):
     """The rows of a file, or none."""
 
     def value(name, text):
-        if text == "":
-            return None
-        return int(text) if name in ("update", "epoch") else float(text)
+        if name in ("update", "epoch"):
+            return int(text)
+        return float(text) if text else None
 
     if not path.exists():
         return []
@@ -324,12 +331,27 @@ def _read(path):
             lines = list(csv.DictReader(file))
             if lines and None in lines[-1].values():
                 del lines[-1]  # Of a program that was killed while it wrote.
-            return [{k: value(k, v) for k, v in line.items()} for line in lines]
-    except (OSError, ValueError, TypeError) as e:
+            rows = [{k: value(k, v) for k, v in line.items()} for line in lines]
+            if rows and not {"update", "seconds"} <= rows[0].keys():
+                raise ValueError("its columns are others")
+            return rows
+    except (OSError, ValueError, TypeError, csv.Error) as e:
         raise errors.InvalidOptionError(
             f"{path} must be the file of a TrainingMonitor. Received: one that cannot be read "
             f"({e}). Use another directory."
         ) from e
+
+
+def _put_aside(directory):
+    """Renames the files of another training; returns the name of its rows."""
+    for number in itertools.count(1):
+        names = {name: name.replace(".", f".{number}.") for name in (_CSV, _PNG)}
+        if not any((directory / new).exists() for new in names.values()):
+            break
+    for name, new in names.items():
+        if (directory / name).exists():
+            (directory / name).rename(directory / new)
+    return names[_CSV]
 
 
 def _append(path, names, rows, is_new):
