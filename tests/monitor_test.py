@@ -1,10 +1,12 @@
 """`tfbig.callbacks.TrainingMonitor`: what it writes is what happened."""
 
+import contextlib
 import csv
 import importlib.util
 import shutil
 import time
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -368,6 +370,58 @@ def test_tensorboard_events(tmp_path):
     assert found == {
         int(row["update"]): pytest.approx(float(row["loss"])) for row in written(tmp_path)
     }
+
+
+class Events:
+    """In place of TensorBoard's writer, which fails in one of its functions."""
+
+    def __init__(self, failing):
+        self.failing, self.called, self.steps = failing, [], []
+
+    def call(self, name):
+        self.called.append(name)
+        if name == self.failing:
+            raise tf.errors.ResourceExhaustedError(None, None, "Could not flush events file.")
+
+    def create_file_writer(self, directory):
+        self.call("create")
+        return self
+
+    @contextlib.contextmanager
+    def as_default(self):
+        yield
+        self.call("exit")
+
+    def scalar(self, name, value, step):
+        self.call("scalar")
+        self.steps.append(step)
+
+    def flush(self):
+        self.call("flush")
+
+    def close(self):
+        self.call("close")
+
+
+@pytest.mark.parametrize("failing", ["create", "scalar", "exit", "flush", "close", None])
+def test_events_that_cannot_be_written_end_nothing(tmp_path, monkeypatch, failing):
+    events = Events(failing)
+    monkeypatch.setattr(tf, "summary", events)
+    model, callback = build(), monitor(tmp_path)
+    callback.tensorboard = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, callback)
+    messages = [str(w.message) for w in caught if "could not be written" in str(w.message)]
+    assert len(messages) == (failing is not None)
+    assert all("TensorBoard's events in" in m and "Training goes on" in m for m in messages)
+    assert int(model.optimizer.iterations.numpy()) == 8
+    assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 9))
+    # Nor is it tried again.
+    assert events.called.count(failing) == (failing is not None)
+    if failing in ("close", None):
+        assert sorted({*events.steps}) == list(range(1, 9))
+        assert events.called[-1] == "close"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What training does, written down: `tfbig.callbacks.TrainingMonitor`."""
 
+import contextlib
 import csv
 import importlib.util
 import itertools
@@ -141,8 +142,10 @@ class TrainingMonitor(keras.callbacks.Callback):
                 f"directory={str(self.directory)!r} ({e}). Use another directory."
             ) from e
         self._seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self._events = None
         if self.tensorboard:
-            self._events = tf.summary.create_file_writer(str(self.directory))
+            with self._writing_events():
+                self._events = tf.summary.create_file_writer(str(self.directory))
         self.model.input_clock = _keras.InputClock()
         self._begin = self._last = self._drawn = time.perf_counter()
         self._drawing = _FIRST_DRAWING
@@ -220,7 +223,8 @@ class TrainingMonitor(keras.callbacks.Callback):
             return
         self._is_running = False
         if self._events is not None:
-            self._events.close()
+            with self._writing_events():
+                self._events.close()
         self.draw()
 
     def draw(self):
@@ -268,12 +272,21 @@ class TrainingMonitor(keras.callbacks.Callback):
         self.rows.append(row)
         self._write_csv(row)
         if self._events is not None:
-            with self._events.as_default():
+            with self._writing_events(), self._events.as_default():
                 for name, value in row.items():
                     if value is not None and name != "update":
                         tf.summary.scalar(name, value, step=row["update"])
                 self._events.flush()
         self._restart()
+
+    @contextlib.contextmanager
+    def _writing_events(self):
+        """Ends the events, and not training, if they cannot be written."""
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as e:
+            self._events = None
+            _warn(f"TensorBoard's events in {self.directory}", e)
 
     def _write_csv(self, row):
         # Another column, as after the first epoch of a callback that adds one, is a new file.
@@ -288,8 +301,8 @@ class TrainingMonitor(keras.callbacks.Callback):
             _warn(self.directory / _CSV, e)
 
 
-def _warn(path, error):
-    warnings.warn(f"{path} could not be written: {error}. Training goes on.", stacklevel=3)
+def _warn(what, error):
+    warnings.warn(f"{what} could not be written: {error}. Training goes on.", stacklevel=3)
 
 
 def _wanted(name, value, package):
