@@ -273,6 +273,33 @@ def test_file_that_cannot_be_read_is_left_as_it_is(tmp_path, text, updates):
     assert [path.name for path in tmp_path.iterdir()] == ["training.csv"]
 
 
+def test_optimizer_that_the_model_does_not_hold(tmp_path):
+    optimizer = keras.optimizers.SGD(0.01)
+
+    class Own(tfbig.Sequential):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self(x) - y) ** 2)
+            optimizer.apply(tape.gradient(loss, self.trainable_variables))
+            return {"loss": loss}
+
+    model = Own([keras.Input((4,)), layers.Dense(1)])
+    model.compile(loss="mse")
+    optimizer.build(model.trainable_variables)
+    fit(model, monitor(tmp_path, frequency=2))
+    assert [int(row["update"]) for row in written(tmp_path)] == [2, 4, 6, 8]
+    fit(model, monitor(tmp_path, frequency=2), epochs=1)
+    assert [int(row["update"]) for row in written(tmp_path)] == [2, 4, 6, 8, 10, 12]
+    # Not that of the optimizer of `compile`.
+    assert {row["learning_rate"] for row in written(tmp_path)} == {""}
+    # Once the model holds it, it is known.
+    model.own_optimizer = optimizer
+    fit(model, monitor(tmp_path, frequency=2), epochs=1)
+    assert [int(row["update"]) for row in written(tmp_path)] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert float(written(tmp_path)[-1]["learning_rate"]) == pytest.approx(0.01)
+
+
 def test_columns_that_change(tmp_path):
     model = build()
     fit(model, monitor(tmp_path), epochs=1)

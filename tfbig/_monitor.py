@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 import warnings
+import weakref
 from typing import Any
 
 import keras
@@ -47,6 +48,11 @@ _DRAWING_SHARE, _FIRST_DRAWING = 0.01, 1.0
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
+# Of models: the updates that they count, and those seen here. The two differ where `train_step` is
+# the user's, with an optimizer that the model does not hold.
+_COUNTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
 class TrainingMonitor(keras.callbacks.Callback):
     """Writes down what training does: a CSV file, a page of plots, and TensorBoard's events.
 
@@ -57,8 +63,10 @@ class TrainingMonitor(keras.callbacks.Callback):
     process and of the process itself, and the logs: loss and metrics of the epoch so far,
     `loss_scale` and `skipped_updates` while scaling is on,
     `grad_norm` and `gradient_noise_scale` where the model logs them. `update` counts updates
-    since the model was made, skipped ones included. Times leave out validation and the first
-    update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
+    since the model was made, skipped ones included; with an optimizer that the model does not
+    hold, those of a `fit` with the callback, and the learning rate is not known. Times leave out
+    validation and the first update of a `fit`, which is traced. The last batch of an epoch counts
+    as a full one.
 
     On several workers all may have the callback; the chief writes.
 
@@ -130,7 +138,9 @@ class TrainingMonitor(keras.callbacks.Callback):
         )
         if not self._is_running:
             return
-        self._epoch, self._update = 0, self._updates_of_model(0)
+        _, self._before = self._optimizer_and_updates()
+        known, seen = _COUNTS.get(self.model, (None, None))
+        self._epoch, self._update = 0, seen if known == self._before else self._before
         # Of training: a validation within `fit` has another.
         self._batch_size = self.model.batch_size_of_updates
         try:
@@ -152,14 +162,23 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._is_traced, self._names = False, ()
         self._restart()
 
-    def _optimizers(self):
-        return [optimizer for _, optimizer in _keras.optimizers_of(self.model)]
+    def _optimizer_and_updates(self):
+        """The optimizer of the most updates, or None, and the updates that the model counts."""
+        # Not that of `compile`, which makes one that may never be used.
+        optimizers = [optimizer for _, optimizer in _keras.optimizers_of(self.model)]
+        optimizer = max(optimizers, key=lambda o: int(o.iterations.numpy()), default=None)
+        updates = int(optimizer.iterations.numpy()) if optimizer else 0
+        return optimizer, updates + getattr(self.model, "skipped_updates", 0)
 
-    def _updates_of_model(self, counted):
-        """Its updates; what was counted here, of a model without an optimizer."""
-        iterations = [int(o.iterations.numpy()) for o in self._optimizers()]
-        skipped = getattr(self.model, "skipped_updates", 0)
-        return max(iterations) + skipped if iterations else counted
+    def _count(self):
+        """Corrects the update by what the model counts; returns the optimizer, or None."""
+        optimizer, updates = self._optimizer_and_updates()
+        if updates == self._before:
+            optimizer = None  # The model does not hold it; what was seen here counts.
+        else:
+            self._update = updates
+        _COUNTS[self.model] = updates, self._update
+        return optimizer
 
     def _rows_before(self):
         """The rows of the training that goes on; those of another are kept under another name."""
@@ -222,6 +241,7 @@ class TrainingMonitor(keras.callbacks.Callback):
         if not self._is_running:
             return
         self._is_running = False
+        self._count()
         if self._events is not None:
             with self._writing_events():
                 self._events.close()
@@ -246,7 +266,7 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._since, self._updates, self._waited = time.perf_counter(), 0, 0.0
 
     def _write(self, logs):
-        self._update = self._updates_of_model(self._update)
+        optimizer = self._count()
         seconds = waited = samples = None
         if self._updates:
             # Not until now: what follows an epoch's last update, such as a validation, is left out.
@@ -254,7 +274,6 @@ class TrainingMonitor(keras.callbacks.Callback):
             # Not known with deterministic operations.
             waited = self._waited / self._updates if math.isfinite(self._waited) else None
             samples = self._batch_size
-        optimizers = self._optimizers()
         measured: tuple[Any, ...] = (
             self._update,
             self._epoch,
@@ -262,7 +281,7 @@ class TrainingMonitor(keras.callbacks.Callback):
             samples and samples / seconds,
             seconds,
             waited,
-            _learning_rate(optimizers[0]) if optimizers else None,
+            _learning_rate(optimizer) if optimizer else None,
             _device_mib(self.model.distribute_strategy),
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
         )
