@@ -123,6 +123,26 @@ def test_waiting_for_data_is_told_apart(tmp_path, options):
     assert min(row["input_seconds"] for row in callback.rows) < 0.5 * pause
 
 
+def test_each_of_two_monitors_is_told_of_waiting(tmp_path):
+    first, second = monitor(tmp_path / "1"), monitor(tmp_path / "2", frequency=2)
+    fit(build(), first, second)
+    waited = [row["input_seconds"] for row in first.rows]
+    assert all(seconds > 0 for seconds in waited[1:])
+    # The first update of all is traced.
+    means = [waited[1], *np.reshape(waited[2:], (3, 2)).mean(1)]
+    assert [row["input_seconds"] for row in second.rows] == pytest.approx(means)
+
+
+def test_two_monitors_of_a_directory_are_refused(tmp_path):
+    model = build()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="only one TrainingMonitor of a dir"):
+        fit(model, monitor(tmp_path / "run"), monitor(tmp_path / "link"))
+    assert int(model.optimizer.iterations.numpy()) == 0
+    fit(model, monitor(tmp_path / "run"))
+    assert len(written(tmp_path / "run")) == 8
+
+
 def test_deterministic_operations_have_no_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "is_op_determinism_enabled", lambda: True)
     monkeypatch.setattr(tf, "timestamp", None)

@@ -86,7 +86,7 @@ class TrainingMonitor(keras.callbacks.Callback):
     Raises:
         InvalidOptionError: If an argument is not valid, what it needs is not installed, or, at
             the start of `fit`, the directory cannot be made, or holds a training.csv that is
-            damaged or not of a monitor, which is left as it is.
+            damaged or not of a monitor, which is left as it is, or two callbacks have the same.
 
     Example:
 
@@ -138,6 +138,15 @@ class TrainingMonitor(keras.callbacks.Callback):
         )
         if not self._is_running:
             return
+        # Another monitor may have made one.
+        clock = self.model.input_clock = self.model.input_clock or _keras.InputClock()
+        name = os.path.realpath(self.directory)
+        if name in clock.readers:
+            raise errors.InvalidOptionError(
+                "`callbacks` must hold only one TrainingMonitor of a directory. Received: two of "
+                f"{self.directory}. Use another directory."
+            )
+        self._wait = clock.reader(name)
         _, self._before = self._optimizer_and_updates()
         known, seen = _COUNTS.get(self.model, (None, None))
         self._epoch, self._update = 0, seen if known == self._before else self._before
@@ -156,7 +165,6 @@ class TrainingMonitor(keras.callbacks.Callback):
         if self.tensorboard:
             with self._writing_events():
                 self._events = tf.summary.create_file_writer(str(self.directory))
-        self.model.input_clock = _keras.InputClock()
         self._begin = self._last = self._drawn = time.perf_counter()
         self._drawing = _FIRST_DRAWING
         self._is_traced, self._names = False, ()
@@ -213,7 +221,7 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._done += updates
         self._update += updates
         self._last = time.perf_counter()
-        waited = self.model.input_clock.pop()
+        waited = self._wait()
         if self._is_traced:
             self._updates += updates
             self._waited += waited

@@ -10,18 +10,24 @@ __all__ = ("InputClock", "timed")
 
 
 class InputClock:
-    """The seconds that each call of a train function waited for data."""
+    """The seconds that each call of a train function waited for data, for several readers.
+
+    Attributes:
+        readers: dictionary of str, the name of a reader, to what it has not read yet.
+    """
 
     def __init__(self):
-        self._waits: collections.deque = collections.deque()
+        self.readers: dict[str, collections.deque] = {}
 
     def add(self, seconds):
         """Adds a call: float seconds, or a scalar tensor that may not be computed yet."""
-        self._waits.append(seconds)
+        for waits in self.readers.values():
+            waits.append(seconds)
 
-    def pop(self):
-        """The seconds of the first call that was not read yet, a float; zero if there is none."""
-        return float(self._waits.popleft()) if self._waits else 0.0
+    def reader(self, name):
+        """A function that returns the seconds of the next call, a float; zero if there is none."""
+        waits = self.readers[name] = collections.deque()
+        return lambda: float(waits.popleft()) if waits else 0.0
 
 
 def timed(get_next, is_wanted):
