@@ -360,6 +360,20 @@ def test_metrics_of_all_kinds(tmp_path):
     assert [row["update"] for row in callback.rows] == list(range(1, 9))
 
 
+def test_logs_that_are_no_numbers_have_no_columns(tmp_path):
+    others = {"text": "best", "digits": "1", "none": None, "nested": [1, [2, 3]], "object": {}}
+    numbers = {"rate": np.float32(0.5), "tensor": tf.constant(2, tf.bfloat16), "flag": True}
+    put = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: logs.update(others | numbers)
+    )
+    callback = monitor(tmp_path, frequency=None)
+    fit(build(), put, callback)
+    for row in callback.rows:
+        assert not others.keys() & row.keys()
+        assert [row[name] for name in numbers] == [0.5, 2.0, 1.0]
+    assert len(written(tmp_path)) == 2
+
+
 def test_an_exception_leaves_no_clock_running(tmp_path):
     pytest.importorskip("matplotlib")
 

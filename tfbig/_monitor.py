@@ -293,9 +293,8 @@ class TrainingMonitor(keras.callbacks.Callback):
             _device_mib(self.model.distribute_strategy),
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
         )
-        # The columns win over metrics of the same name; a metric of several numbers has no column.
-        row = {k: float(v) for k, v in logs.items() if np.ndim(v) == 0}
-        row |= dict(zip(COLUMNS, measured, strict=True))
+        # The columns win over metrics of the same name.
+        row = _numbers(logs) | dict(zip(COLUMNS, measured, strict=True))
         self.rows.append(row)
         self._write_csv(row)
         if self._events is not None:
@@ -341,6 +340,17 @@ def _wanted(name, value, package):
             f"pip install {package}"
         )
     return is_there if value is None else bool(value)
+
+
+def _numbers(logs):
+    """The single numbers; a metric may be of several, and a callback may put in anything."""
+    found = {}
+    for name, value in logs.items():
+        with contextlib.suppress(TypeError, ValueError):
+            # float takes texts too.
+            if np.ndim(value) == 0 and not isinstance(value, str | bytes):
+                found[name] = float(value)
+    return found
 
 
 def _learning_rate(optimizer):
