@@ -374,6 +374,19 @@ def test_logs_that_are_no_numbers_have_no_columns(tmp_path):
     assert len(written(tmp_path)) == 2
 
 
+def test_batches_of_unknown_size(tmp_path):
+    def batches():
+        while True:
+            yield X[:8], Y[:8]
+
+    callback = monitor(tmp_path)
+    build().fit(
+        batches(), steps_per_epoch=4, epochs=2, shuffle=False, verbose=0, callbacks=[callback]
+    )
+    assert [row["samples_per_second"] for row in callback.rows] == [None] * 8
+    assert all(row["update_seconds"] > 0 for row in callback.rows[1:])
+
+
 def test_an_exception_leaves_no_clock_running(tmp_path):
     pytest.importorskip("matplotlib")
 

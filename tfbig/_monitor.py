@@ -59,14 +59,15 @@ class TrainingMonitor(keras.callbacks.Callback):
     A row tells, as means over the updates since the row before: samples per second, seconds of
     an update, and how many of these it waited for data (`input_seconds`; the rest is computing and
     exchanging, which only a profiler tells apart). With deterministic operations the waiting is
-    not known. Then the learning rate, the peaks of memory (MiB) on the first device of this
-    process and of the process itself, and the logs: loss and metrics of the epoch so far,
-    `loss_scale` and `skipped_updates` while scaling is on,
-    `grad_norm` and `gradient_noise_scale` where the model logs them. `update` counts updates
-    since the model was made, skipped ones included; with an optimizer that the model does not
-    hold, those of a `fit` with the callback, and the learning rate is not known. Times leave out
-    validation and the first update of a `fit`, which is traced. The last batch of an epoch counts
-    as a full one.
+    not known, nor are samples per second of data that do not tell the size of their batches: a
+    Python generator, a `PyDataset`, a dataset of batches of several sizes. Then the learning rate,
+    the peaks of memory (MiB) on the first device of this process and of the process itself, and
+    the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
+    scaling is on, `grad_norm` and `gradient_noise_scale` where the model logs them; what is not
+    one number is left out. `update` counts updates since the model was made, skipped ones
+    included; with an optimizer that the model does not hold, those of a `fit` with the callback,
+    and the learning rate is not known. Times leave out validation and the first update of a `fit`,
+    which is traced. The last batch of an epoch counts as a full one.
 
     On several workers all may have the callback; the chief writes.
 
