@@ -98,9 +98,10 @@ def test_waiting_for_data_is_told_apart(tmp_path, options):
         return tf.ensure_shape(a, x.shape), tf.ensure_shape(b, y.shape)
 
     dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8, drop_remainder=True)
-    # Without a thread that reads ahead.
+    # Without a thread that reads ahead, which would hide the waiting behind a slow update.
     quiet = tf.data.Options()
     quiet.threading.private_threadpool_size = 1
+    quiet.experimental_optimization.inject_prefetch = False
     size = options.pop("micro_batch_size", None)
     kinds = {"micro_batch_size": size, "gradient_accumulation_steps": None} if size else {}
     model = build(log_grad_norm=False, **kinds)
