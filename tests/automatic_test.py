@@ -190,6 +190,21 @@ def test_budget_on_the_cpu(name, kwargs):
     assert 1.9 <= many / few <= 2.2
 
 
+def test_compiled_replicas():
+    def trained(size):
+        keras.utils.set_random_seed(1)
+        with make_strategy("mirrored_2").scope():
+            model = tfbig.Sequential([keras.Input((3,)), layers.Dense(2)], micro_batch_size=size)
+            model.compile("adam", "mse", jit_compile=True)
+        fit(model, epochs=1)
+        return model
+
+    # Replicas that share memory are tried one alone, while the others have no samples.
+    got = trained("auto")
+    assert got.micro_batch_size == 16
+    assert_same(got, trained(16))
+
+
 def test_budget_and_larger_samples():
     x = keras.Input((None,))
     h = layers.Reshape((-1, 1))(x)

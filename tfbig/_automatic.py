@@ -300,11 +300,11 @@ class TrainFunction:
     def _find(self, data):
         """The largest size that fits on the devices of this process."""
         probe = self._program(self._probe_program)
-        # XLA wants sizes known, and compiles for each.
-        is_static = bool(self.model.jit_compile)
         return self.capacity.largest(
             self.model,
-            lambda size, alone: probe(data, size if is_static else tf.constant(size), alone),
+            # As a tensor: a replica without samples must trace what the others do.
+            lambda size, alone: probe(data, tf.constant(size), alone),
             self.automatic.share,
-            warm_up=is_static,
+            # XLA compiles for each size.
+            warm_up=bool(self.model.jit_compile),
         )
