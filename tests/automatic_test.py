@@ -205,13 +205,19 @@ def test_compiled_replicas():
     assert_same(got, trained(16))
 
 
-def test_budget_and_larger_samples():
+def of_sequences():
+    """A model of sequences, with a budget for some hundred elements."""
     x = keras.Input((None,))
     h = layers.Reshape((-1, 1))(x)
     for layer in large():
         h = layer(h)
     model = tfbig.Model(x, h, micro_batch_size="auto", memory_budget=64 * MIB)
     model.compile("sgd", "mse")
+    return model
+
+
+def test_budget_and_larger_samples():
+    model = of_sequences()
 
     def size_for(width):
         model.train_on_batch(np.ones((256, width)), np.ones((256, width, 2)))
@@ -221,6 +227,25 @@ def test_budget_and_larger_samples():
     long = size_for(16)
     assert long <= short / 3
     assert size_for(2) == size_for(17) == long
+
+
+def test_budget_and_few_larger_samples():
+    def size_after(model, *lengths):
+        samples = [(np.ones(n), np.ones((n, 2))) for n in lengths]
+        specs = tf.TensorSpec((None,), tf.float64), tf.TensorSpec((None, 2), tf.float64)
+        dataset = tf.data.Dataset.from_generator(lambda: iter(samples), output_signature=specs)
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(samples)))
+        model.fit(dataset.padded_batch(256), verbose=0, shuffle=False)
+        return model.micro_batch_size
+
+    short, long = (size_after(of_sequences(), *[n] * 256) for n in (2, 16))
+    assert long <= short / 3
+    _automatic._chosen.clear()
+    model = of_sequences()
+    # A last batch of two samples says of no more than two that they fit.
+    assert size_after(model, *[2] * 256, 16, 16) == short
+    assert size_after(model, *[16] * 256) == long
+    assert size_after(of_sequences(), *[16] * 256) == long
 
 
 def test_size_is_remembered(told):
@@ -252,9 +277,11 @@ def test_size_is_not_that_of_another_computation(other):
     assert limited.failures
 
 
-def test_larger_batch_is_tried_anew():
+@pytest.mark.parametrize("first", ["train_on_batch", "fit"])
+def test_larger_batch_is_tried_anew(first):
     model, limited = build(most=13)
-    model.train_on_batch(X[:4], Y[:4])
+    # `fit` wants more samples than there are.
+    getattr(model, first)(X[:4], Y[:4])
     assert (model.micro_batch_size, limited.failures) == (4, [])
     fit(model)
     assert 10 <= model.micro_batch_size <= 13

@@ -19,8 +19,9 @@ __all__ = ("AutomaticSize", "TrainFunction")
 # With a budget, sizes are looked for anew when a sample is larger by this factor.
 _LARGER = 1.1
 
-# Samples, by all that the memory depends on.
-_chosen: dict[str, int] = {}
+# How many samples fit, by all that it depends on: the computation, how many were there to be
+# tried, and how large they are.
+_chosen: dict[tuple[str, int, float], int] = {}
 
 
 @dataclasses.dataclass
@@ -29,13 +30,16 @@ class AutomaticSize:
 
     Attributes:
         size: int, samples per replica and forward pass; None before it is found.
+        tried: int, samples of a replica that were there to be tried. If all of them fitted,
+            `size` is as large, and nothing is known about more.
         share: int, samples of a replica's share of the effective batch.
-        sample_bytes: float, size of the largest sample for which it was found.
+        fitted: list of numbers of samples that fit, each with the bytes of a sample.
     """
 
     size: int | None = None
+    tried: int = 0
     share: int = 0
-    sample_bytes: float = 0.0
+    fitted: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
     @property
     def cut(self):
@@ -44,12 +48,32 @@ class AutomaticSize:
             return _cut.Cut(gradient_accumulation_steps=1)
         return _cut.Cut(micro_batch_size=self.size)
 
+    @property
+    def is_bound(self):
+        """Whether more samples than `size` do not fit, as far as is known."""
+        return self.size is not None and self.size < self.tried
+
+    @property
+    def may_grow(self):
+        """Whether a batch of this share may hold more samples than were tried, and all fitted."""
+        return not self.is_bound and self.share > self.tried
+
     def begin(self, share):
         """Training on shares of so many samples begins."""
-        if self.size is not None and self.size >= self.share and share > self.share:
-            # The last share fitted as a whole, so nothing is known about more.
-            self.size = None
         self.share = share
+
+    def fits(self, samples, sample_bytes):
+        """Whether so many samples of this size are known to fit."""
+        return any(samples <= n and sample_bytes <= _LARGER * b for n, b in self.fitted)
+
+    def most(self, samples):
+        """How many of a batch's samples to try."""
+        return max(1, min(samples, self.size) if self.is_bound else samples)
+
+    def after(self, found, most):
+        """`size` and `tried`, once `found` of `most` samples fit."""
+        # Fewer samples than before may all fit and say nothing about more.
+        return found if found < most else max(most, self.size or 0), max(most, self.tried)
 
 
 class _RanOutError(Exception):
@@ -106,7 +130,7 @@ class TrainFunction:
                 break
             except _RanOutError as e:
                 reason = str(e)
-            self._halve(reason)
+            self._halve(data, reason)
         try:
             return self._apply(tensors)
         except _capacity.RUN_ERRORS as e:
@@ -146,12 +170,16 @@ class TrainFunction:
         """Whether the flag is set on any worker."""
         return self._sum(tf.constant(float(flag))) > 0 if self.workers.count > 1 else flag
 
-    def _halve(self, reason):
-        size = min(self.automatic.size, self.automatic.share)
+    def _halve(self, data, reason):
+        samples, _ = self._samples_of(data)
+        answers = self.workers.exchange("the samples of a batch", str(samples))
+        size = min(self.automatic.size, max(map(int, answers)))
         if size == 1:
             raise errors.OutOfMemoryError(_capacity.does_not_fit(reason))
         self._set(size // 2)
-        _chosen[self._key] = self.automatic.size
+        for key, fitted in _chosen.items():
+            if key[0] == self._computation:
+                _chosen[key] = min(fitted, size // 2)
         self._say(
             f"memory ran out with micro-batches of {size} samples; goes on with {size // 2} "
             f"({reason})"
@@ -233,21 +261,28 @@ class TrainFunction:
 
     def _is_new(self, data):
         """Whether a size must be found for this batch."""
-        if self.automatic.size is None:
+        automatic, has_budget = self.automatic, self.capacity.budget is not None
+        if automatic.size is None:
             return True
-        if self.capacity.budget is None:
+        if not (automatic.may_grow or has_budget):
             return False
+        samples, sample_bytes = self._samples_of(data)
+        is_larger = automatic.may_grow and samples > automatic.tried
         # Only with a budget: devices say themselves when memory runs out.
-        return self._any(self._sample_bytes(data) > _LARGER * self.automatic.sample_bytes)
+        is_unknown = has_budget and not automatic.fits(min(samples, automatic.size), sample_bytes)
+        return self._any(is_larger or is_unknown)
 
-    def _sample_bytes(self, data):
-        """Bytes of a sample, at most, of the batch on this process's devices."""
-        sizes = [
-            _memory.size_of(tf.nest.flatten(part, expand_composites=True))
-            / max(1, int(_keras.batch_size(part)))
-            for part in self._local_parts(data)
-        ]
-        return max(sizes)
+    def _samples_of(self, data):
+        """The most samples of a replica of this process, and the bytes of one, at most."""
+        samples, sizes = 0, []
+        for part in self._local_parts(data):
+            n = int(_keras.batch_size(part))
+            samples = max(samples, n)
+            size = _memory.size_of(tf.nest.flatten(part, expand_composites=True))
+            sizes.append(size / max(1, n))
+        if not _keras.is_placed(data):
+            samples = -(-samples // self.strategy.num_replicas_in_sync)
+        return samples, max(sizes)
 
     def _local_parts(self, data):
         data = _keras.without_optionals(data)
@@ -255,7 +290,8 @@ class TrainFunction:
         return [tf.nest.pack_sequence_as(data, part) for part in zip(*leaves, strict=True)]
 
     @property
-    def _key(self):
+    def _computation(self):
+        """What the memory depends on besides the samples."""
         model = self.model
         layers = _keras.all_layers(model)
         return json.dumps(
@@ -269,8 +305,6 @@ class TrainFunction:
                 "options": model._options(),
                 "jit_compile": bool(model.jit_compile),
                 "devices": self.devices,
-                "share": self.automatic.share,
-                "sample_bytes": self.automatic.sample_bytes,
             },
             default=str,
             sort_keys=True,
@@ -278,33 +312,36 @@ class TrainFunction:
 
     def _choose(self, data):
         """Finds a size; the same on all workers."""
-        self.automatic.sample_bytes = max(self.automatic.sample_bytes, self._sample_bytes(data))
+        automatic = self.automatic
+        samples, sample_bytes = self._samples_of(data)
+        most = automatic.most(samples)
+        key = self._computation, most, sample_bytes
         try:
-            size, why = self._remembered_or_found(data), None
+            found, why = _chosen.get(key) or self._find(data, most), None
         except errors.OutOfMemoryError as e:
-            size, why = 0, str(e)
-        answers = self.workers.exchange("a micro-batch size", json.dumps([size, why]))
-        sizes, reasons = zip(*map(json.loads, answers), strict=True)
+            found, why = 0, str(e)
+        after = automatic.after(found, most)
+        answers = self.workers.exchange("a micro-batch size", json.dumps([*after, why]))
+        sizes, tried, reasons = zip(*map(json.loads, answers), strict=True)
         if min(sizes) == 0:
             raise errors.OutOfMemoryError(next(r for r in reasons if r))
-        _chosen[self._key] = size
-        self._set(min(sizes))
-        self._say(
-            f"micro_batch_size='auto' is {min(sizes)} samples of the {self.automatic.share} of a "
-            "replica"
-        )
+        _chosen[key] = found
+        automatic.fitted.append((found, sample_bytes))
+        automatic.tried = min(tried)
+        if min(sizes) != automatic.size:
+            self._set(min(sizes))
+            self._say(
+                f"micro_batch_size='auto' is {min(sizes)} samples of the {samples} of a replica"
+            )
 
-    def _remembered_or_found(self, data):
-        return _chosen.get(self._key) or self._find(data)
-
-    def _find(self, data):
-        """The largest size that fits on the devices of this process."""
+    def _find(self, data, most):
+        """The largest size that fits on the devices of this process, at most `most`."""
         probe = self._program(self._probe_program)
         return self.capacity.largest(
             self.model,
             # As a tensor: a replica without samples must trace what the others do.
             lambda size, alone: probe(data, tf.constant(size), alone),
-            self.automatic.share,
+            most,
             # XLA compiles for each size.
             warm_up=bool(self.model.jit_compile),
         )
