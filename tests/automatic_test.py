@@ -277,6 +277,31 @@ def test_size_is_not_that_of_another_computation(other):
     assert limited.failures
 
 
+@pytest.mark.parametrize("change", ["unfreeze", "optimizer", "loss", "recompute"])
+def test_size_is_found_anew_for_what_has_changed(change, told):
+    model, limited = build()
+    model.get_layer("hidden").trainable = change != "unfreeze"
+    model.compile("sgd", "mse")
+    fit(model)
+    assert model.micro_batch_size == 32
+    # The same again is no change.
+    model.compile("sgd", "mse")
+    fit(model)
+    assert len(told()) == 1
+    limited.most = 13
+    model.get_layer("hidden").trainable = True
+    if change == "recompute":
+        model.recompute = ["hidden"]
+    else:
+        optimizer = "adam" if change == "optimizer" else "sgd"
+        model.compile(optimizer, "mae" if change == "loss" else "mse")
+    fit(model)
+    # Not halved: 32 is not taken for granted.
+    assert 10 <= model.micro_batch_size <= 13
+    (line,) = told()
+    assert "ran out" not in line
+
+
 @pytest.mark.parametrize("first", ["train_on_batch", "fit"])
 def test_larger_batch_is_tried_anew(first):
     model, limited = build(most=13)

@@ -34,12 +34,14 @@ class AutomaticSize:
             `size` is as large, and nothing is known about more.
         share: int, samples of a replica's share of the effective batch.
         fitted: list of numbers of samples that fit, each with the bytes of a sample.
+        computation: str, what else it was found for.
     """
 
     size: int | None = None
     tried: int = 0
     share: int = 0
     fitted: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    computation: str = ""
 
     @property
     def cut(self):
@@ -61,6 +63,10 @@ class AutomaticSize:
     def begin(self, share):
         """Training on shares of so many samples begins."""
         self.share = share
+
+    def forget(self):
+        """What was found holds no more."""
+        self.size, self.tried, self.fitted = None, 0, []
 
     def fits(self, samples, sample_bytes):
         """Whether so many samples of this size are known to fit."""
@@ -99,6 +105,11 @@ class TrainFunction:
         self.share: Any = None
         # Whether losses have denominators that are counted; known after the first time.
         self.has_counts = True
+        # Compiling a model, and most options, make this anew.
+        computation = self._computation()
+        if automatic.computation != computation:
+            automatic.forget()
+            automatic.computation = computation
         self._sum = self._program(self._all_reduce)
         self._apply = self._program(self._apply_program)
         self._make_programs()
@@ -178,7 +189,7 @@ class TrainFunction:
             raise errors.OutOfMemoryError(_capacity.does_not_fit(reason))
         self._set(size // 2)
         for key, fitted in _chosen.items():
-            if key[0] == self._computation:
+            if key[0] == self.automatic.computation:
                 _chosen[key] = min(fitted, size // 2)
         self._say(
             f"memory ran out with micro-batches of {size} samples; goes on with {size // 2} "
@@ -289,7 +300,6 @@ class TrainFunction:
         leaves = [self.strategy.experimental_local_results(v) for v in tf.nest.flatten(data)]
         return [tf.nest.pack_sequence_as(data, part) for part in zip(*leaves, strict=True)]
 
-    @property
     def _computation(self):
         """What the memory depends on besides the samples."""
         model = self.model
@@ -300,8 +310,10 @@ class TrainFunction:
                 "layers": _fit.described(layers),
                 "dtypes": [(x.compute_dtype, x.variable_dtype) for x in layers],
                 "variables": [
-                    (v.shape, v.dtype) for v in (*model.variables, *model.optimizer.variables)
+                    (v.shape, v.dtype, v.trainable)
+                    for v in (*model.variables, *model.optimizer.variables)
                 ],
+                "loss": _keras.compile_settings(model).get("loss"),
                 "options": model._options(),
                 "jit_compile": bool(model.jit_compile),
                 "devices": self.devices,
@@ -315,7 +327,7 @@ class TrainFunction:
         automatic = self.automatic
         samples, sample_bytes = self._samples_of(data)
         most = automatic.most(samples)
-        key = self._computation, most, sample_bytes
+        key = automatic.computation, most, sample_bytes
         try:
             found, why = _chosen.get(key) or self._find(data, most), None
         except errors.OutOfMemoryError as e:
