@@ -314,6 +314,75 @@ def test_larger_batch_is_tried_anew(first):
     assert 10 <= model.micro_batch_size <= 13
 
 
+class Batches(keras.utils.PyDataset):
+    """Three batches of 32 samples."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return X[32 * index : 32 * index + 32], Y[32 * index : 32 * index + 32]
+
+
+def samples_as_dataset():
+    return tf.data.Dataset.from_tensor_slices((X, Y))
+
+
+def generated(*sizes):
+    """A dataset of a generator of batches."""
+    specs = tf.TensorSpec((None, 3), tf.float64), tf.TensorSpec((None, 2), tf.float64)
+    return tf.data.Dataset.from_generator(
+        lambda: ((X[:n], Y[:n]) for n in sizes), output_signature=specs
+    )
+
+
+# What does not say before training that its batches are of 32 samples.
+SILENT = {
+    "map": lambda: samples_as_dataset().batch(32).map(lambda x, y: (x, y)),
+    "rebatch": lambda: samples_as_dataset().batch(16).rebatch(32),
+    "interleave": lambda: tf.data.Dataset.range(3).interleave(
+        lambda i: samples_as_dataset().skip(32 * i).take(32).batch(32)
+    ),
+    "sample_from_datasets": lambda: tf.data.Dataset.sample_from_datasets(
+        [samples_as_dataset().batch(32)] * 2, seed=1
+    ),
+    "generator.rebatch": lambda: generated(96).rebatch(32),
+    "PyDataset": Batches,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [*(("default", data) for data in SILENT), ("mirrored_2", "map"), ("mirrored_2", "rebatch")],
+)
+def test_batches_tell_their_size(name, data):
+    arguments = {"steps_per_epoch": 3, "verbose": 0, "shuffle": False}
+    got, limited = build(name, most=13)
+    got.fit(SILENT[data](), **arguments)
+    assert 10 <= got.micro_batch_size <= 13
+    assert 13 < min(limited.failures) <= max(limited.failures) <= 32
+    want, _ = build(name, micro_batch_size=8)
+    want.fit(SILENT[data](), **arguments)
+    assert_same(got, want)
+
+
+def test_batches_that_become_larger():
+    model, _ = build(most=13)
+    sizes = []
+    sees = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: sizes.append(model.micro_batch_size)
+    )
+    dataset = tf.data.Dataset.from_tensor_slices(np.int64([4, 2, 8, 32, 8]))
+    dataset = dataset.flat_map(lambda n: samples_as_dataset().take(n).batch(n))
+    arguments = {"steps_per_epoch": 5, "verbose": 0, "shuffle": False}
+    model.fit(dataset, callbacks=[sees], **arguments)
+    assert sizes[:3] == [4, 4, 8]
+    assert 10 <= sizes[3] == sizes[4] <= 13
+    want, _ = build(micro_batch_size=8)
+    want.fit(dataset, **arguments)
+    assert_same(model, want)
+
+
 def test_evaluation_takes_no_more_samples_at_a_time():
     sizes = []
 
@@ -423,17 +492,21 @@ def test_budget_without_auto():
         fit(model)
 
 
-def test_unknown_batch_size():
-    dataset = tf.data.Dataset.from_generator(
-        lambda: iter([(X, Y)]),
-        output_signature=(
-            tf.TensorSpec((None, 3), tf.float64),
-            tf.TensorSpec((None, 2), tf.float64),
-        ),
-    )
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: generated(96),
+        lambda: generated(96).map(lambda x, y: (x, y)).prefetch(1),
+        lambda: (batch for batch in [(X, Y)]),
+    ],
+    ids=["dataset", "map", "generator"],
+)
+def test_unknown_batch_size(data):
     model, _ = build()
-    with pytest.raises(ValueError, match="needs a batch size that is known"):
-        model.fit(dataset, verbose=0, shuffle=False)
+    with pytest.raises(
+        ValueError, match=r"needs a batch size that is known.*a generator.*\.rebatch\(n\)"
+    ):
+        model.fit(data(), verbose=0, shuffle=False)
 
 
 def test_train_step_of_the_user():

@@ -32,14 +32,15 @@ class AutomaticSize:
         size: int, samples per replica and forward pass; None before it is found.
         tried: int, samples of a replica that were there to be tried. If all of them fitted,
             `size` is as large, and nothing is known about more.
-        share: int, samples of a replica's share of the effective batch.
+        share: int, samples of a replica's share of the effective batch; None if only the batches
+            tell.
         fitted: list of numbers of samples that fit, each with the bytes of a sample.
         computation: str, what else it was found for.
     """
 
     size: int | None = None
     tried: int = 0
-    share: int = 0
+    share: int | None = None
     fitted: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     computation: str = ""
 
@@ -58,10 +59,10 @@ class AutomaticSize:
     @property
     def may_grow(self):
         """Whether a batch of this share may hold more samples than were tried, and all fitted."""
-        return not self.is_bound and self.share > self.tried
+        return not self.is_bound and (self.share is None or self.share > self.tried)
 
     def begin(self, share):
-        """Training on shares of so many samples begins."""
+        """Training on shares of so many samples begins; None if that is not known."""
         self.share = share
 
     def forget(self):

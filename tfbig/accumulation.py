@@ -171,12 +171,13 @@ class GradientAccumulationMixin(_step.TrainStep):
             self.test_function = None
 
     def _automatic_share(self, batch_size):
-        """Samples of a replica's share, for `micro_batch_size="auto"`."""
-        if batch_size is None:
+        """Samples of a replica's share, for `micro_batch_size="auto"`; None if batches tell."""
+        if batch_size is None and _keras.is_generated(_keras.data_of_fit(self)):
             raise errors.InvalidOptionError(
                 "`micro_batch_size='auto'` needs a batch size that is known before training. "
-                "Received: a dataset whose batch size is not. Use dataset.batch, or pass a number "
-                "of samples as `micro_batch_size`."
+                "Received: a generator, whose batches may be of any size. Use "
+                "tf.data.Dataset.from_generator(...).rebatch(n), or pass a number of samples as "
+                "`micro_batch_size`."
             )
         if _keras.is_tpu(self.distribute_strategy):
             raise errors.UnsupportedStrategyError(
@@ -189,7 +190,9 @@ class GradientAccumulationMixin(_step.TrainStep):
                 "`micro_batch_size='auto'` runs the halves of tfbig's own `train_step`. Received: "
                 f"{type(self).__name__} with a `train_step` of its own. Pass a number of samples."
             )
-        return -(-batch_size // _reduction.replicas_of(self))
+        # A dataset does not tell what it was batched by before a `map`. Its batches do, and one
+        # that is larger than those before is tried anew.
+        return None if batch_size is None else -(-batch_size // _reduction.replicas_of(self))
 
     def _make_train_function(self):
         if not self._automatic_size:

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from tensorflow.python.eager import context as tf_context
 
 from tfbig._keras.thread import current, holding
@@ -84,6 +85,30 @@ def effective_batch_size(iterator):
         if variant is not None:
             size = int(tf.raw_ops.ComputeBatchSize(input_dataset=variant))
     return size if size is not None and size > 0 else None
+
+
+def is_generated(iterator):
+    """Whether a generator makes the batches of an epoch iterator, so each may be of any size."""
+    adapter = iterator.data_adapter
+    # Keras makes a generator of it; its items are batches by definition.
+    if isinstance(adapter, PyDatasetAdapter):
+        return False
+    return _is_generated(adapter.get_tf_dataset())
+
+
+# Datasets that make batches, of samples or of other batches.
+_BATCHERS = ("BatchDataset", "RebatchDataset", "GroupByWindowDataset")
+
+
+def _is_generated(dataset):
+    name = type(dataset).__name__
+    if not isinstance(dataset, tf.data.Dataset) or name.endswith(_BATCHERS):
+        return False
+    # `from_generator` has its operation in a function of a `flat_map`.
+    graphs = [function.function.graph for function in dataset._functions()]
+    return any(
+        op.type == "GeneratorDataset" for graph in graphs for op in graph.get_operations()
+    ) or any(map(_is_generated, dataset._inputs()))
 
 
 def global_seed():
