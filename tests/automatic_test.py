@@ -314,6 +314,25 @@ def test_larger_batch_is_tried_anew(first):
     assert 10 <= model.micro_batch_size <= 13
 
 
+@names
+def test_noise_scale_needs_two_micro_batches(name):
+    model, _ = build(name)
+    fit(model)
+    model.log_gradient_noise_scale = True
+    history = fit(model)
+    # Two replicas are two micro-batches.
+    assert model.micro_batch_size == 16
+    assert np.all(np.isfinite(history["gradient_noise_scale"]))
+    if name == "default":
+        sizes = []
+        for samples in (9, 32, 2):
+            fit(model, batch_size=samples, epochs=1)
+            sizes.append(model.micro_batch_size)
+        assert sizes == [5, 16, 1]
+        with pytest.raises(ValueError, match="one micro-batch for a batch of 1"):
+            fit(model, batch_size=1)
+
+
 class Batches(keras.utils.PyDataset):
     """Three batches of 32 samples."""
 

@@ -34,6 +34,7 @@ class AutomaticSize:
             `size` is as large, and nothing is known about more.
         share: int, samples of a replica's share of the effective batch; None if only the batches
             tell.
+        needs_two: bool, whether a share must be two micro-batches at least, if it can.
         fitted: list of numbers of samples that fit, each with the bytes of a sample.
         computation: str, what else it was found for.
     """
@@ -41,6 +42,7 @@ class AutomaticSize:
     size: int | None = None
     tried: int = 0
     share: int | None = None
+    needs_two: bool = False
     fitted: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     computation: str = ""
 
@@ -59,11 +61,17 @@ class AutomaticSize:
     @property
     def may_grow(self):
         """Whether a batch of this share may hold more samples than were tried, and all fitted."""
-        return not self.is_bound and (self.share is None or self.share > self.tried)
+        return not self.is_bound and (self.share is None or self.wanted(self.share) > self.tried)
 
-    def begin(self, share):
+    def begin(self, share, needs_two=False):
         """Training on shares of so many samples begins; None if that is not known."""
-        self.share = share
+        self.share, self.needs_two = share, needs_two
+        if needs_two and share and self.size and self.size > self.wanted(share):
+            self.forget()
+
+    def wanted(self, samples):
+        """The largest micro-batch that is wanted for so many samples."""
+        return -(-samples // 2) if self.needs_two else samples
 
     def forget(self):
         """What was found holds no more."""
@@ -75,7 +83,8 @@ class AutomaticSize:
 
     def most(self, samples):
         """How many of a batch's samples to try."""
-        return max(1, min(samples, self.size) if self.is_bound else samples)
+        used = min(samples, self.size or 0)
+        return max(1, used if self.is_bound else max(used, self.wanted(samples)))
 
     def after(self, found, most):
         """`size` and `tried`, once `found` of `most` samples fit."""
@@ -279,7 +288,7 @@ class TrainFunction:
         if not (automatic.may_grow or has_budget):
             return False
         samples, sample_bytes = self._samples_of(data)
-        is_larger = automatic.may_grow and samples > automatic.tried
+        is_larger = automatic.may_grow and automatic.wanted(samples) > automatic.tried
         # Only with a budget: devices say themselves when memory runs out.
         is_unknown = has_budget and not automatic.fits(min(samples, automatic.size), sample_bytes)
         return self._any(is_larger or is_unknown)

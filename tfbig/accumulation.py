@@ -50,7 +50,8 @@ class GradientAccumulationMixin(_step.TrainStep):
         log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in
             samples: the batch size at which the gradient has as much noise as signal.
             Much larger batches save few updates. An average over the last hundred
-            updates; needs two micro-batches or replicas. Defaults to False.
+            updates; needs two micro-batches or replicas, so "auto" takes at most half of the
+            batch on one replica. Defaults to False.
             Reference: McCandlish et al. 2018, appendix A.
 
     Raises:
@@ -151,7 +152,11 @@ class GradientAccumulationMixin(_step.TrainStep):
 
     def _prepare_training(self, batch_size):
         if self._automatic_size:
-            self._automatic_size.begin(self._automatic_share(batch_size))
+            if batch_size == 1:
+                # That is one micro-batch, whatever fits.
+                super()._prepare_training(batch_size)
+            needs_two = self.log_gradient_noise_scale and _reduction.replicas_of(self) == 1
+            self._automatic_size.begin(self._automatic_share(batch_size), needs_two)
             return
         super()._prepare_training(batch_size)
         if self.memory_budget is not None:
