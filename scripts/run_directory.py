@@ -67,6 +67,11 @@ class RunDirectory:
         about = json.dumps(self.settings, indent=2)
         (self.path / _ABOUT).write_text(about + "\n", encoding="utf-8")
 
+    def end(self):
+        """Removes the backup in the directory, which has served. On the chief only."""
+        if not self.has_own_backup:
+            shutil.rmtree(self.backup, ignore_errors=True)
+
     def _check_task(self):
         other = self._read_settings().get("task", self.settings["task"])
         if other != self.settings["task"]:

@@ -16,7 +16,6 @@ with `--resume`. At its end a run says whether it reached the bar of its task.
 
 import dataclasses
 import math
-import resource
 import signal
 import sys
 
@@ -31,8 +30,8 @@ PROGRAM = "train.py"
 # TensorFlow, Keras and tfbig are imported after the flags are checked: they take
 # seconds, which `--help` and a mistyped flag need not.
 
-# ru_maxrss is in KiB on Linux, in bytes on macOS.
-_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+# Said of a run that ended between its last update and its last file.
+_TRAINED = "training is complete, and --resume saves and judges it"
 
 
 # --- Flags -------------------------------------------------------------------
@@ -295,71 +294,20 @@ def _make_model(task, strategy, updates, settings):
     return model
 
 
-# --- Results -----------------------------------------------------------------
-
-
-def _save(model, recorder, task, settings, path):
-    """Writes the curves and the model, and reads the model back."""
-    import keras
-    import numpy as np
-    import run_curves
-
-    if recorder.epochs:
-        title = (
-            f"{_TASK.value}: effective batch {settings.batch_size}, {_PRECISION.value}, "
-            f"{model.distribute_strategy.num_replicas_in_sync} replica(s)"
-        )
-        run_curves.plot(recorder, task, title, path / "curves.png")
-    model.save(path / "model.keras")
-    loaded = keras.saving.load_model(path / "model.keras")
-    for saved, read in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_array_equal(saved, read)
-
-
-def _print_table(model, recorder, batch_size, samples, measure):
-    import run_history
-
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    effective = min(batch_size, samples)
-    share = math.ceil(effective / replicas)
-    micro_batch = model.micro_batch_size or math.ceil(share / model.gradient_accumulation_steps)
-    micro_batch = min(micro_batch, share)
-    # The first epoch traces the step, and does not count where there are others.
-    timed = recorder.seconds[1:] or recorder.seconds
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
-    scale = "none" if model.loss_scale is None else f"{model.loss_scale:g}"
-    rows = {
-        "parameters": f"{sum(math.prod(v.shape) for v in model.trainable_variables):,}",
-        "effective batch": effective,
-        "micro-batch": micro_batch,
-        "micro-batches per update": f"{math.ceil(share / micro_batch)} per replica",
-        "replicas": replicas,
-        "updates": run_history.updates(model),
-        "skipped updates": model.skipped_updates,
-        "loss scale": scale,
-        "samples/s": f"{samples * len(timed) / sum(timed):,.0f}" if timed else "nothing trained",
-        "peak memory": f"{memory / 2**20:,.0f} MiB",
-        measure.replace("val_", "validation ").replace(
-            "_", " "
-        ): f"{recorder.epochs[-1][measure]:.4f}",
-    }
-    width = max(map(len, rows))
-    print()
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
-
-
 def _train(directory, settings):
     module = TASKS[_TASK.value]
     with command_line.quiet_start():
         strategy = _start()
     import run_history
+    import run_results
     import tensorflow as tf
 
     import tfbig
 
     is_chief = tfbig.distribute.is_chief(strategy)
+    about = f"{_TASK.value}: effective batch {settings.batch_size}, {_PRECISION.value}"
     recorder = model = monitor = None
+    is_trained = False
     try:
         task = module.load(settings)
         samples = len(task.train[0])
@@ -367,12 +315,11 @@ def _train(directory, settings):
         recorder = run_history.Recorder(
             directory.path / "history.csv" if is_chief else None, settings.epochs
         )
-        # With a directory of its own the backup is kept: a job that is started again after its
-        # end, since one worker failed at the very last, finds it complete.
+        # The backup is kept until all is saved: a program that ends in between goes on from
+        # there. One of its own is kept thereafter: a job that is started again after its end,
+        # since one worker failed at the very last, finds it complete.
         backup = tfbig.callbacks.BackupAndRestore(
-            directory.backup,
-            _BACKUP_FREQ.value or "epoch",
-            delete_checkpoint=not directory.has_own_backup,
+            directory.backup, _BACKUP_FREQ.value or "epoch", delete_checkpoint=False
         )
         monitor = tfbig.callbacks.TrainingMonitor(
             directory.path / run_directory.MONITOR, enabled=_MONITOR.value
@@ -390,11 +337,26 @@ def _train(directory, settings):
             verbose=_VERBOSE.value if is_chief else 0,
             callbacks=[*task.callbacks, recorder, backup, monitor],
         )
+        if not is_chief:
+            return 0
+        is_trained = True
+        if not recorder.epochs:
+            raise command_line.UsageError(
+                f"{directory.backup} holds the end of a run whose history.csv is not in "
+                f"{directory.path}. Give --output_dir of that run, or remove the backup to train "
+                "anew."
+            )
+        is_reached = run_results.conclude(
+            model, recorder, task, about, settings.batch_size, directory
+        )
+        return 3 if _REQUIRE_BAR.value and not is_reached else 0
     except KeyboardInterrupt:
         # A second Ctrl-C would leave half a file.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if is_trained:
+            return command_line.interrupted(PROGRAM, _TRAINED)
         if model is not None and model.optimizer.built and is_chief:
-            _save(model, recorder, task, settings, directory.path)
+            run_results.save(model, recorder, task, about, directory.path)
             monitor.draw()
             done = run_history.updates(model)
             return command_line.interrupted(
@@ -405,6 +367,11 @@ def _train(directory, settings):
         return command_line.interrupted(
             PROGRAM, "nothing is trained yet" if is_chief else "the chief saves"
         )
+    except OSError as e:
+        if not is_trained:
+            raise
+        print(f"\ntrain.py: results cannot be written: {e}; {_TRAINED}", file=sys.stderr)
+        return 1
     except MissingExtraError as e:
         raise command_line.UsageError(e) from None
     except (tfbig.errors.InvalidOptionError, tfbig.errors.BackupError) as e:
@@ -416,30 +383,6 @@ def _train(directory, settings):
         print(f"\ntrain.py: another worker ended: {e.message.splitlines()[0]}", file=sys.stderr)
         # With a backup it is worth to start again, which Kubeflow does after this code.
         return tfbig.callbacks.PREEMPTED if directory.has_own_backup else 1
-    if not is_chief:
-        return 0
-    if not recorder.epochs:
-        raise command_line.UsageError(
-            f"{directory.backup} holds the end of a run whose history.csv is not in "
-            f"{directory.path}. Give --output_dir of that run, or remove the backup to train anew."
-        )
-    return _conclude(task, model, recorder, settings, directory)
-
-
-def _conclude(task, model, recorder, settings, directory):
-    """Saves what was trained and judges it; returns the exit code."""
-    _save(model, recorder, task, settings, directory.path)
-    for line in task.conclude(model, directory.path):
-        print(line)
-    _print_table(model, recorder, settings.batch_size, len(task.train[0]), task.measure)
-    print(f"\n{', '.join(run_directory.RESULTS)} are in {directory.path}")
-    if directory.has_own_backup:
-        print(f"{directory.backup} holds the end of this run: remove it to train anew")
-    value = recorder.epochs[-1][task.measure]
-    missed = not task.reaches_bar(value)
-    bar = f"bar {'below ' if task.lower_is_better else ''}{task.bar:.4g}"
-    print(f"{task.measure} {value:.4f} ({bar}{', missed' if missed else ''})")
-    return 3 if missed and _REQUIRE_BAR.value else 0
 
 
 def _run():

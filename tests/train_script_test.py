@@ -145,6 +145,43 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert "complete" in again.stderr
 
 
+ENDS = {
+    "interrupted": ("raise KeyboardInterrupt", 130),
+    "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    "full": ("raise OSError(28, 'No space left on device')", 1),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_run_that_ends_between_its_training_and_its_files_is_concluded(how, tmp_path):
+    # The curves, which come after the model, are drawn by this.
+    end, code = ENDS[how]
+    (tmp_path / "matplotlib.py").write_text(f"def use(backend):\n    {end}\n")
+    directory = tmp_path / "run"
+    arguments = ("--epochs=2", "--nomonitor", "--verbose=2", "--micro_batch_size=auto")
+    arguments = (*arguments, f"--output_dir={directory}")
+    path = f"{tmp_path}{os.pathsep}{job.ROOT}"
+    done = job.finish(job.start([sys.executable, TRAIN, *arguments], PYTHONPATH=path), 60)
+    assert done.returncode == code, done.stderr
+    model = keras.saving.load_model(directory / "model.keras")
+    assert int(model.optimizer.iterations.numpy()) == 2 * 3
+    if how != "killed":
+        line = done.stderr.strip().splitlines()[-1]
+        assert "training is complete, and --resume saves and judges it" in line
+        assert "Traceback" not in done.stderr
+    (directory / "model.keras").unlink()
+
+    concluded = run(TRAIN, *arguments, "--resume")
+    assert concluded.returncode == 0, concluded.stderr
+    assert "Epoch" not in concluded.stdout
+    assert table(concluded.stdout)["updates"] == "6"
+    assert "val_accuracy" in concluded.stdout.splitlines()[-1]
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model = keras.saving.load_model(directory / "model.keras")
+    assert int(model.optimizer.iterations.numpy()) == 2 * 3
+    assert not (directory / "backup").exists()
+
+
 REFUSED = {
     "--task=speech --voices=en-us+nobody": "no voice 'en-us+nobody'",
     "--task=speech --held_out_voices=klingon-x": "no voice 'klingon-x'",
