@@ -1,5 +1,12 @@
 """curves.png of a run."""
 
+import importlib.util
+
+
+def can_draw():
+    """Whether matplotlib is there, without which a run leaves no pictures."""
+    return importlib.util.find_spec("matplotlib") is not None
+
 
 def plot(recorder, task, title, path):
     """Plots the history of a run.

@@ -15,7 +15,7 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def save(model, recorder, task, about, path):
-    """Writes the model, reads it back, and draws the curves.
+    """Writes the model, reads it back, and draws the curves where that can be done.
 
     Args:
         model: The model that was trained.
@@ -29,7 +29,7 @@ def save(model, recorder, task, about, path):
     loaded = keras.saving.load_model(path / "model.keras")
     for saved, read in zip(model.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_array_equal(saved, read)
-    if recorder.epochs:
+    if recorder.epochs and run_curves.can_draw():
         replicas = model.distribute_strategy.num_replicas_in_sync
         run_curves.plot(recorder, task, f"{about}, {replicas} replica(s)", path / "curves.png")
 
@@ -52,7 +52,8 @@ def conclude(model, recorder, task, about, batch_size, directory):
     for line in task.conclude(model, directory.path):
         print(line)
     _print_table(model, recorder, batch_size, len(task.train[0]), task.measure)
-    print(f"\n{', '.join(run_directory.RESULTS)} are in {directory.path}")
+    left = [name for name in run_directory.RESULTS if (directory.path / name).exists()]
+    print(f"\n{', '.join(left)} are in {directory.path}")
     if directory.has_own_backup:
         print(f"{directory.backup} holds the end of this run: remove it to train anew")
     value = recorder.epochs[-1][task.measure]

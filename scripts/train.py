@@ -9,9 +9,9 @@ not the mathematics.
     python scripts/train.py --task=language
     python scripts/train.py --task=speech --micro_batch_size=auto
 
-The output directory then holds history.csv, curves.png and model.keras, and in `monitor` what
-`tfbig.callbacks.TrainingMonitor` writes about every second. A run that was interrupted goes on
-with `--resume`. At its end a run says whether it reached the bar of its task.
+The output directory then holds history.csv, model.keras and, with matplotlib, curves.png, and in
+`monitor` what `tfbig.callbacks.TrainingMonitor` writes about every second. A run that was
+interrupted goes on with `--resume`. At its end a run says whether it reached the bar of its task.
 """
 
 import dataclasses
@@ -298,6 +298,7 @@ def _train(directory, settings):
     module = TASKS[_TASK.value]
     with command_line.quiet_start():
         strategy = _start()
+    import run_curves
     import run_history
     import run_results
     import tensorflow as tf
@@ -328,6 +329,9 @@ def _train(directory, settings):
         # Only now, so that a run that cannot begin leaves the old one.
         if is_chief:
             directory.begin()
+        if is_chief and not run_curves.can_draw():
+            # Not worth a refusal: the numbers are in history.csv.
+            print("train.py: no pictures are drawn: pip install 'tfbig[plots]'", file=sys.stderr)
         model.fit(
             *task.train,
             batch_size=settings.batch_size,

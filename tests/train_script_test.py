@@ -229,6 +229,21 @@ def test_a_missing_extra_is_named(task, package, extra, tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.parametrize("task", ["digits", "gan"])
+def test_without_matplotlib_a_run_leaves_all_but_pictures(task, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n")
+    directory = tmp_path / "run"
+    arguments = (f"--task={task}", "--epochs=1", "--batch_size=512", f"--output_dir={directory}")
+    path = f"{tmp_path}{os.pathsep}{job.ROOT}"
+    done = job.finish(job.start([sys.executable, TRAIN, *arguments], PYTHONPATH=path), 100)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'tfbig[plots]'" in line
+    assert "history.csv, model.keras are in" in done.stdout
+    assert (directory / "model.keras").exists()
+    assert not list(directory.rglob("*.png"))
+
+
 def test_a_directory_of_another_run_is_left_alone(tmp_path):
     done = run(TRAIN, "--epochs=1", "--verbose=0", f"--output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
