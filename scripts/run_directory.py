@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import command_line
@@ -30,12 +31,14 @@ class RunDirectory:
     def __init__(self, path, settings, backup_dir):
         self.path = pathlib.Path(path)
         self.settings = settings
-        self.has_own_backup = backup_dir is not None
+        self.has_own_backup = bool(backup_dir)
         self.backup = pathlib.Path(backup_dir or self.path / "backup")
         self.goes_on = False
 
     def prepare(self, resume, overwrite):
-        """Checks that a run may begin or, with `resume`, go on here. Nothing is changed.
+        """Checks that a run may begin or, with `resume`, go on here.
+
+        Nothing is changed but that the directories are there.
 
         Raises:
             UsageError: If it may not; the text says what does.
@@ -49,7 +52,9 @@ class RunDirectory:
             self.goes_on = True
         elif not overwrite:
             self._check_free()
-        command_line.make_writable(self.path)
+        self._check_writable(self.path, "output_dir")
+        if self.has_own_backup or self.backup.exists():
+            self._check_writable(self.backup, "backup_dir")
 
     def begin(self):
         """Makes room for a run; one that goes on keeps what is there. On the chief only."""
@@ -71,6 +76,14 @@ class RunDirectory:
         """Removes the backup in the directory, which has served. On the chief only."""
         if not self.has_own_backup:
             shutil.rmtree(self.backup, ignore_errors=True)
+
+    def _check_writable(self, path, flag):
+        if re.match(r"\w+:/", str(path)):  # pathlib has made one slash of two.
+            raise command_line.UsageError(
+                f"--{flag} must be a directory of a file system; mount the storage. Received: "
+                f"{path}."
+            )
+        command_line.make_writable(path, flag)
 
     def _check_task(self):
         other = self._read_settings().get("task", self.settings["task"])

@@ -193,6 +193,10 @@ REFUSED = {
     "--parameters=1M": "--parameters goes with --task=language",
     "--micro_batch_size=many": "auto or an integer >= 1",
     "--micro_batch_size=0": "auto or an integer >= 1",
+    "--backup_dir=/proc/tfbig": "--backup_dir=/proc/tfbig cannot be written to",
+    "--backup_dir=/etc/passwd/x": "--backup_dir=/etc/passwd/x cannot be written to",
+    "--backup_dir=gs://bucket/x": "mount the storage",
+    "--output_dir=gs://bucket/x": "mount the storage",
     "--resume": "holds none",
     "--resume --overwrite": "at most one",
 }
@@ -207,6 +211,15 @@ def test_what_cannot_be_done_gets_one_line_and_exit_code_2(arguments, tmp_path):
     assert REFUSED[arguments] in line
     assert done.stdout == ""
     assert not list(tmp_path.rglob("model.keras"))
+
+
+def test_what_cannot_hold_a_backup_leaves_the_old_run(tmp_path):
+    (tmp_path / "model.keras").write_text("precious")
+    arguments = ("--overwrite", "--backup_dir=/proc/tfbig", f"--output_dir={tmp_path}")
+    done = run(TRAIN, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "model.keras").read_text() == "precious"
 
 
 @pytest.mark.parametrize(
