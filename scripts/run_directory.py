@@ -16,16 +16,23 @@ MONITOR = "monitor"
 
 _ABOUT = "run.json"
 
+# The key in run.json that is no setting: whether all of the run is there.
+_COMPLETE = "complete"
+
 
 class RunDirectory:
     """The output directory of one run.
 
-    `run.json` in it says what run it is: the task and the flags that decide the weights.
+    `run.json` in it says what run it is: the task and the flags that decide the weights, and
+    whether it is complete.
 
     Args:
         path: path of the directory.
         settings: dict of what decides the weights, "task" among it.
         backup_dir: path that was asked for, or None: `backup` in the directory.
+
+    Attributes:
+        goes_on: bool, after `prepare`, whether there is a backup that the run goes on from.
     """
 
     def __init__(self, path, settings, backup_dir):
@@ -43,39 +50,43 @@ class RunDirectory:
         Raises:
             UsageError: If it may not; the text says what does.
         """
+        about = {} if overwrite else self._read_about()
+        # Of a run without the key only a backup tells that it was interrupted.
+        is_complete = about.pop(_COMPLETE, True)
+        is_interrupted = self.holds_backup() or not is_complete
         if not overwrite:
-            self._check_task()
+            self._check_task(about)
         if resume:
-            self._check_resumable()
+            self._check_resumable(about, is_interrupted)
+            self.goes_on = self.holds_backup()
         elif self.has_own_backup and self.backup.exists():
             # A job that is started again with the same flags goes on without being told.
-            self.goes_on = True
+            self.goes_on = self.holds_backup()
         elif not overwrite:
-            self._check_free()
+            self._check_free(is_interrupted)
         self._check_writable(self.path, "output_dir")
         if self.has_own_backup or self.backup.exists():
             self._check_writable(self.backup, "backup_dir")
 
     def begin(self):
         """Makes room for a run; one that goes on keeps what is there. On the chief only."""
-        if not (self.goes_on and self._holds_backup()):
-            # Without a backup training begins anew.
+        if not self.goes_on:
             shutil.rmtree(self.path / MONITOR, ignore_errors=True)
-        if self.goes_on:
-            return
-        for name in (*RESULTS, *_MORE_RESULTS):
-            (self.path / name).unlink(missing_ok=True)
-        if not self.has_own_backup:
-            shutil.rmtree(self.backup, ignore_errors=True)
-        # Also tells a run that ended before its first backup from one that is complete.
-        self.backup.mkdir(parents=True, exist_ok=True)
-        about = json.dumps(self.settings, indent=2)
-        (self.path / _ABOUT).write_text(about + "\n", encoding="utf-8")
+            for name in (*RESULTS, *_MORE_RESULTS):
+                (self.path / name).unlink(missing_ok=True)
+            if not self.has_own_backup:
+                shutil.rmtree(self.backup, ignore_errors=True)
+        self._write_about(is_complete=False)
 
     def end(self):
-        """Removes the backup in the directory, which has served. On the chief only."""
+        """Says that all is there; a backup in the directory has served. On the chief only."""
+        self._write_about(is_complete=True)
         if not self.has_own_backup:
             shutil.rmtree(self.backup, ignore_errors=True)
+
+    def holds_backup(self):
+        """Whether there is a backup to go on from."""
+        return self.backup.is_dir() and any(self.backup.iterdir())
 
     def _check_writable(self, path, flag):
         if re.match(r"\w+:/", str(path)):  # pathlib has made one slash of two.
@@ -85,17 +96,17 @@ class RunDirectory:
             )
         command_line.make_writable(path, flag)
 
-    def _check_task(self):
-        other = self._read_settings().get("task", self.settings["task"])
+    def _check_task(self, theirs):
+        other = theirs.get("task", self.settings["task"])
         if other != self.settings["task"]:
             raise command_line.UsageError(
                 f"--output_dir={self.path} holds a run of --task={other}. Received: "
                 f"--task={self.settings['task']}. Choose another directory or add --overwrite."
             )
 
-    def _check_free(self):
+    def _check_free(self, is_interrupted):
         found = [name for name in RESULTS if (self.path / name).exists()]
-        if not self.has_own_backup and self._holds_backup():
+        if is_interrupted and not self.has_own_backup and (found or self.holds_backup()):
             raise command_line.UsageError(
                 f"--output_dir={self.path} holds a run that was interrupted. Go on with it by "
                 "--resume, choose another directory, or add --overwrite."
@@ -106,14 +117,12 @@ class RunDirectory:
                 "another or add --overwrite."
             )
 
-    def _check_resumable(self):
-        about = self.path / _ABOUT
-        if not about.exists():
+    def _check_resumable(self, theirs, is_interrupted):
+        if not theirs:
             raise command_line.UsageError(
                 f"--resume goes on with a run in --output_dir. Received: {self.path}, which holds "
                 "none. Name the directory of the run, or leave out --resume."
             )
-        theirs = self._read_settings()
         names = {**theirs, **self.settings}
         others = [name for name in names if theirs.get(name) != self.settings.get(name)]
         if others:
@@ -123,22 +132,18 @@ class RunDirectory:
                 f"--resume goes on with the same run: {self.path} holds one with {wanted}. "
                 f"Received: {said}. Give the flags of that run, or choose another --output_dir."
             )
-        if not self._holds_backup():
+        if not is_interrupted:
             raise command_line.UsageError(
-                f"--resume needs a backup. Received: {self.path}, whose run is complete, or ended "
-                "before its first backup. Add --overwrite instead of --resume to train anew."
+                f"--resume goes on with a run that was interrupted. Received: {self.path}, whose "
+                "run is complete. Add --overwrite instead of --resume to train anew."
             )
-        self.goes_on = True
 
-    def _holds_backup(self):
-        return self.backup.is_dir() and any(self.backup.iterdir())
-
-    def _read_settings(self):
+    def _read_about(self):
         """What run.json says; nothing where there is none."""
         path = self.path / _ABOUT
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
+            about = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(about, dict):
                 raise ValueError("it is not a dictionary")
         except FileNotFoundError:
             return {}
@@ -147,4 +152,11 @@ class RunDirectory:
                 f"{path} says what run --output_dir holds, and cannot be read: {e}. Choose another "
                 "directory, or remove this one."
             ) from None
-        return settings
+        return about
+
+    def _write_about(self, is_complete):
+        about = json.dumps({**self.settings, _COMPLETE: is_complete}, indent=2)
+        # Whole, and in one step: a run may be killed at any time.
+        temporary = self.path / f"{_ABOUT}.tmp"
+        temporary.write_text(about + "\n", encoding="utf-8")
+        temporary.replace(self.path / _ABOUT)

@@ -102,7 +102,10 @@ _OUTPUT_DIR = flags.DEFINE_string(
 )
 _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace a run that --output_dir holds.")
 _RESUME = flags.DEFINE_boolean(
-    "resume", False, "Go on with the interrupted run in --output_dir, from its last backup."
+    "resume",
+    False,
+    "Go on with the interrupted run in --output_dir, from its last backup; anew if it ended before "
+    "the first.",
 )
 _REQUIRE_BAR = flags.DEFINE_boolean(
     "require_bar", False, "End with exit code 3 if the run misses the bar of its task."
@@ -294,6 +297,12 @@ def _make_model(task, strategy, updates, settings):
     return model
 
 
+def _how_to_go_on(directory):
+    if directory.holds_backup():
+        return "--resume goes on from the last backup"
+    return "there is no backup yet, so --resume begins anew"
+
+
 def _train(directory, settings):
     module = TASKS[_TASK.value]
     with command_line.quiet_start():
@@ -329,6 +338,8 @@ def _train(directory, settings):
         # Only now, so that a run that cannot begin leaves the old one.
         if is_chief:
             directory.begin()
+        if is_chief and _RESUME.value and not directory.goes_on:
+            print("train.py: there is no backup: training begins anew", file=sys.stderr)
         if is_chief and not run_curves.can_draw():
             # Not worth a refusal: the numbers are in history.csv.
             print("train.py: no pictures are drawn: pip install 'tfbig[plots]'", file=sys.stderr)
@@ -362,11 +373,9 @@ def _train(directory, settings):
         if model is not None and model.optimizer.built and is_chief:
             run_results.save(model, recorder, task, about, directory.path)
             monitor.draw()
-            done = run_history.updates(model)
+            saved = f"{run_history.updates(model)} of {updates} updates are saved"
             return command_line.interrupted(
-                PROGRAM,
-                f"{done} of {updates} updates are saved in {directory.path}; --resume goes on from "
-                "the last backup",
+                PROGRAM, f"{saved} in {directory.path}; {_how_to_go_on(directory)}"
             )
         return command_line.interrupted(
             PROGRAM, "nothing is trained yet" if is_chief else "the chief saves"

@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_before_its_first_backup_is_started_again(tmp_path)
         process.wait(timeout=60)
     # There are results, and no backup.
     assert (tmp_path / "history.csv").exists()
-    assert list(backup.iterdir()) == []
+    assert not list(backup.iterdir())
     done = run(TRAIN, "--epochs=2", "--verbose=0", *arguments)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 3

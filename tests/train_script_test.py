@@ -145,6 +145,34 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert "complete" in again.stderr
 
 
+def test_a_run_that_is_interrupted_before_its_first_backup_begins_anew(tmp_path):
+    arguments = ("--batch_size=32", "--epochs=4", "--verbose=2", "--backup_freq=100000")
+    arguments = (*arguments, f"--output_dir={tmp_path}")
+    process = start(*arguments)
+    for line in process.stdout:
+        if line.startswith("Epoch 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = stderr.strip().splitlines()
+    assert "there is no backup yet, so --resume begins anew" in line
+    assert (tmp_path / "model.keras").exists()
+    # Which is not done unasked.
+    again = run(TRAIN, *arguments)
+    assert again.returncode == 2
+    (line,) = again.stderr.splitlines()
+    assert "was interrupted. Go on with it by --resume" in line
+    resumed = run(TRAIN, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    (line,) = resumed.stderr.splitlines()
+    assert "training begins anew" in line
+    assert table(resumed.stdout)["updates"] == str(4 * UPDATES)
+    assert [row["epoch"] for row in history(tmp_path)] == list("0123")
+    # It is complete now.
+    assert "complete" in run(TRAIN, *arguments, "--resume").stderr
+
+
 ENDS = {
     "interrupted": ("raise KeyboardInterrupt", 130),
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
