@@ -14,6 +14,10 @@ _MORE_RESULTS = ("samples.txt", "samples.png")
 # The directory of a `tfbig.callbacks.TrainingMonitor` in it.
 MONITOR = "monitor"
 
+# The file of a `tfbig.callbacks.BackupAndRestore`. A program that is killed while it writes leaves
+# others beside it.
+_BACKUP = "backup.npz"
+
 _ABOUT = "run.json"
 
 # The key in run.json that is no setting: whether all of the run is there.
@@ -86,7 +90,7 @@ class RunDirectory:
 
     def holds_backup(self):
         """Whether there is a backup to go on from."""
-        return self.backup.is_dir() and any(self.backup.iterdir())
+        return (self.backup / _BACKUP).exists()
 
     def _check_writable(self, path, flag):
         if re.match(r"\w+:/", str(path)):  # pathlib has made one slash of two.

@@ -173,6 +173,18 @@ def test_a_run_that_is_interrupted_before_its_first_backup_begins_anew(tmp_path)
     assert "complete" in run(TRAIN, *arguments, "--resume").stderr
 
 
+def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
+    arguments = ("--batch_size=32", "--epochs=8", "--verbose=2", "--backup_freq=100000")
+    arguments = (*arguments, f"--output_dir={tmp_path}")
+    assert interrupt(start(*arguments), signal.SIGKILL, "Epoch 2/") == -signal.SIGKILL
+    (tmp_path / "backup").mkdir(exist_ok=True)
+    (tmp_path / "backup/.backup-1.tmp").write_bytes(b"half")
+    resumed = run(TRAIN, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert table(resumed.stdout)["updates"] == str(8 * UPDATES)
+    assert not (tmp_path / "backup").exists()
+
+
 ENDS = {
     "interrupted": ("raise KeyboardInterrupt", 130),
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
