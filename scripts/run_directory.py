@@ -54,7 +54,7 @@ class RunDirectory:
         Raises:
             UsageError: If it may not; the text says what does.
         """
-        about = {} if overwrite else self._read_about()
+        about = {} if overwrite else self._read_about(self.path)
         # Of a run without the key only a backup tells that it was interrupted.
         is_complete = about.pop(_COMPLETE, True)
         is_interrupted = self.holds_backup() or not is_complete
@@ -62,12 +62,17 @@ class RunDirectory:
             self._check_task(about)
         if resume:
             self._check_resumable(about, is_interrupted)
-            self.goes_on = self.holds_backup()
-        elif self.has_own_backup and self.backup.exists():
+        elif about and is_interrupted and self.has_own_backup:
             # A job that is started again with the same flags goes on without being told.
-            self.goes_on = self.holds_backup()
+            self._check_same("--backup_dir", self.path, about)
         elif not overwrite:
             self._check_free(is_interrupted)
+        self.goes_on = self.holds_backup() and not overwrite
+        if self.goes_on and self.has_own_backup:
+            # The backup may be of the run in another directory.
+            theirs = self._read_about(self.backup)
+            theirs.pop(_COMPLETE, None)
+            self._check_same("--backup_dir", self.backup, theirs)
         self._check_writable(self.path, "output_dir")
         if self.has_own_backup or self.backup.exists():
             self._check_writable(self.backup, "backup_dir")
@@ -105,7 +110,8 @@ class RunDirectory:
         if other != self.settings["task"]:
             raise command_line.UsageError(
                 f"--output_dir={self.path} holds a run of --task={other}. Received: "
-                f"--task={self.settings['task']}. Choose another directory or add --overwrite."
+                f"--task={self.settings['task']}. Choose another directory. "
+                f"{self._to_begin_anew()}"
             )
 
     def _check_free(self, is_interrupted):
@@ -118,7 +124,7 @@ class RunDirectory:
         if found:
             raise command_line.UsageError(
                 f"--output_dir={self.path} already holds a run ({', '.join(found)}). Choose "
-                "another or add --overwrite."
+                f"another. {self._to_begin_anew()}"
             )
 
     def _check_resumable(self, theirs, is_interrupted):
@@ -127,24 +133,34 @@ class RunDirectory:
                 f"--resume goes on with a run in --output_dir. Received: {self.path}, which holds "
                 "none. Name the directory of the run, or leave out --resume."
             )
+        self._check_same("--resume", self.path, theirs)
+        if not is_interrupted:
+            raise command_line.UsageError(
+                f"--resume goes on with a run that was interrupted. Received: {self.path}, whose "
+                f"run is complete. {self._to_begin_anew()}"
+            )
+
+    def _check_same(self, flag, place, theirs):
+        if not theirs:
+            return
         names = {**theirs, **self.settings}
         others = [name for name in names if theirs.get(name) != self.settings.get(name)]
         if others:
             said = ", ".join(f"{name}={self.settings.get(name)}" for name in others)
             wanted = ", ".join(f"{name}={theirs.get(name)}" for name in others)
             raise command_line.UsageError(
-                f"--resume goes on with the same run: {self.path} holds one with {wanted}. "
-                f"Received: {said}. Give the flags of that run, or choose another --output_dir."
-            )
-        if not is_interrupted:
-            raise command_line.UsageError(
-                f"--resume goes on with a run that was interrupted. Received: {self.path}, whose "
-                "run is complete. Add --overwrite instead of --resume to train anew."
+                f"{flag} goes on with the same run: {place} holds one with {wanted}. Received: "
+                f"{said}. Give the flags of that run, or choose other directories."
             )
 
-    def _read_about(self):
-        """What run.json says; nothing where there is none."""
-        path = self.path / _ABOUT
+    def _to_begin_anew(self):
+        if self.has_own_backup:
+            return f"Remove it and {self.backup} to train anew."
+        return "Add --overwrite to train anew."
+
+    def _read_about(self, directory):
+        """What run.json in a directory says; nothing where there is none."""
+        path = directory / _ABOUT
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(about, dict):
@@ -153,14 +169,16 @@ class RunDirectory:
             return {}
         except (OSError, ValueError) as e:
             raise command_line.UsageError(
-                f"{path} says what run --output_dir holds, and cannot be read: {e}. Choose another "
+                f"{path} says what run {directory} holds, and cannot be read: {e}. Choose another "
                 "directory, or remove this one."
             ) from None
         return about
 
     def _write_about(self, is_complete):
         about = json.dumps({**self.settings, _COMPLETE: is_complete}, indent=2)
-        # Whole, and in one step: a run may be killed at any time.
-        temporary = self.path / f"{_ABOUT}.tmp"
-        temporary.write_text(about + "\n", encoding="utf-8")
-        temporary.replace(self.path / _ABOUT)
+        # A backup elsewhere has one as well, as it may be found from another output directory.
+        for directory in (self.path, self.backup) if self.has_own_backup else (self.path,):
+            # Whole, and in one step: a run may be killed at any time.
+            temporary = directory / f"{_ABOUT}.tmp"
+            temporary.write_text(about + "\n", encoding="utf-8")
+            temporary.replace(directory / _ABOUT)

@@ -195,6 +195,15 @@ def _goes_on_or_begins(values):
     return not all(values.values())
 
 
+@flags.multi_flags_validator(
+    ["overwrite", "backup_dir"],
+    "a job that is started again with the same flags would lose what it has trained: remove the "
+    "old run and its backup, and leave --overwrite out",
+)
+def _keeps_its_progress(values):
+    return not all(values.values())
+
+
 # --- Settings ----------------------------------------------------------------
 
 

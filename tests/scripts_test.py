@@ -163,9 +163,10 @@ def test_an_interrupted_run_is_saved(tmp_path):
 
 def test_a_run_that_is_killed_before_its_first_backup_is_started_again(tmp_path):
     backup = tmp_path / "backup"
-    arguments = [f"--output_dir={tmp_path}", f"--backup_dir={backup}", "--backup_freq=100000"]
+    arguments = ["--batch_size=32", "--epochs=8", "--verbose=2", "--backup_freq=100000"]
+    arguments += [f"--output_dir={tmp_path}", f"--backup_dir={backup}"]
     process = subprocess.Popen(
-        [sys.executable, TRAIN, "--epochs=1000", "--verbose=2", *arguments],
+        [sys.executable, TRAIN, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -178,12 +179,12 @@ def test_a_run_that_is_killed_before_its_first_backup_is_started_again(tmp_path)
         process.wait(timeout=60)
     # There are results, and no backup.
     assert (tmp_path / "history.csv").exists()
-    assert not list(backup.iterdir())
-    done = run(TRAIN, "--epochs=2", "--verbose=0", *arguments)
+    assert not (backup / "backup.npz").exists()
+    done = run(TRAIN, *arguments)
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + 8
     with (tmp_path / "monitor/training.csv").open() as file:
-        assert [int(row["update"]) for row in csv.DictReader(file)][-1] == 2 * UPDATES
+        assert [int(row["update"]) for row in csv.DictReader(file)][-1] == 8 * 45
 
 
 @pytest.mark.parametrize("script", [TRAIN, BENCHMARK], ids=lambda path: path.stem)

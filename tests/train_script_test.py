@@ -239,6 +239,7 @@ REFUSED = {
     "--output_dir=gs://bucket/x": "mount the storage",
     "--resume": "holds none",
     "--resume --overwrite": "at most one",
+    "--overwrite --backup_dir=backup": "leave --overwrite out",
 }
 
 
@@ -255,10 +256,10 @@ def test_what_cannot_be_done_gets_one_line_and_exit_code_2(arguments, tmp_path):
 
 def test_what_cannot_hold_a_backup_leaves_the_old_run(tmp_path):
     (tmp_path / "model.keras").write_text("precious")
-    arguments = ("--overwrite", "--backup_dir=/proc/tfbig", f"--output_dir={tmp_path}")
-    done = run(TRAIN, *arguments)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    for more in ("--overwrite", "--nomonitor"):
+        done = run(TRAIN, more, "--backup_dir=/proc/tfbig", f"--output_dir={tmp_path}")
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "model.keras").read_text() == "precious"
 
 
@@ -315,10 +316,32 @@ def test_a_directory_of_another_run_is_left_alone(tmp_path):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
+def test_a_backup_elsewhere_is_gone_on_with_by_the_same_run_only(tmp_path):
+    backup = f"--backup_dir={tmp_path / 'backup'}"
+    arguments = ("--epochs=1", "--verbose=2", f"--output_dir={tmp_path / 'run'}")
+    assert run(TRAIN, *arguments, backup).returncode == 0
+    about = (tmp_path / "run/run.json").read_text()
+    cases = {
+        ("--seed=7", "--learning_rate=0.5", backup): "learning_rate=0.5, seed=7",
+        (f"--output_dir={tmp_path / 'other'}", "--seed=7", backup): "Received: seed=7",
+        # Nor does another backup, which is none, make room.
+        (f"--backup_dir={tmp_path}",): "already holds a run",
+    }
+    for others, text in cases.items():
+        done = run(TRAIN, *arguments, *others)
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert text in line
+    assert (tmp_path / "run/run.json").read_text() == about
+    done = run(TRAIN, *arguments, backup)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch" not in done.stdout
+
+
 def test_a_damaged_backup_is_named(tmp_path):
     arguments = ("--batch_size=16", "--epochs=50", "--verbose=2", f"--output_dir={tmp_path}")
     interrupt(start(*arguments), signal.SIGTERM, "Epoch 2/")
-    (backup,) = (tmp_path / "backup").iterdir()
+    backup = tmp_path / "backup/backup.npz"
     backup.write_bytes(backup.read_bytes()[:100])
     done = run(TRAIN, *arguments)
     assert done.returncode == 2
