@@ -379,15 +379,20 @@ def _train(directory, settings):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if is_trained:
             return command_line.interrupted(PROGRAM, _TRAINED)
-        if model is not None and model.optimizer.built and is_chief:
-            run_results.save(model, recorder, task, about, directory.path)
-            monitor.draw()
-            saved = f"{run_history.updates(model)} of {updates} updates are saved"
-            return command_line.interrupted(
-                PROGRAM, f"{saved} in {directory.path}; {_how_to_go_on(directory)}"
-            )
+        if not is_chief:
+            return command_line.interrupted(PROGRAM, "the chief saves")
+        # Before an epoch has begun, a model that is to go on is not what its run has trained.
+        has_begun = recorder is not None and recorder.epochs is not None
+        if not has_begun or run_history.updates(model) == 0:
+            done = "nothing is trained yet"
+            if directory.goes_on:
+                done = f"nothing is trained since; {_how_to_go_on(directory)}"
+            return command_line.interrupted(PROGRAM, done)
+        run_results.save(model, recorder, task, about, directory.path)
+        monitor.draw()
+        saved = f"{run_history.updates(model)} of {updates} updates are saved"
         return command_line.interrupted(
-            PROGRAM, "nothing is trained yet" if is_chief else "the chief saves"
+            PROGRAM, f"{saved} in {directory.path}; {_how_to_go_on(directory)}"
         )
     except OSError as e:
         if not is_trained:

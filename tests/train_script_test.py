@@ -185,6 +185,33 @@ def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
     assert not (tmp_path / "backup").exists()
 
 
+# Ctrl-C where the backup is about to be read.
+INTERRUPTED_READING = """
+import numpy
+load = numpy.load
+def interrupted(file, **options):
+    if str(getattr(file, "name", "")).endswith("backup.npz"):
+        raise KeyboardInterrupt
+    return load(file, **options)
+numpy.load = interrupted
+"""
+
+
+def test_an_interruption_before_anything_is_restored_leaves_the_model(tmp_path):
+    # Its optimizers are built before training begins.
+    directory = tmp_path / "run"
+    arguments = (*SMALL["gan"], "--epochs=1000", f"--output_dir={directory}")
+    assert interrupt(start(*arguments), signal.SIGINT, "Epoch 3/") == 130
+    before = (directory / "model.keras").read_bytes()
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_READING)
+    command = [sys.executable, TRAIN, *arguments, "--resume"]
+    done = job.finish(job.start(command, PYTHONPATH=f"{tmp_path}{os.pathsep}{job.ROOT}"), 60)
+    assert done.returncode == 130, done.stderr
+    assert (directory / "model.keras").read_bytes() == before
+    (line,) = done.stderr.strip().splitlines()
+    assert "nothing is trained since; --resume goes on from the last backup" in line
+
+
 ENDS = {
     "interrupted": ("raise KeyboardInterrupt", 130),
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
