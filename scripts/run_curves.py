@@ -1,6 +1,7 @@
 """curves.png of a run."""
 
 import importlib.util
+import math
 
 
 def can_draw():
@@ -24,12 +25,12 @@ def plot(recorder, task, title, path):
 
     panels = len(task.curves) + bool(recorder.scales)
     figure, axes = pyplot.subplots(1, panels, figsize=(4.4 * panels, 3.8), layout="constrained")
-    epochs = range(1, len(recorder.epochs) + 1)
+    epochs = [logs["epoch"] + 1 for logs in recorder.epochs]
     marker = "o" if len(epochs) == 1 else None
     for axis, name in zip(axes, task.curves, strict=False):
         for prefix, label in (("", "training"), ("val_", "validation")):
             if prefix + name in recorder.epochs[-1]:
-                values = [logs[prefix + name] for logs in recorder.epochs]
+                values = [logs.get(prefix + name, math.nan) for logs in recorder.epochs]
                 axis.plot(epochs, values, label=label, marker=marker)
         axis.set(title=_words(name), xlabel="epoch")
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))

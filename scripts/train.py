@@ -332,7 +332,10 @@ def _train(directory, settings):
         samples = len(task.train[0])
         updates = settings.epochs * math.ceil(samples / settings.batch_size)
         recorder = run_history.Recorder(
-            directory.path / "history.csv" if is_chief else None, settings.epochs
+            directory.path / "history.csv" if is_chief else None,
+            settings.epochs,
+            task.measure,
+            directory.goes_on,
         )
         # The backup is kept until all is saved: a program that ends in between goes on from
         # there. One of its own is kept thereafter: a job that is started again after its end,
@@ -364,7 +367,7 @@ def _train(directory, settings):
         if not is_chief:
             return 0
         is_trained = True
-        if not recorder.epochs:
+        if not recorder.is_complete():
             raise command_line.UsageError(
                 f"{directory.backup} holds the end of a run whose history.csv is not in "
                 f"{directory.path}. Give --output_dir of that run, or remove the backup to train "

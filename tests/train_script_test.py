@@ -197,6 +197,29 @@ def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
     assert not (tmp_path / "backup").exists()
 
 
+def test_a_history_that_cannot_be_read_is_named_and_one_that_is_gone_is_not_made_up(tmp_path):
+    arguments = ("--batch_size=32", "--epochs=6", "--verbose=2", f"--output_dir={tmp_path}")
+    interrupt(start(*arguments), signal.SIGTERM, "Epoch 3/")
+    path = tmp_path / "history.csv"
+    for text in (bytes(range(256)), b"a,b\n1,2\n", b"epoch,loss\n0,1.0\n", None):
+        path.unlink()
+        if text is None:
+            path.mkdir()
+        else:
+            path.write_bytes(text)
+        done = run(TRAIN, *arguments, "--resume")
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert "history.csv holds the epochs so far, and cannot be read" in line
+        assert "Epoch" not in done.stdout
+    path.rmdir()
+    done = run(TRAIN, *arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    numbers = [int(row["epoch"]) for row in history(tmp_path)]
+    assert numbers == list(range(numbers[0], 6))
+    assert numbers[0] >= 2
+
+
 # Ctrl-C where the backup is about to be read.
 INTERRUPTED_READING = """
 import numpy
