@@ -290,6 +290,7 @@ REFUSED = {
     "--task=speech --voices=en-us+f1 --held_out_voices=en-us+f1": "for training or for validation",
     "--task=speech --cache_dir=/proc/tfbig": "--cache_dir=/proc/tfbig cannot be written to",
     "--task=gan --micro_batch_size=auto": "Give a number",
+    "--task=language --precision=float64": "does not go with --task=language",
     "--task=language --parameters=2B": "from 1M to 1B",
     "--task=language --parameters=small": "from 1M to 1B",
     "--parameters=1M": "--parameters goes with --task=language",

@@ -7,6 +7,7 @@ are. To beat is a 5-gram model of the same text.
 import math
 import re
 
+import command_line
 import numpy as np
 from absl import flags
 
@@ -69,6 +70,11 @@ def load(settings):
     import tfbig
     from tasks import bits, transformer
 
+    if flags.FLAGS.precision == "float64":
+        raise command_line.UsageError(
+            "--precision=float64 does not go with --task=language: Keras's Muon takes a learning "
+            "rate that falls in float32 only. Use float32."
+        )
     train, held_out = standard_library.documents(_CORPUS_BYTES.value, _HELD_OUT_BYTES.value)
     tokenizer = _tokenizer(train)
     bar = five_gram.FiveGram(train).bits_per_byte(held_out)
