@@ -16,6 +16,13 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the text says what can."""
 
 
+class MissingExtraError(UsageError):
+    """A package is missing that an extra of tfbig installs; the text says which."""
+
+    def __init__(self, what, extra):
+        super().__init__(f"{what} needs a package that is not there: pip install 'tfbig[{extra}]'")
+
+
 def run(program, work, nothing_done):
     """Runs a program of flags, and ends the process with its exit code.
 

@@ -23,7 +23,6 @@ import command_line
 import run_directory
 from absl import flags
 from tasks import TASKS
-from tasks.task import MissingExtraError
 
 PROGRAM = "train.py"
 
@@ -402,8 +401,6 @@ def _train(directory, settings):
             raise
         print(f"\ntrain.py: results cannot be written: {e}; {_TRAINED}", file=sys.stderr)
         return 1
-    except MissingExtraError as e:
-        raise command_line.UsageError(e) from None
     except (tfbig.errors.InvalidOptionError, tfbig.errors.BackupError) as e:
         raise command_line.UsageError(e) from None
     except tfbig.errors.TfbigError as e:

@@ -51,7 +51,10 @@ def digits():
     import keras
     from keras import layers
 
-    train, validation = digits_data.load()
+    try:
+        train, validation = digits_data.load()
+    except ModuleNotFoundError:
+        raise command_line.MissingExtraError("--task=digits", "sklearn") from None
 
     def build(hp):
         activation = hp.Choice("activation", ["relu", "swish", "tanh", None], default="relu")

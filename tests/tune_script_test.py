@@ -160,6 +160,17 @@ def test_one_of_several_workers_does_not_overwrite(tmp_path):
     assert "--overwrite" in stderr
 
 
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['sklearn'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{TUNE.parents[1]}")
+    code, stdout, stderr = run(f"--output_dir={tmp_path / 'run'}")
+    assert (code, stdout) == (2, "")
+    (line,) = stderr.splitlines()
+    assert line == (
+        "tune.py: --task=digits needs a package that is not there: pip install 'tfbig[sklearn]'"
+    )
+
+
 def test_a_password_is_not_printed(tmp_path):
     # Nothing listens at port 1.
     storage = "--storage=postgresql://user:s3cret@127.0.0.1:1/db"

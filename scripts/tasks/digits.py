@@ -1,5 +1,6 @@
 """Digits: a small convolutional network reads scanned digits, which scikit-learn ships."""
 
+import command_line
 import digits_data
 
 from tasks import task
@@ -16,7 +17,7 @@ def load(settings):
     try:
         train, validation = digits_data.load()
     except ModuleNotFoundError:
-        raise task.MissingExtraError("--task=digits", "sklearn") from None
+        raise command_line.MissingExtraError("--task=digits", "sklearn") from None
     return task.Task(
         train=train,
         validation=validation,

@@ -6,9 +6,8 @@ import ctypes.util
 import functools
 import pathlib
 
+import command_line
 import numpy as np
-
-from tasks import task
 
 # Of espeak-ng's speak_lib.h.
 _RETRIEVAL, _POSITION_CHARACTER, _UTF8, _OK = 1, 1, 1, 0
@@ -107,4 +106,4 @@ def _library():
         return espeakng_loader.get_library_path(), espeakng_loader.get_data_path().encode()
     if found := ctypes.util.find_library("espeak-ng"):  # Debian's, say.
         return found, None
-    raise task.MissingExtraError("--task=speech", "speech")
+    raise command_line.MissingExtraError("--task=speech", "speech")

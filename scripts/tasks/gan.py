@@ -32,7 +32,7 @@ def load(settings):
     try:
         (real, labels), (held_out, _) = digits_data.load()
     except ModuleNotFoundError:
-        raise task.MissingExtraError("--task=gan", "sklearn") from None
+        raise command_line.MissingExtraError("--task=gan", "sklearn") from None
     score = digit_score.DigitScore(real, labels)
     seen = np.random.default_rng(1).standard_normal((_JUDGED, _NOISE)).astype(real.dtype)
 

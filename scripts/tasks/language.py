@@ -121,7 +121,7 @@ def _tokenizer(documents):
     try:
         return tokens.BytePairs(documents, _VOCABULARY.value)
     except ModuleNotFoundError:
-        raise task.MissingExtraError(
+        raise command_line.MissingExtraError(
             "--tokenizer=bpe (--tokenizer=bytes does not)", "language"
         ) from None
 

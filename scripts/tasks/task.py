@@ -59,13 +59,6 @@ class Task:
         return value < self.bar if self.lower_is_better else value >= self.bar
 
 
-class MissingExtraError(ImportError):
-    """A package is missing that an extra of tfbig installs; the text says which."""
-
-    def __init__(self, what, extra):
-        super().__init__(f"{what} needs a package that is not there: pip install 'tfbig[{extra}]'")
-
-
 def falling(learning_rate, updates, warmup=0):
     """A learning rate that falls to 0 along a cosine, after a rise over some of the updates."""
     import keras
