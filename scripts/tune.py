@@ -210,6 +210,11 @@ def _prepare_output_dir():
             "--overwrite in one of several workers would remove what the others begin with. "
             f"Remove {path} first, or choose another --output_dir."
         )
+    if not path.resolve().name:
+        raise command_line.UsageError(
+            "--output_dir must be a directory with a name, which is that of the study. Received: "
+            f"{path}."
+        )
     # Known now rather than when the search has ended.
     if _report_path(path).is_dir():
         raise command_line.UsageError(

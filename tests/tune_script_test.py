@@ -139,6 +139,7 @@ ERRORS = {
     "--tuner=hyperband --pruner=asha": "--pruner goes with",
     "--max_epochs=9": "hyperband",
     "--output_dir=/proc/tfbig": "cannot be written",
+    "--output_dir=/": "a directory with a name",
     "--report=.": "must be a file",
     "--no_such_flag=1": "no_such_flag",
     "argument": "argument",
