@@ -39,6 +39,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 
@@ -98,7 +99,7 @@ _TIMEOUT = flags.DEFINE_float(
     "timeout", 900.0, "Seconds after which a process is killed.", lower_bound=0.0
 )
 _JSON = flags.DEFINE_string("json", None, "File to write all measurements to.")
-_PNG = flags.DEFINE_string("png", None, "File to draw the table to.")
+_PNG = flags.DEFINE_string("png", None, "File to draw the table to, a .png.")
 _IN_TURN = flags.DEFINE_boolean(
     "in_turn",
     False,
@@ -128,12 +129,16 @@ for _flag, _known in (("models", MODELS), ("rows", ROWS), ("peers", PEERS)):
     )
 
 
+flags.register_validator(
+    "gradient_accumulation_steps",
+    lambda given: given is None or (given and all(re.fullmatch("0*[1-9][0-9]*", k) for k in given)),
+    "they must be integers >= 1",
+)
+
+
 def _steps_list(default):
-    """The numbers of --gradient_accumulation_steps; ValueError if one cannot be."""
-    counts = [int(k) for k in _STEPS_LIST.value or default]
-    if min(counts) < 1:
-        raise ValueError(f"--gradient_accumulation_steps must be positive: {min(counts)}")
-    return counts
+    """The numbers of --gradient_accumulation_steps."""
+    return [int(k) for k in _STEPS_LIST.value or default]
 
 
 def _cuts():
@@ -238,9 +243,13 @@ def _prepare():
             for name in ("models", "batch_size", "rows", "peers", "threads", "png"):
                 if mode.value and flags.FLAGS[name].present:
                     raise ValueError(f"--{name} does not go with --{mode.name}")
+        if _IN_TURN.value and _PNG.value is not None:
+            raise ValueError("--png does not go with --in_turn")
         for flag in (_JSON, _PNG):
-            if flag.value and not (parent := pathlib.Path(flag.value).parent).is_dir():
-                raise ValueError(f"--{flag.name}={flag.value}: there is no directory {parent}")
+            if flag.value is not None:
+                command_line.check_file(flag.value, flag.name)
+        if _PNG.value is not None and pathlib.Path(_PNG.value).suffix.lower() != ".png":
+            raise ValueError(f"--png must end in .png. Received: {_PNG.value}")
         if _PNG.value and not importlib.util.find_spec("matplotlib"):
             raise ValueError("--png needs matplotlib: pip install 'tfbig[plots]'")
         if _TUNERS.value:

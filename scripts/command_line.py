@@ -6,6 +6,7 @@ flag take no time.
 
 import contextlib
 import os
+import pathlib
 import sys
 import tempfile
 
@@ -71,6 +72,22 @@ def make_writable(path, flag="output_dir"):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+    except OSError as e:
+        raise UsageError(f"--{flag}={path} cannot be written to: {e.strerror}.") from None
+
+
+def check_file(name, flag):
+    """Checks that the file of a flag can be written to, before what takes long."""
+    path = pathlib.Path(name)
+    if path.is_dir() or not name:
+        raise UsageError(f"--{flag} must be a file. Received: {name or 'nothing'}.")
+    if not path.parent.is_dir():
+        raise UsageError(f"--{flag}={path}: there is no directory {path.parent}.")
+    if not path.exists():
+        make_writable(path.parent, flag)
+        return
+    try:
+        path.open("ab").close()
     except OSError as e:
         raise UsageError(f"--{flag}={path} cannot be written to: {e.strerror}.") from None
 

@@ -397,6 +397,28 @@ def test_over_a_network_an_update_is_one_exchange(tmp_path):
     assert rows["tfbig", 4]["samples_per_second_ratio"] > 1.5
 
 
+NOT_MEASURED = {
+    "--json=/tmp": "--json must be a file",
+    "--json=": "--json must be a file",
+    "--json=/proc/rows.json": "--json=/proc cannot be written to",
+    "--json=/proc/version": "--json=/proc/version cannot be written to",
+    "--png=/tmp": "--png must be a file",
+    "--png=rows.foo": "--png must end in .png",
+    "--in_turn --models=mlp --rows=tfbig --png=rows.png": "--png does not go with --in_turn",
+    "--gradient_accumulation_steps=": "gradient_accumulation_steps",
+    "--gradient_accumulation_steps=x": "gradient_accumulation_steps",
+    "--gradient_accumulation_steps=2,": "gradient_accumulation_steps",
+}
+
+
+@pytest.mark.parametrize("arguments", NOT_MEASURED)
+def test_benchmark_says_before_it_measures_what_it_cannot_do(arguments, tmp_path):
+    done = run(BENCHMARK, *arguments.split(), cwd=tmp_path, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert NOT_MEASURED[arguments] in line
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
