@@ -317,6 +317,7 @@ def _train(directory, settings):
         strategy = _start()
     import run_curves
     import run_history
+    import run_interruption
     import run_results
     import tensorflow as tf
 
@@ -354,15 +355,16 @@ def _train(directory, settings):
         if is_chief and not run_curves.can_draw():
             # Not worth a refusal: the numbers are in history.csv.
             print("train.py: no pictures are drawn: pip install 'tfbig[plots]'", file=sys.stderr)
-        model.fit(
-            *task.train,
-            batch_size=settings.batch_size,
-            epochs=settings.epochs,
-            validation_data=task.validation,
-            validation_batch_size=settings.batch_size,
-            verbose=_VERBOSE.value if is_chief else 0,
-            callbacks=[*task.callbacks, recorder, backup, monitor],
-        )
+        with run_interruption.with_backup(PROGRAM):
+            model.fit(
+                *task.train,
+                batch_size=settings.batch_size,
+                epochs=settings.epochs,
+                validation_data=task.validation,
+                validation_batch_size=settings.batch_size,
+                verbose=_VERBOSE.value if is_chief else 0,
+                callbacks=[*task.callbacks, recorder, backup, monitor],
+            )
         if not is_chief:
             return 0
         is_trained = True
@@ -419,4 +421,4 @@ def _run():
 
 
 if __name__ == "__main__":
-    command_line.run(PROGRAM, _run, "nothing is trained yet")
+    command_line.run(PROGRAM, _run, "training has not begun")

@@ -154,8 +154,7 @@ def test_an_interrupted_run_is_saved(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    (line,) = stderr.strip().splitlines()
-    assert "interrupted" in line
+    assert "interrupted" in stderr.strip().splitlines()[-1]
     model = keras.saving.load_model(tmp_path / "model.keras")
     assert int(model.optimizer.iterations.numpy()) >= 2 * UPDATES
     assert len((tmp_path / "history.csv").read_text().splitlines()) >= 3

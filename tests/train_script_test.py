@@ -157,32 +157,68 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert "complete" in again.stderr
 
 
-def test_a_run_that_is_interrupted_before_its_first_backup_begins_anew(tmp_path):
-    arguments = ("--batch_size=32", "--epochs=4", "--verbose=2", "--backup_freq=100000")
+@pytest.mark.parametrize("is_written", [True, False])
+def test_an_interruption_takes_a_backup(is_written, tmp_path):
+    arguments = ("--batch_size=32", "--epochs=6", "--verbose=2", "--backup_freq=100000")
     arguments = (*arguments, f"--output_dir={tmp_path}")
     process = start(*arguments)
     for line in process.stdout:
         if line.startswith("Epoch 2/"):
             break
+    if not is_written:
+        (tmp_path / "backup").write_text("in the way")
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    (line,) = stderr.strip().splitlines()
-    assert "there is no backup yet, so --resume begins anew" in line
-    assert (tmp_path / "model.keras").exists()
-    # Which is not done unasked.
+    assert "Traceback" not in stderr
+    line = stderr.strip().splitlines()[-1]
+    saved = int(re.search(r"(\d+) of 270 updates are saved", line)[1])
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(model.optimizer.iterations.numpy()) == saved >= UPDATES
+    how = "goes on from the last backup" if is_written else "begins anew"
+    assert f"--resume {how}" in line
+    if not is_written:
+        (tmp_path / "backup").unlink()
+    # Not unasked.
     again = run(TRAIN, *arguments)
     assert again.returncode == 2
     (line,) = again.stderr.splitlines()
     assert "was interrupted. Go on with it by --resume" in line
     resumed = run(TRAIN, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    (line,) = resumed.stderr.splitlines()
-    assert "training begins anew" in line
-    assert table(resumed.stdout)["updates"] == str(4 * UPDATES)
-    assert [row["epoch"] for row in history(tmp_path)] == list("0123")
+    assert ("training begins anew" in resumed.stderr) == (not is_written)
+    assert ("Epoch 1/" in resumed.stdout) == (not is_written)
+    assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
+    assert [row["epoch"] for row in history(tmp_path)] == list("012345")
     # It is complete now.
     assert "complete" in run(TRAIN, *arguments, "--resume").stderr
+
+
+INTERRUPTED_TWICE = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+import keras, numpy as np, run_interruption, tfbig
+signals = [signal.SIGINT] * 2
+class Interrupted(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        while signals:
+            signal.raise_signal(signals.pop())
+model = tfbig.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+callbacks = [Interrupted(), tfbig.callbacks.BackupAndRestore(sys.argv[2])]
+try:
+    with run_interruption.with_backup("train.py"):
+        model.fit(np.ones((8, 1)), np.ones((8, 1)), verbose=0, callbacks=callbacks)
+except KeyboardInterrupt:
+    print(len(signals), "left;", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+"""
+
+
+def test_a_second_interruption_ends_at_once_and_is_not_a_termination(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED_TWICE, TRAIN.parent, tmp_path]
+    done = job.finish(job.start(command), 60)
+    assert (done.returncode, done.stdout) == (0, "0 left; True\n"), done.stderr
+    assert not (tmp_path / "backup.npz").exists()
 
 
 def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
