@@ -34,6 +34,14 @@ def noisy():
             return x + keras.random.normal(keras.ops.shape(x), seed=self.generator)
     return build([Noisy()])
 
+def strict():
+    import tensorflow as tf
+    class Strict(keras.layers.Layer):
+        def call(self, x):
+            with tf.control_dependencies([tf.debugging.assert_less(tf.reduce_max(x), -9.0)]):
+                return tf.identity(x)
+    return build([Strict()])
+
 def ragged():
     return build([keras.layers.GlobalMaxPooling1D()], keras.Input((None, 3)))
 
@@ -171,6 +179,13 @@ def test_what_cannot_be_compared_is_not_right(run):
     assert code == 1
     assert rows(out)["run"].startswith("not compared: random numbers of Noisy 'noisy' cannot be")
     assert "right" not in out
+
+
+def test_a_run_that_fails_is_one_line(run):
+    code, out, _ = run("my_model.py:strict", "--batch_size=16", "--run=traced")
+    assert code == 1
+    assert rows(out)["checks"] == "passed"
+    assert rows(out)["run"].startswith("no: InvalidArgumentError: ")
 
 
 def test_an_environment_that_cannot_be_made(run, directory):

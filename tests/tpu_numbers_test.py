@@ -218,7 +218,7 @@ def test_nan_in_bfloat16_equals_itself():
     values = np.array([[1, np.nan]] * 2, tf.bfloat16.as_numpy_dtype)
     assert numbers.Update({"v": values}, {"v": values.copy()}).changed(["v"]) == []
     assert numbers.Update({}, {"v": values}).apart() == []
-    (poisoned,) = numbers.poisoned((np.ones((4, 2), values.dtype),), 4)
+    (poisoned,), _ = numbers.poisoned((np.ones((4, 2), values.dtype),), 4)
     assert np.isnan(poisoned.astype(float)).sum() == 2
 
 
@@ -283,8 +283,175 @@ def test_a_batch_that_does_not_divide(size, text):
 
 
 def test_poisoned():
-    x, y = numbers.poisoned((np.ones((8, 3)), np.ones(8)), 4)
+    ones, ids = np.ones((8, 3)), np.ones(8, int)
+    (x, y), is_sure = numbers.poisoned((ones, ones), 4)
+    assert is_sure
+    assert np.isnan(y[6:]).all()
+    assert np.isfinite(y[:6]).all()
+    assert np.isfinite(x).all()
+    (x, y), is_sure = numbers.poisoned((ones, ids), 4)
+    assert not is_sure
     assert np.isnan(x[6:]).all()
-    assert np.isfinite(x[:6]).all()
-    assert np.isfinite(y).all()
-    assert numbers.poisoned((np.ones(8, int), None), 4) is None
+    (x, y, weights), is_sure = numbers.poisoned((ids, ids, ones), 4)
+    assert is_sure
+    assert np.isnan(weights[6:]).all()
+    assert numbers.poisoned((ids, None), 4) == (None, False)
+
+
+def floating_ids():
+    return keras.Sequential(
+        [keras.Input((4,)), layers.Embedding(5, 3), layers.Flatten(), layers.Dense(1)]
+    )
+
+
+def buckets():
+    """Makes the same bucket of NaN as of other numbers."""
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Discretization([-1.0, 0.0, 1.0]),
+            layers.Embedding(5, 3),
+            layers.Flatten(),
+            layers.Dense(2),
+        ]
+    )
+
+
+def plain():
+    return keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Dense(1)])
+
+
+def half():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        return plain()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def dictionary():
+    a, b = keras.Input((4,), name="zz"), keras.Input((3,), name="bb")
+    y = layers.Dense(2)(layers.Concatenate()([a, b]))
+    return keras.Model({"zz": a, "bb": b}, y)
+
+
+class OwnStep(tfbig.Model):
+    """Unpacks two parts, and does not scale its loss."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden, self.out = layers.Dense(3), layers.Dense(1)
+
+    def call(self, x, training=None):
+        return self.out(self.hidden(x))
+
+    def train_step(self, data):
+        def loss_fn(batch):
+            x, y = batch
+            return self.compute_loss(x, y, self(x, training=True))
+
+        share = tfbig.accumulate_gradients(
+            loss_fn, self.trainable_variables, data, gradient_accumulation_steps=2
+        )
+        return {"loss": tfbig.apply_gradients(self.optimizer, share).loss}
+
+
+SAMPLE = (
+    np.random.default_rng(0).normal(size=(8, 4)).astype("float32"),
+    np.ones((8, 1), "float32"),
+)
+
+
+def with_options(**options):
+    def make():
+        model = plain()
+        model.compile("adam", "mse")
+        return tfbig.extend(model, gradient_accumulation_steps=4, **options)
+
+    return make
+
+
+def compiled(make, loss="mse", sample=None):
+    def build():
+        model = make()
+        model.compile("adam", loss)
+        return model if sample is None else (model, sample)
+
+    return build
+
+
+def overlap():
+    model = plain()
+    model.compile("adam", "mse", metrics=[keras.metrics.MeanIoU(2)])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "has_nan"),
+    [
+        (compiled(floating_ids, sample=(np.ones((8, 4), "float32"), SAMPLE[1])), True),
+        (compiled(buckets), True),
+        (compiled(buckets, "sparse_categorical_crossentropy"), False),
+        (compiled(half), True),
+        (with_options(exchange_dtype="bfloat16"), True),
+        (with_options(exchange_dtype="float16"), True),
+        (with_options(log_gradient_noise_scale=True, log_grad_norm=True), True),
+        (overlap, True),
+        (compiled(dictionary), True),
+        (compiled(OwnStep, sample=SAMPLE), False),
+    ],
+    ids=[
+        "ids_in_floats",
+        "buckets",
+        "buckets_classes",
+        "float16",
+        "exchange_bfloat16",
+        "exchange_float16",
+        "noise_scale",
+        "metric_of_each_core",
+        "dictionary",
+        "own_step",
+    ],
+)
+def test_what_is_right_is_not_called_wrong(make, has_nan):
+    found = compared(make)
+    assert found.is_right, found
+    assert (found.skipped is not None) == has_nan
+
+
+def test_a_step_that_would_be_replaced_is_refused():
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    model, batch = built(compiled(lambda: Own([keras.Input((4,)), layers.Dense(1)])))
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="Own has a `train_step`"):
+        _tpu.trace(model, batch.share(CORES))
+
+
+def test_a_function_of_the_old_kind_is_named():
+    model, batch = built(
+        compiled(
+            lambda: keras.Sequential([keras.Input((8, 4)), layers.Dense(5)]),
+            keras.losses.CTC(),
+            sample=(np.ones((8, 8, 4), "float32"), np.ones((8, 3), "int32")),
+        )
+    )
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"old kind .* in operation"):
+        _tpu.trace(model, batch.share(CORES))
+
+
+@pytest.mark.parametrize(
+    ("sample", "received"),
+    [
+        (SAMPLE[0], "Received: ndarray"),
+        (tf.data.Dataset.from_tensors(SAMPLE), "Received: .*Dataset"),
+        ((SAMPLE[0], np.float32(3)), r"shapes \(8, 4\), \(\)"),
+        (([[1.0, 2.0]], [[1.0]]), r"shapes \(\), "),
+        ((SAMPLE[0], SAMPLE[1][:7]), r"\(8, 4\), \(7, 1\)"),
+    ],
+    ids=["array", "dataset", "number", "lists", "lengths"],
+)
+def test_samples_that_are_none(sample, received):
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=received):
+        _tpu.Batch.of_sample(sample, BATCH)

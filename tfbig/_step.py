@@ -167,10 +167,10 @@ class TrainStep(_options.StepOptions):
             )
 
     def make_train_function(self, force=False):
-        self._check_train_step()
+        self.check_train_step()
         super().make_train_function(force)
 
-    def _check_train_step(self):
+    def check_train_step(self):
         """Refuses what would replace the `train_step` of a class that is extended."""
         owner = _owner_of_other(type(self), "train_step")
         if owner is None or type(self).train_step is not TrainStep.train_step:

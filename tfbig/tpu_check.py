@@ -260,7 +260,13 @@ def _compare(build, strategy, tpu_slice, made):
         model, batch = _built(build, strategy, **options)
         return _tpu_models.made_exact(model, strategy), batch
 
-    found = _tpu_models.compared(built, strategy, cores, run)
+    try:
+        found = _tpu_models.compared(built, strategy, cores, run)
+    except (errors.TfbigError, UsageError):
+        raise
+    except Exception as e:
+        print(f"run       no: {type(e).__name__}: {_one_line(e)[:1000]}")
+        return 1
     _print("run", report.compared(found, _RUN.value, cores))
     return 0 if found.is_right else 1
 

@@ -37,6 +37,7 @@ from tfbig._keras.devices import (
 from tfbig._keras.input_clock import InputClock
 from tfbig._keras.layers import (
     all_layers,
+    as_inputs,
     check_scope,
     computes_in_float16,
     draws_random_numbers,
@@ -118,6 +119,7 @@ __all__ = (
     "after_cloning",
     "aggregated_gradients",
     "all_layers",
+    "as_inputs",
     "assign_all",
     "batch_size",
     "build_for",

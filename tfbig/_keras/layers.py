@@ -50,6 +50,14 @@ def all_layers(model):
     return list(model._flatten_layers(include_self=False))
 
 
+def as_inputs(model, values):
+    """A list in the order of `model.inputs`, or the dictionary that a functional model takes."""
+    structure = getattr(model, "_inputs_struct", None)
+    if not isinstance(structure, dict):
+        return list(values)
+    return keras.tree.pack_sequence_as(structure, list(values))
+
+
 def draws_random_numbers(layer):
     """Whether a layer has a random stream of its own and a use for it."""
     return bool(layer._seed_generators) and getattr(layer, "rate", 1) != 0

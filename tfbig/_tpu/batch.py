@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import errors
+from tfbig import _keras, errors
 from tfbig._tpu.checks import DynamicShapeError
 
 __all__ = ("Batch",)
@@ -34,6 +34,9 @@ class Batch:
         Args:
             sample: structure of arrays or tensors `(samples, ...)`, of any number of samples.
             size: int, samples of an update, over all cores.
+
+        Raises:
+            InvalidOptionError: If it is something else.
         """
 
         def spec(value):
@@ -42,6 +45,7 @@ class Batch:
             value = tf.convert_to_tensor(value)
             return tf.TensorSpec([size, *value.shape[1:]], value.dtype)
 
+        _check_sample(sample)
         return cls(keras.tree.map_structure(spec, sample), is_assumed=False, sample=sample)
 
     @classmethod
@@ -62,14 +66,14 @@ class Batch:
                 "What the model is trained on cannot be told from its inputs and losses. Have "
                 "build() return a pair of the model and a sample of the data: model, (x, y)."
             )
-        x = [_spec(i, i.shape[1:], i.dtype, size) for i in inputs]
+        x = _keras.as_inputs(model, [_spec(i, i.shape[1:], i.dtype, size) for i in inputs])
         y = [
             _spec(o, o.shape[1:-1], "int32", size)
             if is_sparse
             else _spec(o, o.shape[1:], keras.config.floatx(), size)
             for o, is_sparse in zip(outputs, sparse, strict=True)
         ]
-        pair = tuple(part[0] if len(part) == 1 else part for part in (x, y))
+        pair = tuple(p[0] if isinstance(p, list) and len(p) == 1 else p for p in (x, y))
         return cls(pair, is_assumed=True)
 
     def share(self, cores):
@@ -139,6 +143,21 @@ class Batch:
             for name, part in parts
             for spec in keras.tree.flatten(part)
             if spec is not None
+        )
+
+
+def _check_sample(sample):
+    is_tuple = isinstance(sample, tuple) and 1 <= len(sample) <= 3
+    shapes = [np.shape(v) for v in _flat(sample) if v is not None] if is_tuple else []
+    if not is_tuple or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
+        received = (
+            f"arrays of the shapes {', '.join(map(str, shapes))}"
+            if is_tuple
+            else type(sample).__name__
+        )
+        raise errors.InvalidOptionError(
+            "A sample of the data must be a tuple of x, y and perhaps sample_weight, of arrays "
+            f"with a row for each sample. Received: {received}. Return model, (x, y)."
         )
 
 

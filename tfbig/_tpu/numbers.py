@@ -37,9 +37,17 @@ class Update:
     before: dict
     after: dict
 
-    def apart(self):
-        """List of str, the variables that are not the same on all cores, to the bit."""
-        return [name for name, v in self.after.items() if not _is_equal(v, v[:1])]
+    def apart(self, own=()):
+        """List of str, the variables that are not the same on all cores, to the bit.
+
+        Args:
+            own: collection of str, those of which each core has its own.
+        """
+        return [n for n, v in self.after.items() if n not in own and not _is_equal(v, v[:1])]
+
+    def has_nan(self):
+        """Whether NaN is in what was assigned."""
+        return any(np.isnan(v).any() for v in self.after.values() if is_floating(v))
 
     def changed(self, names):
         """List of str, those of the variables of which a bit has changed, on any core."""
@@ -125,7 +133,9 @@ def whole_update(model, data, rate=1.0):
     """
     before = model.get_weights()
     model.optimizer.learning_rate = rate
-    model.train_on_batch(*data)
+    # `train_on_batch` would hand a `train_step` three parts, whatever there are.
+    model.make_train_function()
+    model.train_function(iter([data]))
     after = model.get_weights()
     model.set_weights(before)
     return after
@@ -169,17 +179,24 @@ def differences(update, wanted, names):
 
 
 def poisoned(data, cores):
-    """The batch with NaN in the samples of the last core; None if it has no floats.
+    """The batch with NaN in the samples of the last core.
+
+    In weights, else in targets, which every loss depends on; else in inputs, of which a layer may
+    make anything.
 
     Args:
         data: structure of arrays, `(x, y)` or `(x, y, sample_weight)`.
         cores: int.
+
+    Returns:
+        The batch, or None if it has no floats, and whether its loss must be NaN.
     """
-    flat = keras.tree.flatten(data)
-    places = [i for i, v in enumerate(flat) if v is not None and is_floating(v)]
-    if not places:
-        return None
-    value = flat[places[0]].copy()
-    value[-len(value) // cores :] = np.nan
-    flat[places[0]] = value
-    return keras.tree.pack_sequence_as(data, flat)
+    for i, part in reversed([*enumerate(data)]):
+        flat = keras.tree.flatten(part)
+        places = [j for j, v in enumerate(flat) if v is not None and is_floating(v)]
+        if places:
+            value = flat[places[0]].copy()
+            value[-len(value) // cores :] = np.nan
+            flat[places[0]] = value
+            return (*data[:i], keras.tree.pack_sequence_as(part, flat), *data[i + 1 :]), i > 0
+    return None, False

@@ -126,19 +126,26 @@ def functions_of(op):
             names.append(op.get_attr(attribute.name).name)
         elif attribute.type == "list(func)":
             names += [function.name for function in op.get_attr(attribute.name)]
-    return [_function(op.graph, name) for name in names if name]
+    return [_function(op, name) for name in names if name]
 
 
 def function_of(op, attribute):
     """The graph of the function that an attribute of an operation names."""
-    return _function(op.graph, op.get_attr(attribute).name)
+    return _function(op, op.get_attr(attribute).name)
 
 
-def _function(graph, name):
+def _function(op, name):
+    graph = op.graph
     # Where a function is registered depends on who traced it.
     while graph is not None:
         function = graph._get_function(name)
         if function is not None:
+            if not hasattr(function, "graph"):
+                # Such as keras.losses.CTC has.
+                raise errors.UnsupportedModelError(
+                    "Functions of TensorFlow's old kind (Defun) cannot be looked into. Received: "
+                    f"{name!r} in operation {op.name!r} ({op.type})."
+                )
             return function.graph
         graph = getattr(graph, "outer_graph", None)
     raise LookupError(f"Function {name!r} is not in the graph.")
@@ -167,6 +174,7 @@ def trace(model, share):
         A `Program`.
     """
     strategy = model.distribute_strategy
+    model.check_train_step()
     with strategy.scope():
         _keras.build_for(model, _keras.data_of(share))
         # No variable can be made while a TPU's program is traced.
