@@ -250,6 +250,16 @@ def test_string_features():
     assert any("(StringToHashBucketFast) of layer 'planted' (Layer)" in str(e) for e in errors)
 
 
+def test_strings_that_keras_casts_for_a_layer():
+    with strategy().scope():
+        model = tfbig.Sequential([layers.Dense(1, name="first")], gradient_accumulation_steps=4)
+        model.compile("sgd", "mse")
+    share = tf.TensorSpec([SHARE, 3], tf.string), tf.TensorSpec([SHARE, 1])
+    (error,) = _tpu.findings(_tpu.trace(model, share))
+    assert isinstance(error, _tpu.HostOperationError)
+    assert "(Cast) of no layer, for layer 'first' (Dense)" in str(error)
+
+
 def test_an_operation_that_the_compiler_does_not_know():
     model = net(lambda: layers.IntegerLookup(vocabulary=[3, 4]), shape=(1,), dtype="int64")
     only(

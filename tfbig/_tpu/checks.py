@@ -125,12 +125,13 @@ def _host_operations(program):
                 "into the input pipeline (dataset.map)."
             )
     of_strings = _of_strings(program)
-    # What cuts the batch touches them too; a layer says more.
-    for op in [op for op in of_strings if program.layer_of(op)] or of_strings[:1]:
+    # What cuts the batch touches them too; a layer says more, and else what comes before one.
+    for op in [op for op in of_strings if program.layer_of(op)] or of_strings[-1:]:
+        user = None if program.layer_of(op) else program.user_of(op)
+        place = program.describe(op) + (f", for {user}" if user else "")
         yield HostOperationError(
-            "A TPU knows no strings. Received: a string in "
-            f"{program.describe(op)}. Turn strings into numbers in the input pipeline "
-            "(dataset.map)."
+            f"A TPU knows no strings. Received: a string in {place}. Turn strings into numbers in "
+            "the input pipeline (dataset.map)."
         )
 
 

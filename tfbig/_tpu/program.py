@@ -113,6 +113,18 @@ class Program:
                     return f"layer {name!r} ({self._layers[name]})"
         return None
 
+    def user_of(self, op):
+        """The layer that is the first to use what an operation makes, for a message; or None."""
+        waiting = [op]
+        for op in waiting:
+            for user in [user for t in op.outputs for user in t.consumers()]:
+                layer = self.layer_of(user)
+                if layer is not None:
+                    return layer
+                if user not in waiting:
+                    waiting.append(user)
+        return None
+
     def describe(self, op):
         """Names an operation, its type and its layer, for a message."""
         return f"operation {op.name!r} ({op.type}) of {self.layer_of(op) or 'no layer'}"
