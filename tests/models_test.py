@@ -362,7 +362,7 @@ def test_setting_an_option_rebuilds_a_compiled_step(float64):
     assert_same(model.get_weights(), plain.get_weights())
 
 
-@pytest.mark.parametrize(
+on_each_option = pytest.mark.parametrize(
     "options",
     [
         {"gradient_accumulation_steps": 4},
@@ -374,6 +374,9 @@ def test_setting_an_option_rebuilds_a_compiled_step(float64):
     ],
     ids=lambda options: "_".join(f"{k}={v}" for k, v in options.items()),
 )
+
+
+@on_each_option
 def test_an_option_that_a_callback_sets_holds_from_then_on(float64, options):
     def build():
         model = sequential(tfbig.Sequential, gradient_accumulation_steps=2)
@@ -470,18 +473,7 @@ def test_steps_of_a_class_that_is_extended_stay_its_own(way):
 
 
 @ways_to_extend
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradient_accumulation_steps": 2},
-        {"micro_batch_size": 3},
-        {"micro_batch_size": "auto"},
-        {"loss_scale": 8.0},
-        {"log_grad_norm": True},
-        {"recompute": True},
-    ],
-    ids=lambda options: "_".join(f"{k}={v}" for k, v in options.items()),
-)
+@on_each_option
 def test_options_that_a_train_step_of_its_own_would_lose(way, options):
     model = WAYS_TO_EXTEND[way](**options)
     model.compile("sgd", "mse")

@@ -182,9 +182,8 @@ def _wanted(built, model, batch, data):
     whole, _ = built(None)
     if isinstance(whole, _step.TrainStep):
         # Then its step is Keras's own.
-        for name in _options.option_names(type(whole)):
-            if name in _PLAIN:
-                setattr(whole, name, _PLAIN[name])
+        for name in _PLAIN.keys() & _options.option_names(type(whole)):
+            setattr(whole, name, _PLAIN[name])
     _keras.build_for(whole, batch.specs)
     with model.distribute_strategy.scope():
         _keras.build_for(model, batch.specs)

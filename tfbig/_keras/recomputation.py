@@ -249,9 +249,9 @@ def _only_of(layer, tensors):
             reason = f"it draws anew in each call ({operation.type}); use keras.random with a seed"
             raise errors.UnsupportedModelError(_cannot(layer, reason))
         for t in operation.inputs:
-            # What comes from outside of the graph is constant in it.
-            is_constant = t.op.type in ("Const", "Placeholder") or not t.dtype.is_floating
-            if t.op.name in before and id(t) not in known and not is_constant:
+            # What comes from outside of the graph is constant in it; integers have no gradient.
+            has_none = t.op.type in ("Const", "Placeholder") or not t.dtype.is_floating
+            if t.op.name in before and id(t) not in known and not has_none:
                 reason = f"it uses a tensor that is not among its arguments ({t.name})"
                 raise errors.UnsupportedModelError(_cannot(layer, reason))
 

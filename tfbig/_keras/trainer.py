@@ -258,7 +258,7 @@ class TrainerOverrides(_KerasModel):
             logs |= {k: v for k, v in results.items() if k in logs}
         return logs
 
-    def _step_function(self, replica_step, is_timed=False):
+    def _step_function(self, replica_step, is_training=False):
         def one_step(data):
             return self._global_logs(replica_step, without_optionals(data))
 
@@ -266,7 +266,7 @@ class TrainerOverrides(_KerasModel):
             # Keras nests two tf.functions here, which fails under
             # MirroredStrategy. Optionals tell the end of the data: an exception
             # would lose the logs of the steps before it.
-            data, waited = timed(iterator.get_next, is_timed)
+            data, waited = timed(iterator.get_next, is_training)
             logs = one_step(data)
 
             def more(step, _, upcoming, *__):
@@ -276,23 +276,24 @@ class TrainerOverrides(_KerasModel):
                 new = tf.nest.flatten(one_step(upcoming.get_value()))
                 following, more_waited = tf.cond(
                     step + 1 < self.steps_per_execution,
-                    lambda: timed(iterator.get_next_as_optional, is_timed),
+                    lambda: timed(iterator.get_next_as_optional, is_training),
                     lambda: (upcoming, tf.zeros_like(waited)),
                 )
                 return (step + 1, waited + more_waited, following, *new)
 
-            upcoming, more_waited = timed(iterator.get_next_as_optional, is_timed)
+            upcoming, more_waited = timed(iterator.get_next_as_optional, is_training)
             carried = (tf.constant(1), waited + more_waited, upcoming, *tf.nest.flatten(logs))
             _, waited, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
             return tf.nest.pack_sequence_as(logs, last), waited
 
         def one_step_of(iterator):
-            data, waited = timed(iterator.get_next, is_timed)
+            data, waited = timed(iterator.get_next, is_training)
             return one_step(data), waited
 
         # Replicas gather the rows of an embedding's gradient, and in a loop of the graph their
         # number must stay what it is, which that of a smaller last batch does not.
-        gathers = self.distribute_strategy.num_replicas_in_sync > 1 and self._has_embeddings()
+        replicas = self.distribute_strategy.num_replicas_in_sync
+        gathers = is_training and replicas > 1 and self._has_embeddings()
         calls = self.steps_per_execution if gathers else 1
         on_iterator = many_steps if self.steps_per_execution > calls else one_step_of
 
@@ -311,7 +312,7 @@ class TrainerOverrides(_KerasModel):
                     except tf.errors.OutOfRangeError:
                         break
                     waited += more_waited
-                if is_timed and self.input_clock is not None:
+                if is_training and self.input_clock is not None:
                     self.input_clock.add(waited)
                 return logs
             for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
@@ -372,7 +373,7 @@ class TrainerOverrides(_KerasModel):
 
     def _make_train_function(self):
         """Hook: the function of an iterator that trains."""
-        return self._step_function(self.train_step, is_timed=True)
+        return self._step_function(self.train_step, is_training=True)
 
     def predict_on_batch(self, x):
         if self.distribute_strategy.num_replicas_in_sync == 1:
