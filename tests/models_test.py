@@ -388,7 +388,9 @@ def test_an_option_that_a_callback_sets_holds_from_then_on(float64, options):
             setattr(model, name, value)
 
     def fit(model, *callbacks, **kwargs):
-        data = {"validation_data": (X[:5], Y[:5]), "shuffle": False, "verbose": 0}
+        # Single samples, fewer than there are micro-batches: those of training count.
+        data = {"validation_data": (X[:5], Y[:5]), "validation_batch_size": 1}
+        data |= {"shuffle": False, "verbose": 0}
         return model.fit(X, Y, batch_size=8, callbacks=[*callbacks], **data, **kwargs).history
 
     one, other = build(), build()
