@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import tfbig
 from tfbig import _accumulators
+from tfbig._rows import Rows
 
 TOTALS = [np.full((2, 3), 10.0, "float32"), np.full(3, 20.0, "float32")]
 GRADIENTS = [np.full((2, 3), 1.0, "float16"), np.full(3, 2.0, "float16")]
@@ -67,12 +68,14 @@ def test_micro_batches_of_one_size_are_not_multiplied(options, expected, monkeyp
 
 
 def test_rows_are_weighted_always():
-    total = _accumulators.start(tf.Variable(np.zeros((4, 2), "float32")), is_sparse=True)
+    rows_of_samples = (Rows.KEPT,)
+    total = _accumulators.start(tf.Variable(np.zeros((4, 2), "float32")), rows_of_samples)
     for _ in range(2):
         rows = tf.IndexedSlices(tf.ones((1, 2)), tf.constant([3]), tf.constant([4, 2]))
         (total,) = _accumulators.add(
             [total], [rows], tf.constant(5.0), tf.constant(True), tf.constant(False)
         )
-    result = _accumulators.result(total, tf.Variable(np.zeros((4, 2), "float32")))
+    variable = tf.Variable(np.zeros((4, 2), "float32"))
+    result = _accumulators.result(total, variable, rows_of_samples)
     np.testing.assert_array_equal(result.values, np.full((2, 2), 5.0))
     np.testing.assert_array_equal(result.indices, [3, 3])

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from keras import layers
@@ -413,6 +414,119 @@ def nested_dicts(rng, n):
     )
 
 
+# Tables that are looked up otherwise than by the tokens of a sample. Optimizers that square
+# gradients see which look-ups share a row; SGD does not.
+
+
+class Positions(layers.Layer):
+    """Adds an embedding of each position, as the transformers of keras.io do."""
+
+    def __init__(self, length=None, **kwargs):
+        super().__init__(**kwargs)
+        self.length = length
+        self.table = layers.Embedding(9, 3)
+
+    def build(self, shape):
+        self.table.build(None)
+
+    def call(self, x):
+        length = keras.ops.shape(x)[1] if self.length is None else self.length
+        return x + self.table(keras.ops.arange(0, length))
+
+
+def token_graph(*between, length=5):
+    x = keras.Input((length,), dtype="int32")
+    h = layers.Embedding(6, 3)(x)
+    for layer in between:
+        h = layer(h)
+    return x, layers.Dense(2)(keras.ops.tanh(h))
+
+
+def sequences(rng, n, graph):
+    return Feature(graph, rng.integers(0, 6, size=(n, 5)), rng.normal(size=(n, 5, 2)))
+
+
+@feature
+def position_table(rng, n):
+    return sequences(rng, n, lambda: token_graph(Positions(5)))
+
+
+@feature
+def position_table_of_any_length(rng, n):
+    return sequences(rng, n, lambda: token_graph(Positions(), length=None))
+
+
+class RelativeBias(layers.Layer):
+    """Mixes positions by a table of one value for each distance, as Swin and T5 do."""
+
+    def build(self, shape):
+        self.bias = self.add_weight(shape=(4, 1), name="bias")
+        distance = np.abs(np.arange(5)[:, np.newaxis] - np.arange(5))
+        self.distances = np.minimum(distance, 3)
+
+    def call(self, x):
+        weights = keras.ops.take(self.bias, self.distances, axis=0)[..., 0]
+        return keras.ops.einsum("ij,bjd->bid", weights, x)
+
+
+@feature
+def constant_look_up(rng, n):
+    return sequences(rng, n, lambda: token_graph(RelativeBias()))
+
+
+class SharedTable(layers.Layer):
+    """One table for tokens, for positions and for a token that starts each sample."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = layers.Embedding(9, 3)
+
+    def build(self, shape):
+        self.table.build(None)
+
+    def call(self, x):
+        start = keras.ops.full_like(x[:, :1], 8)
+        return self.table(x) + self.table(keras.ops.arange(5)) * 2.0 + self.table(start)
+
+
+@feature
+def shared_table(rng, n):
+    def graph():
+        x = keras.Input((5,), dtype="int32")
+        return x, layers.Dense(2)(keras.ops.tanh(SharedTable()(x)))
+
+    return sequences(rng, n, graph)
+
+
+def columns_of(rng, n, columns=8):
+    """A `tf.SparseTensor` of shape (n, columns); every fifth sample is empty."""
+    dense = rng.normal(size=(n, columns)) * (rng.uniform(size=(n, columns)) > 0.7)
+    dense[::5] = 0
+    return tf.sparse.from_dense(dense)
+
+
+@feature
+def sparse_input(rng, n):
+    def graph():
+        x = keras.Input((8,), sparse=True)
+        return x, layers.Dense(2)(layers.Dense(4, "tanh")(x))
+
+    return Feature(graph, columns_of(rng, n), rng.normal(size=(n, 2)))
+
+
+class VectorPenalty(layers.Layer):
+    """Adds one value for each sample to the loss, as keras.io's CTC layer does."""
+
+    def call(self, x):
+        self.add_loss(0.1 * keras.ops.sum(keras.ops.square(x), axis=-1))
+        return x
+
+
+@feature
+def vector_add_loss(rng, n):
+    return regression(rng, n, graph=lambda: dense_graph(VectorPenalty()))
+
+
 # --- Combinations ------------------------------------------------------------
 
 
@@ -454,6 +568,27 @@ COMBINATIONS = pairwise(
     feature=FEATURES, cut=CUTS, optimizer=OPTIMIZERS, batch=BATCHES, strategy=STRATEGIES
 )
 COMBINATIONS += [("plain", "K2", "ema", "37by8", strategy) for strategy in STRATEGIES]
+
+LOOK_UPS = ("position_table", "position_table_of_any_length", "constant_look_up", "shared_table")
+LOOK_UPS += ("sparse_input", "sparse_gradient", "vector_add_loss")
+ADAPTIVE = {
+    "plain_sgd": lambda: keras.optimizers.SGD(0.05),
+    "adam": OPTIMIZERS["adam"],
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.05),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.05),
+    "lamb": lambda: keras.optimizers.Lamb(0.01),
+    "lion": lambda: keras.optimizers.Lion(0.01),
+    "muon": lambda: keras.optimizers.Muon(0.02),
+}
+COMBINATIONS += pairwise(
+    feature=LOOK_UPS,
+    cut=("K1", "K3", "b3"),
+    optimizer=ADAPTIVE,
+    batch=("37by10", "37by12", "14by3"),
+    strategy=STRATEGIES,
+)
+COMBINATIONS = list(dict.fromkeys(COMBINATIONS))
 
 
 def test_combinations_hold_every_pair():
@@ -507,7 +642,7 @@ def train(base, feature, optimizer, batch, **options):
     samples, batch_size = BATCHES[batch]
     data = FEATURES[feature](np.random.default_rng(0), samples)
     model = data.model(base, **options)
-    model.compile((OPTIMIZERS | EMA_OVERWRITES)[optimizer](), **data.compile())
+    model.compile((OPTIMIZERS | EMA_OVERWRITES | ADAPTIVE)[optimizer](), **data.compile())
     initialize(model)
     arguments = {
         "x": data.x,

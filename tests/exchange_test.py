@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import tfbig
 from tfbig import _accumulators
+from tfbig._rows import Rows
 
 from .conftest import make_strategy
 
@@ -206,11 +207,12 @@ def test_the_optimizer_is_applied_once_per_update(strategy, steps, loss_scale):
         ("float64", "float64"),
     ],
 )
-@pytest.mark.parametrize("is_sparse", [False, True])
-def test_accumulators_are_float32_or_wider(dtype, accumulator, is_sparse):
+@pytest.mark.parametrize("rows", [(), (Rows.KEPT, Rows.SHARED, Rows.DISTINCT)])
+def test_accumulators_are_float32_or_wider(dtype, accumulator, rows):
     variable = keras.Variable(np.zeros((2, 3)), dtype=dtype)
-    total = _accumulators.start(variable, is_sparse)
-    assert (total["values"] if is_sparse else total).dtype == accumulator
+    total = _accumulators.start(variable, rows)
+    for part in total if rows else [{"values": total}]:
+        assert part["values"].dtype == accumulator
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

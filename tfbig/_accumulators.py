@@ -1,13 +1,16 @@
 """What the gradient of one variable is added up in.
 
-float32 or wider. A dense gradient has one buffer. The gradient of an embedding
-is a `tf.IndexedSlices`, a row for each look-up; its rows are kept, as Keras keeps
-them for the whole batch, since Keras's optimizers square each row for itself.
+float32 or wider. A dense gradient has one buffer. The gradient of a table that is
+looked up is a `tf.IndexedSlices`, a row for each look-up, and has a buffer for each
+way of looking up; `_rows` says which rows the whole batch has.
 """
 
 import math
 
 import tensorflow as tf
+
+from tfbig import _rows
+from tfbig._rows import Rows
 
 __all__ = (
     "add",
@@ -39,22 +42,41 @@ def size_of(variables):
     return sum(math.prod(v.shape) * dtype_for(v.dtype).size for v in variables)
 
 
-def start(variable, is_sparse):
-    """An empty accumulator: a structure of tensors that a loop can carry."""
-    dtype = dtype_for(variable.dtype)
-    if not is_sparse:
-        return tf.zeros(variable.shape, dtype)
+def start(variable, rows=()):
+    """An empty accumulator: a structure of tensors that a loop can carry.
 
-    def rows(dtype, shape):
+    Args:
+        variable: the variable.
+        rows: `Rows` of each part of its gradient; none where that is added up densely.
+    """
+    dtype = dtype_for(variable.dtype)
+    if not rows:
+        return tf.zeros(variable.shape, dtype)
+    return [_start_part(kind, dtype, variable.shape[1:]) for kind in rows]
+
+
+def _start_part(kind, dtype, shape):
+    if kind is Rows.SHARED:
+        return {
+            "indices": _of_any_length(tf.zeros([0], tf.int64)),
+            "values": _of_any_length(tf.zeros([0, *shape], dtype)),
+        }
+
+    def array(dtype, shape):
         return tf.TensorArray(
             dtype, size=0, dynamic_size=True, element_shape=shape, infer_shape=False
         )
 
     return {
         "count": tf.constant(0),
-        "indices": rows(tf.int64, [None]),
-        "values": rows(dtype, [None, *variable.shape[1:]]),
+        "indices": array(tf.int64, [None]),
+        "values": array(dtype, [None, *shape]),
     }
+
+
+def _of_any_length(tensor):
+    # A loop keeps the shape of what it carries.
+    return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
 
 
 def add(totals, gradients, weight, are_alike=None, is_first=None):
@@ -71,7 +93,7 @@ def add(totals, gradients, weight, are_alike=None, is_first=None):
     """
     pairs = list(zip(totals, gradients, strict=True))
     dense = [i for i, (_, g) in enumerate(pairs) if isinstance(g, tf.Tensor)]
-    sums = [t if isinstance(g, tf.Tensor) else _add_rows(t, g, weight) for t, g in pairs]
+    sums = [t if isinstance(g, tf.Tensor) else _add_slices(t, g, weight) for t, g in pairs]
 
     def summed(function):
         # Of inputs of unknown length, TensorFlow may not know the shape of a gradient.
@@ -95,38 +117,58 @@ def add(totals, gradients, weight, are_alike=None, is_first=None):
     return sums
 
 
-def _add_rows(total, gradient, weight):
-    """The accumulator with the weighted rows of a gradient, which may be None."""
+def _add_slices(total, gradient, weight):
+    """The accumulator with weighted slices, or None, added."""
     if gradient is None:
         return total
-    if isinstance(total, dict):
-        k, values = total["count"], total["values"]
-        row = tf.cast(weight, values.dtype) * tf.cast(gradient.values, values.dtype)
-        return {
-            "count": k + 1,
-            "indices": total["indices"].write(k, tf.cast(gradient.indices, tf.int64)),
-            "values": values.write(k, row),
-        }
-    rows = tf.cast(weight, total.dtype) * tf.cast(gradient.values, total.dtype)
-    return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], rows)
+    if not isinstance(total, list):
+        values = tf.cast(weight, total.dtype) * tf.cast(gradient.values, total.dtype)
+        return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], values)
+    return [
+        _add_part(part, values, indices, weight)
+        for part, (values, indices) in zip(total, _rows.parts(gradient, len(total)), strict=True)
+    ]
 
 
-def result(total, variable):
-    """The gradient that was added up: a tensor or `tf.IndexedSlices`."""
-    if not isinstance(total, dict):
+def _add_part(part, values, indices, weight):
+    dtype = part["values"].dtype
+    values = tf.cast(weight, dtype) * tf.cast(values, dtype)
+    indices = tf.cast(indices, tf.int64)
+    if "count" not in part:
+        # The first micro-batch tells how many there are.
+        is_first = tf.equal(tf.size(part["indices"]), 0)
+        sums = tf.cond(is_first, lambda: values, lambda: part["values"] + values)
+        return {"indices": indices, "values": tf.ensure_shape(sums, [None, *sums.shape[1:]])}
+    k = part["count"]
+    return {
+        "count": k + 1,
+        "indices": part["indices"].write(k, indices),
+        "values": part["values"].write(k, values),
+    }
+
+
+def result(total, variable, rows=()):
+    """The gradient that was added up: a tensor, or `tf.IndexedSlices` of keys."""
+    if not rows:
         return total
-    if tf.executing_eagerly() and total["count"] == 0:
+    size = variable.shape[0]
+    values, keys = [], []
+    for i, part in enumerate(total):
+        if "count" in part:
+            part = _concatenated(part, variable)
+        values.append(part["values"])
+        keys.append(_rows.keys(part["indices"], i, rows, size))
+    if len(rows) > 1:
+        values, keys = [tf.concat(values, 0)], [tf.concat(keys, 0)]
+    return tf.IndexedSlices(values[0], keys[0], tf.constant(variable.shape.as_list(), tf.int64))
+
+
+def _concatenated(part, variable):
+    if tf.executing_eagerly() and part["count"] == 0:
         # There, TensorFlow cannot concatenate no arrays.
-        total = _add_rows(total, _no_rows(variable, total["values"].dtype), 1)
-    return tf.IndexedSlices(
-        total["values"].concat(),
-        total["indices"].concat(),
-        tf.constant(variable.shape.as_list(), tf.int64),
-    )
-
-
-def _no_rows(variable, dtype):
-    return tf.IndexedSlices(tf.zeros([0, *variable.shape[1:]], dtype), tf.zeros([0], tf.int64))
+        no_values = tf.zeros([0, *variable.shape[1:]], part["values"].dtype)
+        part = _add_part(part, no_values, tf.zeros([0], tf.int64), 1)
+    return {name: part[name].concat() for name in ("indices", "values")}
 
 
 def values(gradient):

@@ -2,11 +2,21 @@
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfbig import _accumulators, _cut, _keras, _noise_scale, _reduction, errors
+from tfbig import (
+    _accumulators,
+    _cut,
+    _dependence,
+    _keras,
+    _noise_scale,
+    _reduction,
+    _rows,
+    errors,
+)
 
 __all__ = ("Loss", "MicroBatches", "accumulate_gradients")
 
@@ -37,8 +47,8 @@ class Traits:
     Attributes:
         kinds: kinds of the Keras losses, in the order of the calls.
         state: list of variables that the forward pass assigns.
-        is_sparse: list of bools, for each trainable variable whether its
-            gradient is a `tf.IndexedSlices`.
+        rows: list, for each trainable variable the `Rows` of the parts of its gradient; none
+            where it is added up densely.
         connected: indices of trainable variables that have a gradient, as far as
             known: without eager execution, tracing the loop adds to them.
         values: structure of the further values.
@@ -48,7 +58,7 @@ class Traits:
 
     kinds: list
     state: list
-    is_sparse: list
+    rows: list
     connected: set
     values: list | dict
     logs: dict
@@ -120,10 +130,11 @@ class MicroBatches:
         self.traits = self._trace(trace_scope)
 
     def _trace(self, trace_scope):
-        counter = _reduction.LossCounter()
-        results = []
+        probes: list = []
 
         def probe(data):
+            samples = _keras.batch_size(data)
+            counter = _reduction.LossCounter(samples if isinstance(samples, int) else None)
             with (
                 trace_scope(),
                 tf.GradientTape() as tape,
@@ -134,30 +145,73 @@ class MicroBatches:
             gradients = [None] * len(self.variables)
             if tf.executing_eagerly() or (not self.compiled and _looks_up_rows()):
                 gradients = tape.gradient(result.loss, [_keras.native(v) for v in self.variables])
-            results.append((result, scope.assigned, gradients))
+            probes.append((data, counter, result, scope.assigned, gradients))
 
         if tf.executing_eagerly():
-            probe(self._one_sample())
+            probe(self._few_samples())
         else:
-            specs = keras.tree.map_structure(_spec_of_batch, self.data)
-            tf.function(probe, autograph=False).get_concrete_function(specs)
-        result, assigned, gradients = results[-1]
+            self._traced(probe)
+        _, counter, result, assigned, gradients = probes[-1]
         self._check(result, counter.kinds, assigned)
+        is_table = [isinstance(g, tf.IndexedSlices) for g in gradients]
+        # The rows of one micro-batch on one replica are those of the whole batch.
+        rows: list = [(_rows.Rows.KEPT,) if t else () for t in is_table]
+        if any(is_table) and not self.is_whole:
+            rows = self._rows(probe, probes)
         return Traits(
             kinds=counter.kinds,
             state=assigned,
-            is_sparse=[isinstance(g, tf.IndexedSlices) for g in gradients],
+            rows=rows,
             connected={i for i, g in enumerate(gradients) if g is not None},
             values=keras.tree.map_structure(_spec, result.values),
             logs=keras.tree.map_structure(_spec, result.logs),
             has_weight=result.weight is not None and not self.is_whole,
         )
 
-    def _one_sample(self):
+    def _traced(self, probe):
+        """Traces a function of a micro-batch of any number of samples."""
+        specs = keras.tree.map_structure(_spec_of_batch, self.data)
+        tf.function(probe, autograph=False).get_concrete_function(specs)
+
+    def _rows(self, probe, probes):
+        """The `Rows` of each variable's gradient; none where it is added up densely.
+
+        Args:
+            probe: what was traced, or run eagerly.
+            probes: list of what it found, to which each further trace adds.
+        """
+        is_eager = tf.executing_eagerly()
+        if is_eager:
+            # Only a graph tells where indices come from.
+            self._traced(probe)
+        data, *_, assigned, gradients = probes[-1]
+        dependences = _dependence.Dependences(
+            data,
+            # A tensor from outside is the same for all micro-batches, but may not be for all
+            # replicas.
+            captured=lambda t: tf.is_tensor(t) and (_is_eager(t) or _reduction.replicas() == 1),
+            assigned=[_keras.native(v).handle for v in assigned],
+        )
+        found: list = []
+        for variable, gradient in zip(self.variables, gradients, strict=True):
+            rows: Any = ()
+            if isinstance(gradient, tf.IndexedSlices):
+                rows = _rows.classify(gradient, dependences)
+                if is_eager and not isinstance(rows, _dependence.Mixed) and len(rows) > 1:
+                    # Without a graph, the parts of a gradient cannot be told apart.
+                    rows = _dependence.Mixed("run_eagerly=True")
+            if isinstance(rows, _dependence.Mixed):
+                _rows.warn_of_added_rows(variable.path, rows.operation)
+                rows = ()
+            found.append(rows)
+        return found
+
+    def _few_samples(self):
+        # Two, so that a size of one counts no samples.
         if self.samples > 0:
-            return _keras.samples_of(self.data, 0, 1)
+            return _keras.samples_of(self.data, 0, tf.minimum(self.samples, 2))
         return keras.tree.map_structure(
-            lambda v: v if v is None else tf.zeros([1, *v.shape[1:]], v.dtype), self.data
+            lambda v: v if v is None else tf.zeros([2, *v.shape[1:]], v.dtype), self.data
         )
 
     def _check(self, result, kinds, assigned):
@@ -261,7 +315,11 @@ class MicroBatches:
 
         def step(micro_batch, size, carry):
             weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
-            reducer = None if self.is_whole else _reduction.LossReducer(denominators, weight)
+            reducer = (
+                None
+                if self.is_whole
+                else _reduction.LossReducer(denominators, weight, self.traits.kinds)
+            )
             with tf.GradientTape() as tape:
                 with (
                     _keras.intercepted_losses(reducer),
@@ -284,7 +342,11 @@ class MicroBatches:
                 weight = tf.where(alike, tf.ones_like(weight), weight)
             return {
                 "gradients": _accumulators.add(
-                    carry["gradients"], gradients, weight, alike, tf.equal(carry["weight"], 0)
+                    carry["gradients"],
+                    gradients,
+                    weight,
+                    alike,
+                    tf.equal(carry["weight"], 0),
                 ),
                 "loss": carry["loss"] + weight * loss,
                 "values": keras.tree.map_structure(
@@ -303,8 +365,8 @@ class MicroBatches:
             step,
             {
                 "gradients": [
-                    _accumulators.start(v, is_sparse)
-                    for v, is_sparse in zip(self.variables, self.traits.is_sparse, strict=True)
+                    _accumulators.start(v, rows)
+                    for v, rows in zip(self.variables, self.traits.rows, strict=True)
                 ],
                 "loss": zero,
                 "values": keras.tree.map_structure(lambda _: zero, self.traits.values),
@@ -319,9 +381,12 @@ class MicroBatches:
         share = _reduction.Accumulated(
             variables=self.variables,
             gradients=[
-                _accumulators.result(g, v) if i in connected else None
-                for i, (g, v) in enumerate(zip(total["gradients"], self.variables, strict=True))
+                _accumulators.result(total["gradients"][i], v, self.traits.rows[i])
+                if i in connected
+                else None
+                for i, v in enumerate(self.variables)
             ],
+            rows=self.traits.rows,
             loss=total["loss"],
             values=total["values"],
             weight=total["weight"],
@@ -338,6 +403,14 @@ class MicroBatches:
         return share if alike is None or _reduction.replicas() == 1 else share.times(unit)
 
 
+# The operations whose gradient is a `tf.IndexedSlices`.
+_LOOK_UPS = ("Gather", "GatherNd", "GatherV2", "ResourceGather", "ResourceGatherNd")
+
+
+def _is_eager(tensor):
+    return hasattr(tensor, "numpy")
+
+
 def _looks_up_rows():
     """Whether rows of a variable were looked up in the graph being traced.
 
@@ -345,7 +418,7 @@ def _looks_up_rows():
     trace a backward pass that is not run.
     """
     operations = tf.compat.v1.get_default_graph().get_operations()
-    return any(op.type in ("GatherV2", "ResourceGather") for op in operations)
+    return any(op.type in _LOOK_UPS for op in operations)
 
 
 def _spec(value):

@@ -23,7 +23,7 @@ import functools
 import keras
 import tensorflow as tf
 
-from tfbig import _accumulators, _keras, errors
+from tfbig import _accumulators, _keras, _rows, errors
 
 __all__ = (
     "Denominators",
@@ -129,6 +129,15 @@ class _Interceptor:
 
         return self.reduce("counted", reduced, denominator)
 
+    def added(self, loss):
+        """The value of a loss of `add_loss` that is no scalar; Keras adds its entries up."""
+        kind = "sum" if self.has_samples(loss) else "scalar"
+        return self.reduce(kind, lambda _: keras.ops.sum(loss), None)
+
+    def has_samples(self, loss):
+        """Whether a loss of `add_loss` has a value for each sample."""
+        raise NotImplementedError
+
     def reduce(self, kind, reduced, denominator):
         """The value of one call.
 
@@ -141,11 +150,19 @@ class _Interceptor:
 
 
 class LossCounter(_Interceptor):
-    """Collects the kinds and the denominators of Keras losses."""
+    """Collects the kinds and the denominators of Keras losses.
 
-    def __init__(self):
+    Args:
+        samples: int, samples of the micro-batch; None if their number is not known.
+    """
+
+    def __init__(self, samples=None):
+        self.samples = samples
         self.kinds = []
         self.counted = []
+
+    def has_samples(self, loss):
+        return loss.shape[0] == self.samples
 
     def reduce(self, kind, reduced, denominator):
         self.kinds.append(kind)
@@ -161,14 +178,21 @@ class LossReducer(_Interceptor):
         denominators: `Denominators` of the effective batch, or None where all
             losses are means over samples.
         weight: float scalar, `w_k`.
+        kinds: list of the kinds of the losses, in the order of the calls. Sizes that are
+            constant in an XLA program do not tell whether they count samples.
     """
 
-    def __init__(self, denominators, weight):
+    def __init__(self, denominators, weight, kinds):
+        self.kinds = list(kinds)
         self.weight = weight
         self.denominators = denominators
         self.remaining = list(denominators.counted) if denominators else []
 
+    def has_samples(self, loss):
+        return self.kinds[0] == "sum"
+
     def reduce(self, kind, reduced, denominator):
+        self.kinds.pop(0)
         if kind in ("mean", "scalar"):
             return reduced("sum_over_batch_size")
         value = reduced("sum")
@@ -203,7 +227,9 @@ class Accumulated:
         variables: list of trainable variables.
         gradients: list of tensors of float32 or wider, the sum over micro-batches
             of weight times gradient of the scaled loss; None where the loss does
-            not depend on the variable.
+            not depend on the variable. Of a table that is looked up, `tf.IndexedSlices`
+            whose indices are keys (see `_rows`); exchanged, whose indices are indices.
+        rows: list, the `Rows` of each gradient.
         loss: float scalar, sum of weight times (unscaled) loss.
         values: structure of float scalars, likewise summed.
         weight: float scalar, sum of the weights of the micro-batches: samples, or another unit
@@ -221,6 +247,7 @@ class Accumulated:
 
     variables: list
     gradients: list
+    rows: list
     loss: tf.Tensor
     values: list | dict
     weight: tf.Tensor
@@ -246,9 +273,9 @@ class Accumulated:
         )
 
     def _fields(self):
-        """What is made of tensors: the variables are the same in every graph."""
+        """What is made of tensors: the rest is the same in every graph."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["variables"]
+        del fields["variables"], fields["rows"]
         return fields | {"state": [(c.before, c.after) for c in self.state]}
 
     def tensors(self):
@@ -364,7 +391,7 @@ def exchange(share, exchange_dtype=None):
         `Accumulated` of the effective batch, the same on every replica.
     """
     if replicas() == 1:
-        return share
+        return _with_rows_added_up(share)
     context = tf.distribute.get_replica_context()
     dtype = share.loss.dtype
     has_samples = tf.cast(share.samples > 0, dtype)
@@ -418,7 +445,7 @@ def exchange(share, exchange_dtype=None):
             after = change.before + tf.cast(value, change.before.dtype)
         return dataclasses.replace(change, after=after)
 
-    return dataclasses.replace(
+    batch = dataclasses.replace(
         share,
         gradients=[None if g is None else _cast(next(gradients), g.dtype) for g in share.gradients],
         loss=loss,
@@ -430,3 +457,16 @@ def exchange(share, exchange_dtype=None):
         moments=tf.stack(moments) if moments else share.moments,
         stop=None if share.stop is None else stop,
     )
+    return _with_rows_added_up(batch)
+
+
+def _with_rows_added_up(share):
+    """The same, of tables the rows that the whole batch has."""
+
+    def added_up(gradient, rows, variable):
+        if not isinstance(gradient, tf.IndexedSlices):
+            return gradient
+        return _rows.add_up(gradient, rows, variable.shape[0], replicas())
+
+    gradients = map(added_up, share.gradients, share.rows, share.variables)
+    return dataclasses.replace(share, gradients=list(gradients))

@@ -62,6 +62,17 @@ _replace_in_loss_module("reduce_weighted_values", _reduce_weighted_values)
 _replace_in_loss_module("scale_loss_for_distribution", _for_distribution)
 _replace_in_loss_module("unscale_loss_for_distribution", _for_distribution)
 
+
+def added_loss(loss):
+    """What a loss of `add_loss` contributes to that of the model.
+
+    Keras adds up the entries of a loss that is no scalar, such as one value for each sample; of
+    a cut batch they are those of all micro-batches, of which only the reducer knows.
+    """
+    added = getattr(current("reducer"), "added", None)
+    return keras.ops.sum(loss) if added is None or loss.shape.rank == 0 else added(loss)
+
+
 merge_mask = _loss_module.apply_mask
 match_ranks = _loss_module.squeeze_or_expand_to_same_rank
 

@@ -20,7 +20,7 @@ from tfbig._keras.data import (
 )
 from tfbig._keras.devices import is_on_cpu, is_tpu
 from tfbig._keras.input_clock import timed
-from tfbig._keras.losses import check_is_scalar
+from tfbig._keras.losses import added_loss, check_is_scalar
 from tfbig._keras.padding import check_divides, data_of, fix_batches
 from tfbig._keras.variables import is_summed
 
@@ -208,6 +208,11 @@ class TrainerOverrides(_KerasModel):
         loss = super()._compute_loss(*args, **kwargs)
         check_is_scalar(loss)
         return loss
+
+    def _aggregate_additional_loss(self, loss):
+        if not keras.backend.is_float_dtype(loss.dtype):
+            loss = keras.ops.cast(loss, keras.config.floatx())
+        return added_loss(loss)
 
     def _share_of_replica(self, data):
         """The part of a batch that this replica trains on."""
