@@ -6,7 +6,7 @@ import pytest
 
 import tfbig
 from tests.conftest import make_strategy
-from tfbig import _accumulators
+from tfbig import _accumulators, _rows, _update
 
 X = np.random.default_rng(0).normal(size=(13, 5))
 Y = np.random.default_rng(1).normal(size=(13, 2))
@@ -51,9 +51,15 @@ def test_exact_model_is_equivalent(strategy, options):
     assert report.tolerance == 1e-10
     assert report.largest.relative < 1e-13  # A few roundings of float64.
     assert not report.causes
-    names = [d.name for d in report.deviations]
-    assert sorted(names) == sorted(["loss", *(v.path for v in model.trainable_variables)])
-    assert all(name in str(report) for name in names)
+    paths = [v.path for v in model.trainable_variables]
+    names = {kind: [] for kind in ("loss", "gradient", "weight", "optimizer")}
+    for deviation in report.deviations:
+        names[deviation.kind].append(deviation.name)
+        assert deviation.name in str(report)
+    assert names["loss"] == ["loss"]
+    assert sorted(names["gradient"]) == sorted(names["weight"]) == sorted(paths)
+    # Adam's two moments.
+    assert len(names["optimizer"]) == 2 * len(paths)
 
 
 @pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
@@ -107,6 +113,107 @@ def test_model_is_left_as_it_was(strategy):
     tfbig.check_equivalence(model, X, Y)
     for variable, value in zip(state, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value, err_msg=variable.path)
+
+
+class Positions(keras.layers.Layer):
+    """Adds an embedding of each position."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = keras.layers.Embedding(5, 3)
+
+    def build(self, shape):
+        self.table.build(None)
+
+    def call(self, x):
+        return keras.ops.tanh(x[..., None] + self.table(keras.ops.arange(5)))
+
+
+def _with_positions(optimizer, strategy="default"):
+    with make_strategy(strategy).scope():
+        model = tfbig.Sequential(
+            [keras.Input((5,)), Positions(), keras.layers.Flatten(), keras.layers.Dense(2)],
+            gradient_accumulation_steps=3,
+        )
+        model.compile(optimizer, "mse")
+    return model
+
+
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+def test_rows_that_an_optimizer_squares_one_by_one_are_found(strategy, monkeypatch):
+    """With gradients alone, and with SGD, they are not seen."""
+    exact = tfbig.check_equivalence(_with_positions("adam", strategy), X, Y)
+    assert exact.is_equivalent, exact
+    # As if each look-up of a position were one of a sample.
+    monkeypatch.setattr(_rows, "classify", lambda *_: (_rows.Rows.KEPT,))
+    report = tfbig.check_equivalence(_with_positions("adam", strategy), X, Y)
+    beyond = [d for d in report.deviations if not d.is_rounding]
+    assert {d.kind for d in beyond} == {"weight", "optimizer"}
+    assert "rows of a table were added up" in report.causes[0]
+    assert tfbig.check_equivalence(_with_positions("sgd", strategy), X, Y).is_equivalent
+
+
+def test_division_of_the_code_that_trains_is_checked(monkeypatch):
+    divide = _update._divide
+    monkeypatch.setattr(_update, "_divide", lambda g, divisor: divide(g, 1.5 * divisor))
+    report = tfbig.check_equivalence(_model("default"), X, Y)
+    assert not report.is_equivalent
+    assert report.largest.kind == "gradient"
+
+
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (keras.losses.Dice(), "Dice"),
+        (keras.losses.Tversky(), "Tversky"),
+        (lambda y, y_pred: keras.ops.mean((y_pred @ keras.ops.transpose(y_pred)) ** 2), None),
+    ],
+)
+def test_loss_that_couples_samples_is_named(loss, name, strategy):
+    model = _model(strategy)
+    with make_strategy(strategy).scope():
+        model.compile("adam", loss)
+    report = tfbig.check_equivalence(model, X, np.abs(Y))
+    assert not report.is_equivalent
+    assert report.causes[0].startswith("The loss couples the samples of a batch")
+    assert name is None or name in report.causes[0]
+    assert "is no remedy" in report.causes[0]
+
+
+def test_loss_of_another_denominator_is_not_said_to_couple_samples():
+    class Net(tfbig.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+            y = keras.ops.cast(y, y_pred.dtype)
+            positive = keras.ops.cast(y[:, :1] > 0, y_pred.dtype)
+            return keras.ops.sum(positive * (y - y_pred) ** 2) / keras.ops.sum(positive)
+
+    model = Net([keras.Input((5,)), keras.layers.Dense(2)], gradient_accumulation_steps=3)
+    model.compile("sgd")
+    (cause,) = tfbig.check_equivalence(model, X, Y).causes
+    assert "override `loss_denominator`" in cause
+
+
+def test_skipped_updates_are_tried_again():
+    scale = tfbig.DynamicLossScale(initial_scale=2.0**126, max_scale=2.0**126)
+    model = _model("default", gradient_accumulation_steps=3, loss_scale=scale)
+    report = tfbig.check_equivalence(model, 1e3 * X, Y)
+    assert report.is_equivalent, report
+    assert model.skipped_updates == 0
+
+
+def test_model_with_a_step_of_its_own_or_no_size_yet_is_refused():
+    class Net(tfbig.Sequential):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    model = Net([keras.Input((5,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="`train_step` of its own"):
+        tfbig.check_equivalence(model, X, Y)
+    model = _model("default", micro_batch_size="auto")
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="has not been fitted"):
+        tfbig.check_equivalence(model, X, Y)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ from tfbig._keras.losses import (
     check_losses,
     intercepted_losses,
     loss_names,
+    losses_that_couple_samples,
     match_ranks,
     merge_mask,
     metrics_results,
@@ -63,6 +64,7 @@ from tfbig._keras.optimizer import (
     aggregated_gradients,
     needs_no_merge_call,
     optimizers_of,
+    with_optimizer,
 )
 from tfbig._keras.padding import PaddedBatch, data_of, without_padding
 from tfbig._keras.recomputation import check_can_recompute, recomputed
@@ -150,6 +152,7 @@ __all__ = (
     "is_tpu",
     "known_batches",
     "loss_names",
+    "losses_that_couple_samples",
     "make_logical_cpus",
     "match_ranks",
     "merge_mask",
@@ -177,6 +180,7 @@ __all__ = (
     "update_metrics",
     "values_of",
     "with_class",
+    "with_optimizer",
     "without_optionals",
     "without_padding",
     "without_synchronization",

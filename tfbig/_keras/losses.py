@@ -149,6 +149,29 @@ def loss_names(model):
     return {model._loss_tracker.name, *(m.name for m in metrics)}
 
 
+def losses_that_couple_samples(model):
+    """Names of the Keras losses of a model that are not sums over the samples.
+
+    What `Dice` and `Tversky` divide is summed over the batch, if no axes are named; `Circle`
+    compares each sample with the others.
+    """
+    compile_loss = model._compile_loss
+    if compile_loss is None or not compile_loss.built:
+        return []
+    losses = [x.loss for x in compile_loss._flat_losses]
+    return [loss.fn.__name__.capitalize() for loss in losses if _couples_samples(loss)]
+
+
+def _couples_samples(loss):
+    function = getattr(loss, "fn", None)
+    if function is keras.losses.circle:
+        return True
+    if function not in (keras.losses.dice, keras.losses.tversky):
+        return False
+    axis = loss._fn_kwargs.get("axis")
+    return axis is None or 0 in (axis if isinstance(axis, tuple | list) else (axis,))
+
+
 def check_losses(model):
     """Refuses losses that return one value per sample."""
     for loss in keras.tree.flatten(model.loss):

@@ -1,5 +1,7 @@
 """Optimizers: gradients that are exchanged already, moving averages in replica context."""
 
+import contextlib
+
 import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
@@ -66,3 +68,14 @@ def optimizers_of(model):
             if isinstance(leaf, keras.optimizers.Optimizer):
                 found.setdefault(id(leaf), (f"{name}/{i}" if i else name, leaf))
     return list(found.values())
+
+
+@contextlib.contextmanager
+def with_optimizer(model, optimizer):
+    """Within it, a model has another optimizer, which is neither tracked nor saved."""
+    kept = model.optimizer
+    vars(model)["optimizer"] = optimizer
+    try:
+        yield
+    finally:
+        vars(model)["optimizer"] = kept
