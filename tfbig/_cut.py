@@ -59,6 +59,11 @@ class Cut:
             )
             object.__setattr__(self, "micro_batch_size", size)
 
+    def __str__(self):
+        if self.micro_batch_size is not None:
+            return f"micro_batch_size={self.micro_batch_size}"
+        return f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+
     @property
     def is_whole(self):
         """Whether a share is never cut."""

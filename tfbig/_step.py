@@ -18,6 +18,7 @@ import tensorflow as tf
 from tfbig import (
     _cut,
     _fit,
+    _inexact,
     _keras,
     _micro_batches,
     _options,
@@ -86,6 +87,7 @@ class TrainStep(_options.StepOptions):
         del x, y, y_pred, sample_weight
 
     _stop_request: Any = None
+    _has_said_what_is_inexact = False
     # The `LossScaleState` of `DynamicLossScalingMixin`; None without scaling.
     loss_scale_state: Any = None
 
@@ -154,21 +156,42 @@ class TrainStep(_options.StepOptions):
 
     def _check_before_run(self):
         _keras.check_scope(self)
+        if _reduction.replicas_of(self) > 1:
+            _inexact.refuse_stateful_layers(self, self._cut())
 
     def _prepare_training(self, batch_size):
         cut = self._cut()
-        size = cut.micro_batch_size
-        is_one = cut.is_whole or (size and batch_size and size >= batch_size)
+        is_one = not self._is_cut(cut, batch_size)
         if is_one and self.log_gradient_noise_scale and _reduction.replicas_of(self) == 1:
             raise errors.InvalidOptionError(
                 "`log_gradient_noise_scale` compares micro-batches, or replicas, with the whole "
                 f"batch, and needs two of them. Received: one micro-batch for a batch of "
                 f"{batch_size}. Use gradient_accumulation_steps=2 or more."
             )
+        if not is_one or _reduction.replicas_of(self) > 1:
+            self._prepare_cut(cut)
+
+    def _is_cut(self, cut, batch_size):
+        """Whether a batch may come to more than one micro-batch on a replica."""
+        size = cut.micro_batch_size
+        return not (cut.is_whole or batch_size == 1 or (size and batch_size and size >= batch_size))
+
+    def _prepare_cut(self, cut):
+        """Refuses, or says once, what is not the same for a batch that is cut."""
+        _inexact.refuse_stateful_layers(self, cut)
+        if not self._has_said_what_is_inexact:
+            self._has_said_what_is_inexact = True
+            _inexact.warn_of_what_is_not_exact(self)
 
     def make_train_function(self, force=False):
         self.check_train_step()
         super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        cut = self._evaluation_cut()
+        if self._is_cut(cut, self._batch_size):
+            _inexact.refuse_stateful_layers(self, cut)
+        super().make_test_function(force)
 
     def check_train_step(self):
         """Refuses what would replace the `train_step` of a class that is extended."""

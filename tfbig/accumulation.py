@@ -157,6 +157,7 @@ class GradientAccumulationMixin(_step.TrainStep):
                 super()._prepare_training(batch_size)
             needs_two = self.log_gradient_noise_scale and _reduction.replicas_of(self) == 1
             self._automatic_size.begin(self._automatic_share(batch_size), needs_two)
+            self._prepare_cut("micro_batch_size='auto'")
             return
         super()._prepare_training(batch_size)
         if self.memory_budget is not None:
