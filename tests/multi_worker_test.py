@@ -43,6 +43,15 @@ CORE = [
     )
 ]
 
+# Which rows of a table are one, each worker finds out alone.
+LOOK_UPS = [
+    "position_table_of_any_length/K3/muon/37by12",
+    "constant_look_up/K3/rmsprop/14by3",
+    "shared_table/b3/adam/37by10",
+    "sparse_input/K3/adagrad/37by12",
+    "vector_add_loss/K3/plain_sgd/37by10",
+]
+
 
 def trained(directory, combinations, workers):
     done = job.run("exactness", directory, *combinations, workers=workers, timeout=550)
@@ -53,10 +62,10 @@ def trained(directory, combinations, workers):
 @pytest.mark.parametrize(
     ("workers", "combinations"),
     [
-        pytest.param(2, CORE, id="2 workers"),
+        pytest.param(2, CORE + LOOK_UPS, id="2 workers"),
         pytest.param(3, ["sample_weight/K3/adamw/37by10"], id="3 workers"),
         pytest.param(2, COMBINATIONS, id="2 workers, all", marks=pytest.mark.slow),
-        pytest.param(3, COMBINATIONS, id="3 workers, all", marks=pytest.mark.slow),
+        pytest.param(3, COMBINATIONS + LOOK_UPS, id="3 workers, all", marks=pytest.mark.slow),
     ],
 )
 def test_workers_train_as_plain_keras_on_one_device(workers, combinations, tmp_path):
