@@ -48,7 +48,7 @@ LOOK_UPS = [
     "position_table_of_any_length/K3/muon/37by12",
     "constant_look_up/K3/rmsprop/14by3",
     "shared_table/b3/adam/37by10",
-    "sparse_input/K3/adagrad/37by12",
+    "sparse_input/K3/adagrad/37by8",
     "vector_add_loss/K3/plain_sgd/37by10",
 ]
 

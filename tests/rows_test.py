@@ -12,7 +12,7 @@ from keras import ops
 
 import tfbig
 from tests.conftest import make_strategy
-from tfbig import _dependence, _rows
+from tfbig import _dependence, _keras, _rows
 from tfbig._rows import Rows
 
 TOKENS = tf.TensorSpec([None, 5], tf.int32)
@@ -197,8 +197,25 @@ def test_positions_of_several_lengths_are_refused_where_they_mean_other_things(f
         summed = _rows.add_up(gradient, SHARED, 4, replicas=2)
         assert np.sum(summed.values) == len(first) + len(second)
         return
-    with pytest.raises(tf.errors.InvalidArgumentError, match=_rows.LENGTHS_DIFFER):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=_keras.LENGTHS_DIFFER):
         _rows.add_up(gradient, SHARED, 4, replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "remedy"),
+    [
+        (_keras.LENGTHS_DIFFER, tfbig.errors.UnsupportedModelError, "Pad the sequences"),
+        (
+            "Serialized sparse should have at least 1 serialized tensor, but has a zero dimension",
+            tfbig.errors.UnsupportedStrategyError,
+            "drop_remainder=True",
+        ),
+    ],
+)
+def test_errors_of_the_graph_are_explained(message, error, remedy):
+    found = tfbig.Sequential([keras.layers.Dense(1)])._error_of(f"Graph execution error: {message}")
+    assert isinstance(found, error)
+    assert remedy in str(found)
 
 
 class Sampled(keras.layers.Layer):

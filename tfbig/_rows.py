@@ -23,12 +23,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbig import _dependence
+from tfbig import _dependence, _keras
 
-__all__ = ("LENGTHS_DIFFER", "Rows", "add_up", "classify", "keys", "parts")
-
-# Message of an assertion in a graph, by which its error is told apart.
-LENGTHS_DIFFER = "tfbig: replicas looked up a table at positions that differ."
+__all__ = ("Rows", "add_up", "classify", "keys", "parts")
 
 
 class Rows(enum.Enum):
@@ -138,7 +135,7 @@ def _sum_of_equal(
         # Positions in sequences of several lengths mean other things, unless each index has one.
         is_same = tf.reduce_all(tf.equal(counts, counts[:1]))
         is_one = tf.equal(tf.size(tf.unique(unique % size)[0]), tf.size(unique))
-        assertion = tf.debugging.Assert(is_same | is_one, [LENGTHS_DIFFER])
+        assertion = tf.debugging.Assert(is_same | is_one, [_keras.LENGTHS_DIFFER])
         with tf.control_dependencies([] if assertion is None else [assertion]):
             unique = tf.identity(unique)
     return tf.math.unsorted_segment_sum(values, places, tf.size(unique)), unique

@@ -85,6 +85,7 @@ from tfbig._keras.saving import (
     with_class,
 )
 from tfbig._keras.trainer import (
+    LENGTHS_DIFFER,
     OVERFLOW,
     TOO_MANY_SKIPS,
     TrainerOverrides,
@@ -105,6 +106,7 @@ from tfbig._keras.variables import (
 )
 
 __all__ = (
+    "LENGTHS_DIFFER",
     "NO_SAMPLES",
     "OVERFLOW",
     "STRATEGIES",

@@ -26,6 +26,9 @@ from tfbig._keras.variables import is_summed
 
 # Messages of assertions in a graph, by which their errors are told apart.
 TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
+LENGTHS_DIFFER = "tfbig: replicas looked up a table at positions that differ."
+# TensorFlow's own.
+_NO_SPARSE_SAMPLES = "Serialized sparse should have at least 1 serialized tensor"
 OVERFLOW = "tfbig: gradients are not finite after their exchange in half precision."
 
 
@@ -344,6 +347,19 @@ class TrainerOverrides(_KerasModel):
         """What an assertion in the graph stands for; None if it is another's."""
         if NO_SAMPLES in message:
             return errors.InvalidOptionError(NO_SAMPLES)
+        if _NO_SPARSE_SAMPLES in message:
+            return errors.UnsupportedStrategyError(
+                "tf.data cannot hand a worker a sparse batch of no samples. Received: a batch of "
+                "fewer samples than workers, the last of an epoch. Use drop_remainder=True, or "
+                "leave samples out."
+            )
+        if LENGTHS_DIFFER in message:
+            return errors.UnsupportedModelError(
+                "Replicas looked up a table at constant positions of different lengths, in which "
+                "an index stands several times, such as the relative positions of sequences that "
+                "each worker pads to its own longest. Which rows of its gradient are one cannot be "
+                "told. Pad the sequences of all workers to one length."
+            )
         if OVERFLOW in message:
             return errors.GradientOverflowError(
                 f"A gradient is not finite after the exchange in {self.exchange_dtype}: it "
