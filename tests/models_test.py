@@ -5,6 +5,7 @@ import importlib.resources
 import inspect
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -509,6 +510,147 @@ def test_loss_scale_holds_what_holds_now():
     half.compile("sgd", "mse")
     assert not isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
     assert half.loss_scale == 2.0**15
+
+
+# --- Constructors ------------------------------------------------------------
+
+
+def constructed(base):
+    """Classes as users derive them from `base`, by name."""
+
+    class Inherited(base):
+        pass
+
+    class OfTwo(base):
+        def __init__(self, first=None, second=None, third=None):
+            super().__init__()
+            self.given = (first, second, third)
+            self.out = dense(2, 1)
+
+        def call(self, x):
+            return self.out(x)
+
+    class Graph(base):
+        def __init__(self, units=2, **kwargs):
+            x = keras.Input((4,))
+            super().__init__(x, dense(units, 1)(x), **kwargs)
+            self.units = units
+
+        def get_config(self):
+            return {k: v for k, v in super().get_config().items() if k != "trainable"} | {
+                "units": self.units
+            }
+
+    class GraphByName(base):
+        def __init__(self, units=2, **kwargs):
+            x = keras.Input((4,))
+            super().__init__(inputs=x, outputs=dense(units, 1)(x), name="graph", **kwargs)
+
+    class HandedOn(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    further = {f"Sub{c.__name__}": type(f"Sub{c.__name__}", (c,), {}) for c in (Inherited, Graph)}
+    classes = (Inherited, OfTwo, Graph, GraphByName, HandedOn)
+    return {"itself": base} | {c.__name__: c for c in classes} | further
+
+
+def graph():
+    x = keras.Input((4,), name="x")
+    return x, dense(2, 1)(x)
+
+
+CONSTRUCTORS = {
+    "nothing": lambda x, y: ((), {}),
+    "one": lambda x, y: ((x,), {}),
+    "two": lambda x, y: ((x, y), {}),
+    "two_numbers": lambda x, y: ((8, 1), {}),
+    "two_models": lambda x, y: ((keras.Model(x, y), keras.Model(x, y)), {}),
+    "three": lambda x, y: ((x, y, "name"), {}),
+    "both_by_name": lambda x, y: ((), {"inputs": x, "outputs": y, "name": "both"}),
+    "outputs_by_name": lambda x, y: ((x,), {"outputs": y, "trainable": False}),
+    "only_outputs": lambda x, y: ((), {"outputs": y}),
+    "only_inputs": lambda x, y: ((), {"inputs": x}),
+    "name": lambda x, y: ((), {"name": "own"}),
+    "unknown": lambda x, y: ((), {"unknown": 1}),
+    "both_and_unknown": lambda x, y: ((x, y), {"unknown": 1}),
+}
+
+
+def outcome(base, name, arguments):
+    """What becomes of a constructor: the error, or what kind of model it makes."""
+    keras.backend.clear_session()
+    args, kwargs = CONSTRUCTORS[arguments](*graph())
+    try:
+        model = constructed(base)[name](*args, **kwargs)
+    except (TypeError, ValueError) as e:
+        # Only the class in whose constructor arguments meet has another name.
+        return type(e), re.sub(r"\S+__init__", "__init__", str(e)).partition("<")[0]
+    made = isinstance(model, type(keras.Model(*graph())))
+    return made, model.name.removesuffix("_model"), model.trainable, len(model.layers)
+
+
+@pytest.mark.parametrize("arguments", CONSTRUCTORS)
+@pytest.mark.parametrize("name", constructed(keras.Model))
+def test_constructors_take_what_those_of_keras_take(name, arguments):
+    bases = [c.__bases__ for c in tfbig.Model.__mro__]
+    # Keras changes the bases of its own subclasses, so each is made anew.
+    got, want = (outcome(base, name, arguments) for base in (tfbig.Model, keras.Model))
+    assert got == want
+    assert [c.__bases__ for c in tfbig.Model.__mro__] == bases
+
+
+@keras.saving.register_keras_serializable("tests")
+class Graph(constructed(tfbig.Model)["Graph"]):
+    """Made of inputs and outputs in its own constructor."""
+
+
+@keras.saving.register_keras_serializable("tests")
+class TwoNumbers(tfbig.Model):
+    def __init__(self, hidden, units, **options):
+        super().__init__(**options)
+        self.sizes = (hidden, units)
+        self.hidden, self.out = dense(hidden, 1, activation="tanh"), dense(units, 2)
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+    def get_config(self):
+        return super().get_config() | dict(zip(("hidden", "units"), self.sizes, strict=True))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Inherited(tfbig.Model):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: Graph(2, **options),
+        lambda **options: TwoNumbers(8, 2, **options),
+        lambda **options: Inherited(*graph(), **options),
+    ],
+    ids=["graph", "two_numbers", "inherited"],
+)
+def test_models_of_every_constructor_train_and_are_saved(make, tmp_path, float64):
+    keras.utils.set_random_seed(1)
+    cut, whole = compiled(make(micro_batch_size=2)), compiled(make())
+    assert cut.micro_batch_size == 2
+    for model in (cut, whole):
+        fit(model)
+    assert_same(cut.get_weights(), whole.get_weights())
+    cut.save(tmp_path / "model.keras")
+    copies = [keras.saving.load_model(tmp_path / "model.keras")]
+    copies.append(type(cut).from_config(cut.get_config()))
+    if cut.built and not isinstance(cut, TwoNumbers):
+        copies.append(keras.models.clone_model(cut))
+    for copy_ in copies:
+        assert type(copy_) is type(cut)
+        assert copy_.micro_batch_size == 2
+    fit(cut)
+    fit(copies[0])
+    assert_same(copies[0].get_weights(), cut.get_weights())
 
 
 # --- extend ------------------------------------------------------------------

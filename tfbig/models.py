@@ -37,12 +37,12 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
     (8, None)
     """
 
-    def __new__(cls, *args, **kwargs):
-        # As keras.Model does; Keras would otherwise change this class itself, for
-        # the whole process, and models that are not functional could not be made.
-        if _keras.is_functional(args, kwargs) and not issubclass(cls, _keras.Functional):
-            cls = _functional_class(cls)
-        return super().__new__(cls, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        # Keras would put Functional among the bases of this class itself, for the whole process,
+        # and models that are not functional could not be made any more.
+        if _keras.is_functional(args, kwargs) and not isinstance(self, _keras.Functional):
+            self.__class__ = _functional_class(type(self))
+        super().__init__(*args, **kwargs)
 
 
 def _functional_class(cls):
