@@ -1,5 +1,7 @@
 """Models of KerasHub, with random weights: cut into micro-batches, their update is the same."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -43,6 +45,159 @@ def gpt2():
     x = {"token_ids": TOKENS, "padding_mask": MASK}
     # The next token; the weights leave padding out.
     return model, (x, np.roll(TOKENS, -1, axis=1), np.roll(MASK, -1, axis=1) * MASK)
+
+
+def roberta():
+    backbone = keras_hub.models.RobertaBackbone(**SIZES)
+    model = keras_hub.models.RobertaMaskedLM(backbone, preprocessor=None)
+    positions = np.tile(np.arange(3), (SAMPLES, 1))
+    x = {"token_ids": TOKENS, "padding_mask": MASK, "mask_positions": positions}
+    return model, (x, TOKENS[:, :3], MASK[:, 3:6].astype("float64"))
+
+
+def bart():
+    backbone = keras_hub.models.BartBackbone(**SIZES)
+    model = keras_hub.models.BartSeq2SeqLM(backbone, preprocessor=None)
+    x = {f"{part}_token_ids": TOKENS for part in ("encoder", "decoder")}
+    x |= {f"{part}_padding_mask": MASK for part in ("encoder", "decoder")}
+    return model, (x, np.roll(TOKENS, -1, axis=1), MASK.astype("float64"))
+
+
+def vit():
+    backbone = keras_hub.models.ViTBackbone(
+        image_shape=(16, 16, 3),
+        patch_size=8,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        mlp_dim=16,
+    )
+    model = keras_hub.models.ViTImageClassifier(backbone, num_classes=CLASSES, preprocessor=None)
+    return model, (RNG.normal(size=(SAMPLES, 16, 16, 3)), RNG.integers(0, CLASSES, size=SAMPLES))
+
+
+def segformer():
+    encoder = keras_hub.models.MiTBackbone(
+        layerwise_depths=[1, 1],
+        num_layers=2,
+        layerwise_num_heads=[1, 2],
+        layerwise_sr_ratios=[1, 1],
+        max_drop_path_rate=0.0,
+        layerwise_patch_sizes=[7, 3],
+        layerwise_strides=[4, 2],
+        image_shape=(32, 32, 3),
+        hidden_dims=[4, 8],
+    )
+    backbone = keras_hub.models.SegFormerBackbone(image_encoder=encoder, projection_filters=8)
+    model = keras_hub.models.SegFormerImageSegmenter(backbone, num_classes=2, preprocessor=None)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            # In training it sees micro-batches.
+            layer.trainable = False
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+    y = keras.utils.to_categorical(RNG.integers(0, 2, size=(SAMPLES, 32, 32)), 2)
+    return model, (RNG.normal(size=(SAMPLES, 32, 32, 3)), y)
+
+
+TASKS = (bert, gpt2, roberta, bart, vit, segformer)
+
+
+def retina_net():
+    encoder = keras_hub.models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 64, 64],
+        stackwise_num_blocks=[1, 1, 1],
+        stackwise_num_strides=[1, 2, 2],
+        block_type="basic_block",
+        image_shape=(32, 32, 3),
+    )
+    backbone = keras_hub.models.RetinaNetBackbone(encoder, min_level=3, max_level=4, use_p5=False)
+    return keras_hub.models.RetinaNetObjectDetector(
+        backbone, num_classes=CLASSES, preprocessor=None, bounding_box_format="xyxy"
+    )
+
+
+def trained(model, data):
+    x, *targets = data
+    names = dict(zip(("y", "sample_weight"), targets, strict=False))
+    return model.fit(x, **names, batch_size=11, epochs=2, shuffle=False, verbose=0).history
+
+
+# The table of positions of ViT is looked up for the whole batch at once. Of SegFormer, some
+# gradients are so small that Adam divides rounding by itself.
+ONLY_WITH_SGD = (vit, segformer)
+
+
+def settings(optimizer):
+    return {k: v for k, v in optimizer.get_config().items() if k != "name"}
+
+
+WAYS_TO_COMPILE = {
+    "auto": lambda model: model.compile("auto"),
+    "as it is": lambda model: None,
+    "defaults": lambda model: model.compile(),
+    "sgd": lambda model: model.compile(keras.optimizers.SGD(0.1, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("make", TASKS, ids=lambda make: make.__name__)
+# The pooler of BERT and RoBERTa takes no part in a masked language model.
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_tasks_keep_their_compile(make):
+    keras.utils.set_random_seed(1)
+    plain, data = make()
+    extended = make()[0]
+    for way, compiled in WAYS_TO_COMPILE.items():
+        model = tfbig.extend(extended, gradient_accumulation_steps=3)
+        assert inspect.signature(model.compile) == inspect.signature(plain.compile)
+        for m in (plain, model):
+            compiled(m)
+        assert type(model.optimizer) is type(plain.optimizer)
+        assert settings(model.optimizer) == settings(plain.optimizer)
+        if way == "sgd" or (way == "defaults" and make not in ONLY_WITH_SGD):
+            check_same_training(model, plain, data)
+
+
+def check_same_training(model, plain, data):
+    model.set_weights(plain.get_weights())
+    before = plain.get_weights()
+    history, plain_history = trained(model, data), trained(plain, data)
+    np.testing.assert_allclose(history["loss"], plain_history["loss"], rtol=1e-10)
+    assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(plain.get_weights(), before, strict=True))
+    for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_a_task_whose_class_is_extended_compiles_in_its_constructor():
+    plain, data = gpt2()
+    cls = tfbig.extend(type(plain))
+    model = cls(plain.backbone, preprocessor=None, micro_batch_size=4, loss_scale=8.0)
+    assert settings(model.optimizer) == settings(plain.optimizer)
+    assert trained(model, data)["loss_scale"] == [8.0, 8.0]
+
+
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+def test_a_detector_is_extended_and_not_cut():
+    keras.config.set_floatx("float32")  # In float64 its own `compute_loss` fails.
+    x = RNG.normal(size=(2, 32, 32, 3)).astype("float32")
+    boxes = [[2.0, 2.0, 15.0, 15.0], [10.0, 10.0, 30.0, 25.0]]
+    y = {"boxes": np.array([boxes] * 2, "float32"), "labels": np.array([[0.0, 1.0], [2.0, 1.0]])}
+    histories, weights = [], []
+    for wrap in (lambda m: m, tfbig.extend):
+        keras.utils.set_random_seed(1)
+        model = wrap(retina_net())
+        histories.append(model.fit(x, y, batch_size=2, verbose=0, shuffle=False).history)
+        weights.append(model.get_weights())
+    assert histories[0] == histories[1]
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    cut = tfbig.extend(model, micro_batch_size=1)
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="divides by the anchors of all"):
+        cut.fit(x, y, batch_size=2, verbose=0, shuffle=False)
+    for a, b in zip(cut.get_weights(), weights[1], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(

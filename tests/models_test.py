@@ -776,6 +776,100 @@ def test_extend_keeps_compile_settings():
     assert tfbig.extend(sequential(keras.Sequential)).compiled is False
 
 
+class Adversarial(keras.Model):
+    """Two networks with an optimizer each, and no `call`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (
+            keras.Sequential([keras.Input((4,)), dense(2, seed)]) for seed in (1, 2)
+        )
+
+    def compile(self, d_optimizer, g_optimizer):
+        super().compile()
+        self.d_optimizer, self.g_optimizer = d_optimizer, g_optimizer
+
+
+class OwnDefaults(keras.Sequential):
+    def compile(self, optimizer="auto", loss="auto", **kwargs):
+        optimizer = keras.optimizers.Adam(0.02) if optimizer == "auto" else optimizer
+        self.heard = kwargs
+        super().compile(optimizer, "mae" if loss == "auto" else loss, **kwargs)
+
+
+def test_extended_classes_keep_the_signature_of_compile():
+    for cls in (keras.Model, keras.Sequential, Adversarial, OwnDefaults, PlainNet):
+        extended = tfbig.extend(cls)
+        assert inspect.signature(extended.compile) == inspect.signature(cls.compile)
+
+
+@on_strategies
+@pytest.mark.parametrize("arguments", [(), ("auto",), ("sgd", "mse")], ids=str)
+def test_extended_classes_keep_the_defaults_of_compile(name, arguments, tmp_path, float64):
+    plain = sequential(OwnDefaults)
+    plain.compile(*arguments, metrics=["mse"])
+    with make_strategy(name).scope():
+        model = tfbig.extend(sequential(OwnDefaults), gradient_accumulation_steps=3)
+        model.compile(*arguments, metrics=["mse"])
+        # The settings of the model, not the defaults of its class.
+        again = tfbig.extend(model)
+    assert model.heard == {"metrics": ["mse"]}
+    for m in (model, again):
+        assert type(m.optimizer) is type(plain.optimizer)
+        assert m.optimizer.learning_rate == plain.optimizer.learning_rate
+        assert m.loss == plain.loss
+    fit(plain, epochs=2)
+    fit(model, epochs=1)
+    fit(again, epochs=1)
+    assert_same(again.get_weights(), plain.get_weights())
+
+
+def test_compile_takes_the_arguments_of_the_class():
+    optimizers = keras.optimizers.Adam(0.5), keras.optimizers.SGD(0.25)
+    model = tfbig.extend(Adversarial)()
+    model.compile(*optimizers)
+    assert (model.d_optimizer, model.g_optimizer) == optimizers
+    plain = Adversarial()
+    plain.compile(*optimizers)
+    again = tfbig.extend(plain)
+    assert again.compiled
+    assert (again.d_optimizer, again.g_optimizer) == optimizers
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'g_optimizer'"):
+        model.compile(optimizers[0])
+
+
+def test_compile_of_other_models_is_as_it_was():
+    keras.config.set_dtype_policy("mixed_float16")
+    plain = sequential(keras.Sequential)
+    plain.compile(keras.optimizers.SGD(gradient_accumulation_steps=2))
+    assert isinstance(plain.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def test_options_hold_where_a_constructor_compiles():
+    class Ready(keras.Sequential):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.compile("sgd", "mse")
+
+    options = {"loss_scale": 8.0, "log_gradient_noise_scale": True, "micro_batch_size": 2}
+    model = sequential(tfbig.extend(Ready), **options)
+    history = fit(model).history
+    assert history["loss_scale"] == [8.0]
+    assert "gradient_noise_scale" in history
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_clones_are_compiled_as_keras_compiles_them(policy):
+    keras.config.set_dtype_policy(policy)
+    for make in (functional, sequential):
+        model = make(tfbig.Model if make is functional else tfbig.Sequential, micro_batch_size=2)
+        clone = keras.models.clone_model(compiled(model))
+        assert type(clone.optimizer) is keras.optimizers.Adam
+        assert clone.optimizer is not model.optimizer
+        assert clone.loss_scale == model.loss_scale
+        fit(clone)
+
+
 # --- Saving ------------------------------------------------------------------
 
 

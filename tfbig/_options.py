@@ -61,10 +61,11 @@ class StepOptions(_keras.TrainerOverrides):
     ):
         recompute = _recomputation.check(recompute)
         exchange_dtype = _reduction.checked_dtype(exchange_dtype)
-        super().__init__(*args, **kwargs)
         self._log_grad_norm = bool(log_grad_norm)
+        # Before: a constructor may compile, as those of KerasHub do.
         self._log_gradient_noise_scale = bool(log_gradient_noise_scale)
         self._exchange_dtype = exchange_dtype
+        super().__init__(*args, **kwargs)
         self._set_recompute(recompute)
 
     @property

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import (
+    _coupled,
     _cut,
     _fit,
     _inexact,
@@ -121,17 +122,16 @@ class TrainStep(_options.StepOptions):
             self._stop_request = value
             self._rebuild_step()
 
-    def compile(self, optimizer="rmsprop", *args, **kwargs):
-        strategy = self.distribute_strategy
-        with strategy.scope():
-            optimizer = keras.optimizers.get(optimizer)
-            _update.check_optimizer(optimizer)
-            # tfbig scales the loss itself, or not at all.
-            kwargs["auto_scale_loss"] = False
-            if _keras.is_tpu(strategy):
-                # A TPU's programs are compiled anyway; Keras's own compilation fails there.
-                kwargs["jit_compile"] = False
-            super().compile(optimizer, *args, **kwargs)
+    def _prepare_compile(self, settings):
+        settings["optimizer"] = keras.optimizers.get(settings["optimizer"])
+        _update.check_optimizer(settings["optimizer"])
+        # tfbig scales the loss itself, or not at all.
+        settings["auto_scale_loss"] = False
+        if _keras.is_tpu(self.distribute_strategy):
+            # A TPU's programs are compiled anyway; Keras's own compilation fails there.
+            settings["jit_compile"] = False
+
+    def _finish_compile(self):
         _keras.check_losses(self)
         if not hasattr(self, "loss_scale") and _keras.computes_in_float16(self):
             warnings.warn(
@@ -141,18 +141,8 @@ class TrainStep(_options.StepOptions):
             )
         self.seed_states = _keras.SeedStates(self)
         self._reset_noise_scale()
-        if optimizer is not None:
-            _keras.track_for_checkpoint(self, "optimizer", optimizer)
-
-    def compile_from_config(self, config):
-        # Keras compiles a loaded model only where `compile` is its own.
-        if not _keras.is_compile_of(self, "tfbig."):
-            super().compile_from_config(config)
-            return
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None and self.built:
-            with self.distribute_strategy.scope():
-                self.optimizer.build(self.trainable_variables)
+        if self.optimizer is not None:
+            _keras.track_for_checkpoint(self, "optimizer", self.optimizer)
 
     def _check_before_run(self):
         _keras.check_scope(self)
@@ -297,6 +287,8 @@ class TrainStep(_options.StepOptions):
 
     def _share(self, data, cut, training):
         """This replica's share of a batch, as `MicroBatches`."""
+        if not self._is_plain(cut, data):
+            _coupled.check(self)
         synchronized = training and _keras.has_synchronized_layers(self)
         # An exchange may stand neither in a loop nor in an XLA program.
         compiled = bool(self.jit_compile) and not synchronized

@@ -256,9 +256,9 @@ class DynamicLossScalingMixin(_step.TrainStep):
     _loss_scale = "auto"
 
     def __init__(self, *args, loss_scale="auto", **kwargs):
-        _checked(loss_scale)
-        super().__init__(*args, **kwargs)
+        # Before: a constructor may compile, as those of KerasHub do.
         self._loss_scale = _checked(loss_scale)
+        super().__init__(*args, **kwargs)
 
     @property
     def loss_scale(self):
@@ -284,8 +284,8 @@ class DynamicLossScalingMixin(_step.TrainStep):
         state = self.loss_scale_state
         return 0 if state is None else int(state.skipped_updates.numpy())
 
-    def compile(self, *args, **kwargs):
-        super().compile(*args, **kwargs)
+    def _finish_compile(self):
+        super()._finish_compile()
         self._reset_loss_scale()
 
     def _make_train_function(self):

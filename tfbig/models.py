@@ -237,7 +237,7 @@ def _keep_options(original, clone):
     if not isinstance(clone, _step.TrainStep):
         clone = _keras.with_class(clone, type(original))
     _options.set_options(clone, original._options())
-    _keras.recompile(clone, getattr(clone, "optimizer", None))
+    _keras.recompile(clone)
     return clone
 
 

@@ -11,6 +11,7 @@ from tfbig import _backend
 
 _backend.check(keras.backend.backend())
 
+from tfbig._keras.compiling import recompile
 from tfbig._keras.data import (
     NO_SAMPLES,
     batch_size,
@@ -75,9 +76,7 @@ from tfbig._keras.saving import (
     SeedStates,
     after_cloning,
     compile_settings,
-    is_compile_of,
     is_functional,
-    recompile,
     register_as,
     registered_class,
     registered_name,
@@ -144,7 +143,6 @@ __all__ = (
     "globally_logged",
     "has_synchronized_layers",
     "intercepted_losses",
-    "is_compile_of",
     "is_compiled_as_a_whole",
     "is_functional",
     "is_generated",

@@ -152,17 +152,6 @@ def with_class(model, cls):
     return copy
 
 
-def recompile(model, optimizer):
-    """Compiles a model anew with the settings it has."""
-    if model.compiled:
-        model.compile(**{**model._compile_config.config, "optimizer": optimizer})
-
-
-def is_compile_of(model, module):
-    """Whether `model.compile` is the one of a module's class, not a user's."""
-    return type(model).compile.__module__.startswith(module)
-
-
 def register_as(cls, name):
     """Saves objects of `cls` under a registered name that is another class's."""
     object_registration.GLOBAL_CUSTOM_NAMES[cls] = name

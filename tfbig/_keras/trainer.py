@@ -10,6 +10,7 @@ from keras.src.backend.tensorflow import trainer as _trainer_tf
 from keras.src.trainers import trainer as _trainer
 
 from tfbig import errors
+from tfbig._keras.compiling import CompileHooks
 from tfbig._keras.data import (
     NO_SAMPLES,
     batch_size,
@@ -98,11 +99,7 @@ def returns_global_logs(step):
     return step
 
 
-# To mypy the mixins are Keras models; in truth they stand before one.
-_KerasModel: typing.Any = keras.Model if typing.TYPE_CHECKING else object
-
-
-class TrainerOverrides(_KerasModel):
+class TrainerOverrides(CompileHooks):
     """Replaces what of `keras.Model` fails under `tf.distribute`.
 
     - `_maybe_symbolic_build` takes shapes from the dataset's specification.
