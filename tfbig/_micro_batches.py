@@ -13,6 +13,7 @@ from tfbig import (
     _dependence,
     _keras,
     _noise_scale,
+    _own_step,
     _reduction,
     _rows,
     errors,
@@ -500,6 +501,8 @@ def accumulate_gradients(
         )
     if gradient_accumulation_steps is None and micro_batch_size is None:
         gradient_accumulation_steps = 1
+    cut = _cut.Cut(gradient_accumulation_steps, micro_batch_size)
+    _own_step.accumulates(cut, loss_scale)
 
     def wrapped(micro_batch):
         result = loss_fn(micro_batch)
@@ -509,7 +512,7 @@ def accumulate_gradients(
     return MicroBatches(
         wrapped,
         data,
-        _cut.Cut(gradient_accumulation_steps, micro_batch_size),
+        cut,
         variables,
         compiled=compiled,
     ).accumulate(None if loss_scale is None else loss_scale.loss_scale.value)

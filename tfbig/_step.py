@@ -8,6 +8,7 @@ global batch ── strategy ──> replica's share ── cut ──> micro-ba
                           no : skip, back off, count
 """
 
+import contextlib
 import functools
 import warnings
 from typing import Any
@@ -23,6 +24,7 @@ from tfbig import (
     _keras,
     _micro_batches,
     _options,
+    _own_step,
     _recomputation,
     _reduction,
     _update,
@@ -52,6 +54,12 @@ def _owner_of_other(cls, name):
     after = cls.__mro__[cls.__mro__.index(TrainStep) + 1 :]
     owner = next((c for c in after if name in vars(c)), None)
     return None if owner is None or owner.__module__.split(".")[0] == "keras" else owner
+
+
+def has_step_of_extended_class(cls):
+    """Whether the `train_step` is that of a class which is extended, and knows nothing of tfbig."""
+    owner = _owner_of_other(cls, "train_step")
+    return owner is not None and cls.train_step is vars(owner)["train_step"]
 
 
 class TrainStep(_options.StepOptions):
@@ -103,9 +111,10 @@ class TrainStep(_options.StepOptions):
                 f"class {cls.__name__}({bases}). Write class {cls.__name__}"
                 f"({', '.join(b.__name__ for b in correct)})."
             )
-        owner = _owner_of_other(cls, "test_step")
-        if owner is not None and cls.test_step is TrainStep.test_step:
-            cls.test_step = owner.test_step  # type: ignore[method-assign]
+        for name in ("train_step", "test_step"):
+            owner = _owner_of_other(cls, name)
+            if owner is not None and getattr(cls, name) is getattr(TrainStep, name):
+                setattr(cls, name, vars(owner)[name])
 
     def __init__(self, *args, **kwargs):
         check_strategy()
@@ -122,18 +131,33 @@ class TrainStep(_options.StepOptions):
             self._stop_request = value
             self._rebuild_step()
 
+    @property
+    def _has_own_step(self):
+        """Whether a `train_step` runs that is not tfbig's."""
+        return getattr(self.train_step, "__func__", None) is not TrainStep.train_step
+
+    @property
+    def _scale_settings(self):
+        """Hook: settings of the loss scale; None without."""
+        return None
+
     def _prepare_compile(self, settings):
-        settings["optimizer"] = keras.optimizers.get(settings["optimizer"])
-        _update.check_optimizer(settings["optimizer"])
-        # tfbig scales the loss itself, or not at all.
-        settings["auto_scale_loss"] = False
+        optimizer = settings["optimizer"] = keras.optimizers.get(settings["optimizer"])
+        if not self._has_own_step:
+            _update.check_optimizer(optimizer)
+        if not self._has_own_step or self._scale_settings is not None:
+            # tfbig scales the loss itself, or not at all.
+            settings["auto_scale_loss"] = False
         if _keras.is_tpu(self.distribute_strategy):
             # A TPU's programs are compiled anyway; Keras's own compilation fails there.
             settings["jit_compile"] = False
 
     def _finish_compile(self):
         _keras.check_losses(self)
-        if not hasattr(self, "loss_scale") and _keras.computes_in_float16(self):
+        is_scaled = hasattr(self, "loss_scale") or isinstance(
+            self.optimizer, _keras.LossScaleOptimizer
+        )
+        if not is_scaled and _keras.computes_in_float16(self):
             warnings.warn(
                 "The model computes in float16 without loss scaling, so small gradients become "
                 "zero. Add tfbig.DynamicLossScalingMixin, or use mixed_bfloat16.",
@@ -173,6 +197,14 @@ class TrainStep(_options.StepOptions):
             self._has_said_what_is_inexact = True
             _inexact.warn_of_what_is_not_exact(self)
 
+    def _build_for(self, specs):
+        if not self._has_own_step:
+            super()._build_for(specs)
+        elif not has_step_of_extended_class(type(self)) or self._distribute_strategy is not None:
+            # Its step may take the data otherwise than `call` does, which may be missing.
+            with contextlib.suppress(RuntimeError):
+                super()._build_for(specs)
+
     def make_train_function(self, force=False):
         self.check_train_step()
         super().make_train_function(force)
@@ -184,25 +216,25 @@ class TrainStep(_options.StepOptions):
         super().make_test_function(force)
 
     def check_train_step(self):
-        """Refuses what would replace the `train_step` of a class that is extended."""
-        owner = _owner_of_other(type(self), "train_step")
-        if owner is None or type(self).train_step is not TrainStep.train_step:
+        """Refuses options that the `train_step` of a class that is extended knows nothing of."""
+        if not has_step_of_extended_class(type(self)):
             return
-        given = self._options() | {"loss_scale": None}
-        if given.get("gradient_accumulation_steps") == 1:
-            del given["gradient_accumulation_steps"]
-        given = {k: v for k, v in given.items() if v not in (None, False)}
-        if self.loss_scale_state is not None:
-            given["loss_scale"] = self.loss_scale
-        replicas = _reduction.replicas_of(self)
+        given, replicas = _own_step.given(self), _reduction.replicas_of(self)
         if given or replicas > 1:
             said = ", ".join(f"{k}={v!r}" for k, v in given.items())
             raise errors.UnsupportedModelError(
-                f"{owner.__name__} has a `train_step` of its own, which tfbig's would replace. "
-                f"Received: {said or 'no options'}, {replicas} replica(s). Write it in a subclass "
-                "of tfbig.Model from tfbig.accumulate_gradients and tfbig.apply_gradients, or "
-                "leave the options out, on one replica."
+                f"{_owner_of_other(type(self), 'train_step').__name__} has a `train_step` of its "
+                f"own, which tfbig's would replace. Received: {said or 'no options'}, {replicas} "
+                "replica(s). Write it in a subclass of tfbig.Model from "
+                "tfbig.accumulate_gradients and tfbig.apply_gradients, or leave the options out, "
+                "on one replica."
             )
+
+    def _checked_train_step(self):
+        step = super()._checked_train_step()
+        if has_step_of_extended_class(type(self)):
+            return functools.partial(self._plain, step)
+        return _own_step.checked(self, step) if self._has_own_step else step
 
     def fit(self, *args, **kwargs):
         arguments = _fit.arguments_of(super().fit, args, kwargs)
@@ -216,6 +248,8 @@ class TrainStep(_options.StepOptions):
     @_keras.returns_global_logs
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
+        _own_step.uses_all()
+        _update.check_optimizer(self.optimizer)
         is_plain = self._is_plain(self._cut(), data)
         if is_plain and self.loss_scale_state is None and self._is_default:
             return self._plain(super().train_step, data)

@@ -6,7 +6,7 @@ import dataclasses
 import keras
 import numpy as np
 
-from tfbig import _keras, _options, _step, _tpu, models
+from tfbig import _keras, _options, _step, _tpu, errors, models
 from tfbig._tpu import numbers
 from tfbig._tpu.build_function import UsageError
 from tfbig.loss_scaling import DynamicLossScale
@@ -234,9 +234,13 @@ def _scaled(built, strategy, cores, run, data, initial, wanted, rate, size):
         weight = np.ones(batch.specs[2].shape, "float32")
         data = (*data[:2], weight)
         poisoned, is_sure = numbers.poisoned((*data[:2], weight), cores)
-    update, skipped = run(model, batch, data, poisoned)
+    try:
+        update, skipped = run(model, batch, data, poisoned)
+    except errors.UnsupportedModelError:
+        # A `train_step` of the model's own that does not scale.
+        return None
     counts = skipped.after.get("skipped_updates")
-    # A `train_step` of the model's own may not scale; a layer may make numbers of NaN.
+    # A layer may make numbers of NaN.
     if counts is None or not (is_sure or counts.any() or skipped.has_nan()):
         return None
     weights = [w.path for w in model.weights]

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from tfbig import _accumulators, _keras, _reduction, errors
+from tfbig import _accumulators, _keras, _own_step, _reduction, errors
 
 __all__ = ("Update", "apply_gradients")
 
@@ -85,7 +85,9 @@ def apply_gradients(
     Returns:
         An `Update`: `loss`, `is_finite`, `gradient_norm`.
     """
+    check_optimizer(optimizer)
     exchange_dtype = _reduction.checked_dtype(exchange_dtype)
+    _own_step.applies(loss_scale, log_grad_norm, exchange_dtype)
     batch = _reduction.exchange(accumulated, exchange_dtype)
     loss = tf.math.divide_no_nan(batch.loss, batch.weight)
     values = tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values)
@@ -181,7 +183,8 @@ def check_optimizer(optimizer):
             "`optimizer` must not be wrapped in `LossScaleOptimizer`: tfbig scales the loss. "
             "Pass the inner optimizer, and to the model "
             f"`loss_scale=tfbig.DynamicLossScale(initial_scale={optimizer.initial_scale}, "
-            f"growth_interval={optimizer.dynamic_growth_steps})`."
+            f"growth_interval={optimizer.dynamic_growth_steps})`. If "
+            "Keras wrapped it, pass auto_scale_loss=False to `compile`."
         )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         return

@@ -235,9 +235,12 @@ class DynamicLossScalingMixin(_step.TrainStep):
 
     Args:
         loss_scale: "auto": dynamic where the model, or a layer of it, computes in
-            float16, else none. "dynamic": `DynamicLossScale()`. A positive
-            number: a fixed scale, with which non-finite updates are skipped too.
-            None: no scaling, nothing is checked. Or a `DynamicLossScale`.
+            float16, else none; none also for a class that is extended and has a
+            `train_step` of its own, whose loss Keras goes on to scale. "dynamic":
+            `DynamicLossScale()`. A positive number: a fixed scale, with which non-finite
+            updates are skipped too.
+            None: no scaling, nothing is checked; a `train_step` of one's own is then scaled
+            by Keras, if at all. Or a `DynamicLossScale`.
             Defaults to "auto".
 
     Attributes:
@@ -268,8 +271,7 @@ class DynamicLossScalingMixin(_step.TrainStep):
         """
         if self.loss_scale_state is not None:
             return float(self.loss_scale_state.loss_scale.numpy())
-        settings, _ = _settings(self._loss_scale, self)
-        return settings and settings.initial_scale
+        return self._scale_settings and self._scale_settings.initial_scale
 
     @loss_scale.setter
     def loss_scale(self, value):
@@ -283,6 +285,10 @@ class DynamicLossScalingMixin(_step.TrainStep):
         """Number of updates skipped so far, an int."""
         state = self.loss_scale_state
         return 0 if state is None else int(state.skipped_updates.numpy())
+
+    @property
+    def _scale_settings(self):
+        return _settings(self._loss_scale, self)[0]
 
     def _finish_compile(self):
         super()._finish_compile()
@@ -319,7 +325,11 @@ def _checked(option):
 def _settings(option, model):
     """`(DynamicLossScale or None, whether it is fixed)` for an option."""
     if option == "auto":
-        option = "dynamic" if _keras.computes_in_float16(model) else None
+        # A class that is extended goes on to be scaled as it was: by Keras.
+        is_wanted = _keras.computes_in_float16(model) and not _step.has_step_of_extended_class(
+            type(model)
+        )
+        option = "dynamic" if is_wanted else None
     if option == "dynamic":
         return DynamicLossScale(), False
     if option is None or isinstance(option, DynamicLossScale):

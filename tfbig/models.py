@@ -94,9 +94,10 @@ class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Seque
 def extend(model_or_class, **options):
     """Adds both mixins to a Keras class or to a model that exists.
 
-    A `train_step` of the class's own goes on to run where tfbig has nothing to add, on one
-    replica and without options; else `fit` raises `UnsupportedModelError`, since tfbig's would
-    replace it. A `test_step` of its own stays.
+    A `compile` of the class's own stays as it is, with its arguments and defaults. So do a
+    `test_step`, and a `train_step`, which trains as before, on one replica and without options.
+    With options or on several replicas `fit` raises `UnsupportedModelError`, since such a step
+    knows nothing of them. In float16, Keras goes on to scale its loss.
 
     Args:
         model_or_class: A subclass of `keras.Model`; or a model, built or not,
@@ -107,8 +108,8 @@ def extend(model_or_class, **options):
     Returns:
         For a class, a subclass with the mixins, the same each time. For a model,
         a model with the same layers, variables, compile settings and optimizer.
-        A `LossScaleOptimizer` around the optimizer is taken off; its settings
-        become the loss scale, if none is given.
+        A `LossScaleOptimizer` around the optimizer is taken off, unless the class has a
+        `train_step` of its own; its settings become the loss scale, if none is given.
 
     Raises:
         InvalidOptionError: If the argument is not a Keras model, or an option is
@@ -210,7 +211,10 @@ def _extended_model(model, options):
         _cut.Cut(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
     reached = None
-    if isinstance(optimizer, _keras.LossScaleOptimizer):
+    cls = _extended_class(type(model))
+    # A step of the class's own goes on to be scaled by Keras.
+    is_own = _step.has_step_of_extended_class(cls)
+    if isinstance(optimizer, _keras.LossScaleOptimizer) and not is_own:
         if optimizer.built and "loss_scale" not in options:
             reached = optimizer
         initial = optimizer.initial_scale
@@ -221,7 +225,7 @@ def _extended_model(model, options):
         )
         options = {"loss_scale": scale} | options
         optimizer = optimizer.inner_optimizer
-    extended = _keras.with_class(model, _extended_class(type(model)))
+    extended = _keras.with_class(model, cls)
     _options.set_options(extended, options)
     _keras.recompile(extended, optimizer)
     if reached is not None:

@@ -83,6 +83,7 @@ from tfbig._keras.saving import (
     track_for_checkpoint,
     with_class,
 )
+from tfbig._keras.thread import current, holding
 from tfbig._keras.trainer import (
     LENGTHS_DIFFER,
     OVERFLOW,
@@ -133,6 +134,7 @@ __all__ = (
     "compile_settings",
     "compiled_as_a_whole",
     "computes_in_float16",
+    "current",
     "data_of",
     "data_of_fit",
     "devices_of",
@@ -142,6 +144,7 @@ __all__ = (
     "global_seed",
     "globally_logged",
     "has_synchronized_layers",
+    "holding",
     "intercepted_losses",
     "is_compiled_as_a_whole",
     "is_functional",

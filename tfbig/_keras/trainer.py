@@ -181,9 +181,13 @@ class TrainerOverrides(CompileHooks):
         self._batch_size = size
         self._check_before_run()
         with strategy.scope():
-            if any(_is_composite(spec) for spec in keras.tree.flatten(data_batch)):
-                _build_by_call(self, data_batch)
-            self._symbolic_build(data_batch=data_batch)
+            self._build_for(data_batch)
+
+    def _build_for(self, specs):
+        """Hook: builds the model, its losses and its metrics for batches of these specs."""
+        if any(_is_composite(spec) for spec in keras.tree.flatten(specs)):
+            _build_by_call(self, specs)
+        self._symbolic_build(data_batch=specs)
 
     def _warn_of_single_samples(self):
         found = [
@@ -391,7 +395,11 @@ class TrainerOverrides(CompileHooks):
 
     def _make_train_function(self):
         """Hook: the function of an iterator that trains."""
-        return self._step_function(self.train_step, is_training=True)
+        return self._step_function(self._checked_train_step(), is_training=True)
+
+    def _checked_train_step(self):
+        """Hook: the `train_step` that runs."""
+        return self.train_step
 
     def predict_on_batch(self, x):
         if self.distribute_strategy.num_replicas_in_sync == 1:

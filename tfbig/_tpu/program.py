@@ -192,10 +192,12 @@ def trace(model, share):
         # No variable can be made while a TPU's program is traced.
         model.optimizer.build(model.trainable_variables)
 
+    train_step = model._checked_train_step()
+
     @tf.function(autograph=False)
     def update(*data):
         # Values that are no one replica's are given to each.
-        return strategy.run(model.train_step, args=(keras.tree.pack_sequence_as(share, data),))
+        return strategy.run(train_step, args=(keras.tree.pack_sequence_as(share, data),))
 
     specs = keras.tree.flatten(share)
     with strategy.scope():

@@ -1,0 +1,116 @@
+"""A `train_step` that a user wrote: what it uses of tfbig, and which options have no effect in it.
+
+What it uses is what it calls while it is traced, so an option without effect is refused before the
+first update.
+"""
+
+import functools
+
+import tensorflow as tf
+
+from tfbig import _keras, errors
+
+__all__ = ("accumulates", "applies", "checked", "given", "uses_all")
+
+_CUTS = ("gradient_accumulation_steps", "micro_batch_size")
+
+# Options that the two halves of an update take, each with what passes it on.
+_OF_THE_HALVES = {
+    **dict.fromkeys(_CUTS, "{name}=self.{name} to tfbig.accumulate_gradients"),
+    "loss_scale": "loss_scale=self.loss_scale_state to tfbig.accumulate_gradients and to "
+    "tfbig.apply_gradients",
+    "log_grad_norm": "log_grad_norm=True to tfbig.apply_gradients",
+    "exchange_dtype": "exchange_dtype=self.exchange_dtype to tfbig.apply_gradients",
+}
+
+
+def _use(*names):
+    """Records what is used by the step that is being traced, if it is a user's."""
+    uses = _keras.current("uses")
+    if uses is not None:
+        uses.update(names)
+
+
+def uses_all():
+    """Records that tfbig's `train_step` is called."""
+    _use("everything")
+
+
+def accumulates(cut, loss_scale):
+    """Records what `accumulate_gradients` is given."""
+    _use(
+        *(() if cut.is_whole else _CUTS),
+        *(() if loss_scale is None else ("scaled",)),
+    )
+
+
+def applies(loss_scale, log_grad_norm, exchange_dtype):
+    """Records what `apply_gradients` is given."""
+    passed = {
+        "unscaled": loss_scale is not None,
+        "log_grad_norm": log_grad_norm,
+        "exchange_dtype": exchange_dtype is not None,
+    }
+    _use(*(name for name, is_passed in passed.items() if is_passed))
+
+
+def given(model):
+    """The options of a model that ask for something, by name."""
+    options = {k: v for k, v in model._options().items() if v not in (None, False)}
+    if options.get("gradient_accumulation_steps") == 1:
+        del options["gradient_accumulation_steps"]
+    if model.loss_scale_state is None:
+        options.pop("loss_scale", None)
+    return options
+
+
+def _unused(model, uses):
+    if "everything" in uses:
+        return {}
+    used = uses | ({"loss_scale"} if {"scaled", "unscaled"} <= uses else set())
+    return {name: value for name, value in given(model).items() if name not in used}
+
+
+def checked(model, step):
+    """The `train_step` of a user, which raises if it leaves an option without effect."""
+
+    # Kept: a tf.function of the user's is traced once, for however many functions that train.
+    uses = vars(model).setdefault("_uses_of_own_step", set())
+
+    @functools.wraps(step)
+    def checked_step(data):
+        is_eager = tf.executing_eagerly() and _unused(model, uses)
+        undo = _undo(model) if is_eager else None
+        with _keras.holding("uses", uses):
+            logs = step(data)
+        unused = _unused(model, uses)
+        if unused:
+            if undo is not None:
+                undo()
+            raise _error(model, unused)
+        return logs
+
+    return checked_step
+
+
+def _undo(model):
+    """What takes back an update that ran before it was known what it uses."""
+    variables = list(model.variables)
+    for _, optimizer in _keras.optimizers_of(model):
+        variables += optimizer.variables
+    values = _keras.values_of(variables)
+    return lambda: _keras.assign_all(variables, values)
+
+
+def _error(model, unused):
+    said = ", ".join(f"{name}={value!r}" for name, value in unused.items())
+    remedies = [_OF_THE_HALVES[n].format(name=n) for n in unused if n in _OF_THE_HALVES]
+    halves = f", or pass {', '.join(remedies)}" if len(remedies) == len(unused) else ""
+    keras_scales = ""
+    if "loss_scale" in unused:
+        keras_scales = " With loss_scale=None, Keras's LossScaleOptimizer scales in float16."
+    return errors.UnsupportedModelError(
+        f"{type(model).__name__} has a `train_step` of its own, in which an option would have no "
+        f"effect. Received: {said}. Call super().train_step(data){halves}; or leave the option "
+        f"out.{keras_scales}"
+    )
