@@ -6,7 +6,12 @@ import keras
 
 from tfbig import _keras, errors
 
-__all__ = ("refuse_stateful_layers", "warn_of_what_is_not_exact")
+__all__ = ("refuse_divided_loss", "refuse_stateful_layers", "warn_of_what_is_not_exact")
+
+# Registered name of a class -> what the loss of a batch is divided by, inside of `compute_loss`.
+_DIVIDED_BY = {
+    "keras_hub>RetinaNetObjectDetector": "the anchors of all samples that hold an object"
+}
 
 
 def refuse_stateful_layers(model: keras.Model, cut: object) -> None:
@@ -24,6 +29,20 @@ def refuse_stateful_layers(model: keras.Model, cut: object) -> None:
             f"{', '.join(names)} with {cut} on {model.distribute_strategy.num_replicas_in_sync} "
             "replica(s). Use gradient_accumulation_steps=1 on one replica, or stateful=False."
         )
+
+
+def refuse_divided_loss(model: keras.Model) -> None:
+    """Raises for a model of which it is known that no cut has the loss of the whole batch."""
+    for cls in type(model).__mro__:
+        divisor = _DIVIDED_BY.get(_keras.registered_name(cls))
+        # A subclass may compute a loss that can be cut.
+        if divisor and vars(cls).get("compute_loss") is type(model).compute_loss:
+            raise errors.UnsupportedModelError(
+                f"The loss of {cls.__name__} divides by {divisor}, so micro-batches and replicas "
+                "would have another loss than the whole batch. Received: a batch that is cut. Use "
+                "gradient_accumulation_steps=1 on one replica, or a subclass with a `compute_loss` "
+                "that divides by a constant."
+            )
 
 
 def warn_of_what_is_not_exact(model: keras.Model) -> None:

@@ -17,7 +17,6 @@ import keras
 import tensorflow as tf
 
 from tfbig import (
-    _coupled,
     _cut,
     _fit,
     _inexact,
@@ -322,7 +321,7 @@ class TrainStep(_options.StepOptions):
     def _share(self, data, cut, training):
         """This replica's share of a batch, as `MicroBatches`."""
         if not self._is_plain(cut, data):
-            _coupled.check(self)
+            _inexact.refuse_divided_loss(self)
         synchronized = training and _keras.has_synchronized_layers(self)
         # An exchange may stand neither in a loop nor in an XLA program.
         compiled = bool(self.jit_compile) and not synchronized
