@@ -125,9 +125,8 @@ def trained(model, data):
     return model.fit(x, **names, batch_size=11, epochs=2, shuffle=False, verbose=0).history
 
 
-# The table of positions of ViT is looked up for the whole batch at once. Of SegFormer, some
-# gradients are so small that Adam divides rounding by itself.
-ONLY_WITH_SGD = (vit, segformer)
+# Some gradients of SegFormer are so small that Adam divides rounding by itself.
+ONLY_WITH_SGD = (segformer,)
 
 
 def settings(optimizer):
