@@ -1,0 +1,1 @@
+"""Small programs as people write them, and the test that they train as in plain Keras."""

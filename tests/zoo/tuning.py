@@ -1,0 +1,81 @@
+"""Fine-tuning: frozen layers, low-rank updates, quantized weights."""
+
+import keras
+from keras import layers
+
+from tests.zoo import samples
+from tests.zoo.program import program
+from tests.zoo.transformers import TokenAndPositionEmbedding
+
+
+def classification():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return {"loss": loss, "metrics": ["accuracy"]}
+
+
+def sentences(rng, n):
+    return samples.tokens(rng, n), samples.classes(rng, n)
+
+
+def body(name="body"):
+    x = keras.Input((6,), dtype="int32")
+    h = TokenAndPositionEmbedding(6, 9, 4)(x)
+    return keras.Model(x, layers.Dense(4, activation="tanh")(layers.Flatten()(h)), name=name)
+
+
+def thaw(model):
+    model.get_layer("body").trainable = True
+
+
+@program(
+    "Keras guide: fine-tuning, first the head and then all",
+    "a frozen model in the model, thawed and compiled anew",
+    data=sentences,
+    compile=classification,
+    thaw=thaw,
+    adaptive="adam",
+)
+def frozen_then_thawed(base, **options):
+    x = keras.Input((6,), dtype="int32")
+    frozen = body()
+    frozen.trainable = False
+    return base(x, layers.Dense(3)(frozen(x)), **options)
+
+
+@program(
+    "keras.io: low-rank adaptation",
+    "`enable_lora` of a dense layer and an embedding",
+    data=lambda rng, n: (samples.tokens(rng, n), samples.classes(rng, n)),
+    compile=classification,
+    adaptive="rmsprop",
+    is_reloaded_by_keras=True,
+    note="a file holds the sum of both factors and the kernel; plain Keras goes on from it too",
+)
+def low_rank(base, **options):
+    x = keras.Input((6,), dtype="int32")
+    embedding, dense = layers.Embedding(9, 4), layers.Dense(4, activation="tanh")
+    h = layers.GlobalAveragePooling1D()(dense(embedding(x)))
+    model = base(x, layers.Dense(3)(h), **options)
+    for layer in (embedding, dense):
+        layer.enable_lora(2)
+    return model
+
+
+@program(
+    "Keras guide: int8 weights with low-rank adaptation",
+    "whole numbers as weights, low-rank factors that train",
+    data=lambda rng, n: (rng.normal(size=(n, 5)), samples.classes(rng, n)),
+    compile=classification,
+    adaptive="adam",
+    is_reloaded_by_keras=True,
+    note="a file holds the sum of both factors and the kernel; plain Keras goes on from it too",
+)
+def quantized_low_rank(base, **options):
+    x = keras.Input((5,))
+    hidden = [layers.Dense(6, activation="tanh"), layers.Dense(4, activation="tanh")]
+    h = hidden[1](hidden[0](x))
+    model = base(x, layers.Dense(3)(h), **options)
+    for layer in hidden:
+        layer.quantize("int8")
+        layer.enable_lora(2)
+    return model
