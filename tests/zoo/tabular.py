@@ -172,7 +172,7 @@ def two_towers(base, **options):
 def ticket_routing(base, **options):
     title = keras.Input((5,), dtype="int32", name="title")
     tags = keras.Input((3,), name="tags")
-    read = layers.GRU(4)(layers.Embedding(9, 4, mask_zero=True)(title))
+    read = layers.GlobalAveragePooling1D()(layers.Embedding(9, 4, mask_zero=True)(title))
     h = layers.Concatenate()([read, tags])
     priority = layers.Dense(1, activation="sigmoid", name="priority")(h)
     department = layers.Dense(3, name="department")(h)

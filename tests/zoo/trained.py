@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tests.zoo.program import BATCH, OPTIMIZERS, PROGRAMS, SAMPLES
 
-EPOCHS = 2
+EPOCHS = 1
 
 
 @dataclasses.dataclass

@@ -1,0 +1,170 @@
+"""Models of KerasHub, tiny and with random weights."""
+
+import keras
+
+from tests.zoo import samples
+from tests.zoo.program import program
+
+try:
+    import keras_hub
+except ImportError:
+    # The test says that it is skipped.
+    keras_hub = None
+
+LENGTH, VOCABULARY = 6, 12
+SIZES = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 1,
+    "num_heads": 2,
+    "hidden_dim": 4,
+    "intermediate_dim": 6,
+}
+
+
+def sentences(rng, n, prefix=""):
+    x = samples.tokens(rng, n, LENGTH, VOCABULARY)
+    return {f"{prefix}token_ids": x, f"{prefix}padding_mask": (x > 0).astype("int32")}
+
+
+def continuations(rng, n):
+    """Inputs of a causal language model, the next tokens, and weights that leave out padding."""
+    x = sentences(rng, n)
+    y = samples.next_tokens(x["token_ids"])
+    return x, y, (y > 0).astype("float64")
+
+
+def translations(rng, n):
+    x = sentences(rng, n, "encoder_") | sentences(rng, n, "decoder_")
+    y = samples.next_tokens(x["decoder_token_ids"])
+    return x, y, (y > 0).astype("float64")
+
+
+def cross_entropy():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return {"loss": loss, "weighted_metrics": ["accuracy"]}
+
+
+@program(
+    "KerasHub: `BertTextClassifier`",
+    "the task's own `compile`; tables of tokens, positions and segments",
+    data=lambda rng, n: (
+        (x := sentences(rng, n)) | {"segment_ids": (x["token_ids"] > 5).astype("int32")},
+        samples.classes(rng, n),
+    ),
+    compile=lambda: {"loss": "auto", "metrics": "auto"},
+    adaptive="adam",
+    by="extend model",
+)
+def bert():
+    backbone = keras_hub.models.BertBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
+    return keras_hub.models.BertTextClassifier(backbone, 3, preprocessor=None, dropout=0.0)
+
+
+@program(
+    "KerasHub: `GPT2CausalLM`",
+    "the task's own `compile`; tied head, table of positions, weights of tokens",
+    data=continuations,
+    compile=lambda: {"loss": "auto", "weighted_metrics": "auto"},
+    adaptive="rmsprop",
+    by="extend model",
+)
+def gpt2():
+    backbone = keras_hub.models.GPT2Backbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+
+
+@program(
+    "KerasHub: `GemmaCausalLM`",
+    "tied head, rotated positions, one key for two queries",
+    data=continuations,
+    compile=cross_entropy,
+    adaptive="adamw",
+    tolerance=1e-6,
+    note="KerasHub rotates positions and normalizes in float32",
+    by="extend model",
+)
+def gemma():
+    sizes = {k: v for k, v in SIZES.items() if k != "num_heads"}
+    backbone = keras_hub.models.GemmaBackbone(
+        **sizes, num_query_heads=2, num_key_value_heads=1, head_dim=4
+    )
+    return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+
+
+@program(
+    "KerasHub: `LlamaCausalLM`",
+    "a head of its own, rotated positions",
+    data=continuations,
+    compile=cross_entropy,
+    adaptive="adagrad",
+    tolerance=1e-6,
+    note="KerasHub rotates positions and normalizes in float32",
+    by="extend model",
+)
+def llama():
+    sizes = {k: v for k, v in SIZES.items() if k != "num_heads"}
+    backbone = keras_hub.models.LlamaBackbone(**sizes, num_query_heads=2, num_key_value_heads=1)
+    return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+
+
+@program(
+    "KerasHub: `T5Backbone` below a head",
+    "bias of attention by distance, encoder and decoder, one table for both",
+    data=translations,
+    compile=cross_entropy,
+    adaptive="adam",
+)
+def t5(base, **options):
+    backbone = keras_hub.models.T5Backbone(**SIZES, dropout=0.0)
+    logits = backbone.token_embedding(backbone.output["decoder_sequence_output"], reverse=True)
+    return base(backbone.input, logits, **options)
+
+
+@program(
+    "KerasHub: `BartSeq2SeqLM`",
+    "the task's own `compile`; positions of encoder and decoder, tied head",
+    data=translations,
+    compile=lambda: {"loss": "auto", "weighted_metrics": "auto"},
+    adaptive="muon",
+    by="extend model",
+)
+def bart():
+    backbone = keras_hub.models.BartBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
+    return keras_hub.models.BartSeq2SeqLM(backbone, preprocessor=None)
+
+
+@program(
+    "KerasHub: `ViTImageClassifier`",
+    "class token, table of positions",
+    data=lambda rng, n: (samples.images(rng, n), samples.classes(rng, n)),
+    compile=lambda: {"loss": "auto", "metrics": "auto"},
+    adaptive="adam",
+    by="extend model",
+)
+def vit():
+    backbone = keras_hub.models.ViTBackbone(
+        (8, 8, 3), patch_size=4, num_layers=1, num_heads=2, hidden_dim=4, mlp_dim=6
+    )
+    return keras_hub.models.ViTImageClassifier(backbone, 3, preprocessor=None)
+
+
+@program(
+    "KerasHub: `WhisperBackbone` below a head",
+    "sound and text, convolutions, fixed and learned positions",
+    data=lambda rng, n: (
+        {"encoder_features": rng.normal(size=(n, 2 * LENGTH, 5))}
+        | (x := sentences(rng, n, "decoder_")),
+        samples.next_tokens(x["decoder_token_ids"]),
+    ),
+    compile=cross_entropy,
+    adaptive="rmsprop",
+)
+def whisper(base, **options):
+    backbone = keras_hub.models.WhisperBackbone(
+        **SIZES,
+        num_mels=5,
+        max_encoder_sequence_length=2 * LENGTH,
+        max_decoder_sequence_length=LENGTH,
+    )
+    h = keras.layers.Dense(VOCABULARY)(backbone.output["decoder_sequence_output"])
+    return base(backbone.input, h, **options)
