@@ -54,6 +54,7 @@ def cross_entropy():
     compile=lambda: {"loss": "auto", "metrics": "auto"},
     adaptive="adam",
     by="extend model",
+    is_long=True,
 )
 def bert():
     backbone = keras_hub.models.BertBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
@@ -82,6 +83,7 @@ def gpt2():
     tolerance=1e-6,
     note="KerasHub rotates positions and normalizes in float32",
     by="extend model",
+    is_long=True,
 )
 def gemma():
     sizes = {k: v for k, v in SIZES.items() if k != "num_heads"}
@@ -100,6 +102,7 @@ def gemma():
     tolerance=1e-6,
     note="KerasHub rotates positions and normalizes in float32",
     by="extend model",
+    is_long=True,
 )
 def llama():
     sizes = {k: v for k, v in SIZES.items() if k != "num_heads"}
@@ -113,6 +116,7 @@ def llama():
     data=translations,
     compile=cross_entropy,
     adaptive="adam",
+    is_long=True,
 )
 def t5(base, **options):
     backbone = keras_hub.models.T5Backbone(**SIZES, dropout=0.0)
@@ -127,6 +131,7 @@ def t5(base, **options):
     compile=lambda: {"loss": "auto", "weighted_metrics": "auto"},
     adaptive="muon",
     by="extend model",
+    is_long=True,
 )
 def bart():
     backbone = keras_hub.models.BartBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
@@ -157,7 +162,8 @@ def vit():
         samples.next_tokens(x["decoder_token_ids"]),
     ),
     compile=cross_entropy,
-    adaptive="rmsprop",
+    adaptive="adam",
+    is_long=True,
 )
 def whisper(base, **options):
     backbone = keras_hub.models.WhisperBackbone(

@@ -1,6 +1,66 @@
-"""The table of the zoo in the documentation."""
+"""docs/zoo.md: the table of the zoo, made by its tests."""
 
 import collections
+import pathlib
+import re
+
+from tests.zoo.program import PROGRAMS
+
+PATH = pathlib.Path(__file__).parents[2] / "docs" / "zoo.md"
 
 # Name of a program -> (optimizer, strategy) -> the largest deviation from plain Keras.
 FOUND = collections.defaultdict(dict)
+
+HEAD = """# Zoo
+
+Small programs as people write them, on random data, which the tests train with tfbig and with
+plain Keras. To try a model of your own, ask `tfbig.check_equivalence`:
+
+```python
+import keras
+import numpy as np
+
+import tfbig
+
+x = keras.Input((5,), dtype="int32")
+h = keras.layers.Embedding(9, 4)(x)
+h = keras.layers.Dense(3)(keras.layers.GlobalAveragePooling1D()(h))
+model = tfbig.Model(x, h, gradient_accumulation_steps=3)
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+rng = np.random.default_rng(0)
+tokens, classes = rng.integers(0, 9, (13, 5)), rng.integers(0, 3, 13)
+assert tfbig.check_equivalence(model, tokens, classes).is_equivalent
+```
+
+Each program has 13 samples in batches of 6, so that the last batch has one, and computes in
+float64. The numbers are the largest absolute deviation of any weight, optimizer variable or value
+of the history from plain Keras with the whole batch on one device: cut into three micro-batches;
+and cut into two on each of two replicas. Each is the larger one of SGD's and the other
+optimizer's. What is cut is also saved, loaded and trained on, and compared again.
+
+`TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` makes this page.
+
+| program | stands for | exercises | optimizer | cut | 2 replicas | note |
+|---|---|---|---|---|---|---|
+"""
+
+
+def store():
+    """Writes the page from what the tests of this process found."""
+    missing = set(PROGRAMS) - set(FOUND)
+    assert not missing, f"The page is made of all tests of the zoo. Missing: {sorted(missing)}."
+    PATH.write_text(HEAD + "".join(_row(p) for p in PROGRAMS.values()))
+
+
+def _row(program):
+    cells = [f"`{program.name}`", program.shape, program.exercises, program.adaptive]
+    for strategy in ("default", "mirrored_2"):
+        found = [d for (_, s), d in FOUND[program.name].items() if s == strategy]
+        cells.append(f"{max(found):.0e}" if program.is_exact and found else "")
+    return f"| {' | '.join([*cells, program.note])} |\n"
+
+
+def rows():
+    """Name of a program in the stored page -> its cells."""
+    found = re.findall(r"^\| `(\w+)` \| (.*) \|$", PATH.read_text(), flags=re.MULTILINE)
+    return {name: cells.split(" | ") for name, cells in found}

@@ -18,6 +18,7 @@ from tests.zoo.program import program
     compile=lambda: {"loss": "binary_crossentropy", "metrics": ["accuracy"]},
     adaptive="rmsprop",
     by="Sequential",
+    is_long=True,
 )
 def bidirectional_lstm(base, **options):
     return base(
@@ -58,6 +59,7 @@ def gru_tagger(base, **options):
     compile=lambda: {"loss": "binary_crossentropy"},
     adaptive="adam",
     by="Sequential",
+    is_long=True,
 )
 def next_frame(base, **options):
     return base(

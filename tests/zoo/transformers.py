@@ -251,6 +251,7 @@ class WindowAttention(layers.Layer):
         "metrics": ["accuracy"],
     },
     adaptive="adamw",
+    is_long=True,
 )
 def shifted_windows(base, **options):
     x = keras.Input((8, 8, 3))
@@ -313,6 +314,7 @@ def miniature_gpt(base, **options):
     ),
     compile=lambda: {"loss": keras.losses.SparseCategoricalCrossentropy(ignore_class=0)},
     adaptive="muon",
+    is_long=True,
 )
 def translation(base, **options):
     source = keras.Input((5,), dtype="int32", name="encoder_inputs")

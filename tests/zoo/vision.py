@@ -80,6 +80,7 @@ class StochasticDepth(layers.Layer):
     data=images_and_classes,
     compile=one_of_three,
     adaptive="adamw",
+    is_long=True,
 )
 def convnext(base, **options):
     x = keras.Input((8, 8, 3))
@@ -120,6 +121,7 @@ def batch_normalized(base, **options):
     data=lambda rng, n: (samples.images(rng, n, size=32), samples.classes(rng, n)),
     compile=one_of_three,
     adaptive="adam",
+    is_long=True,
 )
 def transfer_learning(base, **options):
     application = keras.applications.MobileNet(

@@ -7,14 +7,19 @@ behind most others, though not in their state. Weights, optimizers' variables an
 agree. Then the cut model is saved, loaded and trained on.
 
 Tracing takes nearly all of the time. So plain Keras runs without, and of cut and replicas one
-has SGD and the other the other optimizer, in turn; `--slow` has all.
+has SGD and the other the other optimizer, in turn; long programs are cut only. `--slow` has all.
 
 `TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` stores docs/zoo.md.
 """
 
+import os
+from contextlib import nullcontext
+
 import keras
 import pytest
 
+import tfbig
+from tests import job
 from tests.conftest import make_strategy
 from tests.zoo import page, program, trained
 from tests.zoo.program import PROGRAMS
@@ -33,6 +38,16 @@ pytestmark = [
 
 # Three micro-batches of two on one replica, two of up to two on each of two.
 STEPS = {"default": 3, "mirrored_2": 2, "mirrored_4": 2}
+
+# Each for a kind: position table, added losses, own step, own compile, masks, several outputs.
+ON_WORKERS = (
+    "text_transformer",
+    "centers",
+    "autoencoder_with_step",
+    "extended_classifier",
+    "gru_tagger",
+    "ticket_routing",
+)
 
 EXACT = [p for p in PROGRAMS.values() if p.is_exact]
 INEXACT = [p for p in PROGRAMS.values() if not p.is_exact]
@@ -61,6 +76,8 @@ def deviation(program, optimizer, strategy, directory=None):
 
 def turns(program):
     """The optimizers of a program that is cut, and of one on two replicas."""
+    if program.is_long:
+        return program.adaptive, None
     optimizers = [program.adaptive, "sgd"]
     return optimizers if list(PROGRAMS).index(program.name) % 2 else optimizers[::-1]
 
@@ -68,8 +85,69 @@ def turns(program):
 @each(EXACT)
 def test_program_trains_as_in_plain_keras(program, tmp_path):
     cut, on_replicas = turns(program)
-    found = {
-        f"{cut}, cut": deviation(program, cut, "default", tmp_path),
-        f"{on_replicas}, 2 replicas": deviation(program, on_replicas, "mirrored_2"),
-    }
+    found = {f"{cut}, cut": deviation(program, cut, "default", tmp_path)}
+    if not program.is_long:
+        found[f"{on_replicas}, 2 replicas"] = deviation(program, on_replicas, "mirrored_2")
     assert not {k: d for k, d in found.items() if d > program.tolerance}
+
+
+# Other ends of the same promise, and what takes long.
+
+
+@pytest.mark.slow
+@each(EXACT)
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
+def test_program_trains_as_in_plain_keras_with_both_optimizers(program, strategy):
+    found = {o: deviation(program, o, strategy) for o in (program.adaptive, "sgd")}
+    assert not {o: d for o, d in found.items() if d > program.tolerance}
+
+
+@each(INEXACT)
+def test_program_that_a_cut_changes_says_so(program):
+    plain = trained.plain(program.name, program.adaptive)
+    uncut = trained.Training(program, program.adaptive, plain.initial, loss_scale=None)
+    assert uncut.run().deviation(plain.result) <= program.tolerance
+
+    cut = trained.Training(
+        program, program.adaptive, plain.initial, gradient_accumulation_steps=STEPS["default"]
+    )
+    page.FOUND[program.name] = {}
+    if program.couples:
+        report = tfbig.check_equivalence(cut.model, *cut.batch())
+        assert not report.is_equivalent
+    with pytest.warns(UserWarning, match=program.warns) if program.warns else nullcontext():
+        result = cut.run()
+    # Else there would be nothing to warn of.
+    assert result.deviation(plain.result) > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2])
+def test_programs_train_as_in_plain_keras_on_workers(workers, tmp_path):
+    done = job.run("zoo", tmp_path, *ON_WORKERS, workers=workers, timeout=500)
+    assert done.returncode == 0, done.stderr
+    chief, *others = job.results(tmp_path)
+    assert chief["replicas"] == workers
+    assert set(chief["deviations"]) == {f"{n}/{o}" for n in ON_WORKERS for o in ("sgd", "own")}
+    for name, found in chief["deviations"].items():
+        assert found <= PROGRAMS[name.split("/")[0]].tolerance, name
+    for other in others:
+        assert other["digests"] == chief["digests"]
+
+
+# The last one, for a page is made of what the others found.
+def test_stored_page_lists_the_programs():
+    if os.environ.get("TFBIG_STORE_ZOO"):
+        page.store()
+    rows = page.rows()
+    assert list(rows) == list(PROGRAMS)
+    for name, (shape, exercises, optimizer, *deviations, note) in rows.items():
+        program = PROGRAMS[name]
+        assert (shape, exercises, optimizer, note) == (
+            program.shape,
+            program.exercises,
+            program.adaptive,
+            program.note,
+        )
+        for found in filter(None, deviations):
+            assert float(found) <= program.tolerance, name
