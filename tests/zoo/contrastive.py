@@ -135,6 +135,7 @@ def distiller(base):
         "metrics": ["accuracy"],
     },
     adaptive="adam",
+    is_on_replicas=False,
 )
 def distillation(base, **options):
     return distiller(base)(embedder("student"), embedder("teacher"), **options)

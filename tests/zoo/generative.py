@@ -34,6 +34,7 @@ class Sampling(layers.Layer):
     ),
     compile=lambda: {"loss": "mse"},
     adaptive="adam",
+    is_on_replicas=False,
 )
 def autoencoder_with_added_loss(base, **options):
     x = {"image": keras.Input((6,), name="image"), "noise": keras.Input((LATENT,), name="noise")}

@@ -1,15 +1,10 @@
 """Models of KerasHub, tiny and with random weights."""
 
 import keras
+import pytest
 
 from tests.zoo import samples
 from tests.zoo.program import program
-
-try:
-    import keras_hub
-except ImportError:
-    # The test says that it is skipped.
-    keras_hub = None
 
 LENGTH, VOCABULARY = 6, 12
 SIZES = {
@@ -19,6 +14,11 @@ SIZES = {
     "hidden_dim": 4,
     "intermediate_dim": 6,
 }
+
+
+def models():
+    """KerasHub's models. The test of a program is skipped where there is no KerasHub."""
+    return pytest.importorskip("keras_hub").models
 
 
 def sentences(rng, n, prefix=""):
@@ -54,11 +54,11 @@ def cross_entropy():
     compile=lambda: {"loss": "auto", "metrics": "auto"},
     adaptive="adam",
     by="extend model",
-    is_long=True,
+    is_on_replicas=False,
 )
 def bert():
-    backbone = keras_hub.models.BertBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
-    return keras_hub.models.BertTextClassifier(backbone, 3, preprocessor=None, dropout=0.0)
+    backbone = models().BertBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
+    return models().BertTextClassifier(backbone, 3, preprocessor=None, dropout=0.0)
 
 
 @program(
@@ -70,8 +70,8 @@ def bert():
     by="extend model",
 )
 def gpt2():
-    backbone = keras_hub.models.GPT2Backbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
-    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    backbone = models().GPT2Backbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
+    return models().GPT2CausalLM(backbone, preprocessor=None)
 
 
 @program(
@@ -83,14 +83,12 @@ def gpt2():
     tolerance=1e-6,
     note="KerasHub rotates positions and normalizes in float32",
     by="extend model",
-    is_long=True,
+    is_on_replicas=False,
 )
 def gemma():
     sizes = {k: v for k, v in SIZES.items() if k != "num_heads"}
-    backbone = keras_hub.models.GemmaBackbone(
-        **sizes, num_query_heads=2, num_key_value_heads=1, head_dim=4
-    )
-    return keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+    backbone = models().GemmaBackbone(**sizes, num_query_heads=2, num_key_value_heads=1, head_dim=4)
+    return models().GemmaCausalLM(backbone, preprocessor=None)
 
 
 @program(
@@ -102,26 +100,12 @@ def gemma():
     tolerance=1e-6,
     note="KerasHub rotates positions and normalizes in float32",
     by="extend model",
-    is_long=True,
+    is_on_replicas=False,
 )
 def llama():
     sizes = {k: v for k, v in SIZES.items() if k != "num_heads"}
-    backbone = keras_hub.models.LlamaBackbone(**sizes, num_query_heads=2, num_key_value_heads=1)
-    return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
-
-
-@program(
-    "KerasHub: `T5Backbone` below a head",
-    "bias of attention by distance, encoder and decoder, one table for both",
-    data=translations,
-    compile=cross_entropy,
-    adaptive="adam",
-    is_long=True,
-)
-def t5(base, **options):
-    backbone = keras_hub.models.T5Backbone(**SIZES, dropout=0.0)
-    logits = backbone.token_embedding(backbone.output["decoder_sequence_output"], reverse=True)
-    return base(backbone.input, logits, **options)
+    backbone = models().LlamaBackbone(**sizes, num_query_heads=2, num_key_value_heads=1)
+    return models().LlamaCausalLM(backbone, preprocessor=None)
 
 
 @program(
@@ -131,11 +115,11 @@ def t5(base, **options):
     compile=lambda: {"loss": "auto", "weighted_metrics": "auto"},
     adaptive="muon",
     by="extend model",
-    is_long=True,
+    is_on_replicas=False,
 )
 def bart():
-    backbone = keras_hub.models.BartBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
-    return keras_hub.models.BartSeq2SeqLM(backbone, preprocessor=None)
+    backbone = models().BartBackbone(**SIZES, max_sequence_length=LENGTH, dropout=0.0)
+    return models().BartSeq2SeqLM(backbone, preprocessor=None)
 
 
 @program(
@@ -145,12 +129,13 @@ def bart():
     compile=lambda: {"loss": "auto", "metrics": "auto"},
     adaptive="adam",
     by="extend model",
+    is_on_replicas=False,
 )
 def vit():
-    backbone = keras_hub.models.ViTBackbone(
+    backbone = models().ViTBackbone(
         (8, 8, 3), patch_size=4, num_layers=1, num_heads=2, hidden_dim=4, mlp_dim=6
     )
-    return keras_hub.models.ViTImageClassifier(backbone, 3, preprocessor=None)
+    return models().ViTImageClassifier(backbone, 3, preprocessor=None)
 
 
 @program(
@@ -163,10 +148,10 @@ def vit():
     ),
     compile=cross_entropy,
     adaptive="adam",
-    is_long=True,
+    is_on_replicas=False,
 )
 def whisper(base, **options):
-    backbone = keras_hub.models.WhisperBackbone(
+    backbone = models().WhisperBackbone(
         **SIZES,
         num_mels=5,
         max_encoder_sequence_length=2 * LENGTH,

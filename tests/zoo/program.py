@@ -84,7 +84,8 @@ class Program:
             with has been saved and loaded too, since a file does not hold all of it.
         is_plain_eager: Whether plain Keras runs without tracing, which takes long. Its logs of
             the losses of several outputs are other ones then: weighted by samples.
-        is_long: Whether tracing it takes so long that it runs on replicas with `--slow` alone.
+        is_on_replicas: Whether it runs on replicas without `--slow` too, half of a program's time.
+            For those whose kind has no other that does.
         warns: What the first `fit` of the cut model warns of, if the cut batch is
             another one by nature.
         couples: Whether the loss couples samples in a way that tfbig cannot know, so that
@@ -105,7 +106,7 @@ class Program:
     tolerance: float = 1e-10
     is_reloaded_by_keras: bool = False
     is_plain_eager: bool = True
-    is_long: bool = False
+    is_on_replicas: bool = True
     warns: str | None = None
     couples: bool = False
     note: str = ""

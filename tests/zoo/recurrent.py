@@ -18,7 +18,7 @@ from tests.zoo.program import program
     compile=lambda: {"loss": "binary_crossentropy", "metrics": ["accuracy"]},
     adaptive="rmsprop",
     by="Sequential",
-    is_long=True,
+    is_on_replicas=False,
 )
 def bidirectional_lstm(base, **options):
     return base(
@@ -45,6 +45,7 @@ def bidirectional_lstm(base, **options):
         "weighted_metrics": ["accuracy"],
     },
     adaptive="adamw",
+    is_on_replicas=False,
 )
 def gru_tagger(base, **options):
     x = keras.Input((6,), dtype="int32")
@@ -59,7 +60,7 @@ def gru_tagger(base, **options):
     compile=lambda: {"loss": "binary_crossentropy"},
     adaptive="adam",
     by="Sequential",
-    is_long=True,
+    is_on_replicas=False,
 )
 def next_frame(base, **options):
     return base(
@@ -80,6 +81,7 @@ def next_frame(base, **options):
     compile=lambda: {"loss": keras.losses.Huber(), "metrics": ["mae"]},
     adaptive="adagrad",
     by="extend model",
+    is_on_replicas=False,
 )
 def causal_convolutions():
     x = keras.Input((7, 2))

@@ -37,7 +37,7 @@ class CTCLayer(layers.Layer):
     # Losses of about 10; gradients of them.
     tolerance=1e-5,
     note="TensorFlow computes CTC in float32",
-    is_long=True,
+    is_on_replicas=False,
 )
 def captcha(base, **options):
     image = keras.Input((8, 8, 1), name="image")

@@ -64,6 +64,7 @@ def wide_and_deep(base, **options):
     compile=lambda: {"loss": keras.losses.BinaryFocalCrossentropy(from_logits=True)},
     fit=lambda: {"class_weight": {0: 0.4, 1: 1.7}},
     adaptive="rmsprop",
+    is_on_replicas=False,
 )
 def structured_data(base, **options):
     columns, _ = people(np.random.default_rng(5), 20, "age", "hours")
@@ -140,6 +141,7 @@ def hinge(y, margin):
     ),
     compile=lambda: {"loss": hinge},
     adaptive="adamw",
+    is_on_replicas=False,
 )
 def two_towers(base, **options):
     x = {name: keras.Input((), dtype="int32", name=name) for name in ("user", "bought", "ignored")}
@@ -197,20 +199,6 @@ def sparse_rows(rng, n):
 def sparse_input(base, **options):
     x = keras.Input((10,), sparse=True)
     return base([x, layers.Dense(4, activation="tanh"), layers.Dense(1)], **options)
-
-
-@program(
-    "Keras guide: a bag of tokens",
-    "`CategoryEncoding(sparse=True)` in the model",
-    data=lambda rng, n: (rng.integers(0, 8, size=(n, 4)), rng.normal(size=(n, 1))),
-    compile=lambda: {"loss": "mse"},
-    adaptive="rmsprop",
-)
-def sparse_encoding(base, **options):
-    x = keras.Input((4,), dtype="int64")
-    h = layers.CategoryEncoding(num_tokens=8, output_mode="multi_hot", sparse=True)(x)
-    h = layers.Dense(4, activation="tanh")(h)
-    return base(x, layers.Dense(1)(h), **options)
 
 
 def ragged_tokens(rng, n):

@@ -133,6 +133,7 @@ class PatchEncoder(layers.Layer):
         "metrics": [keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
     },
     adaptive="rmsprop",
+    is_on_replicas=False,
 )
 def vision_transformer(base, **options):
     x = keras.Input((8, 8, 3))
@@ -251,7 +252,7 @@ class WindowAttention(layers.Layer):
         "metrics": ["accuracy"],
     },
     adaptive="adamw",
-    is_long=True,
+    is_on_replicas=False,
 )
 def shifted_windows(base, **options):
     x = keras.Input((8, 8, 3))
@@ -314,7 +315,7 @@ def miniature_gpt(base, **options):
     ),
     compile=lambda: {"loss": keras.losses.SparseCategoricalCrossentropy(ignore_class=0)},
     adaptive="muon",
-    is_long=True,
+    is_on_replicas=False,
 )
 def translation(base, **options):
     source = keras.Input((5,), dtype="int32", name="encoder_inputs")
@@ -341,6 +342,7 @@ def translation(base, **options):
             keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
         ]
     },
+    is_on_replicas=False,
 )
 def timeseries_transformer(base, **options):
     h = x = keras.Input((7, 2))
@@ -401,6 +403,7 @@ def tied_head(base, **options):
     data=lambda rng, n: (samples.images(rng, n), samples.classes(rng, n)),
     compile=classification,
     adaptive="adagrad",
+    is_on_replicas=False,
 )
 def mlp_mixer(base, **options):
     x = keras.Input((8, 8, 3))
@@ -434,6 +437,7 @@ class SpatialGate(layers.Layer):
     data=lambda rng, n: (rng.normal(size=(n, 5, 3)), samples.classes(rng, n)),
     compile=classification,
     adaptive="adafactor",
+    is_on_replicas=False,
 )
 def gated_mlp(base, **options):
     x = keras.Input((5, 3))

@@ -38,6 +38,7 @@ def thaw(model):
     compile=classification,
     thaw=thaw,
     adaptive="adam",
+    is_on_replicas=False,
 )
 def frozen_then_thawed(base, **options):
     x = keras.Input((6,), dtype="int32")
@@ -56,6 +57,7 @@ def frozen_then_thawed(base, **options):
     # Of scales of about 200.
     tolerance=1e-5,
     note=FACTORS,
+    is_on_replicas=False,
 )
 def low_rank(base, **options):
     x = keras.Input((6,), dtype="int32")

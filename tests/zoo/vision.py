@@ -80,7 +80,7 @@ class StochasticDepth(layers.Layer):
     data=images_and_classes,
     compile=one_of_three,
     adaptive="adamw",
-    is_long=True,
+    is_on_replicas=False,
 )
 def convnext(base, **options):
     x = keras.Input((8, 8, 3))
@@ -121,7 +121,7 @@ def batch_normalized(base, **options):
     data=lambda rng, n: (samples.images(rng, n, size=32), samples.classes(rng, n)),
     compile=one_of_three,
     adaptive="adam",
-    is_long=True,
+    is_on_replicas=False,
 )
 def transfer_learning(base, **options):
     application = keras.applications.MobileNet(
@@ -156,6 +156,7 @@ def images_and_masks(rng, n):
     data=lambda rng, n: (*images_and_masks(rng, n), rng.uniform(0.5, 2.0, size=(n, 8, 8))),
     compile=lambda: {"loss": "categorical_crossentropy", "weighted_metrics": ["accuracy"]},
     adaptive="muon",
+    is_on_replicas=False,
 )
 def segmentation(base, **options):
     return base(*unet(8, 4), **options)
@@ -180,6 +181,7 @@ def dice_segmentation(base, **options):
     data=images_and_masks,
     compile=lambda: {"loss": keras.losses.Dice(axis=(1, 2, 3))},
     adaptive="rmsprop",
+    is_on_replicas=False,
 )
 def dice_of_samples(base, **options):
     return base(*unet(8, 4), **options)

@@ -7,7 +7,7 @@ behind most others, though not in their state. Weights, optimizers' variables an
 agree. Then the cut model is saved, loaded and trained on.
 
 Tracing takes nearly all of the time. So plain Keras runs without, and of cut and replicas one
-has SGD and the other the other optimizer, in turn; long programs are cut only. `--slow` has all.
+has SGD and the other the other optimizer, in turn, or a program is cut only. `--slow` has all.
 
 `TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` stores docs/zoo.md.
 """
@@ -32,8 +32,6 @@ pytestmark = [
     # Layers that make others in the constructor and have no `build`, as most people's. Keras
     # builds them when the loaded model is made.
     pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer"),
-    # KerasHub's T5 hands masks to attention that takes them as an argument.
-    pytest.mark.filterwarnings(r"ignore:Layer '\w+' \(of type T5MultiHeadAttention\)"),
 ]
 
 # Three micro-batches of two on one replica, two of up to two on each of two.
@@ -76,17 +74,18 @@ def deviation(program, optimizer, strategy, directory=None):
 
 def turns(program):
     """The optimizers of a program that is cut, and of one on two replicas."""
-    if program.is_long:
+    if not program.is_on_replicas:
         return program.adaptive, None
-    optimizers = [program.adaptive, "sgd"]
-    return optimizers if list(PROGRAMS).index(program.name) % 2 else optimizers[::-1]
+    pairs = [program.adaptive, "sgd"]
+    on_replicas = [p.name for p in EXACT if p.is_on_replicas]
+    return pairs if on_replicas.index(program.name) % 2 else pairs[::-1]
 
 
 @each(EXACT)
 def test_program_trains_as_in_plain_keras(program, tmp_path):
     cut, on_replicas = turns(program)
     found = {f"{cut}, cut": deviation(program, cut, "default", tmp_path)}
-    if not program.is_long:
+    if program.is_on_replicas:
         found[f"{on_replicas}, 2 replicas"] = deviation(program, on_replicas, "mirrored_2")
     assert not {k: d for k, d in found.items() if d > program.tolerance}
 
