@@ -63,7 +63,7 @@ def siamese(base):
     data=lambda rng, n: (
         {name: rng.normal(size=(n, 5)) for name in ("anchor", "positive", "negative")},
     ),
-    adaptive="lamb",
+    adaptive="adam",
 )
 def triplets(base, **options):
     x = {name: keras.Input((5,), name=name) for name in ("anchor", "positive", "negative")}

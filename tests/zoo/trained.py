@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 
 import keras
 import numpy as np
@@ -83,7 +82,6 @@ class Training:
             arguments |= zip(("x", "y", "sample_weight"), self.data, strict=False)
             arguments["batch_size"] = BATCH
         history = self.model.fit(**arguments, **self.program.fit()).history
-        # Time is no result.
         self.history.append(history)
 
     def run_on(self):
@@ -153,11 +151,14 @@ def plain(name, optimizer, directory=None):
         directory: For a file; None if one more update after that is not wanted.
     """
     program = PROGRAMS[name]
-    with warnings.catch_warnings():
-        training = Training(program, optimizer)
-        made = Plain(training.initial, training.run())
-        if directory is not None:
-            if program.is_reloaded_by_keras:
-                training.reload(directory)
-            made.later = training.run_on()
+    training = Training(program, optimizer)
+    begun = [(v, v.numpy()) for v in training.model.trainable_variables]
+    made = Plain(training.initial, training.run())
+    moved = [np.max(np.abs(v.numpy() - old)) > 1e-6 for v, old in begun]
+    # Else an equal result would say little. A bias of keys in attention has no gradient.
+    assert np.mean(moved) > 0.7, f"{name} hardly trains."
+    if directory is not None:
+        if program.is_reloaded_by_keras:
+            training.reload(directory)
+        made.later = training.run_on()
     return made

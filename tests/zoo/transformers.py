@@ -333,7 +333,7 @@ def translation(base, **options):
 @program(
     "keras.io: timeseries classification with a transformer",
     "attention over measurements, convolutions in place of dense layers, a schedule by callback",
-    data=lambda rng, n: (rng.normal(size=(n, 7, 2)), samples.classes(rng, n, 2)),
+    data=lambda rng, n: (rng.normal(size=(n, 7, 4)), samples.classes(rng, n, 2)),
     compile=classification,
     adaptive="rmsprop",
     fit=lambda: {
@@ -345,11 +345,11 @@ def translation(base, **options):
     is_on_replicas=False,
 )
 def timeseries_transformer(base, **options):
-    h = x = keras.Input((7, 2))
+    h = x = keras.Input((7, 4))
     attended = layers.MultiHeadAttention(key_dim=3, num_heads=2, dropout=0.0)(h, h)
     h = layers.LayerNormalization(epsilon=1e-6)(layers.Dropout(0.0)(attended) + h)
     fed = layers.Conv1D(4, 1, activation="relu")(h)
-    h = layers.LayerNormalization(epsilon=1e-6)(layers.Conv1D(2, 1)(fed) + h)
+    h = layers.LayerNormalization(epsilon=1e-6)(layers.Conv1D(4, 1)(fed) + h)
     h = layers.GlobalAveragePooling1D(data_format="channels_last")(h)
     return base(x, layers.Dense(2, activation="softmax")(h), **options)
 
