@@ -520,7 +520,7 @@ def test_accumulate_gradients_is_told_the_size():
 
 def test_accumulate_gradients_wants_a_scalar():
     w = keras.Variable([1.0, 2.0])
-    with refused(errors.UnsupportedModelError, ValueError, "must be a scalar", "shape (1, 2)"):
+    with refused(errors.UnsupportedModelError, ValueError, "must be a scalar", "shape (2, 2)"):
         tfbig.accumulate_gradients(lambda x: x * w, [w], tf.ones((4, 2)), micro_batch_size=2)
 
 

@@ -199,9 +199,13 @@ class TrainStep(_options.StepOptions):
     def _build_for(self, specs):
         if not self._has_own_step:
             super()._build_for(specs)
-        elif not has_step_of_extended_class(type(self)) or self._distribute_strategy is not None:
+        elif self._distribute_strategy is not None:
             # Its step may take the data otherwise than `call` does, which may be missing.
             with contextlib.suppress(RuntimeError):
+                super()._build_for(specs)
+        elif not has_step_of_extended_class(type(self)):
+            # Nor need it use this optimizer, of which Keras saves what is built.
+            with contextlib.suppress(RuntimeError), _keras.with_optimizer(self, None):
                 super()._build_for(specs)
 
     def make_train_function(self, force=False):
@@ -249,6 +253,9 @@ class TrainStep(_options.StepOptions):
         """One update, with this replica's share of the effective batch."""
         _own_step.uses_all()
         _update.check_optimizer(self.optimizer)
+        if not self.optimizer.built:
+            with tf.init_scope():
+                self.optimizer.build(self.trainable_variables)
         is_plain = self._is_plain(self._cut(), data)
         if is_plain and self.loss_scale_state is None and self._is_default:
             return self._plain(super().train_step, data)

@@ -97,7 +97,9 @@ def variational_autoencoder(base):
                     x,
                     gradient_accumulation_steps=self.gradient_accumulation_steps,
                 )
-                return {"total_loss": tfbig.apply_gradients(self.optimizer, share).loss}
+                loss = tfbig.apply_gradients(self.optimizer, share).loss
+                self.total.update_state(loss)
+                return {"total_loss": loss}
             with tf.GradientTape() as tape:
                 loss = self.loss_of(x)
             gradients = tape.gradient(loss, self.trainable_variables)

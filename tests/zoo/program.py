@@ -82,8 +82,9 @@ class Program:
         tolerance: Largest absolute deviation. Other than 1e-10 only with `note` for a reason.
         is_reloaded_by_keras: Whether the plain model that training after loading is compared
             with has been saved and loaded too, since a file does not hold all of it.
-        is_plain_eager: Whether plain Keras runs without tracing, which takes long. Its logs of
-            the losses of several outputs are other ones then: weighted by samples.
+        is_plain_eager: Whether plain Keras, and a model that was loaded, run without tracing,
+            which takes long. Keras's logs of the losses of several outputs are other ones then:
+            weighted by samples; and tfbig cannot tell apart the look-ups of one table.
         is_on_replicas: Whether it runs on replicas without `--slow` too, half of a program's time.
             For those whose kind has no other that does.
         warns: What the first `fit` of the cut model warns of, if the cut batch is

@@ -96,7 +96,7 @@ class Training:
         # Of what a file does not hold and Keras draws anew.
         keras.utils.set_random_seed(1)
         self.model = keras.saving.load_model(path)
-        self.model.run_eagerly = True
+        self.model.run_eagerly = self.program.is_plain_eager
 
     def batch(self):
         """The arguments of `train_on_batch`, from the first batch."""

@@ -314,7 +314,7 @@ def miniature_gpt(base, **options):
         samples.next_tokens(y),
     ),
     compile=lambda: {"loss": keras.losses.SparseCategoricalCrossentropy(ignore_class=0)},
-    adaptive="muon",
+    adaptive="adam",
     is_on_replicas=False,
 )
 def translation(base, **options):
@@ -376,6 +376,7 @@ class SharedTable(layers.Layer):
     data=lambda rng, n: (samples.tokens(rng, n), samples.classes(rng, n)),
     compile=classification,
     adaptive="adam",
+    is_plain_eager=False,
 )
 def shared_table(base, **options):
     x = keras.Input((LENGTH,), dtype="int32")

@@ -27,12 +27,31 @@ class CompileHooks(_KerasModel):
         """Hook: called after Keras has compiled the model."""
 
     def compile_from_config(self, config):
-        # Keras makes the optimizer and its variables outside of the scope.
         with self.distribute_strategy.scope():
-            super().compile_from_config(config)
+            if _takes_what_keras_records(type(self).compile):
+                compile_ = self.compile
+            elif self.compiled:
+                # By its constructor, as tasks of KerasHub are: attributes hold what else there is.
+                compile_ = functools.partial(Trainer.compile, self)
+            else:
+                # Keras does not call it, and says so.
+                super().compile_from_config(config)
+                return
+            compile_(**keras.saving.deserialize_keras_object(config))
+            # Keras would make its variables outside of the scope.
+            if self.optimizer is not None and self.built:
+                self.optimizer.build(self.trainable_variables)
 
 
 _compile = Trainer.compile
+
+
+def _takes_what_keras_records(compile_):
+    """Whether a `compile` has no arguments but those of Keras's, which are saved with a model."""
+    own = inspect.signature(compile_).parameters.values()
+    known = inspect.signature(_compile).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in own) or {p.name for p in own} == set(known)
+    return takes_all and all(p.name in known or p.kind is p.VAR_KEYWORD for p in own)
 
 
 def _settings(*args, **kwargs):

@@ -254,8 +254,9 @@ class TrainerOverrides(CompileHooks):
             logs = replica_step(data if is_cut else self._share_of_replica(data))
             if is_global or not logs:
                 return logs
+            dtype = "float64" if keras.config.floatx() == "float64" else "float32"
             mean = tf.distribute.get_replica_context().all_reduce(
-                "MEAN", [tf.cast(v, tf.float32) for v in tf.nest.flatten(logs)]
+                "MEAN", [tf.cast(v, dtype) for v in tf.nest.flatten(logs)]
             )
             return tf.nest.pack_sequence_as(logs, mean)
 
