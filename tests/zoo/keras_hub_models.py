@@ -67,6 +67,7 @@ def bert():
     data=continuations,
     compile=lambda: {"loss": "auto", "weighted_metrics": "auto"},
     adaptive="rmsprop",
+    is_on_replicas=False,
     by="extend model",
 )
 def gpt2():

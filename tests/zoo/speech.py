@@ -69,6 +69,7 @@ def ctc(y, y_pred):
     ),
     compile=lambda: {"loss": ctc},
     adaptive="rmsprop",
+    is_on_replicas=False,
     tolerance=1e-5,
     note="TensorFlow computes CTC in float32",
 )

@@ -35,6 +35,7 @@ def people_inputs(*names):
     data=lambda rng, n: people(rng, n, "city", "job", "age", "hours"),
     compile=lambda: {"loss": "binary_crossentropy", "metrics": ["accuracy", keras.metrics.AUC()]},
     adaptive="adam",
+    is_on_replicas=False,
 )
 def wide_and_deep(base, **options):
     x = people_inputs("city", "job", "age", "hours")

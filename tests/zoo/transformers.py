@@ -298,6 +298,7 @@ def gpt(base):
     ),
     compile=language_model,
     adaptive="adam",
+    is_on_replicas=False,
 )
 def miniature_gpt(base, **options):
     return gpt(base)(LENGTH, VOCABULARY, WIDTH, **options)

@@ -75,6 +75,7 @@ def low_rank(base, **options):
     data=lambda rng, n: (rng.normal(size=(n, 5)), samples.classes(rng, n)),
     compile=classification,
     adaptive="adam",
+    is_on_replicas=False,
     is_reloaded_by_keras=True,
     # Of scales of about 200.
     tolerance=1e-5,
