@@ -6,7 +6,7 @@ import pytest
 
 import tfbig
 from tests.conftest import make_strategy
-from tfbig import _accumulators, _rows, _update
+from tfbig._update import accumulators, apply, table_rows
 
 X = np.random.default_rng(0).normal(size=(13, 5))
 Y = np.random.default_rng(1).normal(size=(13, 2))
@@ -91,12 +91,12 @@ def test_suspects_of_an_exact_run_are_notes():
 
 
 def test_planted_fault_is_found(monkeypatch):
-    add = _accumulators.add
+    add = accumulators.add
 
     def add_twice(totals, gradients, *args):
         return add(add(totals, gradients, *args), gradients, *args)
 
-    monkeypatch.setattr(_accumulators, "add", add_twice)
+    monkeypatch.setattr(accumulators, "add", add_twice)
     report = tfbig.check_equivalence(_model("default"), X, Y)
     assert not report.is_equivalent
     assert report.largest.kind == "gradient"
@@ -145,7 +145,7 @@ def test_rows_that_an_optimizer_squares_one_by_one_are_found(strategy, monkeypat
     exact = tfbig.check_equivalence(_with_positions("adam", strategy), X, Y)
     assert exact.is_equivalent, exact
     # As if each look-up of a position were one of a sample.
-    monkeypatch.setattr(_rows, "classify", lambda *_: (_rows.Rows.KEPT,))
+    monkeypatch.setattr(table_rows, "classify", lambda *_: (table_rows.Rows.KEPT,))
     report = tfbig.check_equivalence(_with_positions("adam", strategy), X, Y)
     beyond = [d for d in report.deviations if not d.is_rounding]
     assert {d.kind for d in beyond} == {"weight", "optimizer"}
@@ -154,8 +154,8 @@ def test_rows_that_an_optimizer_squares_one_by_one_are_found(strategy, monkeypat
 
 
 def test_division_of_the_code_that_trains_is_checked(monkeypatch):
-    divide = _update._divide
-    monkeypatch.setattr(_update, "_divide", lambda g, divisor: divide(g, 1.5 * divisor))
+    divide = apply._divide
+    monkeypatch.setattr(apply, "_divide", lambda g, divisor: divide(g, 1.5 * divisor))
     report = tfbig.check_equivalence(_model("default"), X, Y)
     assert not report.is_equivalent
     assert report.largest.kind == "gradient"

@@ -2,12 +2,13 @@
 
 import warnings
 
-from tfbig import _automatic, _capacity, _cut, _keras, _reduction, _step, errors
+from tfbig import _keras, errors
+from tfbig._update import automatic_size, capacity, cutting, exchange, train_step
 
 __all__ = ("GradientAccumulationMixin",)
 
 
-class GradientAccumulationMixin(_step.TrainStep):
+class GradientAccumulationMixin(train_step.TrainStep):
     """Gradient accumulation for a `keras.Model`.
 
     `fit(batch_size=B)`, or the batch of the dataset, is the effective batch: all
@@ -73,10 +74,10 @@ class GradientAccumulationMixin(_step.TrainStep):
     2
     """
 
-    _batch_cut = _cut.Cut(gradient_accumulation_steps=1)
-    _automatic_size: _automatic.AutomaticSize | None = None
+    _batch_cut = cutting.Cut(gradient_accumulation_steps=1)
+    _automatic_size: automatic_size.AutomaticSize | None = None
     _memory_budget: int | None = None
-    _cut_of_evaluation: _cut.Cut | None = None
+    _cut_of_evaluation: cutting.Cut | None = None
     _warned_of: tuple | None = None
 
     def __init__(
@@ -87,7 +88,7 @@ class GradientAccumulationMixin(_step.TrainStep):
         memory_budget=None,
         **kwargs,
     ):
-        budget = _capacity.checked_budget(memory_budget)
+        budget = capacity.checked_budget(memory_budget)
         cut, automatic = _cut_of(gradient_accumulation_steps, micro_batch_size)
         super().__init__(*args, **kwargs)
         self._batch_cut, self._automatic_size = cut, automatic
@@ -123,7 +124,7 @@ class GradientAccumulationMixin(_step.TrainStep):
 
     @memory_budget.setter
     def memory_budget(self, value):
-        self._memory_budget = _capacity.checked_budget(value)
+        self._memory_budget = capacity.checked_budget(value)
         if self._automatic_size:
             self.micro_batch_size = "auto"
 
@@ -148,14 +149,14 @@ class GradientAccumulationMixin(_step.TrainStep):
         # last training is taken; before any, the batch is not cut.
         if self.micro_batch_size is not None:
             return self._cut()
-        return self._cut_of_evaluation or _cut.Cut(gradient_accumulation_steps=1)
+        return self._cut_of_evaluation or cutting.Cut(gradient_accumulation_steps=1)
 
     def _prepare_training(self, batch_size):
         if self._automatic_size:
             if batch_size == 1:
                 # That is one micro-batch, whatever fits.
                 super()._prepare_training(batch_size)
-            needs_two = self.log_gradient_noise_scale and _reduction.replicas_of(self) == 1
+            needs_two = self.log_gradient_noise_scale and exchange.replicas_of(self) == 1
             self._automatic_size.begin(self._automatic_share(batch_size), needs_two)
             self._prepare_cut("micro_batch_size='auto'")
             return
@@ -168,8 +169,8 @@ class GradientAccumulationMixin(_step.TrainStep):
             )
         steps, cut = self.gradient_accumulation_steps, self._batch_cut
         if not (steps is None or steps == 1 or batch_size is None):
-            share = -(-batch_size // _reduction.replicas_of(self))
-            cut = _cut.Cut(micro_batch_size=-(-share // min(steps, share)))
+            share = -(-batch_size // exchange.replicas_of(self))
+            cut = cutting.Cut(micro_batch_size=-(-share // min(steps, share)))
             if steps > share:
                 self._warn_of_few_samples(batch_size, share)
         if cut != self._cut_of_evaluation:
@@ -191,19 +192,19 @@ class GradientAccumulationMixin(_step.TrainStep):
                 "for each size. Pass a number of samples: `python -m tfbig.tpu_check "
                 "--find_micro_batch_size` tells the largest that the compiler fits into memory."
             )
-        if getattr(type(self), "train_step", None) is not _step.TrainStep.train_step:
+        if getattr(type(self), "train_step", None) is not train_step.TrainStep.train_step:
             raise errors.UnsupportedModelError(
                 "`micro_batch_size='auto'` runs the halves of tfbig's own `train_step`. Received: "
                 f"{type(self).__name__} with a `train_step` of its own. Pass a number of samples."
             )
         # A dataset does not tell what it was batched by before a `map`. Its batches do, and one
         # that is larger than those before is tried anew.
-        return None if batch_size is None else -(-batch_size // _reduction.replicas_of(self))
+        return None if batch_size is None else -(-batch_size // exchange.replicas_of(self))
 
     def _make_train_function(self):
         if not self._automatic_size:
             return super()._make_train_function()
-        return _automatic.TrainFunction(self, self._automatic_size, self.memory_budget)
+        return automatic_size.TrainFunction(self, self._automatic_size, self.memory_budget)
 
     def _warn_of_few_samples(self, batch_size, share):
         steps = self.gradient_accumulation_steps
@@ -223,5 +224,5 @@ def _cut_of(steps, size):
     if steps is None and size is None:
         steps = 1
     if isinstance(size, str) and size == "auto" and steps is None:
-        return _cut.Cut(gradient_accumulation_steps=1), _automatic.AutomaticSize()
-    return _cut.Cut(steps, size), None
+        return cutting.Cut(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
+    return cutting.Cut(steps, size), None

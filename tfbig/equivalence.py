@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import _accumulators, _keras, _step, errors
+from tfbig import _keras, errors
+from tfbig._update import accumulators, train_step
 
 __all__ = ("EquivalenceReport", "check_equivalence")
 
@@ -191,13 +192,13 @@ def check_equivalence(model, x, y=None, sample_weight=None, *, tolerance=None):
 
 
 def _check_model(model):
-    if not isinstance(model, _step.TrainStep) or not model.compiled:
+    if not isinstance(model, train_step.TrainStep) or not model.compiled:
         raise errors.InvalidOptionError(
             "`model` must be a compiled model with tfbig's mixins. Received: "
             f"{type(model).__name__}, compiled={getattr(model, 'compiled', False)}. "
             "Use tfbig.extend(model) and compile it."
         )
-    if type(model).train_step is not _step.TrainStep.train_step:
+    if type(model).train_step is not train_step.TrainStep.train_step:
         raise errors.InvalidOptionError(
             "`check_equivalence` compares tfbig's own `train_step` with that of Keras. Received: "
             f"{type(model).__name__}, which has a `train_step` of its own. Train it for an update "
@@ -363,7 +364,7 @@ class _Trainings:
                 scale = tf.cast(1.0 if self.scale is None else self.scale, loss.dtype)
                 scaled_loss = loss * scale
             gradients = [
-                _accumulators.map_values(lambda v: v / tf.cast(scale, v.dtype), g)
+                accumulators.map_values(lambda v: v / tf.cast(scale, v.dtype), g)
                 for g in tape.gradient(scaled_loss, [_keras.native(v) for v in self.weights])
             ]
             with _keras.aggregated_gradients():

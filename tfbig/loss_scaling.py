@@ -5,7 +5,8 @@ import dataclasses
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _step, errors
+from tfbig import _keras, errors
+from tfbig._update import train_step
 
 __all__ = ("DynamicLossScale", "DynamicLossScalingMixin")
 
@@ -223,7 +224,7 @@ class LossScaleState(_keras.SavedState):
         )
 
 
-class DynamicLossScalingMixin(_step.TrainStep):
+class DynamicLossScalingMixin(train_step.TrainStep):
     """Loss scaling for a `keras.Model`, decided by all replicas together.
 
     A non-finite value in any micro-batch on any replica makes all replicas skip
@@ -326,7 +327,7 @@ def _settings(option, model):
     """`(DynamicLossScale or None, whether it is fixed)` for an option."""
     if option == "auto":
         # A class that is extended goes on to be scaled as it was: by Keras.
-        is_wanted = _keras.computes_in_float16(model) and not _step.has_step_of_extended_class(
+        is_wanted = _keras.computes_in_float16(model) and not train_step.has_step_of_extended_class(
             type(model)
         )
         option = "dynamic" if is_wanted else None

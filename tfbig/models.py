@@ -4,7 +4,8 @@ from typing import Any
 
 import keras
 
-from tfbig import _cut, _keras, _options, _step, errors
+from tfbig import _keras, errors
+from tfbig._update import cutting, step_options, train_step
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 
@@ -167,7 +168,7 @@ def _extended_class(cls):
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
-class Extended(_step.TrainStep):
+class Extended(train_step.TrainStep):
     """Base of the classes that `extend` makes: saves which class it extends."""
 
     _extends: type
@@ -200,20 +201,20 @@ class Extended(_step.TrainStep):
 
 
 def _extended_model(model, options):
-    known = _options.option_names(Model)
+    known = step_options.option_names(Model)
     unknown = set(options) - known
     if unknown:
         raise errors.InvalidOptionError(
             f"Unknown options for `extend`: {sorted(unknown)}. Known are {sorted(known)}."
         )
-    _step.check_strategy()
+    train_step.check_strategy()
     if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
-        _cut.Cut(options["gradient_accumulation_steps"], options["micro_batch_size"])
+        cutting.Cut(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
     reached = None
     cls = _extended_class(type(model))
     # A step of the class's own goes on to be scaled by Keras.
-    is_own = _step.has_step_of_extended_class(cls)
+    is_own = train_step.has_step_of_extended_class(cls)
     if isinstance(optimizer, _keras.LossScaleOptimizer) and not is_own:
         if optimizer.built and "loss_scale" not in options:
             reached = optimizer
@@ -226,7 +227,7 @@ def _extended_model(model, options):
         options = {"loss_scale": scale} | options
         optimizer = optimizer.inner_optimizer
     extended = _keras.with_class(model, cls)
-    _options.set_options(extended, options)
+    step_options.set_options(extended, options)
     _keras.recompile(extended, optimizer)
     if reached is not None:
         extended.loss_scale_state.loss_scale.assign(reached.dynamic_scale)
@@ -236,11 +237,11 @@ def _extended_model(model, options):
 
 def _keep_options(original, clone):
     """Gives a clone of `keras.models.clone_model` the class and the options back."""
-    if not isinstance(original, _step.TrainStep):
+    if not isinstance(original, train_step.TrainStep):
         return clone
-    if not isinstance(clone, _step.TrainStep):
+    if not isinstance(clone, train_step.TrainStep):
         clone = _keras.with_class(clone, type(original))
-    _options.set_options(clone, original._options())
+    step_options.set_options(clone, original._options())
     _keras.recompile(clone)
     return clone
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import tfbig
 from tests import job
-from tests.automatic_test import Limited, RunsOut
+from tests.update.automatic_test import Limited, RunsOut
 
 
 def build(base, **options):

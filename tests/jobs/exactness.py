@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 import tfbig
-from tests import exactness_test as suite
 from tests import job
+from tests.update import exactness_test as suite
 
 
 def digest(result):

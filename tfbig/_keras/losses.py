@@ -134,7 +134,7 @@ def update_metrics(model, x, y, y_pred, sample_weight):
 def metrics_results(model, replicas):
     """Results of the metrics, in replica context, for the samples of all replicas.
 
-    Each replica holds an equal part of every sum; see `_reduction.exchange`.
+    Each replica holds an equal part of every sum; see `exchange.exchange`.
     """
     if replicas == 1:
         return dict(model.get_metrics_result())

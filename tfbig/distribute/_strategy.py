@@ -6,8 +6,8 @@ import threading
 
 import tensorflow as tf
 
-from tfbig import _building, _keras, _log, _workers, errors
-from tfbig.distribute import _cluster, _tpu
+from tfbig import _keras, _log, errors
+from tfbig.distribute import _cluster, _stuck_workers, _tpu, _workers
 
 __all__ = ("get_strategy", "is_chief")
 
@@ -139,7 +139,7 @@ def _over_workers(cluster, timeout):
     if len(cluster.tasks) > 1:
         _workers.timeout = timeout
         workers = _workers.Workers.of(strategy)
-        _building.watch(strategy, workers.names, workers.index)
+        _stuck_workers.watch(strategy, workers.names, workers.index)
     return strategy, (
         f"as {cluster.source} lists {len(cluster.tasks)} workers; this is {cluster.own_task}"
     )

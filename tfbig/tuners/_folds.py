@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 
-from tfbig import _fit, errors
+from tfbig import errors
+from tfbig._update import fit_context
 
 __all__ = ("arguments",)
 
@@ -23,7 +24,7 @@ def arguments(folds, seed, args, kwargs):
     Raises:
         SearchError: If the data are not arrays, or come with validation data.
     """
-    given = _fit.arguments_of(keras.Model.fit, (None, *args), kwargs)
+    given = fit_context.arguments_of(keras.Model.fit, (None, *args), kwargs)
     given.pop("self", None)
     data = {name: given.pop(name, None) for name in ("x", "y", "sample_weight")}
     arrays = [v for v in keras.tree.flatten(data) if v is not None]

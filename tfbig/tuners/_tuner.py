@@ -17,8 +17,9 @@ from keras_tuner.src.engine import trial as kt_trial
 from keras_tuner.src.engine import tuner_utils
 
 import tfbig
-from tfbig import _workers, errors
-from tfbig._step import TrainStep
+from tfbig import errors
+from tfbig._update.train_step import TrainStep
+from tfbig.distribute import _workers
 from tfbig.tuners import _folds, _follower, _isolation, _oracle, _progress, _trials
 
 __all__ = ("Tuner",)

@@ -1,0 +1,702 @@
+"""Training that was interrupted, and goes on, ends as if it had not been."""
+
+import errno
+import json
+import random
+import re
+import signal
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import tfbig
+from tests import job
+from tests.conftest import make_strategy
+from tests.jobs import training
+from tfbig import errors
+from tfbig.callbacks import _backup
+
+PROGRAM = job.JOBS / "training.py"
+
+
+# --- Programs that are killed ------------------------------------------------
+
+
+def end_of(directory):
+    """What a run left: arrays and logs."""
+    with np.load(directory / "end.npz") as file:
+        arrays = [file[name] for name in file.files]
+    return arrays, json.loads((directory / "end.json").read_text())
+
+
+def assert_same_end(directory, expected):
+    (arrays, logs), (expected_arrays, expected_logs) = end_of(directory), expected
+    for array, wanted in zip(arrays, expected_arrays, strict=True):
+        # To the bit: the same numbers in the same order.
+        np.testing.assert_array_equal(array, wanted)
+    assert logs == expected_logs
+
+
+class Run:
+    """A run of the training program, from start to end, interrupted as often as wanted."""
+
+    def __init__(self, directory, *options):
+        directory.mkdir()
+        self.directory = directory
+        self.command = [sys.executable, PROGRAM, directory, directory / "backup", *options]
+
+    def interrupted(self, number, update, seconds=0.1):
+        """Sends a signal after an update; returns the ended process."""
+        process = job.start([*self.command, "--seconds", seconds])
+        for line in process.stdout:
+            if line.startswith(f"update {update}"):
+                break
+        process.send_signal(number)
+        return job.finish(process, 60)
+
+    def to_the_end(self):
+        done = job.finish(job.start(self.command), 120)
+        assert done.returncode == 0, done.stderr
+        return done
+
+
+VARIANTS = {
+    "default": [],
+    "mirrored": ["--strategy", "mirrored"],
+    "unknown length": ["--data", "unknown"],
+    "steps_per_epoch": ["--data", "steps"],
+    "dataset, 2 steps": ["--data", "dataset", "--steps_per_execution", "2", "--save_freq", "2"],
+    "by epoch": ["--save_freq", "epoch"],
+}
+QUICK = ("mirrored",)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow])
+        for k, v in VARIANTS.items()
+    ],
+)
+def test_a_run_that_is_killed_and_preempted_ends_as_the_uninterrupted(options, tmp_path):
+    whole = Run(tmp_path / "whole", *options)
+    whole.to_the_end()
+    run = Run(tmp_path / "interrupted", *options)
+    # In the second epoch, and in the third.
+    assert run.interrupted(signal.SIGKILL, 6).returncode == -signal.SIGKILL
+    preempted = run.interrupted(signal.SIGTERM, 10)
+    assert preempted.returncode == tfbig.callbacks.PREEMPTED
+    assert "preempted after batch" in preempted.stderr
+    assert "Traceback" not in preempted.stderr
+    resumed = run.to_the_end()
+    # The rest of the epoch goes on, it is not replayed.
+    batch, epoch = map(int, re.search(r"batch (\d+) of epoch (\d+)", preempted.stderr).groups())
+    done = (epoch - 1) * (3 if "steps" in options else 4) + batch
+    steps = 2 if "--steps_per_execution" in options else 1
+    assert int(re.search(r"update (\d+)", resumed.stdout)[1]) == done + steps
+    assert_same_end(run.directory, end_of(whole.directory))
+    assert list((run.directory / "backup").iterdir()) == []
+
+
+def job_with_restarts(directory, *options, restarts):
+    directory.mkdir()
+    return job.launcher(
+        "training",
+        directory,
+        directory / "backup",
+        *options,
+        options=["--max_restarts", restarts],
+    )
+
+
+def next_update(process, least):
+    """Waits for an update of a job, of at least this number; returns its number."""
+    for line in process.stdout:
+        match = re.search(r"update (\d+)", line)
+        if match and int(match[1]) >= least:
+            return int(match[1])
+    raise AssertionError("the job has ended")
+
+
+def gone(pid, processes, seconds=30):
+    """Waits until none of some processes is a child of a process any more."""
+    deadline = time.monotonic() + seconds
+    while set(processes) & set(job.children(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("kills", "terms"), [(1, 1), pytest.param(10, 5, marks=pytest.mark.slow)], ids=["2", "15"]
+)
+@pytest.mark.timeout(1500)
+def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, tmp_path):
+    whole = job.finish(job.start(job_with_restarts(tmp_path / "whole", restarts=0)), 120)
+    assert whole.returncode == 0, whole.stderr
+    rng = random.Random(kills)
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
+    rng.shuffle(signals)
+    process = job.start(
+        job_with_restarts(
+            tmp_path / "run",
+            "--seconds",
+            0.2,
+            "--terminate_in_validation",
+            restarts=len(signals) + 1,
+        )
+    )
+    # First a worker sends one to itself, in a validation.
+    next_update(process, 1)
+    gone(process.pid, job.children(process.pid))
+    sent = 0
+    for number in signals:
+        # The job makes no more than the first updates before most of the signals, so that
+        # there are some left for the last.
+        update = next_update(process, rng.randrange(1, training.UPDATES * (sent + 1) // 20 + 2))
+        if update == training.UPDATES:
+            break
+        time.sleep(rng.uniform(0, 0.15))
+        workers = job.children(process.pid)
+        job.send(rng.choice(workers), number)
+        sent += 1
+        gone(process.pid, workers)
+    done = job.finish(process, 300)
+    assert done.returncode == 0, done.stderr
+    failures = re.findall(r"restarts left: \d+", done.stderr)
+    # Each ended the job of its time; the last ones may find it complete.
+    assert len(failures) == sent + 1
+    assert "preempted after batch 4 of epoch 1" in done.stderr
+    assert sent >= 2 * len(signals) // 3
+    assert_same_end(tmp_path / "run", end_of(tmp_path / "whole"))
+    assert list((tmp_path / "run" / "backup").iterdir()) == []
+    assert job.alive(str(tmp_path)) == []
+
+
+# --- In this process ---------------------------------------------------------
+
+
+def compiled(units=2, strategy="default", optimizer="adam", **options):
+    with make_strategy(strategy).scope():
+        model = tfbig.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(3, "tanh"),
+                keras.layers.Dropout(0.4),
+                keras.layers.Dense(units),
+            ],
+            gradient_accumulation_steps=2,
+            **options,
+        )
+        model.compile(optimizer, "mse", metrics=["mae"])
+    return model
+
+
+def samples(units=2):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(20, n)).astype("float32") for n in (4, units)]
+
+
+class At(keras.callbacks.Callback):
+    """Calls a function after a number of batches of an epoch, and what follows them."""
+
+    def __init__(self, epoch, batches, function):
+        super().__init__()
+        self.at = (epoch, batches)
+        self.function = function
+        self.done = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.done = (self.epoch, batch + 1)
+
+    def next(self, *_, **__):
+        if self.done == self.at:
+            self.done = None
+            self.function()
+
+    on_train_batch_begin = on_test_begin = on_epoch_end = next
+
+
+class Interrupt(At):
+    """Raises after a number of batches of an epoch."""
+
+    def __init__(self, epoch, batches):
+        super().__init__(epoch, batches, self.interrupt)
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def fit(model, *callbacks, x=None, y=None, **kwargs):
+    x, y = samples(model.output_shape[-1]) if x is None else (x, y)
+    arguments = {"batch_size": 4, "epochs": 3, "verbose": 0} | kwargs
+    return model.fit(x, y, callbacks=list(callbacks), **arguments)
+
+
+def interrupted_and_resumed(directory, at, strategy="default", save_freq=1, others=list, **kwargs):
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            compiled(strategy=strategy),
+            tfbig.callbacks.BackupAndRestore(directory, save_freq),
+            *others(),
+            Interrupt(*at),
+            **kwargs,
+        )
+    keras.utils.set_random_seed(1)
+    model = compiled(strategy=strategy)
+    backup = tfbig.callbacks.BackupAndRestore(directory, save_freq)
+    return model, fit(model, backup, *others(), **kwargs)
+
+
+def assert_same_weights(model, other):
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "at"),
+    [
+        ("default", (0, 1)),
+        ("default", (1, 5)),
+        ("default", (2, 5)),
+        ("mirrored_2", (1, 3)),
+        *(
+            pytest.param("mirrored_2", at, marks=pytest.mark.slow)
+            for at in [(0, 1), (1, 5), (2, 5)]
+        ),
+    ],
+    ids=str,
+)
+def test_resumed_at_any_batch_logs_and_weights_are_those_of_the_uninterrupted(
+    strategy, at, tmp_path
+):
+    # (1, 5) is the last batch of an epoch, whose validation is still to come.
+    kwargs = {"validation_data": samples()}
+    whole = compiled(strategy=strategy)
+    history = fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
+    keras.utils.set_random_seed(1)
+    model, resumed = interrupted_and_resumed(tmp_path / "run", at, strategy, **kwargs)
+    assert_same_weights(model, whole)
+    assert resumed.epoch == list(range(at[0], 3))
+    # The metrics of an epoch go on as well; they are sums of float32.
+    for name, values in history.history.items():
+        np.testing.assert_allclose(resumed.history[name], values[at[0] :], rtol=1e-6)
+
+
+class Halve(keras.callbacks.Callback):
+    """Acts after an epoch, as ReduceLROnPlateau does; keeps what it sees at the start."""
+
+    def on_train_begin(self, logs=None):
+        self.at_start = self.model.get_weights()
+
+    def on_epoch_end(self, epoch, logs=None):
+        optimizer = self.model.optimizer
+        optimizer.learning_rate = optimizer.learning_rate.numpy() / 2
+
+
+def test_others_act_after_it_restores_and_before_it_backs_up(tmp_path):
+    whole = compiled()
+    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), Halve())
+    keras.utils.set_random_seed(1)
+    seen = []
+
+    def others():
+        seen.append(Halve())
+        return [seen[-1]]
+
+    model, _ = interrupted_and_resumed(tmp_path / "run", (1, 2), save_freq="epoch", others=others)
+    assert_same_weights(model, whole)
+    assert model.optimizer.learning_rate.numpy() == whole.optimizer.learning_rate.numpy()
+    first, resumed = (halve.at_start for halve in seen)
+    assert not np.array_equal(first[0], resumed[0])
+
+
+def test_variables_of_bfloat16_are_kept(tmp_path):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        whole = compiled()
+        fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"))
+        keras.utils.set_random_seed(1)
+        model, _ = interrupted_and_resumed(tmp_path / "run", (1, 3))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert {v.dtype for v in model.trainable_variables} == {"bfloat16"}
+    assert_same_weights(model, whole)
+
+
+@pytest.mark.parametrize("batches", [5, 0], ids=["in the last validation", "after it"])
+def test_sigterm_after_the_last_update_loses_nothing(batches, tmp_path, capsys):
+    whole = compiled()
+    kwargs = {"validation_data": samples()}
+    history = fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
+    keras.utils.set_random_seed(1)
+    if batches:
+        preempt = At(2, batches, terminate)
+    else:
+        preempt = keras.callbacks.LambdaCallback(on_train_end=lambda logs: terminate())
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path / "run")
+    with pytest.raises(SystemExit) as raised:
+        fit(compiled(), preempt, backup, **kwargs)
+    assert raised.value.code == tfbig.callbacks.PREEMPTED
+    expected = "preempted after batch 5 of epoch 3" if batches else "preempted at its end"
+    assert expected in capsys.readouterr().err
+    model = compiled()
+    resumed = fit(model, tfbig.callbacks.BackupAndRestore(tmp_path / "run"), **kwargs)
+    assert_same_weights(model, whole)
+    assert resumed.epoch == ([2] if batches else [])
+    for name, values in resumed.history.items():
+        np.testing.assert_allclose(values, history.history[name][2:], rtol=1e-6)
+
+
+def test_training_that_stopped_early_has_ended(tmp_path):
+    def run(epochs=3, *others):
+        model = compiled()
+        backup = tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+        return model, fit(model, backup, *others, epochs=epochs).epoch
+
+    stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e9, start_from_epoch=0)
+    stopped, epochs = run(3, stop)
+    assert epochs == [0, 1]
+    again, epochs = run()
+    assert epochs == []
+    assert_same_weights(again, stopped)
+    assert run(epochs=4)[1] == [2, 3]
+
+
+def test_each_epoch_is_shuffled_anew_and_the_same_after_a_restart(tmp_path):
+    # Keras itself shuffles each epoch alike once a seed is set.
+    def order(*callbacks, epochs=3):
+        seen = []
+
+        class Identity(keras.layers.Layer):
+            def call(self, x):
+                return x
+
+        model = tfbig.Sequential([keras.Input((1,)), Identity(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse", run_eagerly=True)
+        train_step = model.train_step
+
+        def record(data):
+            seen.append(data[0].numpy().ravel().astype(int).tolist())
+            return train_step(data)
+
+        model.train_step = record
+        x = np.arange(12.0).reshape(-1, 1)
+        model.fit(x, x, batch_size=4, epochs=epochs, verbose=0, callbacks=list(callbacks))
+        return seen
+
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    first = order(backup, epochs=2)
+    epochs = np.reshape(first, (2, -1)).tolist()
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
+    keras.utils.set_random_seed(1)
+    rest = order(tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False))
+    keras.utils.set_random_seed(1)
+    whole = order(tfbig.callbacks.BackupAndRestore(tmp_path / "other"))
+    assert len(rest) == 3
+    assert first + rest == whole
+
+
+def test_without_a_seed_the_backup_brings_its_own(tmp_path):
+    program = (
+        "import keras, numpy as np, sys, tfbig\n"
+        "x = np.arange(12.0).reshape(-1, 1)\n"
+        "model = tfbig.Sequential([keras.Input((1,)), keras.layers.Dense(1)])\n"
+        "model.compile('sgd', 'mse', run_eagerly=True)\n"
+        "train_step = model.train_step\n"
+        "def record(data):\n"
+        "    print(*data[0].numpy().ravel().astype(int), end=' ')\n"
+        "    return train_step(data)\n"
+        "model.train_step = record\n"
+        "backup = tfbig.callbacks.BackupAndRestore(sys.argv[1], delete_checkpoint=False)\n"
+        "epochs = int(sys.argv[2])\n"
+        "model.fit(x, x, batch_size=4, epochs=epochs, verbose=0, callbacks=[backup])\n"
+        "print(backup._seed)\n"
+    )
+
+    def order(epochs):
+        done = job.finish(job.start([sys.executable, "-c", program, tmp_path, epochs]), 60)
+        assert done.returncode == 0, done.stderr
+        return list(map(int, done.stdout.split()))
+
+    *first, seed = order(1)
+    *second, seed_of_second = order(2)
+    assert seed == seed_of_second
+    assert sorted(first) == sorted(second) == list(range(12))
+    # One chance in 12! to be the same.
+    assert first != second
+
+
+def test_a_training_that_began_later_goes_on_with_its_data(tmp_path):
+    kwargs = {"initial_epoch": 4, "epochs": 8}
+    whole = compiled()
+    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
+    keras.utils.set_random_seed(1)
+    model, _ = interrupted_and_resumed(tmp_path / "run", (6, 2), **kwargs)
+    assert_same_weights(model, whole)
+
+
+def test_within_batches_samples_are_shuffled_anew_in_each_epoch(tmp_path):
+    seen = []
+    model = tfbig.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", run_eagerly=True)
+    train_step = model.train_step
+
+    def record(data):
+        seen.append(data[0].numpy().ravel().astype(int).tolist())
+        return train_step(data)
+
+    model.train_step = record
+    x = np.arange(14.0).reshape(-1, 1)
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    fit(model, backup, x=x, y=x, batch_size=6, epochs=2, shuffle="batch")
+    batches = [list(range(6)), list(range(6, 12)), [12, 13]]
+    assert [sorted(batch) for batch in seen] == batches * 2
+    assert len({str(batch) for batch in seen[:2] + seen[3:5]}) == 4
+    assert seen[0] != batches[0]
+
+
+def test_structures_with_nothing_in_a_place_are_shuffled_too(tmp_path):
+    inputs = [keras.Input((4,)), keras.Input((4,), optional=True)]
+    model = tfbig.Model(inputs, keras.layers.Dense(2)(inputs[0]))
+    model.compile("sgd", "mse")
+    x, y = samples()
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    history = model.fit([x, None], y, batch_size=4, epochs=2, verbose=0, callbacks=[backup])
+    assert np.isfinite(history.history["loss"]).all()
+
+
+def test_chief_only_refuses_a_callback_that_all_workers_must_have(tmp_path):
+    with pytest.raises(errors.InvalidOptionError, match="All workers must have this callback"):
+        tfbig.callbacks.ChiefOnly(tfbig.callbacks.BackupAndRestore(tmp_path))
+
+
+def test_a_function_takes_the_place_of_the_exit(tmp_path):
+    called = []
+    model = compiled()
+
+    class Preempt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    backup = tfbig.callbacks.BackupAndRestore(
+        tmp_path, on_preemption=lambda: called.append(_backup.read(tmp_path).batch)
+    )
+    fit(model, Preempt(), backup)
+    assert called == [3]
+    assert model.optimizer.iterations.numpy() == 3
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_sigterm_does_what_it_did_before_once_fit_has_ended(tmp_path):
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path), Interrupt(0, 2))
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert received == [True]
+
+
+def test_a_complete_training_leaves_no_backup_unless_asked_to(tmp_path):
+    fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    model = compiled()
+    fit(model, tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False))
+    again = compiled()
+    history = fit(again, tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False))
+    assert history.epoch == []
+    assert_same_weights(again, model)
+
+
+def backed_up(directory, **kwargs):
+    """A backup of an interrupted training; returns its bytes."""
+    with pytest.raises(KeyboardInterrupt):
+        fit(compiled(**kwargs), tfbig.callbacks.BackupAndRestore(directory, 1), Interrupt(1, 2))
+    return _backup.path_in(directory).read_bytes()
+
+
+OTHERS = {
+    "units": {"units": 3},
+    "optimizer": {"optimizer": "sgd"},
+    "loss scale": {"loss_scale": "dynamic"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_backup_of_another_model_is_refused_and_kept(other, tmp_path):
+    before = backed_up(tmp_path)
+    model = compiled(**OTHERS[other])
+    weights = model.get_weights()
+    with pytest.raises(errors.BackupError, match=f"(?s){re.escape(str(tmp_path))}.*it holds"):
+        fit(model, tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert _backup.path_in(tmp_path).read_bytes() == before
+    for a, b in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_backup_of_another_format_is_refused_and_kept(tmp_path, monkeypatch):
+    before = backed_up(tmp_path)
+    monkeypatch.setattr(_backup, "FORMAT", 2)
+    with pytest.raises(errors.BackupError, match=r"has format 1, and this version .* format 2"):
+        fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert _backup.path_in(tmp_path).read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", None], ids=["empty", "text", "cut"])
+def test_a_damaged_backup_is_refused_and_kept(damage, tmp_path):
+    before = backed_up(tmp_path)
+    damaged = before[: len(before) // 2] if damage is None else damage
+    _backup.path_in(tmp_path).write_bytes(damaged)
+    with pytest.raises(errors.BackupError, match="cannot be read"):
+        fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert _backup.path_in(tmp_path).read_bytes() == damaged
+
+
+_savez = np.savez
+
+
+def full_disk(file, *args, **kwargs):
+    """Stands for `np.savez`."""
+    _savez(file, *args, **kwargs)
+    file.truncate(100)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_is_warned_of_and_the_last_backup_stays(tmp_path, monkeypatch):
+    before = backed_up(tmp_path)
+    monkeypatch.setattr(np, "savez", full_disk)
+    model = compiled()
+    with pytest.warns(UserWarning, match=r"could not be written.*No space left.*goes on"):
+        fit(model, tfbig.callbacks.BackupAndRestore(tmp_path, 1, delete_checkpoint=False))
+    assert model.optimizer.iterations.numpy() == 15
+    assert _backup.path_in(tmp_path).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [_backup.FILE]
+
+
+def test_a_preemption_whose_backup_cannot_be_written_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(np, "savez", full_disk)
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="could not be written"),
+        pytest.raises(SystemExit) as raised,
+    ):
+        fit(compiled(), At(0, 2, terminate), backup)
+    assert raised.value.code == 128 + signal.SIGTERM
+    assert "no backup could be written" in capsys.readouterr().err
+
+
+def test_evaluate_by_itself_is_left_alone(tmp_path):
+    model = compiled()
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    x, y = samples()
+    wanted = model.evaluate(x, y, verbose=0)
+    assert model.evaluate(x, y, verbose=0, callbacks=[backup]) == wanted
+
+
+def test_two_backups_of_one_training_are_refused(tmp_path):
+    backups = [tfbig.callbacks.BackupAndRestore(tmp_path / name) for name in "ab"]
+    with pytest.raises(errors.InvalidOptionError, match="only one that restores"):
+        fit(compiled(), *backups)
+
+
+def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.BackupError, match=r"cannot be read.*Not a directory"):
+        fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path / "file" / "below"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"save_freq": 0}, "`save_freq` must be 'epoch' or an integer >= 1.*save_freq=0"),
+        ({"save_freq": True}, "save_freq=True"),
+        ({"save_freq": "batch"}, "save_freq='batch'"),
+        ({"on_preemption": "stop"}, "`on_preemption` must be .*on_preemption='stop'"),
+        ({"backup_dir": ""}, "`backup_dir` must not be empty"),
+        ({"backup_dir": "gs://bucket/x"}, "mount the storage.*'gs://bucket/x'"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_not_valid_are_refused(arguments, message, tmp_path):
+    with pytest.raises(errors.InvalidOptionError, match=message):
+        tfbig.callbacks.BackupAndRestore(**{"backup_dir": tmp_path} | arguments)
+
+
+def test_plain_keras_models_are_told_what_to_use(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(errors.UnsupportedModelError, match=r"tfbig\.extend"):
+        model.fit(*samples(), verbose=0, callbacks=[tfbig.callbacks.BackupAndRestore(tmp_path)])
+
+
+# --- Effects of the chief ----------------------------------------------------
+
+
+def test_chief_only_is_the_callback_itself_in_a_single_process(tmp_path):
+    class Count(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def on_train_begin(self, logs=None):
+            self.calls.append(self.params["epochs"])
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.calls.append((epoch, sorted(logs)))
+
+    alone, wrapped, second = Count(), Count(), Count()
+    fit(compiled(), alone, tfbig.callbacks.ChiefOnly(wrapped, second))
+    assert alone.calls == wrapped.calls == second.calls
+    assert len(alone.calls) == 4
+
+
+def test_chief_only_forwards_every_hook():
+    hooks = {n for n in dir(keras.callbacks.Callback) if n.startswith("on_")}
+    called = []
+
+    class Everything(keras.callbacks.Callback):
+        pass
+
+    for hook in hooks:
+        setattr(Everything, hook, lambda self, *_, hook=hook, **__: called.append(hook))
+    wrapped = tfbig.callbacks.ChiefOnly(Everything())
+    model = compiled()
+    fit(model, wrapped, epochs=1, validation_data=samples())
+    model.predict(samples()[0], verbose=0, callbacks=[wrapped])
+    # `on_batch_begin` and `on_batch_end` are what the hooks of training call by default.
+    assert hooks - set(called) == {"on_batch_begin", "on_batch_end"}
+
+
+def test_chief_only_takes_nothing_but_callbacks():
+    with pytest.raises(errors.InvalidOptionError, match=r"must be Keras callbacks.*3"):
+        tfbig.callbacks.ChiefOnly(3)
+
+
+def test_other_optimizers_of_a_model_are_in_the_backup(tmp_path):
+    model = compiled()
+    model.own = keras.optimizers.SGD()
+    model.more = [keras.optimizers.Adam(), keras.optimizers.SGD()]
+    with pytest.raises(errors.BackupError, match=r"Received: more, not built"):
+        fit(model, tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert model.optimizer.iterations.numpy() == 0
+    others = [model.own, *model.more]
+    for optimizer in others:
+        optimizer.build(model.trainable_variables)
+    held = [id(v) for v in _backup.State(model).variables]
+    assert all(held.count(id(v)) == 1 for o in others for v in o.variables)
+    assert len(set(held)) == len(held)

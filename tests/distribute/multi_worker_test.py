@@ -1,0 +1,251 @@
+"""The same promise over several workers: processes of this machine, over loopback."""
+
+import csv
+import itertools
+import json
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from tests import job
+from tests.jobs.chief import WithMetric
+from tests.update import exactness_test as suite
+from tfbig import launch
+
+# Each feature once, with one of the cuts, optimizers and batches in turn: workers see
+# the batches that the replicas of one process see, and these are crossed elsewhere.
+COMBINATIONS = [
+    "/".join(row)
+    for row in zip(
+        suite.FEATURES,
+        itertools.cycle(["K3", "K8", "K1", "b3"]),
+        itertools.cycle(["adam", "adamw", "sgd"]),
+        itertools.cycle(["37by8", "37by12", "14by3", "64by32", "37by10"]),
+        strict=False,
+    )
+]
+CORE = [
+    c
+    for c in COMBINATIONS
+    if c.split("/")[0]
+    in (
+        "sample_weight",
+        "masking_layer",
+        "two_outputs_weighted",
+        "mean_with_sample_weight_masked",
+        "sum_reduction",
+        "add_loss",
+        "class_weight",
+        "embedding_mask",
+    )
+]
+
+# Which rows of a table are one, each worker finds out alone.
+LOOK_UPS = [
+    "position_table_of_any_length/K3/muon/37by12",
+    "constant_look_up/K3/rmsprop/14by3",
+    "shared_table/b3/adam/37by10",
+    "sparse_input/K3/adagrad/37by8",
+    "vector_add_loss/K3/plain_sgd/37by10",
+]
+
+
+def trained(directory, combinations, workers):
+    done = job.run("exactness", directory, *combinations, workers=workers, timeout=550)
+    assert done.returncode == 0, done.stderr
+    return job.results(directory)
+
+
+@pytest.mark.parametrize(
+    ("workers", "combinations"),
+    [
+        pytest.param(2, CORE + LOOK_UPS, id="2 workers"),
+        pytest.param(3, ["sample_weight/K3/adamw/37by10"], id="3 workers"),
+        pytest.param(2, COMBINATIONS, id="2 workers, all", marks=pytest.mark.slow),
+        pytest.param(3, COMBINATIONS + LOOK_UPS, id="3 workers, all", marks=pytest.mark.slow),
+    ],
+)
+def test_workers_train_as_plain_keras_on_one_device(workers, combinations, tmp_path):
+    chief, *others = trained(tmp_path, combinations, workers)
+    assert chief["replicas"] == workers
+    assert set(chief["deviations"]) == set(combinations)
+    for combination, deviation in chief["deviations"].items():
+        suite.report(deviation, combination=combination, workers=workers)
+        assert deviation < suite.TOLERANCE, combination
+    # Not close: the same to the bit.
+    for other in others:
+        assert other["digests"] == chief["digests"]
+
+
+def test_compiled_and_eager_steps_train_as_plain_keras(tmp_path):
+    done = job.run("modes", tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for deviations in job.results(tmp_path):
+        assert set(deviations) == {"jit_compile", "run_eagerly", "bfloat16", "float16"}
+        # Gradients of the order of 1, rounded to 8 or 11 bits, times a rate of 0.01; 10 updates.
+        assert suite.TOLERANCE < deviations.pop("bfloat16") < 0.1 * 2**-8 * 3
+        assert suite.TOLERANCE < deviations.pop("float16") < 0.1 * 2**-11 * 3
+        assert max(deviations.values()) < suite.TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("precision", "steps", "replica"),
+    [
+        pytest.param("mixed_float16", 2, 1, id="float16-worker 1"),
+        pytest.param("float32", 1, 1, id="float32-worker 1"),
+        pytest.param("float32", 4, 0, id="float32-worker 0", marks=pytest.mark.slow),
+    ],
+)
+def test_a_non_finite_value_on_one_worker_is_skipped_by_all(precision, steps, replica, tmp_path):
+    # Plain Keras waits for ever here: one worker skips, the other goes to the exchange.
+    done = job.run("non_finite", tmp_path, precision, steps, replica, timeout=60)
+    assert done.returncode == 0, done.stderr
+    updates, others = job.results(tmp_path)
+    assert updates == others
+    skip = 2
+    assert [u["skipped"] for u in updates] == [0, 0, 1, 1, 1, 1]
+    assert [u["iterations"] for u in updates] == [1, 2, 2, 3, 4, 5]
+    assert [u["scale"] for u in updates] == [2.0**8] * 2 + [2.0**7] * 4
+    digests = [u["digest"] for u in updates]
+    assert digests[skip] == digests[skip - 1]
+    assert len(set(digests)) == 5
+    assert all(u["finite"] for u in updates)
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("batch_size", "argument batch_size"),
+        pytest.param("micro_batch_size", "option micro_batch_size", marks=pytest.mark.slow),
+        pytest.param("learning_rate", "compile's optimizer", marks=pytest.mark.slow),
+        pytest.param("steps_per_execution", "steps_per_execution", marks=pytest.mark.slow),
+        pytest.param("samples", "argument x", marks=pytest.mark.slow),
+        pytest.param("seed", "seed", marks=pytest.mark.slow),
+        ("layers in fit", "layers"),
+    ],
+)
+def test_workers_that_disagree_get_an_error_that_names_the_difference(what, named, tmp_path):
+    done = job.run("disagreement", tmp_path, what, timeout=60)
+    assert done.returncode == 0, done.stderr
+    messages = job.results(tmp_path)
+    assert len(messages) == 2
+    for message in messages:
+        assert f"fit must have the same {named}" in message
+        assert re.search(r"Received: worker 0: .*; worker 1: ", message)
+
+
+@pytest.mark.parametrize(
+    "what", ["layers", pytest.param("a variable more", marks=pytest.mark.slow)]
+)
+def test_workers_that_build_different_models_say_which_variable_differs(what, tmp_path):
+    job.run("disagreement", tmp_path, what, timeout=60)
+    messages = job.results(tmp_path)
+    assert len(messages) == 2
+    for i, message in enumerate(messages):
+        assert re.search(
+            rf"variable number \d+ is .+ on worker {i}, and .+ on worker {1 - i}", message
+        )
+
+
+def test_a_worker_that_makes_a_variable_more_does_not_wait_for_ever(tmp_path):
+    done = job.run("disagreement", tmp_path, "a variable at the end", timeout=60)
+    reason = r"worker 1 makes another variable, last \(2,\), while worker 0 waits for fit"
+    # The one that waits in fit raises; the other cannot, as TensorFlow holds it, but says so.
+    (message,) = job.results(tmp_path)
+    assert re.search(reason, message)
+    assert re.search(rf"\[worker 1\] tfbig: .*{reason}", done.stderr)
+
+
+@pytest.fixture(scope="module")
+def chief_job(tmp_path_factory):
+    """The directory and the results of `jobs/chief.py` on two workers."""
+    directory = tmp_path_factory.mktemp("chief")
+    done = job.run("chief", directory, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return directory, job.results(directory)
+
+
+def test_history_evaluation_and_prediction_are_those_of_all_samples_on_every_worker(chief_job):
+    _, (chief, other) = chief_job
+    assert chief == other
+    # EarlyStopping ends both after the second epoch.
+    assert chief["epochs"] == [0, 1]
+    assert np.shape(chief["prediction"]) == (26, 4)
+    assert np.shape(chief["on_batch_prediction"]) == (5, 4)
+    assert chief["same samples"] == 1
+    assert chief["left alone"] == 1
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_the_chief_saves_is_the_model_of_all_workers(chief_job):
+    directory, (chief, _) = chief_job
+    names = {p.name for p in directory.iterdir()}
+    assert names == {"backup", "0.json", "1.json", "best.keras", "last.keras", "log.csv", "own.csv"}
+    with keras.saving.custom_object_scope({"WithMetric": WithMetric}):
+        model = keras.saving.load_model(directory / "last.keras")
+    assert model.optimizer.iterations.numpy() == chief["iterations"]
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(26, 3)), rng.normal(size=(26, 4))
+    prediction = model.predict(x, batch_size=7, verbose=0)
+    np.testing.assert_allclose(prediction, chief["prediction"], rtol=1e-10, atol=1e-10)
+    evaluation = model.evaluate(x, y, batch_size=7, return_dict=True, verbose=0)
+    for name, value in chief["evaluation"].items():
+        np.testing.assert_allclose(evaluation[name], value, rtol=1e-10)
+    rows = (directory / "log.csv").read_text().splitlines()
+    assert len(rows) == 3
+
+
+def train_digits(directory, *options):
+    # One after the other: two jobs at once would share two cores.
+    done = job.finish(
+        job.start(
+            [
+                sys.executable,
+                *options,
+                job.ROOT / "scripts" / "train.py",
+                "--task=digits",
+                "--batch_size=512",
+                "--micro_batch_size=32",
+                "--verbose=0",
+                f"--output_dir={directory}",
+            ]
+        ),
+        200,
+    )
+    assert done.returncode == 0, done.stderr
+    with open(directory / "history.csv", newline="") as file:
+        return done.stdout, list(csv.DictReader(file))
+
+
+def test_the_main_job_ends_the_same_on_two_workers_as_on_one(tmp_path):
+    _, one = train_digits(tmp_path / "one")
+    out, two = train_digits(tmp_path / "two", job.LAUNCH, "--workers", "2")
+    assert re.search(r"\[worker 0\] replicas +2", out)
+    assert "[worker 1] replicas" not in out
+    assert float(two[-1]["val_accuracy"]) >= 0.97
+    # float32: sums in another order, 120 updates long.
+    assert abs(float(two[-1]["loss"]) - float(one[-1]["loss"])) < 1e-5
+
+
+def test_a_worker_that_never_comes_up_is_named(tmp_path):
+    addresses = [f"127.0.0.1:{port}" for port in launch._free_ports(2)]
+    for index in (0, 1):
+        task = {"type": "worker", "index": index}
+        done = job.finish(
+            job.start(
+                [
+                    sys.executable,
+                    "-c",
+                    "import tfbig; tfbig.distribute.get_strategy(timeout=2)",
+                ],
+                TF_CONFIG=json.dumps({"cluster": {"worker": addresses}, "task": task}),
+            ),
+            60,
+        )
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        absent = f"worker {1 - index} at {addresses[1 - index]} did not come up within 2 s"
+        assert last.startswith(f"tfbig.errors.WorkerUnavailableError: {absent}")

@@ -1,0 +1,234 @@
+"""What the documentation says holds: programs run, links lead somewhere, names and messages exist.
+
+In docs/*.md every block of ```python runs, those of a page one after the other in one process,
+unless a line `<!-- not run: reason -->` stands before it. In docs/troubleshooting.md whatever
+holds a … is a message of tfbig, with … for what varies.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import urllib.parse
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted(ROOT.glob("docs/*.md"))
+
+NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NAME = re.compile(r"\btfbig(?:\.[A-Za-z_]\w*)+")
+SPAN = re.compile(r"(`+) ?(.+?) ?\1(?!`)")
+
+every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+every_text = pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)
+
+
+def fences(text):
+    """Triples of a block's language, its first line's number from 0, and its lines."""
+    lines = text.splitlines()
+    begin = None
+    for i, line in enumerate(lines):
+        if not line.startswith("```"):
+            continue
+        if begin is None:
+            begin = i
+        else:
+            yield lines[begin][3:].strip(), begin + 1, lines[begin + 1 : i]
+            begin = None
+    assert begin is None, f"The block of line {begin + 1} has no end."
+
+
+def program(text):
+    """The blocks that run, each in its lines, so that tracebacks name lines of the page."""
+    lines = text.splitlines()
+    code = [""] * len(lines)
+    for language, first, block in fences(text):
+        before = lines[first - 2] if first > 1 else ""
+        if language == "python" and not NOT_RUN.fullmatch(before):
+            code[first : first + len(block)] = block
+    return "\n".join(code) + "\n"
+
+
+def prose(text):
+    """A page without its blocks."""
+    lines = text.splitlines()
+    for _, first, block in fences(text):
+        lines[first : first + len(block)] = [""] * len(block)
+    return "\n".join(lines)
+
+
+def anchors(text):
+    """The places that GitHub makes of a page's headings."""
+    for heading in re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE):
+        heading = LINK.sub(lambda m: m[0][1:].split("]")[0], heading)
+        yield re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def squeezed(text):
+    return " ".join(text.split())
+
+
+def test_there_are_pages():
+    # Else the parametrizations would be empty and pass.
+    assert {"guide", "troubleshooting"} <= {path.stem for path in PAGES}
+
+
+# Runs each file that it is given in a child, after what takes long to import.
+RUNNER = """
+import os, runpy, sys, traceback
+
+import keras, tensorflow, tfbig
+
+failed = 0
+for file in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        os.chdir(os.path.dirname(file))
+        try:
+            runpy.run_path(file)
+        except BaseException:
+            print("FAILED:", os.path.basename(file), file=sys.stderr)
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+sys.exit(failed)
+"""
+
+
+def test_programs_run(tmp_path):
+    files = []
+    for path in PAGES:
+        file = tmp_path / path.stem / f"{path.stem}.py"
+        file.parent.mkdir()
+        file.write_text(program(path.read_text()))
+        assert file.read_text().strip(), path
+        files.append(file)
+    missing = [n for n in ("onnx", "onnxruntime", "tf2onnx") if importlib.util.find_spec(n) is None]
+    if missing:
+        files.remove(tmp_path / "export" / "export.py")
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", RUNNER, *files],
+        env={**os.environ, **quiet},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[result.stderr.find("FAILED:") :][:5000]
+    if missing:
+        pytest.skip(f"docs/export.md: {', '.join(missing)} not installed. pip install tfbig[onnx]")
+
+
+@every_page
+def test_blocks_say_what_they_are(path):
+    text = path.read_text()
+    assert {language for language, _, _ in fences(text)} <= {"python", "console", "text"}
+    # One that stands elsewhere would do nothing.
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if "not run:" in line:
+            assert NOT_RUN.fullmatch(line), line
+            assert lines[i + 1] == "```python", line
+
+
+@every_text
+def test_links_lead_somewhere(path):
+    wrong = []
+    for target in LINK.findall(prose(path.read_text())):
+        url = urllib.parse.urlsplit(target)
+        if url.scheme:
+            continue
+        file = (path.parent / url.path) if url.path else path
+        if not file.exists() or (
+            url.fragment and url.fragment not in set(anchors(file.read_text()))
+        ):
+            wrong.append(target)
+    assert not wrong
+
+
+@every_text
+def test_names_of_tfbig_exist(path):
+    assert not [name for name in set(NAME.findall(path.read_text())) if not exists(name)]
+
+
+def test_names_in_the_source_exist():
+    """Those of docstrings above all, of which the API reference is made."""
+    text = "\n".join(file.read_text() for file in ROOT.glob("tfbig/**/*.py"))
+    assert not [name for name in set(NAME.findall(text)) if not exists(name)]
+
+
+def exists(name):
+    value = importlib.import_module("tfbig")
+    for i, part in enumerate(name.split(".")[1:], 2):
+        if not hasattr(value, part):
+            try:
+                importlib.import_module(".".join(name.split(".")[:i]))
+            except ImportError:
+                return False
+        value = getattr(value, part)
+    return True
+
+
+@every_text
+def test_commands_exist(path):
+    """Scripts and modules that are started in the page, and their flags."""
+    blocks = [squeezed(" ".join(b)) for k, _, b in fences(path.read_text()) if k == "console"]
+    spans = [m[2] for m in SPAN.finditer(prose(path.read_text()))]
+    for command in [*blocks, *spans]:
+        modules = re.findall(r"python -m (tfbig\.\w+)", command)
+        scripts = re.findall(r"(?<![\w./])scripts/[\w./]+", command)
+        files = [ROOT / f"{m.replace('.', '/')}.py" for m in modules] + [ROOT / s for s in scripts]
+        assert all(file.exists() for file in files), command
+        # Scripts share flags, which are defined in one place.
+        only_modules = "\n".join(f.read_text() for f in files if f.is_file())
+        known = only_modules if modules and not scripts else all_programs()
+        for flag in re.findall(r"(?<!\S)--(?!help)([\w-]+)", command):
+            is_foreign = not files and not command.startswith("--")
+            assert is_foreign or re.search(rf"(\"|--){flag}\b", known), (flag, command)
+
+
+@functools.cache
+def all_programs():
+    files = [f for f in ROOT.glob("scripts/**/*") if f.suffix != ".pyc"]
+    files += ROOT.glob("tfbig/*.py")
+    return "\n".join(file.read_text() for file in files if file.is_file())
+
+
+@functools.cache
+def messages():
+    """All texts in the source of tfbig, with … for what is filled in."""
+    found = []
+    for file in ROOT.glob("tfbig/**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append(squeezed("".join(parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(squeezed(node.value))
+    return found
+
+
+def is_message(quoted):
+    # What is between two … stands in one text, in this order.
+    parts = [re.escape(part) for part in quoted.split("…")]
+    assert max(map(len, parts)) > 12, f"{quoted}: too short to be found"
+    pattern = re.compile(".*?".join(parts))
+    return any(pattern.search(message) for message in messages())
+
+
+def test_messages_are_those_of_the_code():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = [squeezed(" ".join(block)) for k, _, block in fences(text) if k == "text"]
+    quoted += [m[2] for m in SPAN.finditer(prose(text)) if "…" in m[2]]
+    assert len(quoted) > 30
+    assert not [q for q in quoted if not is_message(q)]

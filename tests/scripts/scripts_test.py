@@ -1,0 +1,442 @@
+"""The scripts, as a user starts them: in a process of their own."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import tfbig
+from tests import job
+
+SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
+TRAIN, BENCHMARK = SCRIPTS / "train.py", SCRIPTS / "benchmark.py"
+# 1,437 of the 1,797 digits are for training: 3 batches of 512.
+UPDATES = 3
+
+
+def run(script, *arguments, cwd=None, timeout=120):
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def table(output):
+    """The lines `name  value` of a table as a dictionary."""
+    pairs = (line.rsplit("  ", 1) for line in output.splitlines() if "  " in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "micro_batch", "count", "replicas", "scale"),
+    [
+        ([], "512", "1 per replica", "1", "none"),
+        (
+            ["--strategy=mirrored", "--replicas=2", "--micro_batch_size=100"],
+            "100",
+            "3 per replica",
+            "2",
+            "none",
+        ),
+        (
+            ["--precision=mixed_float16", "--gradient_accumulation_steps=3"],
+            "171",
+            "3 per replica",
+            "1",
+            "32768",
+        ),
+    ],
+    ids=["default", "mirrored", "float16"],
+)
+def test_train_leaves_a_run_and_ends_with_a_table(
+    tmp_path, arguments, micro_batch, count, replicas, scale
+):
+    done = run(TRAIN, "--epochs=1", f"--output_dir={tmp_path}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+    rows = table(done.stdout)
+    expected = {
+        "effective batch": "512",
+        "micro-batch": micro_batch,
+        "micro-batches per update": count,
+        "replicas": replicas,
+        "updates": str(UPDATES),
+        "skipped updates": "0",
+        "loss scale": scale,
+    }
+    assert {name: rows.get(name) for name in expected} == expected
+    assert float(rows["samples/s"].replace(",", "")) > 0
+    assert float(rows["peak memory"].removesuffix(" MiB").replace(",", "")) > 100
+
+    with (tmp_path / "history.csv").open() as file:
+        (epoch,) = csv.DictReader(file)
+    columns = {"epoch", "loss", "accuracy", "val_loss", "val_accuracy"}
+    scaling = {"loss_scale", "skipped_updates"} if scale != "none" else set()
+    assert set(epoch) == columns | scaling
+    assert f"{float(epoch['val_accuracy']):.4f}" == rows["validation accuracy"]
+    assert all((name in done.stdout) == bool(scaling) for name in ("loss_scale", "skipped_updates"))
+
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "monitor/training.png").read_bytes().startswith(b"\x89PNG")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(model, tfbig.Sequential)
+    assert int(model.optimizer.iterations.numpy()) == UPDATES
+
+
+ERRORS = {
+    "--task=nothing": "--task=nothing",
+    "--gradient_accumulation_steps=0": "positive",
+    "--micro_batch_size=8 --gradient_accumulation_steps=2": "at most one",
+    "--batch_size=0": "positive",
+    "--precision=int8": "mixed_float16",
+    "--strategy=mirrored --replicas=0": "positive",
+    "--replicas=2": "--strategy=mirrored",
+    "--loss_scale=-1": "finite number > 0",
+    "--learning_rate=nan": "finite number > 0",
+    "--output_dir=/proc/tfbig": "cannot be written",
+    "--no_such_flag=1": "no_such_flag",
+    "argument": "argument",
+}
+
+
+@pytest.mark.parametrize("arguments", ERRORS)
+def test_a_bad_flag_gets_one_line_and_exit_code_2(arguments, tmp_path):
+    done = run(TRAIN, *arguments.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: ")
+    assert ERRORS[arguments] in line
+    assert done.stdout == ""
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "model.keras").write_text("precious")
+    done = run(TRAIN, f"--output_dir={tmp_path}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--overwrite" in line
+    assert (tmp_path / "model.keras").read_text() == "precious"
+
+
+def test_skips_without_end_are_one_line(tmp_path):
+    # The largest float16 is 65504, so that every update overflows and is skipped.
+    done = run(
+        TRAIN,
+        *("--precision=mixed_float16", "--loss_scale=1e30", "--batch_size=16", "--epochs=2"),
+        *("--verbose=0", f"--output_dir={tmp_path}"),
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "100 updates in a row" in line
+
+
+def test_an_interrupted_run_is_saved(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, "--epochs=1000", "--verbose=2", f"--output_dir={tmp_path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("Epoch 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr.strip().splitlines()[-1]
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(model.optimizer.iterations.numpy()) >= 2 * UPDATES
+    assert len((tmp_path / "history.csv").read_text().splitlines()) >= 3
+
+
+def test_a_run_that_is_killed_before_its_first_backup_is_started_again(tmp_path):
+    backup = tmp_path / "backup"
+    arguments = ["--batch_size=32", "--epochs=8", "--verbose=2", "--backup_freq=100000"]
+    arguments += [f"--output_dir={tmp_path}", f"--backup_dir={backup}"]
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process.stdout:
+        for line in process.stdout:
+            if line.startswith("Epoch 2/"):
+                break
+        process.kill()
+        process.wait(timeout=60)
+    # There are results, and no backup.
+    assert (tmp_path / "history.csv").exists()
+    assert not (backup / "backup.npz").exists()
+    done = run(TRAIN, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + 8
+    with (tmp_path / "monitor/training.csv").open() as file:
+        assert [int(row["update"]) for row in csv.DictReader(file)][-1] == 8 * 45
+
+
+@pytest.mark.parametrize("script", [TRAIN, BENCHMARK], ids=lambda path: path.stem)
+def test_help_is_quick_and_lists_the_flags(script, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    done = run(script, "--help")
+    assert done.returncode == 0
+    # What is imported is listed there; TensorFlow takes seconds.
+    assert "absl.flags\n" in done.stderr
+    assert "tensorflow" not in done.stderr
+    for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps"):
+        assert f"--{name}:" in done.stdout
+
+
+def test_benchmark_measures_every_row(tmp_path):
+    path, png = tmp_path / "rows.json", tmp_path / "rows.png"
+    done = run(
+        BENCHMARK,
+        *("--models=mlp", "--batch_size=8", "--gradient_accumulation_steps=2"),
+        *("--runs=1", "--steps=1", f"--json={path}", f"--png={png}"),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [
+        "plain, whole batch",
+        "plain, built-in accumulation",
+        "plain, built-in accumulation, jit_compile",
+        "plain, micro-batch",
+        "tfbig",
+        "tfbig, jit_compile",
+        "tfbig, recompute",
+    ]
+    base = rows["plain, micro-batch"]["seconds"]
+    for name, row in rows.items():
+        assert row["seconds"] > 0
+        # A ratio is of the same numbers, divided once.
+        assert row["ratio"] == row["seconds"] / base
+        assert row["samples_per_second"] == 8 / row["seconds"]
+        # Tracing alone takes longer than an update.
+        assert row["first_update_seconds"] > row["seconds"]
+        assert row["peak_mib"] > row["growth_mib"] > 0
+        assert row["parameters"] == 4 * (512 * 512 + 512) + 512 * 10 + 10
+        assert name in done.stdout
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+    # Each row of tfbig says which others are better, and in what.
+    lines = done.stdout.split("Where tfbig loses:")[-1].splitlines()
+    worse = {"slower": "seconds", "larger": "growth_mib", "later": "first_update_seconds"}
+    others = [name for name in rows if not name.startswith("tfbig")]
+    for name in rows.keys() - others:
+        said = "".join(line for line in lines if f"K=2, '{name}': " in line).split(": ")[-1]
+        for word, key in worse.items():
+            part = "".join(part for part in said.split("; ") if part.startswith(word))
+            for other in others:
+                ratio = rows[name][key] / rows[other][key]
+                assert (f"'{other}' ({ratio:.2f}x)" in part) == (ratio >= 1.01), (name, key)
+
+
+def fake_peers(directory, monkeypatch, **answers):
+    """Environments whose Python answers with an expression of `task` and `run`, from 0."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import benchmark_peers
+
+    for peer, answer in answers.items():
+        environment = directory / f".venv-{peer}"
+        (environment / "bin").mkdir(parents=True)
+        installed = "\n".join(benchmark_peers.requirements(peer))
+        (environment / "installed.txt").write_text(installed)
+        python = environment / "bin" / "python"
+        python.write_text(
+            f"#!{sys.executable} -S\n"
+            "import json, os, pathlib, sys\n"
+            "task = json.loads(sys.argv[2])\n"
+            "name = 'runs-{gradient_accumulation_steps}'.format(**task)\n"
+            "runs = pathlib.Path(__file__).with_name(name)\n"
+            "run = len(runs.read_text()) if runs.exists() else 0\n"
+            "runs.write_text('x' * (run + 1))\n"
+            "answer = {'seconds': [1.0], 'first_update_seconds': 1.5, 'peak_mib': 9.0,\n"
+            "          'growth_mib': 4.0, 'parameters': 7}\n"
+            f"print(json.dumps(answer | {answer}))\n"
+        )
+        python.chmod(0o755)
+    return f"--peers_directory={directory}"
+
+
+def test_benchmark_measures_rows_in_turn(tmp_path):
+    path = tmp_path / "rows.json"
+    done = run(
+        BENCHMARK,
+        *("--in_turn", "--models=mlp", "--rows=built_in,tfbig", "--batch_size=8"),
+        *("--gradient_accumulation_steps=2", "--steps=3", f"--json={path}"),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(path.read_text())["rows"]
+    assert (first["row"], second["row"]) == ("plain, built-in accumulation", "tfbig")
+    assert first["ratio"] == 1.0
+    assert second["ratio"] > 0
+    assert f"{8 / second['seconds']:.1f}" in done.stdout
+
+
+def test_benchmark_takes_the_median_of_runs_that_are_interleaved(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    seconds = "{'seconds': [[5.0, 1.0, 2.0][run]] * 3, 'first_update_seconds': 7.0}"
+    cores = "{'cores': len(os.sched_getaffinity(0)), 'threads': os.environ['OMP_NUM_THREADS']}"
+    done = run(
+        BENCHMARK,
+        *("--models=gpt", "--rows=", "--peers=torch,jax", "--batch_size=8", "--threads=1"),
+        "--micro_batch_size=8",
+        fake_peers(tmp_path, monkeypatch, torch=seconds, jax=cores),
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    torch, jax = json.loads(path.read_text())["rows"]
+    assert (torch["seconds"], torch["seconds_min"], torch["seconds_max"]) == (2.0, 1.0, 5.0)
+    assert torch["samples_per_second"] == 4.0
+    # 7 s for the first update, of which an update itself takes 5, 1, and 2.
+    assert torch["start_seconds"] == 5.0
+    assert torch["ratio"] is None
+    assert [row["row"] for row in (torch, jax)] == [
+        "PyTorch, Accelerate",
+        "Keras on JAX, built-in accumulation",
+    ]
+    order = [line.split("K=1, ")[1].split(",")[0] for line in done.stderr.splitlines()]
+    assert order == ["PyTorch", "Keras on JAX"] * 3
+    for own in jax["runs"]:
+        assert own["threads"] == "1"
+        assert own["cores"] == 1 or not hasattr(os, "sched_setaffinity")
+
+
+@pytest.mark.parametrize(
+    ("cut", "batches"),
+    [("--micro_batch_size=8", [8, 32]), ("--batch_size=32", [32, 32])],
+    ids=["micro_batch_stays", "effective_batch_stays"],
+)
+def test_benchmark_varies_the_number_of_micro_batches(cut, batches, tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    grows = "{'growth_mib': 100.0 * task['gradient_accumulation_steps']}"
+    done = run(
+        BENCHMARK,
+        *("--models=gpt", "--rows=", "--peers=jax", "--gradient_accumulation_steps=1,4", cut),
+        fake_peers(tmp_path, monkeypatch, jax=grows),
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["effective_batch"] for row in rows] == batches
+    over_k = done.stdout.split("Growth of the peak memory, MiB\n")[1].splitlines()
+    assert over_k[0].split()[-2:] == ["K=1", "K=4"]
+    assert over_k[1].split()[-2:] == ["100", "400"]
+
+
+def test_benchmark_goes_on_after_a_row_that_fails(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    directory = fake_peers(tmp_path, monkeypatch, jax="{}")
+    (tmp_path / ".venv-torch").write_text("in the way")
+    done = run(
+        BENCHMARK,
+        # One K at which all rows are there, and a time in which TensorFlow is not imported.
+        *("--models=mlp", "--rows=micro,tfbig", "--peers=torch,jax", "--timeout=1", "--runs=2"),
+        *(directory, f"--json={path}"),
+    )
+    assert done.returncode == 1, done.stderr
+    *killed, torch, jax = json.loads(path.read_text())["rows"]
+    assert [row["error"] for row in killed] == ["killed after 1 s"] * 2
+    assert torch["error"].startswith("python -m venv for torch: ")
+    assert jax["seconds"] == 1.0
+    # None is tried again.
+    assert done.stderr.count("tfbig") == 1
+    for row in (*killed, torch):
+        assert f"failed: {row['error']}" in done.stdout
+
+
+def test_benchmark_compares_models_of_one_size_only(tmp_path, monkeypatch):
+    directory = fake_peers(tmp_path, monkeypatch, torch="{}", jax="{'parameters': 8}")
+    done = run(BENCHMARK, "--models=vit", "--rows=", "--peers=torch,jax", directory)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "benchmark.py: vit is not the same model everywhere: 7 in 'PyTorch, Accelerate' but "
+        "8 in 'Keras on JAX, built-in accumulation'"
+    )
+
+
+def test_over_a_network_an_update_is_one_exchange(tmp_path):
+    path = tmp_path / "rows.json"
+    settings = ("--gradient_accumulation_steps=1,4", "--runs=1", "--steps=1", f"--json={path}")
+    # When the time is over it is told to end, and so removes the hosts that it made.
+    done = job.finish(job.start([sys.executable, BENCHMARK, "--network", *settings]), timeout=150)
+    assert done.returncode == 0, done.stderr
+    if "--network skipped" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    rows = {
+        (row["row"], row["gradient_accumulation_steps"]): row
+        for row in json.loads(path.read_text())["rows"]
+    }
+    sent = {key: row["bytes_per_sample"] for key, row in rows.items()}
+
+    # Each of 2 workers sends the gradient of the 1,055,754 weights once for its 32 samples.
+    # A packet of 1,514 bytes has 66 of headers (4.6 %), and every one or two packets are
+    # acknowledged by 66 more (2.3 to 4.6 %): 7 % was measured. Little else is sent.
+    assert 1 < sent["tfbig", 1] / (4 * 1_055_754 / 32) < 1.12
+    # Within 1 % as measured; acknowledgements alone may differ by 2.3 %, and a packet sent
+    # again or on its way at the end of an update adds to that.
+    assert sent["tfbig", 1] / sent["tfbig", 4] == pytest.approx(4, rel=0.05)
+    other = "exchange per micro-batch"
+    assert sent[other, 1] / sent[other, 4] == pytest.approx(1, rel=0.05)
+    assert sent[other, 1] / sent["tfbig", 1] == pytest.approx(1, rel=0.05)
+    # 3.9 as measured.
+    assert rows["tfbig", 4]["samples_per_second_ratio"] > 1.5
+
+
+NOT_MEASURED = {
+    "--json=/tmp": "--json must be a file",
+    "--json=": "--json must be a file",
+    "--json=/proc/rows.json": "--json=/proc cannot be written to",
+    "--json=/proc/version": "--json=/proc/version cannot be written to",
+    "--png=/tmp": "--png must be a file",
+    "--png=rows.foo": "--png must end in .png",
+    "--in_turn --models=mlp --rows=tfbig --png=rows.png": "--png does not go with --in_turn",
+    "--gradient_accumulation_steps=": "gradient_accumulation_steps",
+    "--gradient_accumulation_steps=x": "gradient_accumulation_steps",
+    "--gradient_accumulation_steps=2,": "gradient_accumulation_steps",
+}
+
+
+@pytest.mark.parametrize("arguments", NOT_MEASURED)
+def test_benchmark_says_before_it_measures_what_it_cannot_do(arguments, tmp_path):
+    done = run(BENCHMARK, *arguments.split(), cwd=tmp_path, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert NOT_MEASURED[arguments] in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--models=nothing",
+        "--micro_batch_size=7",
+        "--gradient_accumulation_steps=0",
+        "--network --gradient_accumulation_steps=0",
+        "--network --batch_size=64",
+        "--network --peers=jax",
+        "--peers=mxnet",
+        "--rows=none",
+        "--rows=",
+        "--png=/nowhere/rows.png",
+        "--in_turn --models=mlp,wide --rows=tfbig",
+        "--in_turn --models=mlp --rows=whole,tfbig",
+        "--batch_size=8 --micro_batch_size=4 --gradient_accumulation_steps=2",
+    ],
+)
+def test_benchmark_refuses_in_one_line(arguments):
+    done = run(BENCHMARK, *arguments.split())
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1

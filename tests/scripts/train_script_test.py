@@ -1,0 +1,478 @@
+"""scripts/train.py with its tasks, as a user starts it: in a process of its own."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import tfbig
+from tests import job
+from tests.scripts.scripts_test import TRAIN, run, table
+
+# So small that tracing takes most of the time.
+SMALL = {
+    "language": (
+        *("--task=language", "--corpus_bytes=10000", "--held_out_bytes=2000", "--window=32"),
+        *("--vocabulary=300", "--batch_size=4", "--nojit_compile", "--verbose=2"),
+    ),
+    "speech": (
+        *("--task=speech", "--voices=en-us+f1,en+m1", "--held_out_voices=en-us+m3", "--takes=1"),
+        *("--batch_size=20", "--verbose=2"),
+    ),
+    "gan": ("--task=gan", "--batch_size=512", "--verbose=2"),
+}
+UPDATES = 45  # Of an epoch: 1,437 digits in batches of 32.
+MEASURES = {"language": "bits_per_byte", "speech": "accuracy", "gan": "score"}
+
+
+# What the README tells to read a model by.
+READ = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import keras
+import tasks.saved_models
+model = keras.saving.load_model(sys.argv[2])
+print(type(model).__module__, int(model.optimizer.iterations.numpy()))
+"""
+
+
+def history(directory):
+    with (directory / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"--cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+def arguments_of(task, cache):
+    return (*SMALL[task], cache) if task == "speech" else SMALL[task]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "cut"),
+    [
+        ("language", ("--micro_batch_size=auto",), None),
+        ("speech", ("--precision=mixed_float16", "--gradient_accumulation_steps=3"), "3"),
+        ("gan", ("--strategy=mirrored", "--micro_batch_size=100"), "3"),
+    ],
+)
+def test_a_task_leaves_a_run_and_says_whether_it_reached_its_bar(
+    task, options, cut, cache, tmp_path
+):
+    arguments = (*arguments_of(task, cache), *options, f"--output_dir={tmp_path}")
+    done = run(TRAIN, *arguments, "--epochs=1", "--require_bar", timeout=300)
+    # So little training misses the bar.
+    assert done.returncode == 3, done.stderr
+    said = "tfbig: micro_batch_size='auto' is 4 samples of the 4 of a replica\n"
+    assert done.stderr == (said if "--micro_batch_size=auto" in options else "")
+    name = f"val_{MEASURES[task]}"
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(rf"{name} \d+\.\d{{4}} \(bar (below )?[\d.]+, missed\)", last)
+    (epoch,) = history(tmp_path)
+    assert f"{float(epoch[name]):.4f}" == last.split()[1]
+    if cut is not None:
+        assert table(done.stdout)["micro-batches per update"] == f"{cut} per replica"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # In a process that has not imported what the model is made of.
+    command = [sys.executable, "-c", READ, TRAIN.parent, tmp_path / "model.keras"]
+    module, updates = job.finish(job.start(command), 60).stdout.split()
+    assert module.startswith("tasks." if task == "gan" else "tfbig.")
+    assert int(updates) > 0
+    if task == "gan":
+        assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    if task == "language":
+        assert (tmp_path / "samples.txt").read_text().count("--- begun with") >= 1
+        assert float(epoch["val_perplexity"]) > 1
+        np.testing.assert_allclose(
+            np.log(float(epoch["perplexity"])), float(epoch["loss"]), rtol=0.05
+        )
+
+
+def test_a_bar_that_is_reached_is_exit_code_0(tmp_path):
+    arguments = ("--batch_size=64", "--epochs=8", "--verbose=0", "--require_bar")
+    done = run(TRAIN, *arguments, f"--output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"val_accuracy (0\.9[7-9]\d\d|1\.0000) \(bar 0\.97\)", done.stdout.splitlines()[-1]
+    )
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupt(process, how, after):
+    for line in process.stdout:
+        if line.startswith(after):
+            break
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGTERM, tfbig.callbacks.PREEMPTED), (signal.SIGINT, 130)]
+)
+def test_an_interrupted_run_resumes(how, code, tmp_path):
+    # Small batches, so that it does not end before the signal comes.
+    arguments = ("--batch_size=32", "--epochs=6", "--verbose=2")
+    directory = f"--output_dir={tmp_path / 'parts'}"
+    assert interrupt(start(*arguments, directory), how, "Epoch 3/") == code
+    # After a SIGTERM there may be no time to draw.
+    assert (tmp_path / "parts/monitor/training.png").exists() == (how == signal.SIGINT)
+    resumed = run(TRAIN, *arguments, directory, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Epoch 1/" not in resumed.stdout
+    assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
+    assert [row["epoch"] for row in history(tmp_path / "parts")] == list("012345")
+    with (tmp_path / "parts/monitor/training.csv").open() as file:
+        monitored = [int(row["update"]) for row in csv.DictReader(file)]
+    assert monitored == sorted(set(monitored))
+    assert set(monitored) >= {i * UPDATES for i in range(1, 7)}
+    if how == signal.SIGINT:
+        return
+    whole = run(TRAIN, *arguments, f"--output_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    pairs = zip(history(tmp_path / "whole"), history(tmp_path / "parts"), strict=True)
+    for one, other in pairs:
+        # Sums of several threads come in any order.
+        assert float(one["val_loss"]) == pytest.approx(float(other["val_loss"]), abs=0.02)
+
+    # It is complete now.
+    again = run(TRAIN, *arguments, directory, "--resume")
+    assert again.returncode == 2
+    assert "complete" in again.stderr
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_an_interruption_takes_a_backup(is_written, tmp_path):
+    arguments = ("--batch_size=32", "--epochs=6", "--verbose=2", "--backup_freq=100000")
+    arguments = (*arguments, f"--output_dir={tmp_path}")
+    process = start(*arguments)
+    for line in process.stdout:
+        if line.startswith("Epoch 2/"):
+            break
+    if not is_written:
+        (tmp_path / "backup").write_text("in the way")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    line = stderr.strip().splitlines()[-1]
+    saved = int(re.search(r"(\d+) of 270 updates are saved", line)[1])
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(model.optimizer.iterations.numpy()) == saved >= UPDATES
+    how = "goes on from the last backup" if is_written else "begins anew"
+    assert f"--resume {how}" in line
+    if not is_written:
+        (tmp_path / "backup").unlink()
+    # Not unasked.
+    again = run(TRAIN, *arguments)
+    assert again.returncode == 2
+    (line,) = again.stderr.splitlines()
+    assert "was interrupted. Go on with it by --resume" in line
+    resumed = run(TRAIN, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("training begins anew" in resumed.stderr) == (not is_written)
+    assert ("Epoch 1/" in resumed.stdout) == (not is_written)
+    assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
+    assert [row["epoch"] for row in history(tmp_path)] == list("012345")
+    # It is complete now.
+    assert "complete" in run(TRAIN, *arguments, "--resume").stderr
+
+
+INTERRUPTED_TWICE = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+import keras, numpy as np, run_interruption, tfbig
+signals = [signal.SIGINT] * 2
+class Interrupted(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        while signals:
+            signal.raise_signal(signals.pop())
+model = tfbig.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+callbacks = [Interrupted(), tfbig.callbacks.BackupAndRestore(sys.argv[2])]
+try:
+    with run_interruption.with_backup("train.py"):
+        model.fit(np.ones((8, 1)), np.ones((8, 1)), verbose=0, callbacks=callbacks)
+except KeyboardInterrupt:
+    print(len(signals), "left;", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+"""
+
+
+def test_a_second_interruption_ends_at_once_and_is_not_a_termination(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED_TWICE, TRAIN.parent, tmp_path]
+    done = job.finish(job.start(command), 60)
+    assert (done.returncode, done.stdout) == (0, "0 left; True\n"), done.stderr
+    assert not (tmp_path / "backup.npz").exists()
+
+
+def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
+    arguments = ("--batch_size=32", "--epochs=8", "--verbose=2", "--backup_freq=100000")
+    arguments = (*arguments, f"--output_dir={tmp_path}")
+    assert interrupt(start(*arguments), signal.SIGKILL, "Epoch 2/") == -signal.SIGKILL
+    (tmp_path / "backup").mkdir(exist_ok=True)
+    (tmp_path / "backup/.backup-1.tmp").write_bytes(b"half")
+    resumed = run(TRAIN, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert table(resumed.stdout)["updates"] == str(8 * UPDATES)
+    assert not (tmp_path / "backup").exists()
+
+
+def test_a_history_that_cannot_be_read_is_named_and_one_that_is_gone_is_not_made_up(tmp_path):
+    arguments = ("--batch_size=32", "--epochs=6", "--verbose=2", f"--output_dir={tmp_path}")
+    interrupt(start(*arguments), signal.SIGTERM, "Epoch 3/")
+    path = tmp_path / "history.csv"
+    for text in (bytes(range(256)), b"a,b\n1,2\n", b"epoch,loss\n0,1.0\n", None):
+        path.unlink()
+        if text is None:
+            path.mkdir()
+        else:
+            path.write_bytes(text)
+        done = run(TRAIN, *arguments, "--resume")
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert "history.csv holds the epochs so far, and cannot be read" in line
+        assert "Epoch" not in done.stdout
+    path.rmdir()
+    done = run(TRAIN, *arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    numbers = [int(row["epoch"]) for row in history(tmp_path)]
+    assert numbers == list(range(numbers[0], 6))
+    assert numbers[0] >= 2
+
+
+# Ctrl-C where the backup is about to be read.
+INTERRUPTED_READING = """
+import numpy
+load = numpy.load
+def interrupted(file, **options):
+    if str(getattr(file, "name", "")).endswith("backup.npz"):
+        raise KeyboardInterrupt
+    return load(file, **options)
+numpy.load = interrupted
+"""
+
+
+def test_an_interruption_before_anything_is_restored_leaves_the_model(tmp_path):
+    # Its optimizers are built before training begins.
+    directory = tmp_path / "run"
+    arguments = (*SMALL["gan"], "--epochs=1000", f"--output_dir={directory}")
+    assert interrupt(start(*arguments), signal.SIGINT, "Epoch 3/") == 130
+    before = (directory / "model.keras").read_bytes()
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_READING)
+    command = [sys.executable, TRAIN, *arguments, "--resume"]
+    done = job.finish(job.start(command, PYTHONPATH=f"{tmp_path}{os.pathsep}{job.ROOT}"), 60)
+    assert done.returncode == 130, done.stderr
+    assert (directory / "model.keras").read_bytes() == before
+    (line,) = done.stderr.strip().splitlines()
+    assert "nothing is trained since; --resume goes on from the last backup" in line
+
+
+ENDS = {
+    "interrupted": ("raise KeyboardInterrupt", 130),
+    "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    "full": ("raise OSError(28, 'No space left on device')", 1),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_run_that_ends_between_its_training_and_its_files_is_concluded(how, tmp_path):
+    # The curves, which come after the model, are drawn by this.
+    end, code = ENDS[how]
+    (tmp_path / "matplotlib.py").write_text(f"def use(backend):\n    {end}\n")
+    directory = tmp_path / "run"
+    arguments = ("--epochs=2", "--nomonitor", "--verbose=2", "--micro_batch_size=auto")
+    arguments = (*arguments, f"--output_dir={directory}")
+    path = f"{tmp_path}{os.pathsep}{job.ROOT}"
+    done = job.finish(job.start([sys.executable, TRAIN, *arguments], PYTHONPATH=path), 60)
+    assert done.returncode == code, done.stderr
+    model = keras.saving.load_model(directory / "model.keras")
+    assert int(model.optimizer.iterations.numpy()) == 2 * 3
+    if how != "killed":
+        line = done.stderr.strip().splitlines()[-1]
+        assert "training is complete, and --resume saves and judges it" in line
+        assert "Traceback" not in done.stderr
+    (directory / "model.keras").unlink()
+
+    concluded = run(TRAIN, *arguments, "--resume")
+    assert concluded.returncode == 0, concluded.stderr
+    assert "Epoch" not in concluded.stdout
+    assert table(concluded.stdout)["updates"] == "6"
+    assert "val_accuracy" in concluded.stdout.splitlines()[-1]
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model = keras.saving.load_model(directory / "model.keras")
+    assert int(model.optimizer.iterations.numpy()) == 2 * 3
+    assert not (directory / "backup").exists()
+
+
+REFUSED = {
+    "--task=speech --voices=en-us+nobody": "no voice 'en-us+nobody'",
+    "--task=speech --held_out_voices=klingon-x": "no voice 'klingon-x'",
+    "--task=speech --voices=en-us+f1 --held_out_voices=en-us+f1": "for training or for validation",
+    "--task=speech --cache_dir=/proc/tfbig": "--cache_dir=/proc/tfbig cannot be written to",
+    "--task=gan --micro_batch_size=auto": "Give a number",
+    "--task=language --precision=float64": "does not go with --task=language",
+    "--task=language --parameters=2B": "from 1M to 1B",
+    "--task=language --parameters=small": "from 1M to 1B",
+    "--parameters=1M": "--parameters goes with --task=language",
+    "--micro_batch_size=many": "auto or an integer >= 1",
+    "--micro_batch_size=0": "auto or an integer >= 1",
+    "--backup_dir=/proc/tfbig": "--backup_dir=/proc/tfbig cannot be written to",
+    "--backup_dir=/etc/passwd/x": "--backup_dir=/etc/passwd/x cannot be written to",
+    "--backup_dir=gs://bucket/x": "mount the storage",
+    "--output_dir=gs://bucket/x": "mount the storage",
+    "--resume": "holds none",
+    "--resume --overwrite": "at most one",
+    "--overwrite --backup_dir=backup": "leave --overwrite out",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_done_gets_one_line_and_exit_code_2(arguments, tmp_path):
+    done = run(TRAIN, *arguments.split(), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: ")
+    assert REFUSED[arguments] in line
+    assert done.stdout == ""
+    assert not list(tmp_path.rglob("model.keras"))
+
+
+def test_what_cannot_hold_a_backup_leaves_the_old_run(tmp_path):
+    (tmp_path / "model.keras").write_text("precious")
+    for more in ("--overwrite", "--nomonitor"):
+        done = run(TRAIN, more, "--backup_dir=/proc/tfbig", f"--output_dir={tmp_path}")
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "model.keras").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("task", "package", "extra"),
+    [("language", "tokenizers", "language"), ("speech", "espeakng_loader", "speech")],
+)
+def test_a_missing_extra_is_named(task, package, extra, tmp_path):
+    (tmp_path / f"{package}.py").write_text("raise ModuleNotFoundError\n")
+    # Nor is there a library of the system.
+    site = "import ctypes.util\nctypes.util.find_library = lambda name: None\n"
+    (tmp_path / "sitecustomize.py").write_text(site)
+    process = job.start(
+        [sys.executable, TRAIN, *SMALL[task], f"--output_dir={tmp_path / 'run'}"],
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{job.ROOT}",
+    )
+    done = job.finish(process, 60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"pip install 'tfbig[{extra}]'" in line
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("task", ["digits", "gan"])
+def test_without_matplotlib_a_run_leaves_all_but_pictures(task, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n")
+    directory = tmp_path / "run"
+    arguments = (f"--task={task}", "--epochs=1", "--batch_size=512", f"--output_dir={directory}")
+    path = f"{tmp_path}{os.pathsep}{job.ROOT}"
+    done = job.finish(job.start([sys.executable, TRAIN, *arguments], PYTHONPATH=path), 100)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'tfbig[plots]'" in line
+    assert "history.csv, model.keras are in" in done.stdout
+    assert (directory / "model.keras").exists()
+    assert not list(directory.rglob("*.png"))
+
+
+def test_a_directory_of_another_run_is_left_alone(tmp_path):
+    done = run(TRAIN, "--epochs=1", "--verbose=0", f"--output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    cases = {
+        "--task=gan": "holds a run of --task=digits",
+        "--task=gan --resume": "holds a run of --task=digits",
+        "--task=digits": "already holds a run",
+        "--resume --epochs=1 --seed=5": "one with seed=0. Received: seed=5",
+    }
+    for arguments, text in cases.items():
+        done = run(TRAIN, *arguments.split(), f"--output_dir={tmp_path}")
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert text in line
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_a_backup_elsewhere_is_gone_on_with_by_the_same_run_only(tmp_path):
+    backup = f"--backup_dir={tmp_path / 'backup'}"
+    arguments = ("--epochs=1", "--verbose=2", f"--output_dir={tmp_path / 'run'}")
+    assert run(TRAIN, *arguments, backup).returncode == 0
+    about = (tmp_path / "run/run.json").read_text()
+    cases = {
+        ("--seed=7", "--learning_rate=0.5", backup): "learning_rate=0.5, seed=7",
+        (f"--output_dir={tmp_path / 'other'}", "--seed=7", backup): "Received: seed=7",
+        # Nor does another backup, which is none, make room.
+        (f"--backup_dir={tmp_path}",): "already holds a run",
+    }
+    for others, text in cases.items():
+        done = run(TRAIN, *arguments, *others)
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert text in line
+    assert (tmp_path / "run/run.json").read_text() == about
+    done = run(TRAIN, *arguments, backup)
+    assert done.returncode == 0, done.stderr
+    assert "Epoch" not in done.stdout
+
+
+def test_a_damaged_backup_is_named(tmp_path):
+    arguments = ("--batch_size=16", "--epochs=50", "--verbose=2", f"--output_dir={tmp_path}")
+    interrupt(start(*arguments), signal.SIGTERM, "Epoch 2/")
+    backup = tmp_path / "backup/backup.npz"
+    backup.write_bytes(backup.read_bytes()[:100])
+    done = run(TRAIN, *arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "was interrupted. Go on with it by --resume" in line
+    done = run(TRAIN, *arguments, "--resume")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "cannot be read" in line
+    assert "Epoch" not in done.stdout
+    (tmp_path / "run.json").write_text("{")
+    done = run(TRAIN, *arguments, "--resume")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "run.json" in line
+
+
+WAYS = {
+    "alone": ((), ()),
+    "mirrored": ((), ("--strategy=mirrored", "--replicas=2")),
+    "workers": ((job.LAUNCH, "--workers", "2"), ()),
+    "float16": ((), ("--precision=mixed_float16",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("task", ["digits", "gan", "language", "speech"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_bar_is_reached(task, way, tmp_path):
+    launcher, options = WAYS[way]
+    command = [sys.executable, *launcher, TRAIN, f"--task={task}", "--require_bar", "--verbose=2"]
+    process = job.start([*command, f"--output_dir={tmp_path}", *options])
+    done = job.finish(process, 1700)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr

@@ -1,0 +1,24 @@
+"""Faults of an exchange, planted in tests of what finds them."""
+
+import dataclasses
+
+from tfbig._update import exchange
+
+
+def changed_exchange(monkeypatch, change):
+    """Replaces what `exchange.exchange` returns by `change(share, batch)` of it."""
+    original = exchange.exchange
+
+    def changed(share, *args):
+        return change(share, original(share, *args))
+
+    monkeypatch.setattr(exchange, "exchange", changed)
+
+
+def double_sum(monkeypatch):
+    """Gradients are summed once more."""
+
+    def again(share, batch):
+        return dataclasses.replace(batch, gradients=exchange.all_reduce_sum(batch.gradients))
+
+    changed_exchange(monkeypatch, again)

@@ -1,0 +1,1102 @@
+"""The oracle over a study: what is tried, kept, gone on with and refused; no model is trained."""
+
+import collections
+import importlib.util
+import math
+import time
+import warnings
+
+import keras_tuner
+import numpy as np
+import optuna
+import pytest
+
+from tests.tuners.tuner_space_test import typed
+from tfbig import errors
+from tfbig.tuners import HyperParameters, _hyperband, _oracle, _study, _trials, _tuners
+
+RUNNING, IDLE, COMPLETED, STOPPED, INVALID, FAILED = (
+    "RUNNING",
+    "IDLE",
+    "COMPLETED",
+    "STOPPED",
+    "INVALID",
+    "FAILED",
+)
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    verbose = 0
+
+    def on_trial_begin(self, trial):
+        del trial
+
+    def on_trial_end(self, trial):
+        del trial
+
+
+def space():
+    """A space with a value of each kind."""
+    hp = HyperParameters()
+    hp.Float("x", -5, 10)
+    hp.Float("y", 1e-3, 15, sampling="log")
+    hp.Choice("kind", [None, True, 1, (1, 2)])
+    hp.Float("stepped", 0, 1, step=0.1)
+    hp.Int("size", 1, 64, sampling="log")
+    with hp.conditional_scope("kind", [None]):
+        hp.Float("child", 0, 1)
+    return hp
+
+
+def cells():
+    """A finite space of seven cells, three of them under a condition."""
+    hp = HyperParameters()
+    hp.Choice("a", [None, True, 1])
+    with hp.conditional_scope("a", [True]):
+        hp.Float("b", 0, 0.2, step=0.1)
+    with hp.conditional_scope("a", [1]):
+        hp.Boolean("c")
+    hp.Fixed("d", (1,))
+    return hp
+
+
+def line():
+    """A space of one number."""
+    hp = HyperParameters()
+    hp.Float("x", 0, 1)
+    return hp
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes oracles over one study in a directory."""
+    oracles = []
+
+    def made(
+        max_trials=10, hyperparameters=None, kind=_oracle.StudyOracle, project="p", **arguments
+    ):
+        arguments = {
+            "objective": keras_tuner.Objective("loss", "min"),
+            "seed": 0,
+            "hyperparameters": hyperparameters,
+        } | arguments
+        if kind is not _hyperband.HyperbandOracle:
+            arguments["max_trials"] = max_trials
+        oracle = kind(**arguments)
+        oracle._set_project_dir(str(tmp_path), project)
+        oracle._display = Silent()
+        oracles.append(oracle)
+        return oracle
+
+    yield made
+    for oracle in oracles:
+        if oracle._opened:
+            oracle.release()
+
+
+def loss_of(values):
+    """A loss that depends on all values of `space`."""
+    kinds = [None, True, 1, (1, 2)]
+    index = [typed(k) for k in kinds].index(typed(values.get("kind")))
+    x, y = values.get("x", 0), values.get("y", 1)
+    return (x - 1) ** 2 + y + index + values.get("stepped", 0) + values.get("child", 0)
+
+
+def end(oracle, trial, loss=0.0, status=COMPLETED, message=None, why=None, step=0, **metrics):
+    """Ends a trial."""
+    if status == COMPLETED:
+        oracle.update_trial(trial.trial_id, {"loss": loss} | metrics, step=step)
+    trial.status, trial.message = status, message
+    if why:
+        trial.why = why
+    oracle.end_trial(trial)
+
+
+def run(oracle, stop=None, loss=loss_of):
+    """Runs trials, all or some; returns the values of all."""
+    count = 0
+    while count != stop:
+        trial = oracle.create_trial("tuner")
+        if trial.status == STOPPED:
+            break
+        assert trial.status == RUNNING
+        end(oracle, trial, loss(trial.hyperparameters.values))
+        count += 1
+    return values_of(oracle)
+
+
+def values_of(oracle):
+    return [t.hyperparameters.values for t in oracle.trials.values()]
+
+
+# --- Which values ------------------------------------------------------------
+
+SAMPLERS = {"random": (), "tpe": (), "nsga2": (), "hyperopt": ("hyperopt",)}
+SAMPLERS |= {"qmc": ("scipy",), "cmaes": ("cmaes",), "gp": ("torch", "scipy")}
+
+
+@pytest.fixture(params=SAMPLERS)
+def sampler(request):
+    """Each sampler that is installed."""
+    for module in SAMPLERS[request.param]:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"the sampler {request.param} needs {module}")
+    return request.param
+
+
+def test_the_first_trial_has_the_defaults(make, sampler):
+    hp = space()
+    values = run(make(1, hp, sampler=sampler))
+    assert typed(values) == typed([hp.values])
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(make, sampler, seed):
+    straight = run(make(25, space(), sampler=sampler, seed=seed, storage="memory"))
+    assert len(straight) == 25
+    assert len({str(typed(v)) for v in straight}) == 25
+    stopped = run(make(25, space(), sampler=sampler, seed=seed), stop=12)
+    assert len(stopped) == 12
+    assert typed(stopped) == typed(straight[:12])
+    assert typed(run(make(25, space(), sampler=sampler, seed=seed))) == typed(straight)
+
+
+def test_more_trials_than_at_first_may_be_asked_for(make):
+    few = run(make(4, space()))
+    oracle = make(7, space())
+    assert oracle.remaining_trials() == 3
+    assert typed(run(oracle)[:4]) == typed(few)
+    assert oracle.remaining_trials() == 0
+
+
+def test_seeds_differ(make):
+    first, second = (run(make(3, line(), seed=s, project=f"{s}")) for s in (0, 1))
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+def test_a_search_without_a_seed_keeps_the_one_that_it_drew(make):
+    first = make(5, line(), seed=None)
+    run(first, stop=2)
+    second = make(5, line(), seed=None)
+    run(second)
+    assert second.seed == first.seed
+    straight = run(make(5, line(), seed=first.seed, project="straight"))
+    assert values_of(second) == straight
+
+
+@pytest.mark.parametrize("direction", ["min", "max"])
+def test_a_sampler_of_a_model_beats_chance(make, direction):
+    sign = 1 if direction == "min" else -1
+    objective = keras_tuner.Objective("loss", direction)
+
+    def distance(values):
+        return sign * (values["x"] - 0.7) ** 2
+
+    for sampler in ("tpe", "hyperopt"):
+        if sampler == "hyperopt":
+            pytest.importorskip("hyperopt")
+        oracle = make(40, line(), sampler=sampler, objective=objective, storage="memory")
+        values = [v["x"] for v in run(oracle, loss=distance)[20:]]
+        assert np.median(np.abs(np.array(values) - 0.7)) < 0.15
+
+
+def test_a_low_discrepancy_sequence_fills_all_strata(make):
+    pytest.importorskip("scipy")
+    # The first is of the defaults; of Sobol's points, each 16 in a row are in 16 strata.
+    values = run(make(36, line(), sampler="qmc", storage="memory"))[1:]
+    counts = collections.Counter(int(v["x"] * 16) for v in values)
+    assert len(counts) == 16
+    assert max(counts.values()) <= 3
+
+
+def test_a_sampler_may_be_given_by_a_function_of_a_seed(make):
+    seeds = []
+
+    def sampler(seed):
+        seeds.append(seed)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    values = run(make(4, line(), sampler=sampler))
+    assert len(values) == 4
+    assert len({s for s in seeds if s}) == 3
+
+
+def test_what_torch_says_of_gpus_is_not_repeated(make):
+    class Sampler(optuna.samplers.RandomSampler):
+        def sample_relative(self, *args):
+            warnings.warn("CUDA initialization: there is no GPU.", UserWarning, stacklevel=1)
+            return super().sample_relative(*args)
+
+    # A warning is an error in tests.
+    assert len(run(make(2, line(), sampler=Sampler))) == 2
+
+
+def test_values_are_stored_with_type_and_bits(make, tmp_path):
+    values = run(make(20, space()))
+    assert typed(values_of(make(20, space()))) == typed(values)
+    assert {str(typed(v["kind"])) for v in values} == {
+        str(typed(k)) for k in (None, True, 1, (1, 2))
+    }
+    assert all(type(v["x"]) is float and type(v["size"]) is int for v in values)
+    assert all(("child" in v) == (v["kind"] is None) for v in values)
+    assert all(v["stepped"] in [i / 10 for i in range(11)] for v in values)
+    # While it is open, SQLite has files of its own beside it.
+    assert {p.name.split("-")[0] for p in (tmp_path / "p").iterdir()} == {_study.FILE}
+
+
+def test_the_study_has_the_parameters_of_each_trial(make):
+    oracle = make(3, space())
+    run(oracle)
+    for trial, values in zip(oracle.study.trials, values_of(oracle), strict=True):
+        assert trial.params["x"] == values["x"]
+        assert trial.params["stepped (step)"] == round(10 * values["stepped"])
+        assert trial.value == loss_of(values)
+
+
+@pytest.mark.parametrize("objectives", ["loss", ["loss", "size"]])
+def test_the_study_says_what_its_values_are_called(make, objectives):
+    named = [keras_tuner.Objective(n, "min") for n in np.atleast_1d(objectives).tolist()]
+    objective = named if len(named) > 1 else named[0]
+    for _ in range(2):
+        oracle = make(3, line(), objective=objective)
+        trial = oracle.create_trial("a")
+        end(oracle, trial, size=1.0)
+        assert oracle.study.metric_names == [o.name for o in named]
+
+
+def test_a_user_may_override_where_values_come_from(make):
+    class Mine(_oracle.StudyOracle):
+        def populate_space(self, trial_id):
+            if trial_id == "0002":
+                return {"status": STOPPED, "values": None}
+            return {"status": RUNNING, "values": {"x": np.float64(0.25)}}
+
+    oracle = make(2, line(), kind=Mine)
+    assert typed(run(oracle)) == typed([{"x": 0.25}] * 2)
+
+
+# --- Finite spaces -----------------------------------------------------------
+
+CELLS = [
+    {"a": None, "d": (1,)},
+    {"a": True, "b": 0.0, "d": (1,)},
+    {"a": True, "b": 0.1, "d": (1,)},
+    {"a": True, "b": 0.2, "d": (1,)},
+    {"a": 1, "c": False, "d": (1,)},
+    {"a": 1, "c": True, "d": (1,)},
+]
+
+
+def as_set(values):
+    return {str(sorted(typed(v)[1].items())) for v in values}
+
+
+@pytest.mark.parametrize("kind", [_tuners._GridOracle, _oracle.StudyOracle])
+@pytest.mark.parametrize("stop", [None, 3])
+def test_a_finite_space_is_covered_once_and_then_ends_the_search(make, kind, stop):
+    run(make(None, cells(), kind=kind, sampler="random"), stop=stop, loss=lambda v: 0.0)
+    oracle = make(None, cells(), kind=kind, sampler="random")
+    values = run(oracle, loss=lambda v: 0.0)
+    assert len(values) == len(CELLS)
+    assert as_set(values) == as_set(CELLS)
+    assert typed(values[0]) == typed(CELLS[0])
+    assert all(t.status == COMPLETED for t in oracle.trials.values())
+
+
+def test_a_grid_of_a_range_without_steps_has_ten_cells(make):
+    values = run(make(None, line(), kind=_tuners._GridOracle), loss=lambda v: 0.0)
+    # And the default, which is none of them.
+    assert len(values) == 11
+
+
+def test_two_processes_share_a_grid(make):
+    oracles = [make(None, cells(), kind=_tuners._GridOracle) for _ in range(2)]
+    trials = [oracles[i % 2].create_trial(f"{i}") for i in range(len(CELLS))]
+    assert as_set(t.hyperparameters.values for t in trials) == as_set(CELLS)
+    for i, trial in enumerate(trials):
+        end(oracles[i % 2], trial)
+    assert [o.create_trial("a").status for o in oracles] == [STOPPED] * 2
+
+
+def test_a_process_waits_while_others_may_still_fail(make, monkeypatch):
+    monkeypatch.setattr(_oracle, "_LOOK", 0.01)
+    first, second = make(1, line()), make(1, line())
+    trial = first.create_trial("first")
+    assert second.create_trial("second").status == IDLE
+    end(first, trial)
+    assert second.create_trial("second").status == STOPPED
+
+
+def test_a_space_that_others_exhaust_meanwhile_is_no_failure(make):
+    hp = HyperParameters()
+    hp.Choice("a", [1, 2])
+    run(make(None, hp), loss=lambda v: 0.0)
+    late = make(None, hp)
+    looks = []
+
+    def before_others_took_the_last(take=late._take_new):
+        looks.append(1)
+        return late._ledger.take_new(None) if len(looks) <= 4 else take()
+
+    late._take_new = before_others_took_the_last
+    for _ in range(6):
+        if (trial := late.create_trial("late")).status == STOPPED:
+            break
+        assert trial.status == IDLE
+    assert trial.status == STOPPED
+    late.check_result()
+    assert not [t for t in late.trials.values() if t.status == FAILED]
+
+
+# --- Spaces that change ------------------------------------------------------
+
+
+def test_hyperparameters_that_a_trial_meets_first_are_searched_from_then_on(make):
+    oracle = make(5)
+    values = []
+    for _ in range(5):
+        trial = oracle.create_trial("tuner")
+        values.append(trial.hyperparameters.Float("x", 0, 1))
+        end(oracle, trial, values[-1])
+    assert values[0] == 0
+    assert len(set(values)) == 5
+    assert values_of(make(5)) == [{"x": v} for v in values]
+    # A program that does not know the hyperparameter yet learns of it from the study.
+    assert run(make(6))[-1].keys() == {"x"}
+
+
+def test_new_hyperparameters_may_be_forbidden_or_left_alone(make):
+    oracle = make(3, line(), allow_new_entries=False)
+    trial = oracle.create_trial("tuner")
+    trial.hyperparameters.Float("new", 0, 1)
+    with pytest.raises(RuntimeError, match="new"):
+        oracle.update_space(trial.hyperparameters)
+    oracle = make(3, line(), tune_new_entries=False, project="alone")
+    for _ in range(3):
+        trial = oracle.create_trial("tuner")
+        assert trial.hyperparameters.Float("new", 0, 1) == 0
+        end(oracle, trial)
+    assert [hp.name for hp in oracle.get_space().space] == ["x"]
+
+
+def test_bounds_may_change_on_resume(make):
+    run(make(6, line()))
+    hp = HyperParameters()
+    hp.Float("x", 5, 6)
+    oracle = make(14, hp)
+    values = [v["x"] for v in run(oracle, loss=lambda v: v["x"])]
+    assert all(0 <= v <= 1 for v in values[:6])
+    assert all(5 <= v <= 6 for v in values[6:])
+    assert oracle.study.trials[-1].distributions["x"].high == 6
+
+
+def test_choices_may_change_on_resume(make):
+    first, second = HyperParameters(), HyperParameters()
+    first.Choice("a", ["p", "q"])
+    second.Choice("a", ["p", "r", (1,)])
+    run(make(2, first), loss=lambda v: 0.0)
+    values = run(make(9, second), loss=lambda v: 0.0)
+    assert [v["a"] for v in values[:2]] == ["p", "q"]
+    assert as_set(values[2:]) == as_set([{"a": "r"}, {"a": (1,)}])
+
+
+def test_a_hyperparameter_more_on_resume_is_searched(make, sampler):
+    run(make(3, line(), sampler=sampler))
+    hp = line()
+    hp.Float("new", 0, 1)
+    values = run(make(6, hp, sampler=sampler))
+    assert [sorted(v) for v in values] == [["x"]] * 3 + [["new", "x"]] * 3
+    assert len({v["new"] for v in values[3:]}) == 3
+
+
+def test_a_trial_from_before_has_the_default_of_a_new_hyperparameter(make):
+    before = make(2, line())
+    end(before, before.create_trial("a"))
+    before.create_trial("a")
+    before.release()
+    hp = line()
+    hp.Float("new", 3, 4)
+    oracle = make(2, hp)
+    waiting = oracle.create_trial("a")
+    assert waiting.trial_id == "0001"
+    assert waiting.hyperparameters.Float("new", 3, 4) == 3
+    (best,) = oracle.get_best_trials()
+    assert best.hyperparameters.Float("new", 3, 4) == 3
+
+
+# --- Failures ----------------------------------------------------------------
+
+
+def outcomes(oracle, letters):
+    """Ends trials as letters say: Complete, Failed, Infeasible, Nan."""
+    for letter in letters:
+        trial = oracle.create_trial("tuner")
+        assert trial.status == RUNNING, letter
+        if letter == "C":
+            end(oracle, trial, 1.0)
+        elif letter == "N":
+            end(oracle, trial, math.nan)
+        elif letter == "I":
+            end(oracle, trial, status=INVALID, why=_trials.INFEASIBLE, message="no memory")
+        else:
+            end(oracle, trial, status=INVALID, message=f"raised in {trial.trial_id}")
+
+
+@pytest.mark.parametrize("letters", ["FFF", "FFCFFF", "IIFFF"])
+def test_failures_in_a_row_end_the_search_with_the_message_of_the_last(make, letters):
+    oracle = make(20, line(), storage="memory")
+    outcomes(oracle, letters)
+    with pytest.raises(
+        errors.SearchError, match=rf"3 trials .*\n.*raised in {len(letters) - 1:04d}"
+    ):
+        oracle.create_trial("tuner")
+
+
+@pytest.mark.parametrize("letters", ["FFCFFCFF", "IIIIIIC", "NNNNNNC", "FF", "FINC"])
+def test_infeasible_trials_are_no_failures(make, letters):
+    oracle = make(20, line(), storage="memory")
+    outcomes(oracle, letters)
+    assert oracle.create_trial("tuner").status == RUNNING
+    statuses = [t.status for t in oracle.trials.values()][:-1]
+    words = {"C": COMPLETED, "F": FAILED, "I": INVALID, "N": INVALID}
+    assert statuses == [words[letter] for letter in letters]
+
+
+def test_how_many_failures_in_a_row_are_borne_is_an_option(make):
+    oracle = make(20, line(), max_consecutive_failed_trials=1)
+    outcomes(oracle, "F")
+    with pytest.raises(errors.SearchError, match="1 trials"):
+        oracle.create_trial("tuner")
+
+
+def test_a_search_without_a_complete_trial_ends_with_the_first_message(make):
+    oracle = make(2, line())
+    outcomes(oracle, "FI")
+    with pytest.raises(errors.SearchError, match=r"None of 2 .*\nraised in 0000"):
+        oracle.check_result()
+    outcomes(complete := make(3, line()), "C")
+    complete.check_result()
+
+
+def test_a_trial_that_raises_is_run_again_with_the_same_values(make, capsys):
+    oracle = make(3, line(), max_retries_per_trial=2)
+    outcomes(oracle, "C")
+    seen = []
+    for _ in range(3):
+        trial = oracle.create_trial("tuner")
+        seen.append((trial.trial_id, trial.hyperparameters.values["x"]))
+        end(oracle, trial, status=INVALID, message="raised")
+    assert len(set(seen)) == 1
+    assert capsys.readouterr().out.count("run again") == 2
+    assert oracle.get_trial("0001").status == FAILED
+    assert oracle.create_trial("tuner").trial_id == "0002"
+
+
+def test_a_trial_that_succeeds_at_the_second_time_is_complete(make):
+    oracle = make(1, line(), max_retries_per_trial=1)
+    outcomes(oracle, "F")
+    assert oracle.get_trial("0000").status == RUNNING
+    outcomes(oracle, "C")
+    assert oracle.get_trial("0000").status == COMPLETED
+    assert len(oracle.trials) == 1
+
+
+def test_what_is_infeasible_is_not_run_again(make):
+    oracle = make(3, line(), max_retries_per_trial=5)
+    outcomes(oracle, "INC")
+    assert [t.status for t in oracle.trials.values()] == [INVALID, INVALID, COMPLETED]
+
+
+# --- Results -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", ["min", "max"])
+def test_best_trials_are_complete_ones_best_first(make, direction):
+    oracle = make(8, line(), objective=keras_tuner.Objective("loss", direction))
+    for loss in (3.0, 1.0, 2.0):
+        end(oracle, oracle.create_trial("a"), loss)
+    outcomes(oracle, "FIN")
+    trial = oracle.create_trial("a")
+    oracle.report(trial.trial_id, {"loss": 0.0}, 1)
+    end(oracle, trial, status=STOPPED)
+    oracle.create_trial("a")
+    for seen in (oracle, make(8, line(), objective=keras_tuner.Objective("loss", direction))):
+        best = seen.get_best_trials(10)
+        assert [t.score for t in best] == sorted([1.0, 2.0, 3.0], reverse=direction == "max")
+        assert {t.status for t in best} == {COMPLETED}
+        assert [t.score for t in seen.get_best_trials()] == [best[0].score]
+
+
+def test_what_a_trial_was_is_seen_by_another_process(make):
+    oracle = make(3, line())
+    trial = oracle.create_trial("a")
+    oracle.update_trial(trial.trial_id, {"loss": 2.5, "accuracy": 0.5}, step=3)
+    trial.status = COMPLETED
+    oracle.end_trial(trial)
+    outcomes(oracle, "F")
+    complete, failed = make(3, line()).trials.values()
+    assert (complete.score, complete.best_step) == (2.5, 3)
+    assert complete.metrics.get_last_value("accuracy") == 0.5
+    assert failed.message == "raised in 0001"
+    assert failed.score is None
+
+
+def test_the_order_of_ends_is_not_that_of_begins(make):
+    oracle = make(3, line())
+    first, second = (oracle.create_trial(f"{i}") for i in range(2))
+    assert oracle.ongoing_trials == {"0": first, "1": second}
+    end(oracle, second)
+    end(oracle, first)
+    assert oracle.start_order == ["0000", "0001"]
+    assert oracle.end_order == ["0001", "0000"]
+    assert oracle.ongoing_trials == {}
+
+
+def test_an_objective_that_was_not_reported_is_refused(make):
+    oracle = make(1, line())
+    trial = oracle.create_trial("a")
+    with pytest.raises(ValueError, match="loss"):
+        oracle.update_trial(trial.trial_id, {"accuracy": 1.0})
+
+
+def test_a_score_may_be_the_users(make):
+    class Mine(_oracle.StudyOracle):
+        def score_trial(self, trial):
+            trial.score = -trial.metrics.get_last_value("loss")
+
+    oracle = make(2, line(), kind=Mine)
+    for loss in (1.0, 2.0):
+        end(oracle, oracle.create_trial("a"), loss)
+    assert [t.score for t in oracle.get_best_trials(2)] == [-2.0, -1.0]
+
+
+def test_several_objectives_have_a_pareto_front(make):
+    objectives = [keras_tuner.Objective("loss", "min"), keras_tuner.Objective("accuracy", "max")]
+    oracle = make(6, line(), objective=objectives, sampler="nsga2")
+    points = [(1.0, 0.1), (2.0, 0.5), (3.0, 0.4), (4.0, 0.9), (2.0, 0.4)]
+    for loss, accuracy in points:
+        trial = oracle.create_trial("a")
+        assert not oracle.report(trial.trial_id, {"loss": loss, "accuracy": accuracy}, 1)
+        end(oracle, trial, loss, accuracy=accuracy)
+    outcomes(oracle, "F")
+    # Better in one than all that are better in the other.
+    assert [t.score for t in oracle.get_best_trials(9)] == [(1.0, 0.1), (2.0, 0.5), (4.0, 0.9)]
+    assert oracle.directions == ["minimize", "maximize"]
+
+
+def test_a_trial_with_one_objective_that_is_not_finite_is_infeasible(make):
+    oracle = make(2, line(), objective=["loss", "val_loss"])
+    end(oracle, oracle.create_trial("a"), 1.0, val_loss=math.inf)
+    end(oracle, oracle.create_trial("a"), 1.0, val_loss=1.0)
+    assert [t.status for t in oracle.trials.values()] == [INVALID, COMPLETED]
+
+
+def test_a_trial_that_breaks_a_constraint_is_never_the_best(make):
+    def constraints(metrics):
+        return {"size": metrics["size"] - 10}
+
+    oracle = make(3, line(), constraints=constraints)
+    for loss, size in ((1.0, 11), (2.0, 10), (3.0, 5)):
+        end(oracle, oracle.create_trial("a"), loss, size=size)
+    assert [t.score for t in oracle.get_best_trials(5)] == [2.0, 3.0]
+    assert [t.score for t in make(3, line()).get_best_trials(5)] == [2.0, 3.0]
+
+
+def test_constraints_bound_the_pareto_front(make):
+    oracle = make(
+        2, line(), objective=["loss", "val_loss"], constraints=lambda m: {"loss": m["loss"] - 1}
+    )
+    end(oracle, oracle.create_trial("a"), 2.0, val_loss=0.0)
+    end(oracle, oracle.create_trial("a"), 1.0, val_loss=1.0)
+    assert [t.score for t in oracle.get_best_trials(5)] == [(1.0, 1.0)]
+
+
+# --- Pruning -----------------------------------------------------------------
+
+
+def curves_through(oracle, curves):
+    """Reports curves, one trial each; returns at which step each was pruned, or None."""
+    found = []
+    for curve in curves:
+        trial, stopped = oracle.create_trial("a"), None
+        for step, value in enumerate(curve, 1):
+            if oracle.report(trial.trial_id, {"loss": value}, step):
+                stopped = step
+                break
+        found.append(stopped)
+        if stopped:
+            end(oracle, trial, status=STOPPED)
+        else:
+            end(oracle, trial, min(curve))
+    return found
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_median_prunes_what_is_worse_than_the_median_at_its_step(make, sign):
+    # After five complete trials, whose medians are 3, 2.5 and 2.
+    curves = [
+        [5, 4.5, 4],
+        [4, 3.5, 3],
+        [3, 2.5, 2],
+        [2, 1.5, 1],
+        [1, 0.5, 0],
+        [9, 0, 0],  # 9 > 3.
+        [3, 9, 9],  # Its best, 3, is not above 3; but above 2.5.
+        [2.5, 9, 9],  # 2.5 is not above 2.5, but above 2.
+        [2, 9, 9],  # 2 is not above 2: complete, and 2, 9, 9 count from now on.
+        [2.6, 2.6, 2.6],  # Medians of six: 2.5, 3, 2.5. 2.6 > 2.5.
+        [2.4, 2.6, 2.6],  # 2.4 is below all.
+    ]
+    objective = keras_tuner.Objective("loss", "min" if sign == 1 else "max")
+    oracle = make(20, line(), pruner="median", objective=objective, storage="memory")
+    found = curves_through(oracle, [[sign * v for v in c] for c in curves])
+    assert found == [None] * 5 + [1, 2, 3, None, 1, None]
+    pruned = oracle.get_trial("0006")
+    assert pruned.status == STOPPED
+    assert oracle.study.trials[6].state == optuna.trial.TrialState.PRUNED
+    assert oracle.study.trials[6].intermediate_values == {1: sign * 3, 2: sign * 9}
+
+
+def test_asha_lets_the_best_of_four_pass_each_rung(make):
+    # Rungs end at steps 1, 4 and 16; the first complete trial only tells how long trials are.
+    curves = [
+        [9.0] * 16,
+        [5.0] * 3 + [5.0] * 13,  # The first at each rung: passes.
+        [6.0] * 16,  # 6 is not the best of 5, 6.
+        [4.0] * 3 + [7.0] * 13,  # The best at rung 1; 7 is not the best of 5, 7 at step 4.
+        [4.5] * 16,  # Of 4, 4.5, 5, 6 one passes, and this is not it.
+        [3.0] * 16,  # The best everywhere.
+        [3.5] * 16,  # One of six passes.
+        [3.2] * 16,  # One of seven.
+        [3.1] * 3 + [2.0] * 13,  # Of eight, two pass: 3 and 3.1; then the best of 5, 7, 3, 2.
+        [3.05] * 16,  # Of nine two pass; at step 4 one of 5, 7, 3, 2, 3.05.
+    ]
+    found = curves_through(make(20, line(), pruner="asha", storage="memory"), curves)
+    assert found == [None, None, 1, 4, 1, None, 1, 1, None, 4]
+
+
+def test_a_trial_without_patience_left_is_pruned(make):
+    oracle = make(5, line(), pruner="patience", storage="memory")
+    assert curves_through(oracle, [[3, 2, 1, 2, 2, 2, 2, 2, 2], [9, 8, 7, 6, 5, 4, 3]]) == [9, None]
+
+
+def test_what_a_dead_process_reported_of_later_steps_does_not_prune(make):
+    oracle = make(9, line(), pruner="median")
+    curves_through(oracle, [[5.0, 4.0, 1.0]] * 5)
+    trial = oracle.create_trial("a")
+    assert not oracle.report(trial.trial_id, {"loss": 4.0}, 1)
+    assert not oracle.report(trial.trial_id, {"loss": 9.0}, 2)
+    assert oracle.report(trial.trial_id, {"loss": 9.0}, 3)
+    oracle.release()
+    again = make(9, line(), pruner="median")
+    assert again.create_trial("a").trial_id == trial.trial_id
+    assert not again.report(trial.trial_id, {"loss": 4.5}, 1)
+    assert again.report(trial.trial_id, {"loss": 4.2}, 2)
+
+
+def test_a_pruner_goes_with_one_objective(make):
+    with pytest.raises(errors.InvalidOptionError, match="2 objectives"):
+        make(1, pruner="median", objective=["loss", "val_loss"])
+
+
+# --- Hyperband ---------------------------------------------------------------
+
+
+def table(max_epochs, factor):
+    return [(b.sizes, b.epochs) for b in _hyperband.brackets(max_epochs, factor)]
+
+
+def test_brackets_are_those_of_the_paper():
+    assert table(27, 3) == [
+        ((27, 9, 3, 1), (1, 3, 9, 27)),
+        ((12, 4, 1), (3, 9, 27)),
+        ((6, 2), (9, 27)),
+        ((4,), (27,)),
+    ]
+    assert table(9, 3) == [((9, 3, 1), (1, 3, 9)), ((5, 1), (3, 9)), ((3,), (9,))]
+    # Table 1 of the paper, without its first column's name.
+    assert table(81, 3) == [
+        ((81, 27, 9, 3, 1), (1, 3, 9, 27, 81)),
+        ((34, 11, 3, 1), (3, 9, 27, 81)),
+        ((15, 5, 1), (9, 27, 81)),
+        ((8, 2), (27, 81)),
+        ((5,), (81,)),
+    ]
+    assert table(1, 3) == [((1,), (1,))]
+    assert table(2, 3) == [((1,), (2,))]
+
+
+def bands(make, max_epochs=9, **arguments):
+    return make(
+        None, line(), kind=_hyperband.HyperbandOracle, max_epochs=max_epochs, factor=3, **arguments
+    )
+
+
+def climb(oracle, loss, fails=()):
+    """Runs Hyperband; returns the (trial id, epochs) of what was trained, in order."""
+    found = []
+    while (trial := oracle.create_trial("a")).status != STOPPED:
+        assert trial.status == RUNNING
+        epochs = oracle.epochs_of(trial.trial_id)
+        found.append((trial.trial_id, epochs))
+        if (trial.trial_id, epochs) in fails:
+            end(oracle, trial, status=INVALID, why=_trials.INFEASIBLE, message="no memory")
+            continue
+        value = loss(int(trial.trial_id), epochs)
+        oracle.report(trial.trial_id, {"loss": value}, epochs)
+        end(oracle, trial, value, step=epochs - 1)
+    return found
+
+
+def by_number(number, epochs):
+    """Trials with larger numbers are better, and all of them with time."""
+    return 100.0 - number - epochs / 100
+
+
+@pytest.mark.parametrize("direction", ["min", "max"])
+def test_the_best_of_each_rung_go_on(make, direction):
+    sign = 1 if direction == "min" else -1
+    objective = keras_tuner.Objective("loss", direction)
+    oracle = bands(make, objective=objective, storage="memory")
+    found = climb(oracle, lambda number, epochs: sign * by_number(number, epochs))
+    first = [(f"{i:04d}", 1) for i in range(9)]
+    first += [("0008", 3), ("0007", 3), ("0006", 3), ("0008", 9)]
+    second = [(f"{i:04d}", 3) for i in range(9, 14)] + [("0013", 9)]
+    third = [(f"{i:04d}", 9) for i in range(14, 17)]
+    assert found == first + second + third
+    statuses = {i: t.status for i, t in oracle.trials.items()}
+    complete = {"0008", "0013", "0014", "0015", "0016"}
+    assert {i for i, s in statuses.items() if s == COMPLETED} == complete
+    assert {s for i, s in statuses.items() if i not in complete} == {STOPPED}
+    assert oracle.get_best_trials()[0].trial_id == "0016"
+
+
+def test_rungs_of_27_have_the_sizes_of_the_paper(make):
+    oracle = bands(make, 27, storage="memory")
+    found = climb(oracle, by_number)
+    counts = collections.Counter(
+        (oracle._bracket_of(int(trial_id)), epochs) for trial_id, epochs in found
+    )
+    assert counts == {
+        (0, 1): 27,
+        (0, 3): 9,
+        (0, 9): 3,
+        (0, 27): 1,
+        (1, 3): 12,
+        (1, 9): 4,
+        (1, 27): 1,
+        (2, 9): 6,
+        (2, 27): 2,
+        (3, 27): 4,
+    }
+
+
+def test_ranks_are_those_of_the_rung_and_not_of_the_beginning(make):
+    def loss(number, epochs):
+        # At the first rung 8, 7 and 6 are the best; at the second 6 is.
+        return 10.0 - number if epochs == 1 else 1.0 + number / 10
+
+    found = climb(bands(make, storage="memory"), loss)
+    assert found[9:13] == [("0008", 3), ("0007", 3), ("0006", 3), ("0006", 9)]
+
+
+def test_the_score_of_a_trial_that_went_on_is_the_best_of_its_life(make):
+    oracle = bands(make, storage="memory")
+    climb(oracle, lambda number, epochs: by_number(number, 0) + epochs)
+    best = oracle.get_trial("0008")
+    assert best.score == 100 - 8 + 1
+    assert best.best_step == 0
+
+
+def test_a_trial_that_failed_leaves_its_place_to_the_next(make):
+    found = climb(bands(make, storage="memory"), by_number, fails={("0008", 1), ("0007", 3)})
+    assert found[9:13] == [("0007", 3), ("0006", 3), ("0005", 3), ("0006", 9)]
+
+
+def test_a_bound_below_what_was_tried_ends_a_grid(make):
+    hp = HyperParameters()
+    hp.Choice("a", list(range(6)))
+    for count in (4, 2):
+        oracle = make(count, hp, kind=_tuners._GridOracle)
+        while (trial := oracle.create_trial("a")).status == RUNNING:
+            end(oracle, trial)
+        assert trial.status == STOPPED
+        assert len(oracle.trials) == 4
+
+
+def test_a_front_begins_with_the_best_in_the_first_objective(make):
+    objectives = [keras_tuner.Objective("loss", "max"), keras_tuner.Objective("size", "min")]
+    oracle = make(3, line(), objective=objectives)
+    for loss, size in ((1.0, 1.0), (3.0, 3.0), (2.0, 2.0)):
+        end(oracle, oracle.create_trial("a"), loss, size=size)
+    assert [t.score for t in oracle.get_best_trials(3)] == [(3.0, 3.0), (2.0, 2.0), (1.0, 1.0)]
+
+
+def test_who_asks_again_is_given_the_trial_that_it_has(make):
+    oracle = make(hyperparameters=line())
+    trial = oracle.create_trial("a")
+    assert oracle.create_trial("a") is trial
+    assert oracle.create_trial("b").trial_id == "0001"
+
+
+def test_a_way_to_search_of_a_user_may_draw_as_kerastuner_does(make):
+    class Mine(_oracle.StudyOracle):
+        def populate_space(self, trial_id):
+            values = self._random_values()
+            status = STOPPED if values is None else RUNNING
+            return {"status": status, "values": values}
+
+    def drawn(*counts):
+        found = []
+        for count in counts:
+            oracle = make(6, line(), kind=Mine, project=str(counts))
+            for _ in range(count):
+                trial = oracle.create_trial("a")
+                found.append(trial.hyperparameters.values["x"])
+                end(oracle, trial)
+        return found
+
+    straight = drawn(6)
+    assert len(set(straight)) == 6
+    assert drawn(2, 4) == straight
+
+
+def walk(oracle, ask, trials=None):
+    """Runs trials whose values a function asks for; returns what it returned."""
+    found = []
+    while len(found) != trials and (trial := oracle.create_trial("a")).status == RUNNING:
+        found.append(ask(trial.hyperparameters))
+        end(oracle, trial)
+    return found
+
+
+def layers(hp):
+    """What builders do: hyperparameters in a loop, and no scope that says of which values."""
+    return tuple(hp.Choice(f"units_{i}", [8, 16, 32]) for i in range(hp.Int("layers", 1, 3)))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 20])
+def test_a_cell_is_not_tried_again_for_what_was_asked_for_later(make, stop):
+    tried = walk(make(None, kind=_tuners._GridOracle), layers, stop)
+    tried += walk(make(None, kind=_tuners._GridOracle), layers)
+    assert len(tried) == len(set(tried)) == 3 + 3**2 + 3**3
+
+
+def test_a_sampler_does_not_suggest_again_what_did_not_ask_for_what_is_new(make):
+    def ask(hp):
+        a = hp.Choice("a", [0, 1, 2])
+        return a, hp.Choice("b", list(range(9))) if a else None
+
+    tried = walk(make(None, sampler="random"), ask)
+    assert len(tried) == len(set(tried)) == 1 + 2 * 9
+
+
+def test_what_a_program_asks_for_since_it_was_changed_is_tried_with_all(make):
+    def changed(hp):
+        return hp.Choice("a", [0, 1, 2]), hp.Choice("b", [0, 1])
+
+    before = walk(make(None, kind=_tuners._GridOracle), lambda hp: hp.Choice("a", [0, 1, 2]))
+    assert before == [0, 1, 2]
+    # A tuner asks the builder before the first trial.
+    hp = HyperParameters()
+    changed(hp)
+    assert walk(make(None, hp, kind=_tuners._GridOracle), changed) == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_a_trial_that_failed_says_nothing_of_what_it_did_not_ask_for(make):
+    oracle = make(None, kind=_tuners._GridOracle)
+    first = oracle.create_trial("a")
+    first.hyperparameters.Choice("a", [0, 1])
+    end(oracle, first, status=FAILED, message="broken")
+
+    def ask(hp):
+        return hp.Choice("a", [0, 1]), hp.Choice("b", [0, 1])
+
+    assert walk(oracle, ask) == [(1, 0), (0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("status", ["COMPLETE", COMPLETED, FAILED])
+def test_a_trial_may_be_ended_by_its_id(make, status):
+    oracle = make(1, line())
+    trial = oracle.create_trial("a")
+    oracle.update_trial(trial.trial_id, {"loss": 0.5})
+    oracle.end_trial(trial.trial_id, status)
+    ended = oracle.get_trial(trial.trial_id)
+    assert ended.status == (FAILED if status == FAILED else COMPLETED)
+    assert ended.score == (None if status == FAILED else 0.5)
+    assert typed(ended.hyperparameters.values) == typed(trial.hyperparameters.values)
+
+
+def test_a_rung_that_is_not_decided_leaves_time_for_the_next_bracket(make):
+    oracle = bands(make)
+    held = [oracle.create_trial(f"{i}") for i in range(9)]
+    for trial in held[:8]:
+        end(oracle, trial, by_number(int(trial.trial_id), 1))
+    other = oracle.create_trial("b")
+    assert (other.trial_id, oracle.epochs_of(other.trial_id)) == ("0009", 3)
+    end(oracle, held[8], by_number(8, 1))
+    assert oracle.create_trial("a").trial_id == "0008"
+
+
+def test_hyperband_that_was_stopped_goes_on_as_if_it_had_not_been(make):
+    oracle = bands(make, 3, storage="memory")
+    straight, values = climb(oracle, by_number), values_of(oracle)
+    found = []
+    for _ in range(30):
+        # A process for each trial.
+        oracle = bands(make, 3)
+        trial = oracle.create_trial("a")
+        if trial.status == STOPPED:
+            break
+        epochs = oracle.epochs_of(trial.trial_id)
+        found.append((trial.trial_id, epochs))
+        end(oracle, trial, by_number(int(trial.trial_id), epochs), step=epochs - 1)
+    assert found == straight
+    assert values_of(oracle) == values
+
+
+def test_brackets_may_be_run_several_times(make):
+    oracle = bands(make, 3, hyperband_iterations=2, storage="memory")
+    found = climb(oracle, by_number)
+    # Per iteration 3 to the first epoch, 1 to the third, and 2 at once.
+    assert [epochs for _, epochs in found] == [1, 1, 1, 3, 3, 3] * 2
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_epochs": 0}, {"factor": 1}, {"hyperband_iterations": 0}, {"factor": 2.5}]
+)
+def test_options_of_hyperband_are_checked(option):
+    (name,) = option
+    with pytest.raises(errors.InvalidOptionError, match=f"`{name}`"):
+        _hyperband.HyperbandOracle(objective="loss", **option)
+
+
+# --- Studies of other searches -----------------------------------------------
+
+
+def content(oracle):
+    """All that a study and its ledger hold."""
+    trials = [
+        (t.number, t.state, t.values, t.params, t.user_attrs, t.system_attrs, t.intermediate_values)
+        for t in oracle.study.get_trials()
+    ]
+    ledger = oracle._ledger
+    facts = [ledger.fact(name) for name in ("settings", "space")]
+    return trials, ledger.slots(), ledger.claims(), facts, oracle.study.user_attrs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objective": keras_tuner.Objective("loss", "max")}, "direction"),
+        ({"objective": keras_tuner.Objective("accuracy", "min")}, "objective"),
+        ({"objective": ["loss", "val_loss"]}, "direction"),
+        ({"sampler": "tpe"}, "'random', and that of this one 'tpe'"),
+        ({"pruner": "median"}, "pruner"),
+        ({"seed": 5}, "seed"),
+        ({"kind": _tuners._GridOracle}, "way to search"),
+        ({"kind": _hyperband.HyperbandOracle, "max_epochs": 9}, "way to search"),
+    ],
+    ids=lambda p: str(p)[:40],
+)
+def test_a_study_of_another_search_is_refused_and_left_as_it_is(make, change, words):
+    run(first := make(3, line(), sampler="random"))
+    before = content(first)
+    with pytest.raises(errors.StudyError, match=words) as caught:
+        make(3, line(), **{"sampler": "random"} | change).create_trial("a")
+    assert "overwrite=True" in str(caught.value)
+    assert content(make(3, line(), sampler="random")) == before
+
+
+@pytest.mark.parametrize(("kind", "args"), [("Int", ("x", 0, 1)), ("Float", ("other", 0, 1))])
+def test_a_study_of_another_space_is_refused_and_left_as_it_is(make, kind, args):
+    run(first := make(3, line()))
+    before = content(first)
+    hp = HyperParameters()
+    getattr(hp, kind)(*args)
+    with pytest.raises(errors.StudyError, match="space"):
+        make(3, hp).create_trial("a")
+    assert content(make(3, line())) == before
+
+
+def test_hyperband_of_another_size_is_refused(make):
+    bands(make, 9).create_trial("a")
+    with pytest.raises(errors.StudyError, match="max_epochs"):
+        bands(make, 27).create_trial("a")
+
+
+SECRET = "s3cret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://me:{SECRET}@127.0.0.1:1/x",
+        f"postgresql://127.0.0.1:1/x?user=me&password={SECRET}",
+        f"mysql://me:{SECRET}@127.0.0.1:1/x",
+        f"nothing://me:{SECRET}@127.0.0.1:1/x",
+        f"me:{SECRET}@127.0.0.1",
+        "sqlite:////nowhere/at/all/study.db",
+    ],
+)
+def test_a_storage_that_cannot_be_reached_is_named_without_its_password(make, url, capfd):
+    with pytest.raises(errors.StorageUnavailableError) as caught:
+        make(3, line(), storage=url).create_trial("a")
+    assert isinstance(caught.value, ConnectionError)
+    captured = capfd.readouterr()
+    assert SECRET not in f"{caught.value} {captured.out} {captured.err}"
+    assert SECRET not in _study.shown(url)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_trials": 0},
+        {"max_trials": 1.5},
+        {"max_trials": True},
+        {"seed": "a"},
+        {"seed": -1},
+        {"grace_period": 0},
+        {"grace_period": "1"},
+        {"storage": object()},
+        {"sampler": "nothing"},
+        {"sampler": 3},
+        {"pruner": "nothing"},
+        {"sampler": "cmaes", "storage": "postgresql://a:b@c/d"},
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_an_option_that_is_not_valid_is_refused_at_once(option):
+    (name, *_) = option
+    with pytest.raises(errors.InvalidOptionError, match=name):
+        _oracle.StudyOracle(**{"objective": "loss", "max_trials": 1} | option)
+
+
+# --- Budgets -----------------------------------------------------------------
+
+
+def test_no_trial_begins_when_the_epochs_are_used_up(make):
+    oracle = make(None, line())
+    oracle.begin_search(max_total_epochs=7)
+    # 3 and 6 epochs are less than 7.
+    for _ in range(3):
+        trial = oracle.create_trial("a")
+        for step in (1, 2, 3):
+            oracle.report(trial.trial_id, {"loss": 1.0}, step)
+        end(oracle, trial)
+    assert oracle.create_trial("a").status == STOPPED
+    again = make(None, line())
+    again.begin_search(max_total_epochs=10)
+    assert again.create_trial("a").status == RUNNING
+
+
+def test_no_trial_begins_when_the_time_is_over(make, monkeypatch):
+    oracle = make(None, line())
+    oracle.begin_search(max_seconds=100)
+    end(oracle, oracle.create_trial("a"))
+    now = time.monotonic()
+    monkeypatch.setattr(_oracle.time, "monotonic", lambda: now + 101)
+    assert oracle.create_trial("a").status == STOPPED

@@ -1,0 +1,1 @@
+"""One update, from a replica's share of the effective batch to the new weights."""

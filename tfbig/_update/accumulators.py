@@ -1,0 +1,200 @@
+"""What the gradient of one variable is added up in.
+
+float32 or wider. A dense gradient has one buffer. The gradient of a table that is
+looked up is a `tf.IndexedSlices`, a row for each look-up, and has a buffer for each
+way of looking up; `table_rows` says which rows the whole batch has.
+"""
+
+import math
+
+import tensorflow as tf
+
+from tfbig._update import table_rows
+from tfbig._update.table_rows import Rows
+
+__all__ = (
+    "add",
+    "dtype_for",
+    "map_values",
+    "result",
+    "size_of",
+    "squared_norm",
+    "start",
+    "values",
+    "wider",
+)
+
+
+def dtype_for(dtype):
+    """float32, or the given dtype if it is wider."""
+    dtype = tf.as_dtype(dtype)
+    return dtype if dtype.size > tf.float32.size else tf.float32
+
+
+def wider(dtype, other):
+    """The wider one of an accumulator dtype and that for another dtype."""
+    other = dtype_for(other)
+    return other if other.size > dtype.size else dtype
+
+
+def size_of(variables):
+    """Bytes of the accumulators of dense gradients of these variables."""
+    return sum(math.prod(v.shape) * dtype_for(v.dtype).size for v in variables)
+
+
+def start(variable, rows=()):
+    """An empty accumulator: a structure of tensors that a loop can carry.
+
+    Args:
+        variable: the variable.
+        rows: `Rows` of each part of its gradient; none where that is added up densely.
+    """
+    dtype = dtype_for(variable.dtype)
+    if not rows:
+        return tf.zeros(variable.shape, dtype)
+    return [_start_part(kind, dtype, variable.shape[1:]) for kind in rows]
+
+
+def _start_part(kind, dtype, shape):
+    if kind is Rows.SHARED:
+        return {
+            "indices": _of_any_length(tf.zeros([0], tf.int64)),
+            "values": _of_any_length(tf.zeros([0, *shape], dtype)),
+        }
+
+    def array(dtype, shape):
+        return tf.TensorArray(
+            dtype, size=0, dynamic_size=True, element_shape=shape, infer_shape=False
+        )
+
+    return {
+        "count": tf.constant(0),
+        "indices": array(tf.int64, [None]),
+        "values": array(dtype, [None, *shape]),
+    }
+
+
+def _of_any_length(tensor):
+    # A loop keeps the shape of what it carries.
+    return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
+
+
+def add(totals, gradients, weight, are_alike=None, is_first=None):
+    """A list of accumulators with `weight * gradient` added to each.
+
+    Args:
+        totals: list of accumulators.
+        gradients: list of tensors, `tf.IndexedSlices` or None.
+        weight: float scalar.
+        are_alike: bool scalar: whether the weights of all gradients of the sum are one. Each
+            pass over dense gradients that it saves is a part of the time of small
+            micro-batches. None if that is not known.
+        is_first: bool scalar: whether nothing has been added yet.
+    """
+    pairs = list(zip(totals, gradients, strict=True))
+    dense = [i for i, (_, g) in enumerate(pairs) if isinstance(g, tf.Tensor)]
+    sums = [t if isinstance(g, tf.Tensor) else _add_slices(t, g, weight) for t, g in pairs]
+
+    def summed(function):
+        # Of inputs of unknown length, TensorFlow may not know the shape of a gradient.
+        return [
+            tf.ensure_shape(function(total, tf.cast(gradient, total.dtype)), total.shape)
+            for total, gradient in (pairs[i] for i in dense)
+        ]
+
+    def weighted():
+        return summed(lambda total, gradient: total + tf.cast(weight, total.dtype) * gradient)
+
+    if are_alike is None or not dense:
+        results = weighted()
+    else:
+        results = tf.switch_case(
+            tf.where(are_alike, tf.where(is_first, 0, 1), 2),
+            [lambda: summed(lambda _, gradient: gradient), lambda: summed(tf.add), weighted],
+        )
+    for i, result in zip(dense, results, strict=True):
+        sums[i] = result
+    return sums
+
+
+def _add_slices(total, gradient, weight):
+    """The accumulator with weighted slices, or None, added."""
+    if gradient is None:
+        return total
+    if not isinstance(total, list):
+        values = tf.cast(weight, total.dtype) * tf.cast(gradient.values, total.dtype)
+        return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], values)
+    parts = table_rows.parts(gradient, len(total))
+    return [_add_part(old, *new, weight) for old, new in zip(total, parts, strict=True)]
+
+
+def _add_part(part, values, indices, weight):
+    dtype = part["values"].dtype
+    values = tf.cast(weight, dtype) * tf.cast(values, dtype)
+    indices = tf.cast(indices, tf.int64)
+    if "count" not in part:
+        # The first micro-batch tells how many there are.
+        is_first = tf.equal(tf.size(part["indices"]), 0)
+        sums = tf.cond(is_first, lambda: values, lambda: part["values"] + values)
+        return {"indices": indices, "values": tf.ensure_shape(sums, [None, *sums.shape[1:]])}
+    k = part["count"]
+    return {
+        "count": k + 1,
+        "indices": part["indices"].write(k, indices),
+        "values": part["values"].write(k, values),
+    }
+
+
+def result(total, variable, rows=()):
+    """The gradient that was added up: a tensor, or `tf.IndexedSlices` of keys."""
+    if not rows:
+        return total
+    size = variable.shape[0]
+    values, keys = [], []
+    for i, part in enumerate(total):
+        if "count" in part:
+            part = _concatenated(part, variable)
+        values.append(part["values"])
+        keys.append(table_rows.keys(part["indices"], i, rows, size))
+    if len(rows) > 1:
+        values, keys = [tf.concat(values, 0)], [tf.concat(keys, 0)]
+    return tf.IndexedSlices(values[0], keys[0], tf.constant(variable.shape.as_list(), tf.int64))
+
+
+def _concatenated(part, variable):
+    if tf.executing_eagerly() and part["count"] == 0:
+        # There, TensorFlow cannot concatenate no arrays.
+        no_values = tf.zeros([0, *variable.shape[1:]], part["values"].dtype)
+        part = _add_part(part, no_values, tf.zeros([0], tf.int64), 1)
+    return {name: part[name].concat() for name in ("indices", "values")}
+
+
+def values(gradient):
+    """The values of a gradient, dense or of rows."""
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def map_values(function, gradient):
+    """A gradient with `function` of its values; None for None."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return None if gradient is None else function(gradient)
+    return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
+
+
+def squared_norm(gradient, factor, compiled):
+    """The sum of the squares of `factor * gradient`, float32 or wider.
+
+    Args:
+        gradient: tensor or `tf.IndexedSlices`, whose rows may be of the same index.
+        factor: float scalar.
+        compiled: whether XLA compiles it.
+    """
+    dtype = dtype_for(gradient.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        values, indices, size = gradient.values, gradient.indices, gradient.dense_shape[0]
+        if not compiled:
+            # As many rows as there are different ones; XLA must know how many.
+            unique, indices = tf.unique(indices)
+            size = tf.size(unique)
+        gradient = tf.math.unsorted_segment_sum(tf.cast(values, dtype), indices, size)
+    return tf.reduce_sum(tf.square(tf.cast(gradient, dtype) * tf.cast(factor, dtype)))

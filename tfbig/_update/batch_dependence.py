@@ -1,0 +1,128 @@
+"""How a tensor of a traced graph depends on the batch: read off the operations behind it.
+
+A function of a batch is *cut exactly* if its value for two batches, one behind the other, follows
+from its values for each. What a tensor does when batches are joined is one of these:
+
+- `CONSTANT`: it is the same for every batch, as positions, masks of a causal attention and
+  variables are;
+- `Samples(axis)`: it is joined along an axis, as tokens and their embeddings are;
+- `Sizes(...)`: it holds sizes, of which some grow with the number of samples;
+- `DISTINCT`: it is a set, of which the union is taken, as the columns of a sparse batch are;
+- `Mixed(operation)`: something else, or not known, from this operation on.
+
+Nothing is guessed: an operation without a rule here makes its result `Mixed`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import tensorflow as tf
+
+from tfbig._update import dependence_rules
+from tfbig._update.dependence_rules import (
+    CONSTANT,
+    DISTINCT,
+    SPARSE_INDICES,
+    Dependence,
+    Mixed,
+    Samples,
+    Sizes,
+)
+
+__all__ = ("CONSTANT", "DISTINCT", "Dependence", "Dependences", "Mixed", "Samples")
+
+
+class Dependences:
+    """The dependences of the tensors of one graph, each found when it is asked for.
+
+    Args:
+        data: structure of the tensors, `tf.RaggedTensor` and `tf.SparseTensor` that the graph
+            takes for a batch.
+        captured: function that says of a tensor which the graph captured whether it is the same
+            for every batch.
+        assigned: handles of variables that the graph assigns.
+    """
+
+    def __init__(
+        self, data: Any, captured: Callable[[Any], bool], assigned: Iterable[tf.Tensor] = ()
+    ) -> None:
+        self._known: dict[str, Dependence] = {}
+        self._captured = captured
+        self._assigned = {id(handle) for handle in assigned}
+        for leaf in tf.nest.flatten(data):
+            if isinstance(leaf, tf.SparseTensor):
+                self._known[leaf.indices.name] = SPARSE_INDICES
+                self._known[leaf.values.name] = Samples()
+                rank = leaf.dense_shape.shape[0]
+                self._known[leaf.dense_shape.name] = Sizes((True,) + (False,) * (rank - 1))
+            elif isinstance(leaf, tf.RaggedTensor):
+                self._known[leaf.flat_values.name] = Samples()
+            elif leaf is not None:
+                self._known[leaf.name] = Samples() if leaf.shape.rank else Mixed("Placeholder")
+
+    def of(self, tensor: tf.Tensor) -> Dependence:
+        """The dependence of a tensor of the graph."""
+        # Not by recursion: what is behind a tensor may be a whole model.
+        stack = [tensor.op]
+        while stack:
+            op = stack[-1]
+            unknown = [t.op for t in op.inputs if t.name not in self._known]
+            if op.outputs[0].name in self._known or op.type == "Placeholder" or not unknown:
+                stack.pop()
+                self._derive(op)
+            else:
+                stack += unknown
+        return self._known[tensor.name]
+
+    def _derive(self, op: Any) -> None:
+        if all(t.name in self._known for t in op.outputs):
+            return
+        found: list[Dependence]
+        if op.type == "Placeholder":
+            found = [self._of_capture(op)]
+        else:
+            inputs = [self._known[t.name] for t in op.inputs]
+            found = _results(op, inputs, op.type == "ReadVariableOp" and self._is_assigned(op))
+        for output, dependence in zip(op.outputs, found, strict=True):
+            self._known.setdefault(output.name, dependence)
+
+    def _external(self, op: Any) -> Any:
+        """What the graph captured in this placeholder; None if it captured nothing."""
+        pairs = getattr(op.graph, "captures", ())
+        return next((outer for outer, inner in pairs if inner is op.outputs[0]), None)
+
+    def _of_capture(self, op: Any) -> Dependence:
+        outer = self._external(op)
+        is_constant = outer is not None and (
+            op.outputs[0].dtype == tf.resource or self._captured(outer)
+        )
+        return CONSTANT if is_constant else Mixed(op.type)
+
+    def _is_assigned(self, op: Any) -> bool:
+        handle = op.inputs[0].op
+        return handle.type == "Placeholder" and id(self._external(handle)) in self._assigned
+
+
+def _results(op: Any, inputs: list[Dependence], is_assigned: bool) -> list[Dependence]:
+    """The dependences of the outputs of an operation."""
+    number = len(op.outputs)
+    if is_assigned:
+        return [Mixed(op.type)] * number
+    mixed = next((d for d in inputs if isinstance(d, Mixed)), None)
+    if mixed is not None and op.type not in _LAY_OUT:
+        return [mixed] * number
+    if all(d is CONSTANT for d in inputs):
+        # An operation with state may return something else each time. Reading has none.
+        has_state = op.op_def.is_stateful and op.type not in _READERS
+        return [Mixed(op.type) if has_state else CONSTANT] * number
+    rule = dependence_rules.RULES.get(op.type)
+    result = None if rule is None else rule(op, inputs)
+    if result is None:
+        return [Mixed(op.type)] * number
+    return list(result) if isinstance(result, list) else [result] * number
+
+
+_READERS = frozenset(["ReadVariableOp", "LookupTableFindV2", "LookupTableSizeV2", "ResourceGather"])
+
+# Where an input that is `Mixed` may say only how the values of another are laid out.
+_LAY_OUT = frozenset(["RaggedTensorToTensor", "Reshape"])

@@ -1,0 +1,6 @@
+"""Callbacks: backups that training resumes from, and a monitor of its course."""
+
+from tfbig.callbacks._backup_and_restore import PREEMPTED, BackupAndRestore, ChiefOnly
+from tfbig.callbacks._monitor import TrainingMonitor
+
+__all__ = ("PREEMPTED", "BackupAndRestore", "ChiefOnly", "TrainingMonitor")
