@@ -902,3 +902,40 @@ def test_data_of_which_workers_do_not_each_read_their_own(policy, change, warnin
         fit_context._warn_of_same_samples(dataset)
     assert len(caught) == (warning is not None)
     assert all(warning in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_train_on_batch_takes_sparse_and_ragged_batches(kind, strategy):
+    dense = np.eye(5, 4, dtype="float32")
+    sparse = tf.sparse.from_dense(dense)
+    x = sparse if kind == "sparse" else tf.RaggedTensor.from_tensor(dense, ragged_rank=1)
+
+    class Net(tfbig.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.dense = keras.layers.Dense(1, kernel_initializer="ones")
+
+        def call(self, x):
+            return self.dense(x.to_tensor(shape=(None, 4)) if kind == "ragged" else x)
+
+    with make_strategy(strategy).scope():
+        model = Net(gradient_accumulation_steps=2)
+        model.compile("sgd", "mse")
+    assert model.train_on_batch(x, np.zeros((5, 1), "float32")) == pytest.approx(0.8)
+    assert tfbig.check_equivalence(model, x, np.zeros((5, 1), "float32")).is_equivalent
+
+
+def test_train_on_batch_with_fewer_samples_than_replicas(mirrored):
+    with mirrored.scope():
+        model = tfbig.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.train_on_batch(np.ones((1, 2)), np.ones((1, 1)))
+    assert int(model.optimizer.iterations.numpy()) == 1
+
+
+def test_metric_with_the_name_of_a_log_of_tfbig_is_returned():
+    model = tfbig.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    model.compile("sgd", "mse", metrics=[keras.metrics.MeanAbsoluteError(name="grad_norm")])
+    logs = model.train_on_batch(np.ones((4, 2)), np.zeros((4, 1)))
+    assert logs == pytest.approx([4.0, 2.0])

@@ -397,3 +397,19 @@ def test_keras_goes_on_to_scale_the_loss_of_a_step(way, float16):
     assert_same(again, model, atol=0)
     with pytest.raises(errors.UnsupportedModelError, match="loss_scale='dynamic'"):
         fit(tfbig.extend(plain, loss_scale="dynamic"))
+
+
+def test_jit_compile_is_warned_of():
+    class Net(tfbig.Sequential):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean((self(x) - y) ** 2)
+            variables = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            return {"loss": loss}
+
+    model = Net([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", jit_compile=True)
+    with pytest.warns(UserWarning, match="jit_compile=True has no effect"):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)

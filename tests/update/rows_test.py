@@ -42,6 +42,7 @@ def take(table, indices):
 
 
 KEPT, SHARED, DISTINCT = (Rows.KEPT,), (Rows.SHARED,), (Rows.DISTINCT,)
+OF_ANY_LENGTH = (Rows.SHARED_OF_ANY_LENGTH,)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,13 @@ KEPT, SHARED, DISTINCT = (Rows.KEPT,), (Rows.SHARED,), (Rows.DISTINCT,)
         (lambda t, x: take(t, ops.cumsum(x, axis=1) % 11), KEPT),
         (lambda t, x: take(t, ops.top_k(x, 2)[1]), KEPT),
         (lambda t, x: take(t, ops.split(x, 5, axis=1)[0]), KEPT),
+        (lambda t, x: take(t, tf.split(x, [2, 3], axis=1)[1]), KEPT),
+        (lambda t, x: take(t, x[..., :2]), KEPT),
+        (lambda t, x: take(t, x[..., 0]), KEPT),
+        (lambda t, x: take(t, x[..., None]), KEPT),
+        (lambda t, x: take(t, x[0:]), KEPT),
+        (lambda t, x: take(t, tf.tile(x, [2, 1])), KEPT),
+        (lambda t, x: take(t, ops.zeros_like(tf.reshape(x[:, 0], [tf.shape(x)[0]]))), KEPT),
         (lambda t, x: take(t, ops.sort(x, axis=1)), KEPT),
         (lambda t, x: take(t, ops.take(x, [1, 3], axis=1)), KEPT),
         (lambda t, x: take(t, ops.take(np.arange(11)[::-1].copy(), x)), KEPT),
@@ -114,6 +122,28 @@ def test_look_ups(look_ups, expected):
         (lambda t, x: take(t, ops.reshape(x, [5, -1])), "Reshape"),
         # Two orders of the samples meet.
         (lambda t, x: take(t, ops.concatenate([x, x], 0) - ops.concatenate([x + 1, x], 0)), "Sub"),
+        # Entries of several samples become one row.
+        (lambda t, x: take(t, ops.reshape(x, [-1, 4])), "Reshape"),
+        (
+            lambda t, x: take(t, ops.reshape(ops.reshape(ops.transpose(x), [-1]), [-1, 5])),
+            "Reshape",
+        ),
+        # As many as there are samples, but of the first ones.
+        (lambda t, x: take(t, tf.slice(tf.reshape(x, [-1]), [0], [tf.shape(x)[0]])), "Slice"),
+        # A fraction of the number of samples.
+        (
+            lambda t, x: take(
+                t, tf.fill([tf.cast(tf.cast(tf.size(x), tf.float32) * 0.15, tf.int32)], 3)
+            ),
+            "Cast",
+        ),
+        (lambda t, x: take(t, tf.roll(x, tf.shape(x)[0], axis=1)), "Roll"),
+        (
+            lambda t, x: take(t, tf.pad(x, [[0, 0], [1, 0]], constant_values=tf.shape(x)[0])),
+            "PadV2",
+        ),
+        # In a function of its own.
+        (lambda t, x: tf.function(lambda i: take(t, i), autograph=False)(x), "Call"),
         # Another time, others.
         (lambda t, x: take(t, tf.random.uniform([3], 0, 11, tf.int32)), "RandomUniformInt"),
         # Not known.
@@ -155,8 +185,9 @@ def test_columns_of_a_sparse_batch():
     spec = tf.SparseTensorSpec([None, 11], tf.float32)
     assert classified(lambda t, x: ops.matmul(x, tf.convert_to_tensor(t)), spec) == DISTINCT
     assert classified(lambda t, x: take(t, x.indices[:, 1]), spec) == KEPT
-    found = classified(lambda t, x: take(t, x.indices[:, 0]), spec)
-    assert isinstance(found, batch_dependence.Mixed)
+    for column in (0, -2):
+        found = classified(lambda t, x, c=column: take(t, x.indices[:, c]), spec)
+        assert isinstance(found, batch_dependence.Mixed)
 
 
 def slices(values, indices, size=4):
@@ -240,3 +271,96 @@ def test_table_that_cannot_be_followed_is_warned_of(strategy):
     with pytest.warns(UserWarning, match=r"The look-ups of '.*table' cannot be followed \(Range\)"):
         model.fit(x, y, batch_size=8, verbose=0)
     model.fit(x, y, batch_size=8, verbose=0)
+
+
+class InFunction(keras.layers.Layer):
+    """Looks up a table in a function of its own, which the graph of the model does not show."""
+
+    def build(self, shape):
+        self.table = self.add_weight(shape=(9, 3), name="table")
+
+    @tf.function(autograph=False)
+    def call(self, x):
+        return ops.mean(ops.take(self.table, x, axis=0), axis=1)
+
+
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_look_up_in_a_function_is_warned_of(is_eager):
+    model = tfbig.Sequential(
+        [keras.Input((5,), dtype="int32"), InFunction(), keras.layers.Dense(1)], micro_batch_size=2
+    )
+    model.compile("adam", "mse", run_eagerly=is_eager)
+    with pytest.warns(UserWarning, match=r"The look-ups of '.*table' cannot be followed"):
+        model.fit(np.ones((6, 5), "int32"), np.ones((6, 1)), batch_size=6, verbose=0)
+
+
+def test_rows_of_a_custom_gradient_are_warned_of():
+    class Own(keras.layers.Layer):
+        def build(self, shape):
+            self.table = self.add_weight(shape=(4, 1), name="table")
+
+        def call(self, x):
+            @tf.custom_gradient
+            def first(table):
+                def gradient(upstream):
+                    rows = tf.reduce_sum(upstream)[tf.newaxis, tf.newaxis]
+                    return tf.IndexedSlices(rows, tf.constant([0]), tf.constant([4, 1]))
+
+                return table[0, 0], gradient
+
+            return x * first(tf.convert_to_tensor(self.table))
+
+    model = tfbig.Sequential([keras.Input((2,)), Own()], micro_batch_size=2)
+    model.compile("adam", "mse")
+    with pytest.warns(UserWarning, match="a gradient of its own"):
+        model.fit(np.ones((6, 2)), np.ones((6, 2)), batch_size=6, verbose=0)
+
+
+class Padded(keras.layers.Layer):
+    """Tokens and positions of ragged sentences, padded to the longest that is there, masked."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.tokens, self.positions = (keras.layers.Embedding(9, 3) for _ in range(2))
+
+    def build(self, shape):
+        self.tokens.build(None)
+        self.positions.build(None)
+
+    def call(self, x):
+        x = x.to_tensor()
+        h = ops.tanh(self.tokens(x) + self.positions(ops.arange(ops.shape(x)[1])))
+        mask = ops.cast(x > 0, h.dtype)[..., None]
+        return ops.sum(h * mask, axis=1) / ops.sum(mask, axis=1)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_positions_of_micro_batches_of_different_lengths(optimizer, strategy):
+    rng = np.random.default_rng(0)
+    lengths = [1, 1, 1, 1, 4, 4, 3, 4, 4, 2]
+    x = tf.RaggedTensor.from_row_lengths(rng.integers(1, 9, sum(lengths)), lengths)
+    y = rng.normal(size=(10, 3))
+
+    def trained(base, **options):
+        class Net(base):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.inner = Padded()
+
+            def call(self, x):
+                return self.inner(x)
+
+        keras.utils.set_random_seed(1)
+        model = Net(**options)
+        model.compile(keras.optimizers.get(optimizer), "mse")
+        model.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(10), epochs=3, verbose=0)
+        return model.get_weights()
+
+    expected = trained(keras.Model)
+    with make_strategy(strategy).scope():
+        result = trained(tfbig.Model, gradient_accumulation_steps=3)
+    for a, b in zip(result, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)

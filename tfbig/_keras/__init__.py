@@ -14,6 +14,7 @@ _backend.check(keras.backend.backend())
 from tfbig._keras.compiling import recompile
 from tfbig._keras.data import (
     NO_SAMPLES,
+    as_tensor,
     batch_size,
     global_seed,
     is_generated,
@@ -124,6 +125,7 @@ __all__ = (
     "aggregated_gradients",
     "all_layers",
     "as_inputs",
+    "as_tensor",
     "assign_all",
     "batch_size",
     "build_for",

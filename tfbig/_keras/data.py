@@ -58,6 +58,24 @@ def samples_of(data, begin, size):
     return keras.tree.map_structure(part, data)
 
 
+def as_tensor(value):
+    """A part of a batch as a tensor; what is ragged, sparse or None stays."""
+    is_kept = value is None or isinstance(value, tf.RaggedTensor | tf.SparseTensor)
+    return value if is_kept else tf.convert_to_tensor(value)
+
+
+def spec_of_any_size(value):
+    """The specification of a part of a batch of any number of samples."""
+    if value is None:
+        return None
+    shape = [None, *value.shape[1:]]
+    if isinstance(value, tf.RaggedTensor):
+        return tf.RaggedTensorSpec(shape, value.dtype, value.ragged_rank, value.row_splits.dtype)
+    if isinstance(value, tf.SparseTensor):
+        return tf.SparseTensorSpec(shape, value.dtype)
+    return tf.TensorSpec(shape, value.dtype)
+
+
 def without_optionals(data):
     """Keras stands a `tf.experimental.Optional` for a None in a dataset."""
     return keras.tree.map_structure(

@@ -13,9 +13,11 @@ from tfbig import errors
 from tfbig._keras.compiling import CompileHooks
 from tfbig._keras.data import (
     NO_SAMPLES,
+    as_tensor,
     batch_size,
     effective_batch_size,
     samples_of,
+    spec_of_any_size,
     specs_of_one_replica,
     without_optionals,
 )
@@ -166,16 +168,11 @@ class TrainerOverrides(CompileHooks):
                     f"{data_batch}. Use one replica, or a tensor in place of None."
                 )
         elif data_batch is not None:
-            data_batch = keras.tree.map_structure(
-                lambda v: v if v is None else tf.convert_to_tensor(v), data_batch
-            )
-            size = batch_size(data_batch)
+            data_batch = keras.tree.map_structure(as_tensor, data_batch)
+            size = int(batch_size(data_batch))
             if is_tpu(strategy):
                 check_divides(size, strategy.num_replicas_in_sync)
-            data_batch = keras.tree.map_structure(
-                lambda v: v if v is None else tf.TensorSpec([None, *v.shape[1:]], v.dtype),
-                data_batch,
-            )
+            data_batch = keras.tree.map_structure(spec_of_any_size, data_batch)
         if size == 0:
             raise errors.InvalidOptionError(NO_SAMPLES)
         self._batch_size = size
@@ -229,9 +226,11 @@ class TrainerOverrides(CompileHooks):
         if isinstance(size, int) and size % replicas == 0:
             # Of a shape that is known, which a TPU needs.
             return samples_of(data, index * (size // replicas), size // replicas)
-        # The first replicas get more, as from a distributed dataset.
+        # The first replicas get more, as from a distributed dataset. A share that is known to be
+        # empty while tracing would leave out what the other replicas do.
+        size = tf.compat.v1.placeholder_with_default(tf.cast(size, tf.int32), [])
         begin, end = ((i * size + replicas - 1) // replicas for i in (index, index + 1))
-        return keras.tree.map_structure(lambda v: v if v is None else v[begin:end], data)
+        return samples_of(data, begin, end - begin)
 
     def _global_logs(self, replica_step, data, is_share=False):
         """Runs a step on all replicas; returns its logs, those of all replicas as one.

@@ -69,9 +69,13 @@ def _start_part(kind, dtype, shape):
 
     return {
         "count": tf.constant(0),
-        "indices": array(tf.int64, [None]),
+        _index_name(kind): array(tf.int64, [None]),
         "values": array(dtype, [None, *shape]),
     }
+
+
+def _index_name(kind):
+    return "positions" if kind is Rows.SHARED_OF_ANY_LENGTH else "indices"
 
 
 def _of_any_length(tensor):
@@ -124,8 +128,14 @@ def _add_slices(total, gradient, weight):
     if not isinstance(total, list):
         values = tf.cast(weight, total.dtype) * tf.cast(gradient.values, total.dtype)
         return tf.tensor_scatter_nd_add(total, gradient.indices[:, tf.newaxis], values)
+    sums = []
     parts = table_rows.parts(gradient, len(total))
-    return [_add_part(old, *new, weight) for old, new in zip(total, parts, strict=True)]
+    for part, (values, indices) in zip(total, parts, strict=True):
+        if "positions" in part:
+            size = tf.cast(gradient.dense_shape[0], tf.int64)
+            indices = table_rows.with_positions(indices, len(total), size)
+        sums.append(_add_part(part, values, indices, weight))
+    return sums
 
 
 def _add_part(part, values, indices, weight):
@@ -137,10 +147,10 @@ def _add_part(part, values, indices, weight):
         is_first = tf.equal(tf.size(part["indices"]), 0)
         sums = tf.cond(is_first, lambda: values, lambda: part["values"] + values)
         return {"indices": indices, "values": tf.ensure_shape(sums, [None, *sums.shape[1:]])}
-    k = part["count"]
+    k, name = part["count"], "positions" if "positions" in part else "indices"
     return {
         "count": k + 1,
-        "indices": part["indices"].write(k, indices),
+        name: part[name].write(k, indices),
         "values": part["values"].write(k, values),
     }
 
@@ -155,7 +165,7 @@ def result(total, variable, rows=()):
         if "count" in part:
             part = _concatenated(part, variable)
         values.append(part["values"])
-        keys.append(table_rows.keys(part["indices"], i, rows, size))
+        keys.append(table_rows.keys(part[_index_name(rows[i])], i, rows, size))
     if len(rows) > 1:
         values, keys = [tf.concat(values, 0)], [tf.concat(keys, 0)]
     return tf.IndexedSlices(values[0], keys[0], tf.constant(variable.shape.as_list(), tf.int64))
@@ -166,7 +176,7 @@ def _concatenated(part, variable):
         # There, TensorFlow cannot concatenate no arrays.
         no_values = tf.zeros([0, *variable.shape[1:]], part["values"].dtype)
         part = _add_part(part, no_values, tf.zeros([0], tf.int64), 1)
-    return {name: part[name].concat() for name in ("indices", "values")}
+    return {name: array.concat() for name, array in part.items() if name != "count"}
 
 
 def values(gradient):

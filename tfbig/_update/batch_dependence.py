@@ -82,7 +82,7 @@ class Dependences:
             found = [self._of_capture(op)]
         else:
             inputs = [self._known[t.name] for t in op.inputs]
-            found = _results(op, inputs, op.type == "ReadVariableOp" and self._is_assigned(op))
+            found = _results(op, inputs, op.type in _READS and self._is_assigned(op))
         for output, dependence in zip(op.outputs, found, strict=True):
             self._known.setdefault(output.name, dependence)
 
@@ -121,6 +121,9 @@ def _results(op: Any, inputs: list[Dependence], is_assigned: bool) -> list[Depen
         return [Mixed(op.type)] * number
     return list(result) if isinstance(result, list) else [result] * number
 
+
+# The operations that read a variable, whose handle is the first input.
+_READS = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd"])
 
 _READERS = frozenset(["ReadVariableOp", "LookupTableFindV2", "LookupTableSizeV2", "ResourceGather"])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,6 +178,9 @@ def _is_one(tensor: tf.Tensor, axis: int) -> bool:
 
 def _of_sizes(op: Any, inputs: list[Dependence]) -> Dependence | None:
     """A multiple of the number of samples times a constant is one again."""
+    # A fraction of the number of samples, rounded, is no multiple of it.
+    if not all(t.dtype.is_integer for t in (*op.inputs, *op.outputs)):
+        return None
     if op.type in ("Cast", "Identity", "EnsureShape", "StopGradient"):
         return inputs[0]
     if op.type != "Mul":
@@ -254,7 +258,9 @@ def _repeated(op: Any, inputs: list[Dependence]) -> Dependence | None:
         if op.type == "BroadcastTo":
             return Samples(axis, inputs[0].order) if list(axes) == [axis] else None
         times = tf.get_static_value(op.inputs[1])
-        return inputs[0] if not len(axes) and times is not None and times[axis] == 1 else None
+        if len(axes) or times is None:
+            return None
+        return inputs[0] if times[axis] == 1 else Samples(axis, op.name)
     if inputs[0] is not CONSTANT or len(axes) != 1:
         return None
     axis = int(axes[0])
@@ -277,13 +283,18 @@ def _reshape(op: Any, inputs: list[Dependence]) -> Dependence | None:
         return None
     if _rank(op.outputs[0]) == 1:
         return Samples(0, inputs[0].order if inputs[0].axis == 0 else op.name)
-    if inputs[0].axis != 0:
-        return None
     grows, sizes = _grows(inputs[1], shape), _static_or_unknown(shape)
-    if grows is None or np.any(grows[1:]):
+    if inputs[0].axis != 0 or grows is None or not len(grows) or np.any(grows[1:]):
         return None
-    # The first size grows, or it is what the others, all constant, leave over.
-    return inputs[0] if grows[0] or sizes[0] == -1 else None
+    old, new = (
+        math.prod(t.shape[1:]) if t.shape[1:].is_fully_defined() else None
+        for t in (op.inputs[0], op.outputs[0])
+    )
+    if old is not None and new and old % new == 0:
+        # Each row stays one, or becomes several.
+        return inputs[0] if grows[0] or sizes[0] == -1 else None
+    # The entries of each sample, which stand together, become so many rows.
+    return inputs[0] if grows[0] and inputs[0].order is None else None
 
 
 def _static_or_unknown(shape: tf.Tensor) -> list[int | None]:
@@ -362,7 +373,7 @@ def _along(op: Any, inputs: list[Dependence]) -> Dependence | None:
     if axes is None or rank is None:
         return None
     apart = _without_axes(inputs[0], [_axis(a, rank) for a in axes])
-    return inputs[0] if apart is not None else None
+    return inputs[0] if apart is not None and all(d is CONSTANT for d in inputs[1:]) else None
 
 
 @_rule("LogSoftmax", "Softmax", "TopKV2")
@@ -379,29 +390,38 @@ def _one_hot(op: Any, inputs: list[Dependence]) -> Dependence | None:
     return inputs[0] if op.get_attr("axis") == -1 else None
 
 
-@_rule("Unpack", "Split")
+@_rule("Split", "SplitV", "Unpack")
 def _split(op: Any, inputs: list[Dependence]) -> Dependence | None:
-    value = inputs[-1]
-    rank = _rank(op.inputs[-1])
-    axis = [op.get_attr("axis")] if op.type == "Unpack" else _static(op.inputs[0])
-    if rank is None or axis is None:
+    at = {"Split": 1, "SplitV": 0, "Unpack": 0}[op.type]
+    value, others = inputs[at], inputs[:at] + inputs[at + 1 :]
+    rank = _rank(op.inputs[at])
+    axis = [op.get_attr("axis")] if op.type == "Unpack" else _static(op.inputs[0 if at else -1])
+    if rank is None or axis is None or any(d is not CONSTANT for d in others):
         return None
     apart = _without_axes(value, [_axis(axis[0], rank)])
     return apart if op.type == "Unpack" or apart is None else value
 
 
+# A slice of constant bounds that are not known while tracing.
+_PART = slice(1, 1)
+
+
 @_rule("StridedSlice")
 def _strided_slice(op: Any, inputs: list[Dependence]) -> Dependence | None:
-    slices, rank = _slices(op), _rank(op.inputs[0])
-    if slices is None or rank is None:
+    rank = _rank(op.inputs[0])
+    slices = None if rank is None else _slices(op)
+    if slices is None or rank is None or any(d is not CONSTANT for d in inputs[1:]):
         return None
     if isinstance(inputs[0], Sizes):
+        if _PART in slices:
+            return None
         part = np.asarray(inputs[0].grows)[slices]
         return _sizes(part) if np.any(part) else CONSTANT
     if inputs[0] is SPARSE_INDICES:
         # A column of the indices, other than that which counts the samples.
+        columns = op.inputs[0].shape[1]
         is_column = len(slices) == 2 and slices[0] == slice(None) and isinstance(slices[1], int)
-        return Samples() if is_column and slices[1] != 0 else None
+        return Samples() if is_column and columns and slices[1] % columns else None
     if not isinstance(inputs[0], Samples):
         return None
     # Follows the axis of the samples through the axes that are added and taken out.
@@ -420,15 +440,20 @@ def _strided_slice(op: Any, inputs: list[Dependence]) -> Dependence | None:
 def _slices(op: Any) -> tuple[Any, ...] | None:
     """The index of a `StridedSlice`, as Python has it; None if it is not known or has `...`."""
     begin, end, strides = (tf.get_static_value(t) for t in op.inputs[1:])
-    if op.get_attr("ellipsis_mask") or strides is None:
+    if strides is None:
         return None
-    bits = {n: op.get_attr(f"{n}_mask") for n in ("begin", "end", "new_axis", "shrink_axis")}
+    names = ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
+    bits = {n: op.get_attr(f"{n}_mask") for n in names}
     parts: list[Any] = []
     for i, stride in enumerate(strides):
 
         def has(name: str, i: int = i) -> bool:
             return bool(bits[name] >> i & 1)
 
+        if has("ellipsis"):
+            given = bin(op.get_attr("new_axis_mask")).count("1")
+            parts += [slice(None)] * (len(op.inputs[0].shape) + given - len(strides) + 1)
+            continue
         if has("new_axis"):
             parts.append(None)
             continue
@@ -439,9 +464,10 @@ def _slices(op: Any) -> tuple[Any, ...] | None:
                 return None
             parts.append(int(begin[i]))
         elif (first is None and not has("begin")) or (last is None and not has("end")):
-            return None
+            # Of bounds that are not known: not all of the axis.
+            parts.append(_PART)
         else:
-            first = None if first is None else int(first[i])
+            first = None if first is None else int(first[i]) or None
             last = None if last is None else int(last[i])
             step = None if stride == 1 else int(stride)
             parts.append(slice(first, last, step))
@@ -453,11 +479,7 @@ def _slice(op: Any, inputs: list[Dependence]) -> Dependence | None:
     begin, size = (tf.get_static_value(t) for t in op.inputs[1:])
     if not isinstance(inputs[0], Samples) or begin is None or begin[inputs[0].axis] != 0:
         return None
-    grows = _grows(inputs[2], op.inputs[2])
-    axis = inputs[0].axis
-    is_all = (size is not None and size[axis] == -1) or (grows is not None and grows[axis])
-    others = [g for i, g in enumerate(grows if grows is not None else [True]) if i != axis]
-    return inputs[0] if is_all and not any(others) else None
+    return inputs[0] if size is not None and size[inputs[0].axis] == -1 else None
 
 
 @_rule("Pad", "PadV2", "MirrorPad")
@@ -465,7 +487,7 @@ def _pad(op: Any, inputs: list[Dependence]) -> Dependence | None:
     paddings = tf.get_static_value(op.inputs[1])
     if not isinstance(inputs[0], Samples) or paddings is None or any(paddings[inputs[0].axis]):
         return None
-    return inputs[0]
+    return inputs[0] if all(d is CONSTANT for d in inputs[1:]) else None
 
 
 @_rule("GatherV2")
@@ -478,7 +500,9 @@ def _gather(op: Any, inputs: list[Dependence]) -> Dependence | None:
     source, places = inputs[:2]
     if isinstance(source, Sizes):
         found = _static(indices)
-        return None if found is None else _sizes(np.asarray(source.grows)[found])
+        if found is None or not indices.shape.is_fully_defined():
+            return None
+        return _sizes(np.asarray(source.grows)[np.reshape(found, indices.shape.as_list())])
     if batch_dims == 0 and source is CONSTANT and isinstance(places, Samples):
         return Samples(at + places.axis, places.order)
     if batch_dims == 0 and isinstance(source, Samples) and places is CONSTANT:
@@ -556,5 +580,6 @@ def _sparse_to_dense(op: Any, inputs: list[Dependence]) -> Dependence | None:
 
 @_rule("RaggedTensorToTensor")
 def _to_tensor(op: Any, inputs: list[Dependence]) -> Dependence | None:
-    # To the longest sample of the batch: what the contract calls not exact.
-    return Samples() if isinstance(inputs[1], Samples) else None
+    # The row partitions, which are `Mixed`, say only where samples end.
+    is_constant = inputs[0] is CONSTANT and inputs[2] is CONSTANT
+    return Samples() if is_constant and isinstance(inputs[1], Samples) else None

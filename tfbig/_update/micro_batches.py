@@ -50,6 +50,7 @@ class Traits:
         state: list of variables that the forward pass assigns.
         rows: list, for each trainable variable the `Rows` of the parts of its gradient; none
             where it is added up densely.
+        is_known: list of bools, for each of them whether its gradient was seen to have rows.
         connected: indices of trainable variables that have a gradient, as far as
             known: without eager execution, tracing the loop adds to them.
         values: structure of the further values.
@@ -60,6 +61,7 @@ class Traits:
     kinds: list
     state: list
     rows: list
+    is_known: list
     connected: set
     values: list | dict
     logs: dict
@@ -163,6 +165,7 @@ class MicroBatches:
             kinds=counter.kinds,
             state=assigned,
             rows=rows,
+            is_known=is_table,
             connected={i for i, g in enumerate(gradients) if g is not None},
             values=keras.tree.map_structure(_spec, result.values),
             logs=keras.tree.map_structure(_spec, result.logs),
@@ -206,6 +209,16 @@ class MicroBatches:
                 rows = ()
             found.append(rows)
         return found
+
+    def _warn_of_unseen_rows(self, gradients):
+        """Warns of rows that nothing in the graph of the forward pass told of."""
+        if self.compiled:
+            return
+        for variable, gradient, is_known in zip(
+            self.variables, gradients, self.traits.is_known, strict=True
+        ):
+            if isinstance(gradient, tf.IndexedSlices) and not is_known:
+                table_rows.warn_of_added_rows(variable.path, "a gradient of its own")
 
     def _few_samples(self):
         # Two, so that a size of one counts no samples.
@@ -332,6 +345,7 @@ class MicroBatches:
                     scaled_loss = loss * tf.cast(loss_scale, self.dtype)
             gradients = tape.gradient(scaled_loss, [_keras.native(v) for v in self.variables])
             connected.update(i for i, g in enumerate(gradients) if g is not None)
+            self._warn_of_unseen_rows(gradients)
             moments = carry["moments"]
             if self.measures_noise:
                 moments += noise_scale.moments(
@@ -404,8 +418,14 @@ class MicroBatches:
         return share if alike is None or exchange.replicas() == 1 else share.times(unit)
 
 
-# The operations whose gradient is a `tf.IndexedSlices`.
-_LOOK_UPS = ("Gather", "GatherNd", "GatherV2", "ResourceGather", "ResourceGatherNd")
+# The operations whose gradient is a `tf.IndexedSlices`, or which may hold one of them.
+_LOOK_UPS = frozenset(
+    [
+        *("Gather", "GatherNd", "GatherV2", "ResourceGather", "ResourceGatherNd"),
+        *("Case", "If", "PartitionedCall", "StatefulPartitionedCall"),
+        *("StatelessCase", "StatelessIf"),
+    ]
+)
 
 
 def _is_eager(tensor):

@@ -5,12 +5,13 @@ first update.
 """
 
 import functools
+import warnings
 
 import tensorflow as tf
 
 from tfbig import _keras, errors
 
-__all__ = ("accumulates", "applies", "checked", "given", "uses_all")
+__all__ = ("accumulates", "applies", "checked", "given", "uses_all", "warn_of_jit_compile")
 
 _CUTS = ("gradient_accumulation_steps", "micro_batch_size")
 
@@ -52,6 +53,16 @@ def applies(loss_scale, log_grad_norm, exchange_dtype):
         "exchange_dtype": exchange_dtype is not None,
     }
     _use(*(name for name, is_passed in passed.items() if is_passed))
+
+
+def warn_of_jit_compile(model):
+    """Warns of `jit_compile=True`, which is not passed on to a step of a user."""
+    if model._compile_config is not None and model._compile_config.config["jit_compile"] is True:
+        warnings.warn(
+            f"jit_compile=True has no effect in the `train_step` of {type(model).__name__}, which "
+            "is its own. Pass compiled=True to tfbig.accumulate_gradients, or leave it out.",
+            stacklevel=2,
+        )
 
 
 def given(model):

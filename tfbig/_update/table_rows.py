@@ -26,7 +26,7 @@ import tensorflow as tf
 from tfbig import _keras
 from tfbig._update import batch_dependence
 
-__all__ = ("Rows", "add_up", "classify", "keys", "parts")
+__all__ = ("Rows", "add_up", "classify", "keys", "parts", "with_positions")
 
 
 class Rows(enum.Enum):
@@ -34,6 +34,8 @@ class Rows(enum.Enum):
 
     KEPT = enum.auto()
     SHARED = enum.auto()
+    # Shared, of as many positions as the micro-batch has, such as the longest of its samples.
+    SHARED_OF_ANY_LENGTH = enum.auto()
     DISTINCT = enum.auto()
 
 
@@ -64,7 +66,8 @@ def classify(
     for indices in _index_parts(gradient.indices):
         dependence = dependences.of(indices)
         if dependence is batch_dependence.CONSTANT:
-            found.append(Rows.SHARED)
+            has_length = indices.shape[0] is not None
+            found.append(Rows.SHARED if has_length else Rows.SHARED_OF_ANY_LENGTH)
         elif dependence is batch_dependence.DISTINCT:
             found.append(Rows.DISTINCT)
         elif isinstance(dependence, batch_dependence.Samples):
@@ -86,19 +89,30 @@ def parts(gradient: tf.IndexedSlices, number: int) -> list[tuple[tf.Tensor, tf.T
     return list(zip(values, indices, strict=True))
 
 
+def with_positions(indices: tf.Tensor, number: int, size: int) -> tf.Tensor:
+    """The keys of rows that are one where index and position are the same.
+
+    Args:
+        indices: integer vector.
+        number: int, of how many parts they are one.
+        size: int, rows of the table.
+    """
+    positions = tf.range(tf.size(indices, tf.int64), dtype=tf.int64)
+    return tf.cast(indices, tf.int64) + size * number * positions
+
+
 def keys(indices: tf.Tensor, part: int, rows: Sequence[Rows], size: int) -> tf.Tensor:
     """The keys of the rows of one part.
 
     Args:
-        indices: integer vector.
+        indices: integer vector; of any length, what `with_positions` returned.
         part: int, which part it is.
         rows: `Rows` of each part.
         size: int, rows of the table.
     """
     indices = tf.cast(indices, tf.int64)
     if rows[part] is Rows.SHARED:
-        positions = tf.range(tf.size(indices, tf.int64), dtype=tf.int64)
-        indices += size * len(rows) * positions
+        indices = with_positions(indices, len(rows), size)
     return indices + size * part
 
 
@@ -121,8 +135,9 @@ def add_up(
         if len(rows) > 1:
             is_of_part = tf.equal(key // size % len(rows), part)
             values, key = tf.boolean_mask(values, is_of_part), tf.boolean_mask(key, is_of_part)
-        if kind is Rows.DISTINCT or (kind is Rows.SHARED and replicas > 1):
-            values, key = _sum_of_equal(values, key, size, is_checked=kind is Rows.SHARED)
+        is_one_already = kind is Rows.KEPT or (kind is Rows.SHARED and replicas == 1)
+        if not is_one_already:
+            values, key = _sum_of_equal(values, key, size, is_checked=kind is not Rows.DISTINCT)
         found.append((values, key % size))
     values, indices = (tf.concat(x, 0) for x in zip(*found, strict=True))
     return tf.IndexedSlices(values, indices, gradient.dense_shape)

@@ -236,7 +236,10 @@ class TrainStep(step_options.StepOptions):
         step = super()._checked_train_step()
         if has_step_of_extended_class(type(self)):
             return functools.partial(self._plain, step)
-        return own_step.checked(self, step) if self._has_own_step else step
+        if not self._has_own_step:
+            return step
+        own_step.warn_of_jit_compile(self)
+        return own_step.checked(self, step)
 
     def fit(self, *args, **kwargs):
         arguments = fit_context.arguments_of(super().fit, args, kwargs)
@@ -296,9 +299,9 @@ class TrainStep(step_options.StepOptions):
 
     def _flatten_metrics_in_order(self, logs):
         # A list has no names: a program that unpacks what Keras returns must find that.
-        return super()._flatten_metrics_in_order(
-            {k: v for k, v in logs.items() if k not in _ADDED_LOGS}
-        )
+        own = {m.name for outer in self.metrics for m in getattr(outer, "metrics", [outer])}
+        added = set() if self._has_own_step else set(_ADDED_LOGS) - own
+        return super()._flatten_metrics_in_order({k: v for k, v in logs.items() if k not in added})
 
     @_keras.returns_global_logs
     def test_step(self, data):
