@@ -125,8 +125,10 @@ def trained(model, data):
     return model.fit(x, **names, batch_size=11, epochs=2, shuffle=False, verbose=0).history
 
 
-# Some gradients of SegFormer are so small that Adam divides rounding by itself.
+# SegFormer resizes images, which TensorFlow does in float32, whatever the dtype. Adam divides some
+# of its gradients, which are as small as that rounding, by themselves.
 ONLY_WITH_SGD = (segformer,)
+TOLERANCES = {segformer: 1e-7}
 
 
 def settings(optimizer):
@@ -156,17 +158,17 @@ def test_tasks_keep_their_compile(make):
         assert type(model.optimizer) is type(plain.optimizer)
         assert settings(model.optimizer) == settings(plain.optimizer)
         if way == "sgd" or (way == "defaults" and make not in ONLY_WITH_SGD):
-            check_same_training(model, plain, data)
+            check_same_training(model, plain, data, TOLERANCES.get(make, 1e-10))
 
 
-def check_same_training(model, plain, data):
+def check_same_training(model, plain, data, tolerance):
     model.set_weights(plain.get_weights())
     before = plain.get_weights()
     history, plain_history = trained(model, data), trained(plain, data)
-    np.testing.assert_allclose(history["loss"], plain_history["loss"], rtol=1e-10)
+    np.testing.assert_allclose(history["loss"], plain_history["loss"], rtol=tolerance)
     assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(plain.get_weights(), before, strict=True))
     for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_a_task_whose_class_is_extended_compiles_in_its_constructor():

@@ -107,6 +107,8 @@ sys.exit(failed)
 def test_programs_run(tmp_path):
     files = []
     for path in PAGES:
+        if "```python" not in path.read_text():
+            continue
         file = tmp_path / path.stem / f"{path.stem}.py"
         file.parent.mkdir()
         file.write_text(program(path.read_text()))
@@ -187,7 +189,7 @@ def test_commands_exist(path):
     for command in [*blocks, *spans]:
         modules = re.findall(r"python -m (tfbig\.\w+)", command)
         scripts = re.findall(r"(?<![\w./])scripts/[\w./]+", command)
-        files = [ROOT / f"{m.replace('.', '/')}.py" for m in modules] + [ROOT / s for s in scripts]
+        files = [source_of(m) for m in modules] + [ROOT / s for s in scripts]
         assert all(file.exists() for file in files), command
         # Scripts share flags, which are defined in one place.
         only_modules = "\n".join(f.read_text() for f in files if f.is_file())
@@ -197,10 +199,16 @@ def test_commands_exist(path):
             assert is_foreign or re.search(rf"(\"|--){flag}\b", known), (flag, command)
 
 
+def source_of(module):
+    """The file that `python -m` runs."""
+    path = ROOT / module.replace(".", "/")
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 @functools.cache
 def all_programs():
     files = [f for f in ROOT.glob("scripts/**/*") if f.suffix != ".pyc"]
-    files += ROOT.glob("tfbig/*.py")
+    files += [*ROOT.glob("tfbig/*.py"), *ROOT.glob("tfbig/*/__main__.py")]
     return "\n".join(file.read_text() for file in files if file.is_file())
 
 

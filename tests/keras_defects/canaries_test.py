@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from . import job
-from .conftest import make_strategy
+from tests import job
+from tests.conftest import make_strategy
 
 ONE_AND_TWO = ("default", "mirrored_2")
 

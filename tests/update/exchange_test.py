@@ -6,10 +6,9 @@ import pytest
 import tensorflow as tf
 
 import tfbig
+from tests.conftest import make_strategy
 from tfbig._update import accumulators
 from tfbig._update.table_rows import Rows
-
-from .conftest import make_strategy
 
 
 def net(
