@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests import job
-from tfbig import tpu_check
+from tfbig.tpu_check import __main__ as tpu_check
 
 MODEL = """
 import keras
