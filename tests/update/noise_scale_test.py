@@ -98,7 +98,6 @@ class Lookup(keras.layers.Layer):
         return keras.ops.mean(rows, axis=1) - x
 
 
-@pytest.mark.filterwarnings("ignore:With jit_compile=True, the rows")
 @pytest.mark.parametrize("jit", [False, True])
 def test_rows_of_one_index_are_added_up(jit):
     want = logged(model_of(gradient_accumulation_steps=4), updates=5)
