@@ -306,7 +306,11 @@ def _with_rows_added_up(share):
     def added_up(gradient, rows, variable):
         if not isinstance(gradient, tf.IndexedSlices):
             return gradient
-        return table_rows.add_up(gradient, rows, variable.shape[0], replicas())
+        summed = table_rows.add_up(gradient, rows, variable.shape[0], replicas())
+        # An exchange forgets the shape, which optimizers such as Muon ask for while tracing.
+        shape = tf.constant(variable.shape.as_list(), tf.int64)
+        values = tf.ensure_shape(summed.values, [None, *variable.shape[1:]])
+        return tf.IndexedSlices(values, summed.indices, shape)
 
     gradients = map(added_up, share.gradients, share.rows, share.variables)
     return dataclasses.replace(share, gradients=list(gradients))
