@@ -179,14 +179,14 @@ class GradientAccumulationMixin(train_step.TrainStep):
 
     def _automatic_share(self, batch_size):
         """Samples of a replica's share, for `micro_batch_size="auto"`; None if batches tell."""
-        if batch_size is None and _keras.is_generated(_keras.data_of_fit(self)):
+        if batch_size is None and _keras.data.is_generated(_keras.trainer.data_of_fit(self)):
             raise errors.InvalidOptionError(
                 "`micro_batch_size='auto'` needs a batch size that is known before training. "
                 "Received: a generator, whose batches may be of any size. Use "
                 "tf.data.Dataset.from_generator(...).rebatch(n), or pass a number of samples as "
                 "`micro_batch_size`."
             )
-        if _keras.is_tpu(self.distribute_strategy):
+        if _keras.devices.is_tpu(self.distribute_strategy):
             raise errors.UnsupportedStrategyError(
                 "`micro_batch_size='auto'` has not been built for TPUs, which compile a program "
                 "for each size. Pass a number of samples: `python -m tfbig.tpu_check "

@@ -158,7 +158,7 @@ def check_equivalence(model, x, y=None, sample_weight=None, *, tolerance=None):
     BatchNormalization ('batch_normalization') normalizes each micro-batch with its own statistics.
     """
     _check_model(model)
-    data = keras.tree.map_structure(_keras.as_tensor, (x, y, sample_weight))
+    data = keras.tree.map_structure(_keras.data.as_tensor, (x, y, sample_weight))
     model._maybe_symbolic_build(data_batch=data)
     with model.distribute_strategy.scope():
         model.optimizer.build(model.trainable_variables)
@@ -186,7 +186,7 @@ def check_equivalence(model, x, y=None, sample_weight=None, *, tolerance=None):
         causes=[] if is_exact else suspects,
         notes=suspects if is_exact else [],
         tolerance=tolerance,
-        cut=_describe(model, _keras.batch_size(data)),
+        cut=_describe(model, _keras.data.batch_size(data)),
     )
 
 
@@ -282,7 +282,7 @@ class _Trainings:
         with self.strategy.scope():
             recorder = _Gradients()
             recorder.build(self.weights)
-        with self._restored(), _keras.with_optimizer(self.model, recorder):
+        with self._restored(), _keras.optimizer.with_optimizer(self.model, recorder):
             loss = self._train(step, 1)
             if step == self._cut and self.model.loss_scale_state is not None:
                 # Nothing skips an update of the whole batch that overflows: not to the edge.
@@ -309,7 +309,7 @@ class _Trainings:
         values = [
             v * (1 + epsilon * rng.uniform(-1, 1, np.shape(v))) for v in _arrays(self.weights)
         ]
-        _keras.assign_all(self.weights, values)
+        _keras.variables.assign_all(self.weights, values)
 
     @contextlib.contextmanager
     def _restored(self):
@@ -320,11 +320,11 @@ class _Trainings:
         for saved in (model.loss_scale_state, model.noise_scale_state):
             kept += [] if saved is None else saved.variables()
         kept = list({id(v): v for v in kept}.values())
-        values = _keras.values_of(kept)
+        values = _keras.variables.values_of(kept)
         try:
             yield
         finally:
-            _keras.assign_all(kept, values)
+            _keras.variables.assign_all(kept, values)
 
     def _train(self, step, updates):
         """Makes so many updates; returns the loss of the last."""
@@ -362,13 +362,15 @@ class _Trainings:
         def step(data):
             with (
                 tf.GradientTape() as tape,
-                _keras.intercepted_losses(None),
-                _keras.VariableValues() as scope,
+                _keras.losses.intercepted_losses(None),
+                _keras.variables.VariableValues() as scope,
             ):
-                loss = _keras.forward(model, data, training=True)[0]
+                loss = _keras.layers.forward(model, data, training=True)[0]
                 scale = tf.cast(1.0 if self.scale is None else self.scale, loss.dtype)
                 scaled_loss = loss * scale
-            gradients = tape.gradient(scaled_loss, [_keras.native(v) for v in self.weights])
+            gradients = tape.gradient(
+                scaled_loss, [_keras.variables.native(v) for v in self.weights]
+            )
             self.tables |= {
                 v.path
                 for v, g in zip(self.weights, gradients, strict=True)
@@ -377,12 +379,12 @@ class _Trainings:
             gradients = [
                 accumulators.map_values(lambda v: v / tf.cast(scale, v.dtype), g) for g in gradients
             ]
-            with _keras.aggregated_gradients():
+            with _keras.optimizer.aggregated_gradients():
                 model.optimizer.apply_gradients(zip(gradients, self.weights, strict=True))
             others = {id(v) for v in self.others}
             for variable in scope.assigned:
                 if id(variable) in others:
-                    _keras.native(variable).assign(scope.get_current_value(variable))
+                    _keras.variables.native(variable).assign(scope.get_current_value(variable))
             return loss
 
         return self._on_replicas(step, data)
@@ -393,7 +395,7 @@ class _Trainings:
         Else what the gradient of the loss with respect to their outputs is changes by no more
         than a factor, the denominator, if the others are left out.
         """
-        samples = int(_keras.batch_size(self.data))
+        samples = int(_keras.data.batch_size(self.data))
         parts = [(0, samples // 2), (samples // 2, samples - samples // 2)]
         if samples < 2:
             return False
@@ -409,10 +411,10 @@ class _Trainings:
             return tape.gradient(loss, outputs, unconnected_gradients="zero")
 
         def step(data):
-            with _keras.intercepted_losses(None), _keras.VariableValues():
-                batch = _keras.forward(self.model, data, training=False)[1:]
+            with _keras.losses.intercepted_losses(None), _keras.variables.VariableValues():
+                batch = _keras.layers.forward(self.model, data, training=False)[1:]
                 whole = gradients_of(batch)
-                apart = [gradients_of(_keras.samples_of(batch, *part)) for part in parts]
+                apart = [gradients_of(_keras.data.samples_of(batch, *part)) for part in parts]
             return [[g[begin : begin + size] for g in whole] for begin, size in parts], apart
 
         together, apart = self._program(lambda data: self._on_replicas(step, data))(self.data)
@@ -431,7 +433,7 @@ def _arrays_of(tensor):
 
 
 def _arrays(variables):
-    return [np.asarray(v, np.float64) for v in _keras.values_of(variables)]
+    return [np.asarray(v, np.float64) for v in _keras.variables.values_of(variables)]
 
 
 def _size(array):
@@ -472,7 +474,7 @@ def _causes_in_loss(trainings, deviations, tolerance):
     """What deviations say of the loss, and of tables that are looked up."""
     causes = []
     if trainings.couples_samples(tolerance):
-        names = ", ".join(_keras.losses_that_couple_samples(trainings.model))
+        names = ", ".join(_keras.losses.losses_that_couple_samples(trainings.model))
         causes.append(
             f"The loss couples the samples of a batch{names and f' ({names})'}: of a part of the "
             "batch it is another function. Larger micro-batches come closer; `loss_denominator` "
@@ -492,7 +494,7 @@ def _causes_in_loss(trainings, deviations, tolerance):
 def _suspects(model, state):
     """What is known not to be exact, in the order of the docs."""
     suspects = []
-    layers = _keras.all_layers(model)
+    layers = _keras.layers.all_layers(model)
     for layer in layers:
         is_normalization = isinstance(layer, keras.layers.BatchNormalization)
         if is_normalization and layer.trainable and not layer.synchronized:
@@ -501,13 +503,13 @@ def _suspects(model, state):
                 "statistics."
             )
     for layer in layers:
-        if _keras.draws_random_numbers(layer):
+        if _keras.layers.draws_random_numbers(layer):
             suspects.append(
                 f"{type(layer).__name__} ({layer.name!r}) draws random numbers; micro-batches "
                 "and replicas draw others."
             )
     for layer in layers:
-        own = [v for v in state if _keras.owns(layer, v)]
+        own = [v for v in state if _keras.layers.owns(layer, v)]
         if own and not type(layer).__module__.startswith("keras."):
             suspects.append(
                 f"{type(layer).__name__} ({layer.name!r}) changes its state "
@@ -520,7 +522,7 @@ def _suspects(model, state):
 def _compute_dtypes(model):
     return {
         layer.compute_dtype
-        for layer in [model, *_keras.all_layers(model)]
+        for layer in [model, *_keras.layers.all_layers(model)]
         if layer.compute_dtype in TOLERANCES
     }
 

@@ -96,7 +96,7 @@ def is_positive_float32(value):
     return number and 2.0**-126 <= value <= 2.0**126
 
 
-class LossScaleState(_keras.SavedState):
+class LossScaleState(_keras.saving.SavedState):
     """The scale and its counters.
 
     Saved with the model, not among its weights; the same on every replica.
@@ -181,10 +181,12 @@ class LossScaleState(_keras.SavedState):
                 finite, tf.convert_to_tensor(self.first_non_finite.value), first
             ),
         }
-        written = [_keras.native(getattr(self, name)).assign(new[name]) for name in self._names]
+        written = [
+            _keras.variables.native(getattr(self, name)).assign(new[name]) for name in self._names
+        ]
         limit = tf.constant(settings.max_consecutive_skips, tf.int64)
         with tf.control_dependencies([] if tf.executing_eagerly() else written):
-            tf.debugging.assert_less(consecutive, limit, _keras.TOO_MANY_SKIPS)
+            tf.debugging.assert_less(consecutive, limit, _keras.trainer.TOO_MANY_SKIPS)
 
     def watched(self, function, updates, variables):
         """A train function after which the counters are looked at.
@@ -297,7 +299,7 @@ class DynamicLossScalingMixin(train_step.TrainStep):
 
     def _make_train_function(self):
         function, state = super()._make_train_function(), self.loss_scale_state
-        if state is None or not _keras.is_tpu(self.distribute_strategy):
+        if state is None or not _keras.devices.is_tpu(self.distribute_strategy):
             return function
         return state.watched(function, self.steps_per_execution, self.trainable_variables)
 
@@ -327,9 +329,9 @@ def _settings(option, model):
     """`(DynamicLossScale or None, whether it is fixed)` for an option."""
     if option == "auto":
         # A class that is extended goes on to be scaled as it was: by Keras.
-        is_wanted = _keras.computes_in_float16(model) and not train_step.has_step_of_extended_class(
-            type(model)
-        )
+        is_wanted = _keras.layers.computes_in_float16(
+            model
+        ) and not train_step.has_step_of_extended_class(type(model))
         option = "dynamic" if is_wanted else None
     if option == "dynamic":
         return DynamicLossScale(), False

@@ -41,7 +41,9 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
     def __init__(self, *args, **kwargs):
         # Keras would put Functional among the bases of this class itself, for the whole process,
         # and models that are not functional could not be made any more.
-        if _keras.is_functional(args, kwargs) and not isinstance(self, _keras.Functional):
+        if _keras.saving.is_functional(args, kwargs) and not isinstance(
+            self, _keras.saving.Functional
+        ):
             self.__class__ = _functional_class(type(self))
         super().__init__(*args, **kwargs)
 
@@ -58,13 +60,13 @@ def _functional_class(cls):
                 "__doc__": cls.__doc__,
             },
         )
-        _keras.register_as(made, _keras.registered_name(cls))
+        _keras.saving.register_as(made, _keras.saving.registered_name(cls))
         _FUNCTIONAL[cls] = made
     return _FUNCTIONAL[cls]
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
-class FunctionalModel(Model, _keras.Functional):
+class FunctionalModel(Model, _keras.saving.Functional):
     """What `tfbig.Model(inputs, outputs)` makes."""
 
 
@@ -146,7 +148,7 @@ _FUNCTIONAL: dict[type, Any] = {Model: FunctionalModel}
 _EXTENDED: dict[type, Any] = {
     keras.Model: Model,
     keras.Sequential: Sequential,
-    _keras.Functional: FunctionalModel,
+    _keras.saving.Functional: FunctionalModel,
 }
 
 
@@ -162,7 +164,7 @@ def _extended_class(cls):
             (Extended, *mixins, cls),
             {"__module__": __name__, "__doc__": cls.__doc__, "_extends": cls},
         )
-        _keras.register_as(extended, "tfbig>Extended")
+        _keras.saving.register_as(extended, "tfbig>Extended")
         _EXTENDED[cls] = extended
     return _EXTENDED[cls]
 
@@ -178,7 +180,7 @@ class Extended(train_step.TrainStep):
         extends = {
             "module": cls.__module__,
             "class_name": cls.__name__,
-            "registered_name": _keras.registered_name(cls),
+            "registered_name": _keras.saving.registered_name(cls),
         }
         return super()._option_config() | {"extends": extends}
 
@@ -188,7 +190,7 @@ class Extended(train_step.TrainStep):
         extends = config.pop("extends")
         if cls is not Extended:
             return super().from_config(config, custom_objects)
-        base = (custom_objects or {}).get(extends["class_name"]) or _keras.registered_class(
+        base = (custom_objects or {}).get(extends["class_name"]) or _keras.saving.registered_class(
             extends["registered_name"], extends["module"], extends["class_name"]
         )
         if base is None:
@@ -215,7 +217,7 @@ def _extended_model(model, options):
     cls = _extended_class(type(model))
     # A step of the class's own goes on to be scaled by Keras.
     is_own = train_step.has_step_of_extended_class(cls)
-    if isinstance(optimizer, _keras.LossScaleOptimizer) and not is_own:
+    if isinstance(optimizer, _keras.optimizer.LossScaleOptimizer) and not is_own:
         if optimizer.built and "loss_scale" not in options:
             reached = optimizer
         initial = optimizer.initial_scale
@@ -226,9 +228,9 @@ def _extended_model(model, options):
         )
         options = {"loss_scale": scale} | options
         optimizer = optimizer.inner_optimizer
-    extended = _keras.with_class(model, cls)
+    extended = _keras.saving.with_class(model, cls)
     step_options.set_options(extended, options)
-    _keras.recompile(extended, optimizer)
+    _keras.compiling.recompile(extended, optimizer)
     if reached is not None:
         extended.loss_scale_state.loss_scale.assign(reached.dynamic_scale)
         extended.loss_scale_state.finite_updates.assign(reached.step_counter)
@@ -240,10 +242,10 @@ def _keep_options(original, clone):
     if not isinstance(original, train_step.TrainStep):
         return clone
     if not isinstance(clone, train_step.TrainStep):
-        clone = _keras.with_class(clone, type(original))
+        clone = _keras.saving.with_class(clone, type(original))
     step_options.set_options(clone, original._options())
-    _keras.recompile(clone)
+    _keras.compiling.recompile(clone)
     return clone
 
 
-_keras.after_cloning(_keep_options)
+_keras.saving.after_cloning(_keep_options)

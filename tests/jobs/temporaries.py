@@ -35,10 +35,10 @@ def compile_update(samples, steps, name):
         model.compile("sgd", "mse")
         model.optimizer.build(model.trainable_variables)
         spec = tf.TensorSpec([samples, WIDTH], "float32")
-        _keras.build_for(model, (spec, spec))
+        _keras.trainer.build_for(model, (spec, spec))
 
     def update(x):
-        with _keras.compiled_as_a_whole():
+        with _keras.devices.compiled_as_a_whole():
             return strategy.run(model.train_step, args=((x, x),))
 
     update.__name__ = name

@@ -9,7 +9,6 @@ from keras import layers
 import tfbig
 from tests.conftest import make_strategy
 from tfbig import _keras, tpu_check
-from tfbig._keras import trainer
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -20,7 +19,7 @@ WEIGHT = RNG.uniform(0.5, 2.0, size=27)
 
 @pytest.fixture
 def as_on_tpu(monkeypatch):
-    monkeypatch.setattr(trainer, "is_tpu", lambda strategy: True)
+    monkeypatch.setattr(_keras.trainer, "is_tpu", lambda strategy: True)
 
 
 def build(strategy="mirrored_2", **options):
@@ -76,7 +75,7 @@ def assert_same(got, want):
 def test_filled_batches_change_nothing(strategy, options, weight, monkeypatch):
     want = build(strategy, **options)
     logs = fit(want, weight=weight, validation_data=(X[:11], Y[:11]))
-    monkeypatch.setattr(trainer, "is_tpu", lambda strategy: True)
+    monkeypatch.setattr(_keras.trainer, "is_tpu", lambda strategy: True)
     got = build(strategy, **options)
     found = fit(got, weight=weight, validation_data=(X[:11], Y[:11]))
     assert_same(got, want)
@@ -195,14 +194,14 @@ def test_batches_that_a_tpu_cannot_have(data, batch_size, message):
 
 
 def test_size_is_not_found_on_a_tpu(monkeypatch):
-    monkeypatch.setattr(_keras, "is_tpu", lambda strategy: True)
+    monkeypatch.setattr(_keras.devices, "is_tpu", lambda strategy: True)
     with pytest.raises(tfbig.errors.UnsupportedStrategyError, match="has not been built for TPUs"):
         fit(build("one_device", micro_batch_size="auto"))
 
 
 def test_too_many_skips_are_noticed_without_assertions(monkeypatch):
     """As on a TPU, whose programs have no assertions."""
-    monkeypatch.setattr(_keras, "is_tpu", lambda strategy: True)
+    monkeypatch.setattr(_keras.devices, "is_tpu", lambda strategy: True)
     monkeypatch.setattr(tf.debugging, "assert_less", lambda *args: None)
     scale = tfbig.DynamicLossScale(max_consecutive_skips=3)
     model = build("one_device", gradient_accumulation_steps=2, loss_scale=scale)
@@ -221,7 +220,7 @@ def test_a_padded_batch_as_a_tpu_gets_it():
         )
         model.compile("sgd", "mse", metrics=["mae"])
     share = (tf.TensorSpec([8, 6], "float64"), tf.TensorSpec([8, 2], "float64"))
-    program = tpu_check.trace(model, _keras.PaddedBatch(share, tf.TensorSpec([8], "int32")))
+    program = tpu_check.trace(model, _keras.padding.PaddedBatch(share, tf.TensorSpec([8], "int32")))
     assert tpu_check.findings(program) == []
     # Micro-batches of four samples, and what is left of a smaller batch.
     assert len({place.loops[0] for place in program.places if place.loops}) == 2

@@ -229,14 +229,14 @@ def test_positions_of_several_lengths_are_refused_where_they_mean_other_things(f
         summed = table_rows.add_up(gradient, SHARED, 4, replicas=2)
         assert np.sum(summed.values) == len(first) + len(second)
         return
-    with pytest.raises(tf.errors.InvalidArgumentError, match=_keras.LENGTHS_DIFFER):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=_keras.trainer.LENGTHS_DIFFER):
         table_rows.add_up(gradient, SHARED, 4, replicas=2)
 
 
 @pytest.mark.parametrize(
     ("message", "error", "remedy"),
     [
-        (_keras.LENGTHS_DIFFER, tfbig.errors.UnsupportedModelError, "Pad the sequences"),
+        (_keras.trainer.LENGTHS_DIFFER, tfbig.errors.UnsupportedModelError, "Pad the sequences"),
         (
             "Serialized sparse should have at least 1 serialized tensor, but has a zero dimension",
             tfbig.errors.UnsupportedStrategyError,

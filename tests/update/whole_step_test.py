@@ -54,10 +54,10 @@ def train(model, x=X, y=Y, *, whole, counted=None):
     Of each batch, all samples count, or those that `counted` says.
     """
     strategy = model.distribute_strategy
-    context = _keras.compiled_as_a_whole if whole else contextlib.nullcontext
+    context = _keras.devices.compiled_as_a_whole if whole else contextlib.nullcontext
     with strategy.scope():
         model.optimizer.build(model.trainable_variables)
-        _keras.build_for(
+        _keras.trainer.build_for(
             model,
             (
                 tf.TensorSpec([BATCH, *x.shape[1:]], x.dtype),
@@ -68,7 +68,7 @@ def train(model, x=X, y=Y, *, whole, counted=None):
     @tf.function(jit_compile=True if whole else None, autograph=False)
     def update(x, y, *counted):
         with context():
-            data = _keras.PaddedBatch((x, y), *counted) if counted else (x, y)
+            data = _keras.padding.PaddedBatch((x, y), *counted) if counted else (x, y)
             return strategy.run(model.train_step, args=(data,))
 
     flags = [] if counted is None else [tf.constant(counted, tf.int32)]

@@ -44,8 +44,8 @@ class Denominators:
 def _denominator(values, sample_weight, mask, reduction, dtype):
     """`D` of one Keras loss on one micro-batch, from its weighted values."""
     if reduction == "mean_with_sample_weight":
-        weight = _keras.merge_mask(sample_weight, mask, dtype=dtype, reduction=reduction)
-        _, weight = _keras.match_ranks(values, tf.cast(weight, dtype))
+        weight = _keras.losses.merge_mask(sample_weight, mask, dtype=dtype, reduction=reduction)
+        _, weight = _keras.losses.match_ranks(values, tf.cast(weight, dtype))
         return tf.reduce_sum(weight)
     # A masked mean is divided by its valid entries: Keras gives each the weight
     # total / valid and divides by the number of values.

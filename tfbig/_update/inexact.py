@@ -21,7 +21,7 @@ def refuse_stateful_layers(model: keras.Model, cut: object) -> None:
         model: `keras.Model`, built.
         cut: what cuts its batches, for the message.
     """
-    names = [x.name for x in _keras.all_layers(model) if getattr(x, "stateful", False)]
+    names = [x.name for x in _keras.layers.all_layers(model) if getattr(x, "stateful", False)]
     if names:
         raise errors.UnsupportedModelError(
             "A layer that goes on with the state of the batch before (stateful=True) has one state "
@@ -34,7 +34,7 @@ def refuse_stateful_layers(model: keras.Model, cut: object) -> None:
 def refuse_divided_loss(model: keras.Model) -> None:
     """Raises for a model of which it is known that no cut has the loss of the whole batch."""
     for cls in type(model).__mro__:
-        divisor = _DIVIDED_BY.get(_keras.registered_name(cls))
+        divisor = _DIVIDED_BY.get(_keras.saving.registered_name(cls))
         # A subclass may compute a loss that can be cut.
         if divisor and vars(cls).get("compute_loss") is type(model).compute_loss:
             raise errors.UnsupportedModelError(
@@ -53,7 +53,7 @@ def warn_of_what_is_not_exact(model: keras.Model) -> None:
 
 def _messages(model: keras.Model) -> list[str]:
     found = []
-    layers = _keras.all_layers(model)
+    layers = _keras.layers.all_layers(model)
     normalizations = [
         x.name for x in layers if isinstance(x, keras.layers.BatchNormalization) and x.trainable
     ]
@@ -64,7 +64,7 @@ def _messages(model: keras.Model) -> list[str]:
             "larger micro-batches, freeze these layers (trainable=False), or normalize each sample "
             "alone (LayerNormalization, GroupNormalization)."
         )
-    losses = _keras.losses_that_couple_samples(model)
+    losses = _keras.losses.losses_that_couple_samples(model)
     if losses:
         found.append(
             f"A loss couples the samples of a batch, so that of the micro-batches is another one "

@@ -105,12 +105,12 @@ class MicroBatches:
         self.variables = list(variables)
         self.metric_ids = {id(v) for v in metric_variables}
         # Then the loop is a part of a program that has static shapes throughout.
-        self.is_inline = _keras.is_compiled_as_a_whole()
+        self.is_inline = _keras.devices.is_compiled_as_a_whole()
         self.compiled = compiled or self.is_inline
         self.unrolled = unrolled
         self.measures_noise = measures_noise
         self.counted = counted
-        samples = _keras.batch_size(data) if counted is None else counted
+        samples = _keras.data.batch_size(data) if counted is None else counted
         self.samples = tf.convert_to_tensor(samples, tf.int32)
         self.dtype = accumulators.dtype_for(keras.config.floatx())
         for variable in variables:
@@ -136,18 +136,20 @@ class MicroBatches:
         probes: list = []
 
         def probe(data):
-            samples = _keras.batch_size(data)
+            samples = _keras.data.batch_size(data)
             counter = denominators.LossCounter(samples if isinstance(samples, int) else None)
             with (
                 trace_scope(),
                 tf.GradientTape() as tape,
-                _keras.intercepted_losses(counter),
-                _keras.VariableValues() as scope,
+                _keras.losses.intercepted_losses(counter),
+                _keras.variables.VariableValues() as scope,
             ):
                 result = self.loss_fn(data)
             gradients = [None] * len(self.variables)
             if tf.executing_eagerly() or (not self.compiled and _looks_up_rows()):
-                gradients = tape.gradient(result.loss, [_keras.native(v) for v in self.variables])
+                gradients = tape.gradient(
+                    result.loss, [_keras.variables.native(v) for v in self.variables]
+                )
             probes.append((data, counter, result, scope.assigned, gradients))
 
         if tf.executing_eagerly():
@@ -194,7 +196,7 @@ class MicroBatches:
             # A tensor from outside is the same for all micro-batches, but may not be for all
             # replicas.
             captured=lambda t: tf.is_tensor(t) and (_is_eager(t) or exchange.replicas() == 1),
-            assigned=[_keras.native(v).handle for v in assigned],
+            assigned=[_keras.variables.native(v).handle for v in assigned],
         )
         found: list = []
         for variable, gradient in zip(self.variables, gradients, strict=True):
@@ -223,13 +225,13 @@ class MicroBatches:
     def _few_samples(self):
         # Two, so that a size of one counts no samples.
         if self.samples > 0:
-            return _keras.samples_of(self.data, 0, tf.minimum(self.samples, 2))
+            return _keras.data.samples_of(self.data, 0, tf.minimum(self.samples, 2))
         return keras.tree.map_structure(
             lambda v: v if v is None else tf.zeros([2, *v.shape[1:]], v.dtype), self.data
         )
 
     def _check(self, result, kinds, assigned):
-        _keras.check_is_scalar(result.loss)
+        _keras.losses.check_is_scalar(result.loss)
         if self.is_whole:
             return
         if result.weight is not None and any(k != "scalar" for k in kinds):
@@ -299,7 +301,7 @@ class MicroBatches:
         def count(micro_batch, size, carry):
             del size
             counter = denominators.LossCounter()
-            with _keras.intercepted_losses(counter), _keras.VariableValues():
+            with _keras.losses.intercepted_losses(counter), _keras.variables.VariableValues():
                 self.loss_fn(micro_batch)
             return [a + tf.cast(b, self.dtype) for a, b in zip(carry, counter.counted, strict=True)]
 
@@ -336,14 +338,18 @@ class MicroBatches:
             )
             with tf.GradientTape() as tape:
                 with (
-                    _keras.intercepted_losses(reducer),
-                    _keras.VariableValues(zip(state, carry["state"], strict=True)) as scope,
+                    _keras.losses.intercepted_losses(reducer),
+                    _keras.variables.VariableValues(
+                        zip(state, carry["state"], strict=True)
+                    ) as scope,
                 ):
                     result = self.loss_fn(micro_batch)
                 loss = scaled_loss = tf.cast(result.loss, self.dtype)
                 if loss_scale is not None:
                     scaled_loss = loss * tf.cast(loss_scale, self.dtype)
-            gradients = tape.gradient(scaled_loss, [_keras.native(v) for v in self.variables])
+            gradients = tape.gradient(
+                scaled_loss, [_keras.variables.native(v) for v in self.variables]
+            )
             connected.update(i for i, g in enumerate(gradients) if g is not None)
             self._warn_of_unseen_rows(gradients)
             moments = carry["moments"]

@@ -42,7 +42,7 @@ def moments(gradients, size, loss_scale, dtype, compiled):
     return tf.stack([squared, 1 / tf.cast(size, dtype), tf.ones((), dtype)])
 
 
-class NoiseScale(_keras.SavedState):
+class NoiseScale(_keras.saving.SavedState):
     """Averages over the updates so far; the same on every replica, saved with the model.
 
     Attributes:
@@ -85,7 +85,7 @@ class NoiseScale(_keras.SavedState):
             # From zero on: what that lacks at first, the ratio does not show.
             old = tf.convert_to_tensor(getattr(self, name).value)
             new[name] = tf.where(is_known, old + (1 - DECAY) * (estimate - old), old)
-            _keras.native(getattr(self, name)).assign(new[name])
+            _keras.variables.native(getattr(self, name)).assign(new[name])
         signal, noise = new["squared_gradient"], new["variance"]
         ratio = tf.where(signal > 0, tf.math.divide_no_nan(noise, signal), float("inf"))
         return tf.where((signal == 0) & (noise == 0), float("nan"), ratio)

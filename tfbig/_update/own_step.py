@@ -27,7 +27,7 @@ _OF_THE_HALVES = {
 
 def _use(*names):
     """Records what is used by the step that is being traced, if it is a user's."""
-    uses = _keras.current("uses")
+    uses = _keras.thread.current("uses")
     if uses is not None:
         uses.update(names)
 
@@ -92,7 +92,7 @@ def checked(model, step):
     def checked_step(data):
         is_eager = tf.executing_eagerly() and _unused(model, uses)
         undo = _undo(model) if is_eager else None
-        with _keras.holding("uses", uses):
+        with _keras.thread.holding("uses", uses):
             logs = step(data)
         unused = _unused(model, uses)
         if unused:
@@ -107,10 +107,10 @@ def checked(model, step):
 def _undo(model):
     """What takes back an update that ran before it was known what it uses."""
     variables = list(model.variables)
-    for _, optimizer in _keras.optimizers_of(model):
+    for _, optimizer in _keras.optimizer.optimizers_of(model):
         variables += optimizer.variables
-    values = _keras.values_of(variables)
-    return lambda: _keras.assign_all(variables, values)
+    values = _keras.variables.values_of(variables)
+    return lambda: _keras.variables.assign_all(variables, values)
 
 
 def _error(model, unused):

@@ -41,16 +41,16 @@ def layers_of(model, recompute):
     elif recompute is True:
         chosen = _blocks(model)
     else:
-        chosen = [x for x in _keras.all_layers(model) if _is_call(x) and recompute(x)]
+        chosen = [x for x in _keras.layers.all_layers(model) if _is_call(x) and recompute(x)]
     if not chosen:
         raise errors.InvalidOptionError(
             f"`recompute` must mean one layer at least. Received: recompute={recompute!r}, which "
             f"means none of {_names(model)}."
         )
-    inside = {id(x) for layer in chosen for x in _keras.all_layers(layer)}
+    inside = {id(x) for layer in chosen for x in _keras.layers.all_layers(layer)}
     chosen = [x for x in chosen if id(x) not in inside]
     for layer in chosen:
-        _keras.check_can_recompute(layer)
+        _keras.recomputation.check_can_recompute(layer)
     return chosen
 
 
@@ -74,7 +74,7 @@ def _blocks(model):
         if isinstance(layer, keras.Model):
             found += _blocks(layer)
         # An embedding's activations are its output, which is kept in any case.
-        elif _keras.all_layers(layer) or (
+        elif _keras.layers.all_layers(layer) or (
             layer.trainable_variables and not isinstance(layer, keras.layers.Embedding)
         ):
             found.append(layer)
@@ -82,7 +82,7 @@ def _blocks(model):
 
 
 def _named(model, wanted):
-    layers = [x for x in _keras.all_layers(model) if _is_call(x)]
+    layers = [x for x in _keras.layers.all_layers(model) if _is_call(x)]
     chosen = []
     for want in wanted:
         found = [x for x in layers if x is want or want in (x.name, x.path)]

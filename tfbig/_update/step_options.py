@@ -38,7 +38,7 @@ def set_options(model, options):
             setattr(model, name, value)
 
 
-class StepOptions(_keras.TrainerOverrides):
+class StepOptions(_keras.trainer.TrainerOverrides):
     """The options of both mixins, and how they are kept.
 
     Not part of the public interface; `GradientAccumulationMixin` documents them.
@@ -144,7 +144,7 @@ class StepOptions(_keras.TrainerOverrides):
         else:
             super().__setattr__(name, value)
 
-    get_config = _keras.ConfigWith(lambda: StepOptions, "_option_config")
+    get_config = _keras.saving.ConfigWith(lambda: StepOptions, "_option_config")
 
     def _option_config(self):
         return {k: keras.saving.serialize_keras_object(v) for k, v in self._options().items()}

@@ -39,7 +39,7 @@ _ADDED_LOGS = ("loss_scale", "skipped_updates", "grad_norm", "gradient_noise_sca
 def check_strategy():
     """Refuses the current strategy if it is not supported."""
     strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
-    if strategy is not None and not isinstance(strategy, _keras.STRATEGIES):
+    if strategy is not None and not isinstance(strategy, _keras.devices.STRATEGIES):
         raise errors.UnsupportedStrategyError(
             "tfbig supports the default strategy, OneDeviceStrategy, MirroredStrategy, "
             "MultiWorkerMirroredStrategy and TPUStrategy. Received: "
@@ -146,28 +146,28 @@ class TrainStep(step_options.StepOptions):
         if not self._has_own_step or self._scale_settings is not None:
             # tfbig scales the loss itself, or not at all.
             settings["auto_scale_loss"] = False
-        if _keras.is_tpu(self.distribute_strategy):
+        if _keras.devices.is_tpu(self.distribute_strategy):
             # A TPU's programs are compiled anyway; Keras's own compilation fails there.
             settings["jit_compile"] = False
 
     def _finish_compile(self):
-        _keras.check_losses(self)
+        _keras.losses.check_losses(self)
         is_scaled = hasattr(self, "loss_scale") or isinstance(
-            self.optimizer, _keras.LossScaleOptimizer
+            self.optimizer, _keras.optimizer.LossScaleOptimizer
         )
-        if not is_scaled and _keras.computes_in_float16(self):
+        if not is_scaled and _keras.layers.computes_in_float16(self):
             warnings.warn(
                 "The model computes in float16 without loss scaling, so small gradients become "
                 "zero. Add tfbig.DynamicLossScalingMixin, or use mixed_bfloat16.",
                 stacklevel=3,
             )
-        self.seed_states = _keras.SeedStates(self)
+        self.seed_states = _keras.saving.SeedStates(self)
         self._reset_noise_scale()
         if self.optimizer is not None:
-            _keras.track_for_checkpoint(self, "optimizer", self.optimizer)
+            _keras.saving.track_for_checkpoint(self, "optimizer", self.optimizer)
 
     def _check_before_run(self):
-        _keras.check_scope(self)
+        _keras.layers.check_scope(self)
         if exchange.replicas_of(self) > 1:
             inexact.refuse_stateful_layers(self, self._cut())
 
@@ -204,7 +204,7 @@ class TrainStep(step_options.StepOptions):
                 super()._build_for(specs)
         elif not has_step_of_extended_class(type(self)):
             # Nor need it use this optimizer, of which Keras saves what is built.
-            with contextlib.suppress(RuntimeError), _keras.with_optimizer(self, None):
+            with contextlib.suppress(RuntimeError), _keras.optimizer.with_optimizer(self, None):
                 super()._build_for(specs)
 
     def make_train_function(self, force=False):
@@ -250,7 +250,7 @@ class TrainStep(step_options.StepOptions):
                 # Of a callback that was not told that training ended.
                 self.input_clock = None
 
-    @_keras.returns_global_logs
+    @_keras.trainer.returns_global_logs
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
         own_step.uses_all()
@@ -293,7 +293,7 @@ class TrainStep(step_options.StepOptions):
         if self.log_grad_norm:
             logs["grad_norm"] = update.gradient_norm
         if self.noise_scale_state is not None:
-            with _keras.exchanged_already(self.noise_scale_state.variables()):
+            with _keras.variables.exchanged_already(self.noise_scale_state.variables()):
                 logs["gradient_noise_scale"] = self.noise_scale_state.update(update)
         return logs
 
@@ -303,7 +303,7 @@ class TrainStep(step_options.StepOptions):
         added = set() if self._has_own_step else set(_ADDED_LOGS) - own
         return super()._flatten_metrics_in_order({k: v for k, v in logs.items() if k not in added})
 
-    @_keras.returns_global_logs
+    @_keras.trainer.returns_global_logs
     def test_step(self, data):
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
         if self._is_plain(self._evaluation_cut(), data):
@@ -313,13 +313,13 @@ class TrainStep(step_options.StepOptions):
 
     def _is_plain(self, cut, data=None):
         # Then Keras's own step does it, number for number.
-        is_padded = isinstance(data, _keras.PaddedBatch)
+        is_padded = isinstance(data, _keras.padding.PaddedBatch)
         return cut.is_whole and exchange.replicas() == 1 and not is_padded
 
     def _plain(self, step, data):
         """Runs a step of Keras, compiled by XLA if asked for."""
         data = exchange.checked_data(data)
-        if self.jit_compile and not _keras.is_compiled_as_a_whole():
+        if self.jit_compile and not _keras.devices.is_compiled_as_a_whole():
             step = tf.function(step, jit_compile=True, autograph=False)
         # An optimizer's counter does not depend on the data otherwise.
         with tf.control_dependencies(
@@ -331,24 +331,24 @@ class TrainStep(step_options.StepOptions):
         """This replica's share of a batch, as `MicroBatches`."""
         if not self._is_plain(cut, data):
             inexact.refuse_divided_loss(self)
-        synchronized = training and _keras.has_synchronized_layers(self)
+        synchronized = training and _keras.layers.has_synchronized_layers(self)
         # An exchange may stand neither in a loop nor in an XLA program.
         compiled = bool(self.jit_compile) and not synchronized
-        is_xla = compiled or _keras.is_compiled_as_a_whole()
-        data, counted = _keras.without_padding(data)
+        is_xla = compiled or _keras.devices.is_compiled_as_a_whole()
+        data, counted = _keras.padding.without_padding(data)
         recomputed = recomputation.layers_of(self, self.recompute if training else None)
 
         def loss_fn(micro_batch):
             with (
-                _keras.output_losses(self) as output_losses,
-                _keras.recomputed(recomputed, is_xla),
+                _keras.losses.output_losses(self) as output_losses,
+                _keras.recomputation.recomputed(recomputed, is_xla),
             ):
-                loss, *batch = _keras.forward(self, micro_batch, training)
+                loss, *batch = _keras.layers.forward(self, micro_batch, training)
             return micro_batches.Loss(
                 tf.convert_to_tensor(loss),
                 weight=self.loss_denominator(*batch),
                 values=output_losses,
-                logs=_keras.update_metrics(self, *batch),
+                logs=_keras.losses.update_metrics(self, *batch),
             )
 
         return micro_batches.MicroBatches(
@@ -359,7 +359,7 @@ class TrainStep(step_options.StepOptions):
             metric_variables=self.metrics_variables,
             compiled=compiled,
             unrolled=synchronized,
-            trace_scope=functools.partial(_keras.without_synchronization, self),
+            trace_scope=functools.partial(_keras.layers.without_synchronization, self),
             measures_noise=training and self.log_gradient_noise_scale,
             counted=counted,
         )
@@ -373,10 +373,10 @@ class TrainStep(step_options.StepOptions):
         )
         weight = tf.cast(reported, loss.dtype)
         samples = weight * tf.cast(update.samples, loss.dtype) / exchange.replicas()
-        _keras.update_losses(self, loss, samples, values, weight)
+        _keras.losses.update_losses(self, loss, samples, values, weight)
         # The losses in the logs of a micro-batch are those before this update.
-        own = {k: v for k, v in update.logs.items() if k not in _keras.loss_names(self)}
-        results = _keras.metrics_results(self, exchange.replicas())
+        own = {k: v for k, v in update.logs.items() if k not in _keras.losses.loss_names(self)}
+        results = _keras.losses.metrics_results(self, exchange.replicas())
         if own.keys() - results.keys() and not self._is_plain(self._cut()):
             warnings.warn(
                 "`compute_metrics` should return results of the model's metrics only, when a "

@@ -65,7 +65,7 @@ class State:
     def __init__(self, model):
         scale, noise = model.loss_scale_state, model.noise_scale_state
         optimizers = {}
-        for name, optimizer in _keras.optimizers_of(model):
+        for name, optimizer in _keras.optimizer.optimizers_of(model):
             if name and not optimizer.built:
                 raise errors.BackupError(
                     "An optimizer must be built before `fit` to be a part of the backup. Received: "

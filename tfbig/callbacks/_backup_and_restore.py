@@ -129,9 +129,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._stop.reset()
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(_keras.reseeded_shuffling(self._seed))
+                stack.enter_context(_keras.data.reseeded_shuffling(self._seed))
                 # On several workers the request travels with tfbig's own step.
-                is_carried = not is_shared or _keras.globally_logged(model.train_step)
+                is_carried = not is_shared or _keras.trainer.globally_logged(model.train_step)
                 if self.on_preemption is not None and not is_carried:
                     warnings.warn(
                         "BackupAndRestore leaves SIGTERM alone: on several workers it needs the "
@@ -144,7 +144,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                         model.stop_request = self._stop
                 yield
         finally:
-            _keras.set_initial_epoch(model, 0)
+            _keras.trainer.set_initial_epoch(model, 0)
             self._stop = self._data = self._backup = None
 
     def _read(self):
@@ -160,7 +160,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         return backup
 
     def _new_seed(self):
-        return int(self._workers.exchange("a seed", str(_keras.new_seed()))[0])
+        return int(self._workers.exchange("a seed", str(_keras.data.new_seed()))[0])
 
     def before_others(self):
         """A callback that restores, to stand before all others."""
@@ -175,7 +175,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._restore()  # Unless that is done.
 
     def _restore(self):
-        self._data = _keras.data_of_fit(self.model)
+        self._data = _keras.trainer.data_of_fit(self.model)
         backup, self._backup = self._backup, None
         # Before training, also where there is no backup yet: it says what cannot be in one.
         state = _backup.State(self.model)
@@ -187,23 +187,23 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"{_first_difference(backup.described, state.described)}. It is left as it is. "
                 "Use another directory, or the model that it was made of."
             )
-        _keras.assign_all(state.variables, backup.arrays)
+        _keras.variables.assign_all(state.variables, backup.arrays)
         self._epoch, self._batch = backup.epoch, backup.batch
         self._first_epoch = backup.first_epoch
         if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
-            _keras.set_initial_epoch(self.model, self.params["epochs"])
+            _keras.trainer.set_initial_epoch(self.model, self.params["epochs"])
             return
         self._metrics = backup.arrays[len(backup.arrays) - len(state.metrics) :]
-        _keras.set_initial_epoch(self.model, self._epoch)
+        _keras.trainer.set_initial_epoch(self.model, self._epoch)
         complete = backup.epoch - backup.first_epoch
-        _keras.resume_data(self._data, complete, backup.batch, backup.num_batches)
+        _keras.data.resume_data(self._data, complete, backup.batch, backup.num_batches)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._epoch != epoch:  # With initial_epoch.
             self._epoch, self._batch = epoch, 0
         if self._batch:
             # Keras has just reset them.
-            _keras.assign_all(_backup.State(self.model).metrics, self._metrics)
+            _keras.variables.assign_all(_backup.State(self.model).metrics, self._metrics)
         self._metrics = []
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -223,7 +223,9 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_test_begin(self, logs=None):
         if self._stop is not None:
             # Which a validation resets.
-            self._metrics_of_training = _keras.values_of(_backup.State(self.model).metrics)
+            self._metrics_of_training = _keras.variables.values_of(
+                _backup.State(self.model).metrics
+            )
 
     def on_test_batch_end(self, batch, logs=None):
         if self._stop is not None and not self._stop.is_shared and self._stop.is_agreed():
@@ -256,14 +258,14 @@ class BackupAndRestore(keras.callbacks.Callback):
         if not self._workers.is_chief:
             return True
         state = _backup.State(self.model)
-        arrays = _keras.values_of(state.variables)
+        arrays = _keras.variables.values_of(state.variables)
         if self._metrics_of_training:
             arrays[-len(state.metrics) :] = self._metrics_of_training
         backup = _backup.Backup(
             first_epoch=self._first_epoch,
             epoch=self._epoch,
             batch=self._batch,
-            num_batches=_keras.known_batches(self._data),
+            num_batches=_keras.data.known_batches(self._data),
             seed=self._seed,
             ended_of=self.params["epochs"] if ended else None,
             described=state.described,

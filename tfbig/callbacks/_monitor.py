@@ -142,7 +142,7 @@ class TrainingMonitor(keras.callbacks.Callback):
         if not self._is_running:
             return
         # Another monitor may have made one.
-        clock = self.model.input_clock = self.model.input_clock or _keras.InputClock()
+        clock = self.model.input_clock = self.model.input_clock or _keras.input_clock.InputClock()
         name = os.path.realpath(self.directory)
         if name in clock.readers:
             raise errors.InvalidOptionError(
@@ -176,7 +176,7 @@ class TrainingMonitor(keras.callbacks.Callback):
     def _optimizer_and_updates(self):
         """The optimizer of the most updates, or None, and the updates that the model counts."""
         # Not that of `compile`, which makes one that may never be used.
-        optimizers = [optimizer for _, optimizer in _keras.optimizers_of(self.model)]
+        optimizers = [optimizer for _, optimizer in _keras.optimizer.optimizers_of(self.model)]
         optimizer = max(optimizers, key=lambda o: int(o.iterations.numpy()), default=None)
         updates = int(optimizer.iterations.numpy()) if optimizer else 0
         return optimizer, updates + getattr(self.model, "skipped_updates", 0)
@@ -363,7 +363,7 @@ def _learning_rate(optimizer):
 def _device_mib(strategy):
     """The peak of the memory of the first device, where TensorFlow counts it, else None."""
     try:
-        info = tf.config.experimental.get_memory_info(_keras.devices_of(strategy)[0])
+        info = tf.config.experimental.get_memory_info(_keras.devices.devices_of(strategy)[0])
     except (ValueError, tf.errors.OpError):
         return None
     return info["peak"] / 2**20

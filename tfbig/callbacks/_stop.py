@@ -40,7 +40,7 @@ class StopRequest:
         """Forgets an earlier request."""
         self.is_made = self.is_handled = False
         if self.is_shared:
-            _keras.assign_all([self._sent, self._received], [0.0, 0.0])
+            _keras.variables.assign_all([self._sent, self._received], [0.0, 0.0])
 
     @contextlib.contextmanager
     def listening(self):
@@ -69,7 +69,7 @@ class StopRequest:
     def send(self):
         """Lets the next update carry the request, if it is made. Called before it."""
         if self.is_made and self.is_shared:
-            _keras.assign_all([self._sent], [1.0])
+            _keras.variables.assign_all([self._sent], [1.0])
 
     def sent(self):
         """float32 scalar, 1 if this worker sends the request. In replica context."""
@@ -77,13 +77,15 @@ class StopRequest:
 
     def receive(self, total):
         """Keeps how many replicas sent it. In replica context."""
-        _keras.native(self._received).assign(tf.cast(total, "float32"))
+        _keras.variables.native(self._received).assign(tf.cast(total, "float32"))
 
     def is_agreed(self):
         """Whether all workers stop after the update that was."""
         if self.is_handled:
             return False
-        return _keras.values_of([self._received])[0] > 0 if self.is_shared else self.is_made
+        return (
+            _keras.variables.values_of([self._received])[0] > 0 if self.is_shared else self.is_made
+        )
 
     def agree(self, workers):
         """Whether any worker has the request; all ask at the same place, between updates."""

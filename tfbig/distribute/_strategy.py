@@ -181,7 +181,7 @@ def _mirrored(devices, timeout, port):
 
 
 def _make_logical_cpus(count):
-    made = _keras.make_logical_cpus(count)
+    made = _keras.devices.make_logical_cpus(count)
     if made < count:
         raise errors.InvalidOptionError(
             f"{count} logical CPU devices cannot be made any more: TensorFlow has started. Call "

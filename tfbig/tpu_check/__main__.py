@@ -153,7 +153,7 @@ def _parsed(arguments):
 
 
 def _make_devices(count):
-    if _keras.make_logical_cpus(count) < count:
+    if _keras.devices.make_logical_cpus(count) < count:
         raise UsageError(
             f"{count} logical CPU devices are needed, one for each core, and cannot be made any "
             "more, since TensorFlow has started."

@@ -81,10 +81,10 @@ def made_exact(model, strategy):
     It gets SGD; dropout drops nothing, noise is none, and BatchNormalization normalizes with its
     moving statistics.
     """
-    for layer in _keras.all_layers(model):
+    for layer in _keras.layers.all_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
-        elif _keras.draws_random_numbers(layer):
+        elif _keras.layers.draws_random_numbers(layer):
             for name in _rates(layer):
                 setattr(layer, name, 0)
     with strategy.scope() if strategy else contextlib.nullcontext():
@@ -100,7 +100,7 @@ def _rates(layer):
 
 def _stays_random(layer):
     """Whether `made_exact` cannot turn a layer's randomness off."""
-    return _keras.draws_random_numbers(layer) and not _rates(layer)
+    return _keras.layers.draws_random_numbers(layer) and not _rates(layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def compared(built, strategy, cores, run):
     differences = numbers.differences(update, wanted, names)
     random = [
         f"{type(layer).__name__} {layer.name!r}"
-        for layer in _keras.all_layers(model)
+        for layer in _keras.layers.all_layers(model)
         if _stays_random(layer)
     ]
     # Random numbers deviate by any amount.
@@ -185,9 +185,9 @@ def _wanted(built, model, batch, data):
         # Then its step is Keras's own.
         for name in _PLAIN.keys() & step_options.option_names(type(whole)):
             setattr(whole, name, _PLAIN[name])
-    _keras.build_for(whole, batch.specs)
+    _keras.trainer.build_for(whole, batch.specs)
     with model.distribute_strategy.scope():
-        _keras.build_for(model, batch.specs)
+        _keras.trainer.build_for(model, batch.specs)
     whole.set_weights(model.get_weights())
     whole.optimizer.build(whole.trainable_variables)
     before = whole.get_weights()
@@ -201,7 +201,7 @@ def _wanted(built, model, batch, data):
 
 
 def _tolerance(model):
-    dtypes = {layer.compute_dtype for layer in [model, *_keras.all_layers(model)]}
+    dtypes = {layer.compute_dtype for layer in [model, *_keras.layers.all_layers(model)]}
     if isinstance(model, train_step.TrainStep):
         dtypes.add(model.exchange_dtype)
     return max(numbers.TOLERANCES.get(dtype, 0.0) for dtype in dtypes)
@@ -209,7 +209,7 @@ def _tolerance(model):
 
 def _own_of_cores(model):
     """Paths of what each core has for itself: sums that only the result of a metric adds up."""
-    return {v.path for v in model.metrics_variables if not _keras.is_summed(v)}
+    return {v.path for v in model.metrics_variables if not _keras.variables.is_summed(v)}
 
 
 def _scaled(built, strategy, cores, run, data, initial, wanted, rate, size):
@@ -221,9 +221,9 @@ def _scaled(built, strategy, cores, run, data, initial, wanted, rate, size):
     if not hasattr(type(model), "loss_scale"):
         return None
     with model.distribute_strategy.scope():
-        _keras.build_for(model, batch.specs)
+        _keras.trainer.build_for(model, batch.specs)
     model.set_weights(initial)
-    is_half = _keras.computes_in_float16(model) or model.exchange_dtype == "float16"
+    is_half = _keras.layers.computes_in_float16(model) or model.exchange_dtype == "float16"
     model.loss_scale = DynamicLossScale(initial_scale=_SCALE_OF_FLOAT16) if is_half else "dynamic"
     model.optimizer.learning_rate = rate
     poisoned, is_sure = numbers.poisoned(data, cores)

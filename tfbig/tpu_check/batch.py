@@ -66,7 +66,7 @@ class Batch:
                 "What the model is trained on cannot be told from its inputs and losses. Have "
                 "build() return a pair of the model and a sample of the data: model, (x, y)."
             )
-        x = _keras.as_inputs(model, [_spec(i, i.shape[1:], i.dtype, size) for i in inputs])
+        x = _keras.layers.as_inputs(model, [_spec(i, i.shape[1:], i.dtype, size) for i in inputs])
         y = [
             _spec(o, o.shape[1:-1], "int32", size)
             if is_sparse

@@ -188,7 +188,7 @@ def trace(model, share):
     strategy = model.distribute_strategy
     model.check_train_step()
     with strategy.scope():
-        _keras.build_for(model, _keras.data_of(share))
+        _keras.trainer.build_for(model, _keras.padding.data_of(share))
         # No variable can be made while a TPU's program is traced.
         model.optimizer.build(model.trainable_variables)
 
@@ -205,7 +205,7 @@ def trace(model, share):
     logs = concrete.structured_outputs
     return Program(
         concrete.graph,
-        layers=_keras.all_layers(model),
+        layers=_keras.layers.all_layers(model),
         variables=_variables(model),
         # As TensorFlow flattens a dictionary.
         logs=sorted(logs) if isinstance(logs, dict) else (),
