@@ -1,11 +1,51 @@
 """Gradient accumulation inside one `train_step`."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import automatic_size, capacity, cutting, exchange, train_step
+from tfbig._update.option import Option
 
 __all__ = ("GradientAccumulationMixin",)
+
+# The two options that say how a batch is cut, in the order of `_cut_of`.
+_CUT = ("gradient_accumulation_steps", "micro_batch_size")
+
+_PASSED_ON = "{name}=self.{name} to tfbig.accumulate_gradients"
+
+
+def _checked_steps(value: Any) -> int | None:
+    if value is None:
+        return None
+    return cutting.Cut(gradient_accumulation_steps=value).gradient_accumulation_steps
+
+
+def _checked_size(value: Any) -> int | str | None:
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    return cutting.Cut(micro_batch_size=value).micro_batch_size
+
+
+def _steps(model: "GradientAccumulationMixin") -> int | None:
+    return None if model._automatic_size else model._batch_cut.gradient_accumulation_steps
+
+
+def _size(model: "GradientAccumulationMixin") -> int | None:
+    if model._automatic_size:
+        return model._automatic_size.size
+    return model._batch_cut.micro_batch_size
+
+
+def _restart(model: "GradientAccumulationMixin") -> None:
+    model._cut_of_evaluation = None
+    model._rebuild_step()
+
+
+def _search_again(model: "GradientAccumulationMixin") -> None:
+    if model._automatic_size:
+        model.micro_batch_size = "auto"
 
 
 class GradientAccumulationMixin(train_step.TrainStep):
@@ -74,71 +114,50 @@ class GradientAccumulationMixin(train_step.TrainStep):
     2
     """
 
+    gradient_accumulation_steps = Option(
+        default=None,
+        check=_checked_steps,
+        plain=1,
+        doc="Micro-batches per replica and update; None if their size is given.",
+        value=_steps,
+        changed=_restart,
+        asks=lambda _, steps: steps not in (None, 1),
+        passed_on=_PASSED_ON.format(name="gradient_accumulation_steps"),
+        is_tuned=True,
+    )
+    micro_batch_size = Option(
+        default=None,
+        check=_checked_size,
+        doc=(
+            "Samples per replica and forward pass; None if their number is given.\n\n"
+            'With "auto", None before the first update.'
+        ),
+        value=lambda model: "auto" if model._automatic_size else _size(model),
+        shown=_size,
+        changed=_restart,
+        passed_on=_PASSED_ON.format(name="micro_batch_size"),
+        is_tuned=True,
+    )
+    memory_budget = Option(
+        default=None,
+        check=capacity.checked_budget,
+        doc='Bytes that a replica may take with `micro_batch_size="auto"`, or None.',
+        changed=_search_again,
+        is_tuned=True,
+    )
+
     _batch_cut = cutting.Cut(gradient_accumulation_steps=1)
     _automatic_size: automatic_size.AutomaticSize | None = None
-    _memory_budget: int | None = None
     _cut_of_evaluation: cutting.Cut | None = None
-    _warned_of: tuple | None = None
+    _warned_of: tuple[int, int] | None = None
 
-    def __init__(
-        self,
-        *args,
-        gradient_accumulation_steps=None,
-        micro_batch_size=None,
-        memory_budget=None,
-        **kwargs,
-    ):
-        budget = capacity.checked_budget(memory_budget)
-        cut, automatic = _cut_of(gradient_accumulation_steps, micro_batch_size)
-        super().__init__(*args, **kwargs)
-        self._batch_cut, self._automatic_size = cut, automatic
-        self._memory_budget = budget
-
-    @property
-    def gradient_accumulation_steps(self):
-        """Micro-batches per replica and update; None if their size is given."""
-        return None if self._automatic_size else self._batch_cut.gradient_accumulation_steps
-
-    @gradient_accumulation_steps.setter
-    def gradient_accumulation_steps(self, value):
-        self._set_cut(*_cut_of(value, None))
-
-    @property
-    def micro_batch_size(self):
-        """Samples per replica and forward pass; None if their number is given.
-
-        With "auto", None before the first update.
-        """
-        return (
-            self._automatic_size.size if self._automatic_size else self._batch_cut.micro_batch_size
-        )
-
-    @micro_batch_size.setter
-    def micro_batch_size(self, value):
-        self._set_cut(*_cut_of(None, value))
-
-    @property
-    def memory_budget(self):
-        """Bytes that a replica may take with `micro_batch_size="auto"`, or None."""
-        return self._memory_budget
-
-    @memory_budget.setter
-    def memory_budget(self, value):
-        self._memory_budget = capacity.checked_budget(value)
-        if self._automatic_size:
-            self.micro_batch_size = "auto"
-
-    def _set_cut(self, cut, automatic):
-        self._batch_cut, self._automatic_size = cut, automatic
-        self._cut_of_evaluation = None
-        self._rebuild_step()
-
-    def _options(self):
-        return super()._options() | {
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "micro_batch_size": "auto" if self._automatic_size else self.micro_batch_size,
-            "memory_budget": self.memory_budget,
-        }
+    def _keep_options(self, given: Mapping[str, Any]) -> None:
+        # Together they say how a batch is cut: to set one is to unset the other.
+        if any(name in given for name in _CUT):
+            cut, automatic = _cut_of(*(given.get(name) for name in _CUT))
+            object.__setattr__(self, "_batch_cut", cut)
+            object.__setattr__(self, "_automatic_size", automatic)
+        super()._keep_options({k: v for k, v in given.items() if k not in _CUT})
 
     def _cut(self):
         return self._automatic_size.cut if self._automatic_size else self._batch_cut

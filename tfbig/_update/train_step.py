@@ -24,16 +24,13 @@ from tfbig._update import (
     fit_context,
     inexact,
     micro_batches,
+    option,
     own_step,
     recomputation,
     step_options,
 )
 
 __all__ = ("TrainStep",)
-
-
-# What the logs of an update hold beside Keras's own.
-_ADDED_LOGS = ("loss_scale", "skipped_updates", "grad_norm", "gradient_noise_scale")
 
 
 def check_strategy():
@@ -221,7 +218,7 @@ class TrainStep(step_options.StepOptions):
         """Refuses options that the `train_step` of a class that is extended knows nothing of."""
         if not has_step_of_extended_class(type(self)):
             return
-        given, replicas = own_step.given(self), exchange.replicas_of(self)
+        given, replicas = self._asked_options(), exchange.replicas_of(self)
         if given or replicas > 1:
             said = ", ".join(f"{k}={v!r}" for k, v in given.items())
             raise errors.UnsupportedModelError(
@@ -259,7 +256,7 @@ class TrainStep(step_options.StepOptions):
             with tf.init_scope():
                 self.optimizer.build(self.trainable_variables)
         is_plain = self._is_plain(self._cut(), data)
-        if is_plain and self.loss_scale_state is None and self._is_default:
+        if is_plain and self.loss_scale_state is None and not self._needs_own_step:
             return self._plain(super().train_step, data)
         return self._apply(self._accumulate(data, self._cut()))
 
@@ -300,7 +297,8 @@ class TrainStep(step_options.StepOptions):
     def _flatten_metrics_in_order(self, logs):
         # A list has no names: a program that unpacks what Keras returns must find that.
         own = {m.name for outer in self.metrics for m in getattr(outer, "metrics", [outer])}
-        added = set() if self._has_own_step else set(_ADDED_LOGS) - own
+        options = () if self._has_own_step else option.declared(type(self)).values()
+        added = {name for o in options for name in o.logs} - own
         return super()._flatten_metrics_in_order({k: v for k, v in logs.items() if k not in added})
 
     @_keras.trainer.returns_global_logs
