@@ -131,6 +131,30 @@ def test_programs_run(tmp_path):
         pytest.skip(f"docs/export.md: {', '.join(missing)} not installed. pip install tfbig[onnx]")
 
 
+# How long a step took, and all of them.
+SECONDS = re.compile(r"\d+m?s(/step)?")
+
+
+@pytest.mark.parametrize("removed", ["+", "-"], ids=["before", "after"])
+def test_first_program_of_the_readme_prints_what_it_says(removed, tmp_path):
+    blocks = list(fences((ROOT / "README.md").read_text()))
+    (diff,) = [lines for language, _, lines in blocks if language == "diff"]
+    (output,) = [lines for language, _, lines in blocks if language == "text"]
+    file = tmp_path / "first.py"
+    file.write_text("\n".join(line[1:] for line in diff if not line.startswith(removed)))
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, file],
+        env={**os.environ, **quiet},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert SECONDS.sub("", result.stdout).split() == SECONDS.sub("", " ".join(output)).split()
+
+
 @every_page
 def test_blocks_say_what_they_are(path):
     text = path.read_text()
