@@ -1,8 +1,8 @@
-"""What the documentation says holds: programs run, links lead somewhere, names and messages exist.
+"""The documentation is correct: programs run, links work, names and messages exist.
 
-In docs/*.md every block of ```python runs, those of a page one after the other in one process,
-unless a line `<!-- not run: reason -->` stands before it. In docs/troubleshooting.md whatever
-holds a … is a message of tfbig, with … for what varies.
+In docs/*.md, every ```python block runs, unless the line before it is `<!-- not run: reason -->`.
+The blocks of a page run in order, in one process. In docs/troubleshooting.md, every code span or
+text block with a … quotes a message of tfbig, where … stands for what varies.
 """
 
 import ast
@@ -31,7 +31,7 @@ every_text = pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=l
 
 
 def fences(text):
-    """Triples of a block's language, its first line's number from 0, and its lines."""
+    """For each block, its language, the 0-based number of its first line, and its lines."""
     lines = text.splitlines()
     begin = None
     for i, line in enumerate(lines):
@@ -42,11 +42,11 @@ def fences(text):
         else:
             yield lines[begin][3:].strip(), begin + 1, lines[begin + 1 : i]
             begin = None
-    assert begin is None, f"The block of line {begin + 1} has no end."
+    assert begin is None, f"The block at line {begin + 1} is not closed."
 
 
 def program(text):
-    """The blocks that run, each in its lines, so that tracebacks name lines of the page."""
+    """The blocks that run, each at its own lines, so that tracebacks show lines of the page."""
     lines = text.splitlines()
     code = [""] * len(lines)
     for language, first, block in fences(text):
@@ -57,7 +57,7 @@ def program(text):
 
 
 def prose(text):
-    """A page without its blocks."""
+    """A page without its code blocks."""
     lines = text.splitlines()
     for _, first, block in fences(text):
         lines[first : first + len(block)] = [""] * len(block)
@@ -65,7 +65,7 @@ def prose(text):
 
 
 def anchors(text):
-    """The places that GitHub makes of a page's headings."""
+    """The anchors that GitHub creates for a page's headings."""
     for heading in re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE):
         heading = LINK.sub(lambda m: m[0][1:].split("]")[0], heading)
         yield re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
@@ -76,11 +76,11 @@ def squeezed(text):
 
 
 def test_there_are_pages():
-    # Else the parametrizations would be empty and pass.
+    # Otherwise the parametrizations would be empty and pass.
     assert {"guide", "troubleshooting"} <= {path.stem for path in PAGES}
 
 
-# Runs each file that it is given in a child, after what takes long to import.
+# Runs each given file in a forked child, after importing what takes long.
 RUNNER = """
 import os, runpy, sys, traceback
 
@@ -131,7 +131,7 @@ def test_programs_run(tmp_path):
         pytest.skip(f"docs/export.md: {', '.join(missing)} not installed. pip install tfbig[onnx]")
 
 
-# How long a step took, and all of them.
+# The time of an epoch and of a step.
 SECONDS = re.compile(r"\d+m?s(/step)?")
 
 
@@ -159,7 +159,7 @@ def test_first_program_of_the_readme_prints_what_it_says(removed, tmp_path):
 def test_blocks_say_what_they_are(path):
     text = path.read_text()
     assert {language for language, _, _ in fences(text)} <= {"python", "console", "text"}
-    # One that stands elsewhere would do nothing.
+    # Elsewhere, the marker would have no effect.
     lines = text.splitlines()
     for i, line in enumerate(lines):
         if "not run:" in line:
@@ -188,7 +188,7 @@ def test_names_of_tfbig_exist(path):
 
 
 def test_names_in_the_source_exist():
-    """Those of docstrings above all, of which the API reference is made."""
+    """Above all those in docstrings, from which the API reference is built."""
     text = "\n".join(file.read_text() for file in ROOT.glob("tfbig/**/*.py"))
     assert not [name for name in set(NAME.findall(text)) if not exists(name)]
 
@@ -207,7 +207,7 @@ def exists(name):
 
 @every_text
 def test_commands_exist(path):
-    """Scripts and modules that are started in the page, and their flags."""
+    """Scripts and modules that the page starts, and their flags."""
     blocks = [squeezed(" ".join(b)) for k, _, b in fences(path.read_text()) if k == "console"]
     spans = [m[2] for m in SPAN.finditer(prose(path.read_text()))]
     for command in [*blocks, *spans]:
@@ -215,7 +215,7 @@ def test_commands_exist(path):
         scripts = re.findall(r"(?<![\w./])scripts/[\w./]+", command)
         files = [source_of(m) for m in modules] + [ROOT / s for s in scripts]
         assert all(file.exists() for file in files), command
-        # Scripts share flags, which are defined in one place.
+        # Scripts share flags, which one module defines.
         only_modules = "\n".join(f.read_text() for f in files if f.is_file())
         known = only_modules if modules and not scripts else all_programs()
         for flag in re.findall(r"(?<!\S)--(?!help)([\w-]+)", command):
@@ -238,7 +238,7 @@ def all_programs():
 
 @functools.cache
 def messages():
-    """All texts in the source of tfbig, with … for what is filled in."""
+    """All strings in the source of tfbig, with … for what is filled in."""
     found = []
     for file in ROOT.glob("tfbig/**/*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -251,9 +251,9 @@ def messages():
 
 
 def is_message(quoted):
-    # What is between two … stands in one text, in this order.
+    # The parts between two … occur in one string, in this order.
     parts = [re.escape(part) for part in quoted.split("…")]
-    assert max(map(len, parts)) > 12, f"{quoted}: too short to be found"
+    assert max(map(len, parts)) > 12, f"{quoted}: too short to identify a message"
     pattern = re.compile(".*?".join(parts))
     return any(pattern.search(message) for message in messages())
 

@@ -1,6 +1,6 @@
-"""Every notebook runs from top to bottom, in a kernel of its own; what is stored of it is small.
+"""Every notebook runs from top to bottom in its own kernel, and its stored outputs are small.
 
-After a change of one, `TFBIG_STORE_NOTEBOOKS=1 python -m pytest tests/docs/notebooks_test.py`
+After you change a notebook, `TFBIG_STORE_NOTEBOOKS=1 python -m pytest tests/docs/notebooks_test.py`
 stores its new outputs.
 """
 
@@ -16,15 +16,15 @@ NOTEBOOKS = sorted(pathlib.Path(__file__).parents[2].glob("notebooks/*.ipynb"))
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
-# Bytes of a notebook with its outputs. Reading a repository's history should stay quick.
+# Bytes of a notebook with its outputs. Cloning the repository should stay quick.
 LARGEST = 300_000
 
-# Directories that say on whose machine a notebook ran, and objects' addresses, which change.
+# Directories that identify the machine, and objects' addresses, which change with every run.
 OF_A_MACHINE = re.compile(r"/(tmp|home|root|Users|usr|opt|var|work|content|mnt)/|\b0x[0-9a-f]{8,}")
 
 
 def test_there_are_notebooks():
-    # Else the parametrizations below would be empty and pass.
+    # Otherwise the parametrizations below would be empty and pass.
     assert NOTEBOOKS
 
 
@@ -32,7 +32,7 @@ def test_there_are_notebooks():
 @each_notebook
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
-    # A cell that raises, an assertion that fails among them, raises here.
+    # A cell that raises, for example because an assertion fails, raises here.
     NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
     ).execute()
@@ -44,7 +44,7 @@ def test_notebook_runs(path):
 @each_notebook
 def test_stored_outputs_are_those_of_a_run(path):
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    # Each cell once, in order, nothing before or between.
+    # Each cell ran once, in order, with nothing before or between.
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = _outputs(nbformat.read(path, as_version=4))
     assert any("image/png" in output.get("data", ()) for output in outputs)
@@ -76,18 +76,18 @@ def _outputs(notebook):
 
 
 def _texts(output):
-    """What a reader of an output sees as text."""
+    """The text of an output that readers see."""
     if output.output_type == "stream":
         return [output.text]
     return [v for kind, v in output.get("data", {}).items() if kind.startswith("text/")]
 
 
 def _store(notebook, path):
-    """Stores what is the same in every run and of interest to a reader."""
+    """Stores outputs that do not change with every run and interest readers."""
     for cell in notebook.cells:
-        # When it ran.
+        # The time of the run.
         cell.metadata.pop("execution", None)
-        # TensorFlow's remarks on the machine.
+        # TensorFlow's messages about the machine.
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     notebook.metadata.language_info = {"name": "python"}

@@ -1,4 +1,4 @@
-"""Networks that are compared: with each other, or their outputs for several samples."""
+"""Networks compared with each other, or by their outputs for several samples."""
 
 import keras
 import numpy as np
@@ -15,7 +15,7 @@ def embedder(name="embedding"):
 
 @registered
 class Distances(layers.Layer):
-    """Distances of an anchor to a positive and to a negative."""
+    """Distances from an anchor to a positive and a negative."""
 
     def call(self, anchor, positive, negative):
         return ops.stack(
@@ -30,7 +30,7 @@ class Distances(layers.Layer):
 @over_base
 def siamese(base):
     class Siamese(base):
-        """A network of distances, trained by the margin between them."""
+        """A network that computes distances, trained on the margin between them."""
 
         def __init__(self, network, margin=0.5, **kwargs):
             super().__init__(**kwargs)
@@ -59,7 +59,7 @@ def siamese(base):
 
 @program(
     "keras.io: a siamese network with a triplet loss",
-    "constructor with a network, `compute_loss` with a mean of its own, one network three times",
+    "constructor takes a network, `compute_loss` returns a mean, one network called three times",
     data=lambda rng, n: (
         {name: rng.normal(size=(n, 5)) for name in ("anchor", "positive", "negative")},
     ),
@@ -75,7 +75,7 @@ def triplets(base, **options):
 @over_base
 def distiller(base):
     class Distiller(base):
-        """A student that learns from labels and from a teacher, which does not train."""
+        """A student that learns from labels and from a frozen teacher."""
 
         def __init__(self, student, teacher, **kwargs):
             super().__init__(**kwargs)
@@ -142,7 +142,7 @@ def distillation(base, **options):
 
 
 @program(
-    "A classifier whose class is extended, with a default optimizer of its own",
+    "A classifier whose extended class has its own default optimizer",
     "`tfbig.extend` of a class with its own `compile` and constructor",
     data=lambda rng, n: (rng.normal(size=(n, 5)), samples.classes(rng, n)),
     compile=lambda: {"temperature": 2.0},
@@ -155,7 +155,7 @@ def extended_classifier(extended, **options):
 
 @registered
 class TemperedClassifier(keras.Model):
-    """Compiles itself with the loss and metrics that it is for."""
+    """Compiles with its own default loss and metrics."""
 
     def __init__(self, classes, hidden=4, **kwargs):
         super().__init__(**kwargs)
@@ -218,12 +218,12 @@ def contrastive(base):
 
 
 @program(
-    "keras.io: contrastive pretraining, with the batch as negatives",
-    "a loss of one's own that couples samples: only `check_equivalence` can tell",
+    "keras.io: contrastive pretraining, with negatives from the batch",
+    "custom loss that couples samples: only `check_equivalence` can detect it",
     data=lambda rng, n: ({name: rng.normal(size=(n, 5)) for name in ("first", "second")},),
     adaptive="adam",
     couples=True,
-    note="the loss of a micro-batch is another one; exact with one micro-batch",
+    note="a micro-batch has a different loss; exact with one micro-batch",
 )
 def contrastive_pretraining(base, **options):
     return contrastive(base)(embedder(), **options)
@@ -236,7 +236,7 @@ def contrastive_pretraining(base, **options):
     compile=lambda: {"loss": keras.losses.Circle(gamma=2.0)},
     adaptive="adam",
     warns="couples the samples",
-    note="the loss of a micro-batch is another one; exact with one micro-batch",
+    note="a micro-batch has a different loss; exact with one micro-batch",
 )
 def circle(base, **options):
     x = keras.Input((5,))
@@ -245,7 +245,7 @@ def circle(base, **options):
 
 @registered
 class CenterLoss(layers.Layer):
-    """Pulls each sample to the center of its class: an added loss of rows of a table."""
+    """Pulls each sample towards the center of its class, with a loss added from table rows."""
 
     def __init__(self, classes, rate=0.1, **kwargs):
         super().__init__(**kwargs)
@@ -264,8 +264,8 @@ class CenterLoss(layers.Layer):
 
 
 @program(
-    "Metric learning with centers of classes",
-    "`add_loss` in `call`, rows of an own weight taken by label",
+    "Metric learning with class centers",
+    "`add_loss` in `call`, rows of a custom weight looked up by label",
     data=lambda rng, n: (
         {"features": rng.normal(size=(n, 5)), "label": (y := samples.classes(rng, n))},
         y,

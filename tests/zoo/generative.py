@@ -1,4 +1,4 @@
-"""Models that make samples. What they draw comes with the data: random streams are not the same."""
+"""Generative models. Their random numbers come with the data, since random streams differ."""
 
 import keras
 import tensorflow as tf
@@ -17,7 +17,7 @@ def images_and_noise(rng, n):
 
 @registered
 class Sampling(layers.Layer):
-    """Moves a mean by noise times a deviation, and adds the divergence to the loss."""
+    """Adds noise times the standard deviation to a mean, and the divergence to the loss."""
 
     def call(self, mean, log_variance, noise):
         divergence = 1 + log_variance - ops.square(mean) - ops.exp(log_variance)
@@ -26,8 +26,8 @@ class Sampling(layers.Layer):
 
 
 @program(
-    "Keras guide: a variational autoencoder by `add_loss`",
-    "a scalar mean of a layer's own beside a compiled loss",
+    "Keras guide: a variational autoencoder with `add_loss`",
+    "a layer adds a scalar mean to the compiled loss",
     data=lambda rng, n: (
         x := {"image": rng.uniform(size=(n, 6)), "noise": rng.normal(size=(n, LATENT))},
         x["image"],
@@ -61,7 +61,7 @@ def decoder():
 @over_base
 def variational_autoencoder(base):
     class VAE(base):
-        """A variational autoencoder with its own step, tfbig's or that of a plain program."""
+        """A variational autoencoder with its own step, written with tfbig or in plain Keras."""
 
         def __init__(self, encoder, decoder, **kwargs):
             super().__init__(**kwargs)
@@ -121,8 +121,8 @@ def variational_autoencoder(base):
 
 
 @program(
-    "keras.io: a variational autoencoder with a step of its own",
-    "constructor with two networks, own `train_step` from `accumulate_gradients`",
+    "keras.io: a variational autoencoder with its own `train_step`",
+    "two networks as constructor arguments, own `train_step` with `accumulate_gradients`",
     data=images_and_noise,
     adaptive="adagrad",
 )
@@ -133,7 +133,7 @@ def autoencoder_with_step(base, **options):
 @over_base
 def adversaries(base):
     class ConditionalGAN(base):
-        """A generator and a discriminator that see a class, each with its optimizer."""
+        """A class-conditional generator and discriminator, each with its own optimizer."""
 
         def __init__(self, discriminator, generator, latent, **kwargs):
             super().__init__(**kwargs)

@@ -17,7 +17,7 @@ SIZES = {
 
 
 def models():
-    """KerasHub's models. The test of a program is skipped where there is no KerasHub."""
+    """KerasHub's models. Without KerasHub, the test of a program is skipped."""
     return pytest.importorskip("keras_hub").models
 
 
@@ -27,7 +27,7 @@ def sentences(rng, n, prefix=""):
 
 
 def continuations(rng, n):
-    """Inputs of a causal language model, the next tokens, and weights that leave out padding."""
+    """Inputs of a causal language model, the next tokens, and weights that exclude padding."""
     x = sentences(rng, n)
     y = samples.next_tokens(x["token_ids"])
     return x, y, (y > 0).astype("float64")
@@ -46,7 +46,7 @@ def cross_entropy():
 
 @program(
     "KerasHub: `BertTextClassifier`",
-    "the task's own `compile`; tables of tokens, positions and segments",
+    "the task's own `compile`; token, position and segment tables",
     data=lambda rng, n: (
         (x := sentences(rng, n)) | {"segment_ids": (x["token_ids"] > 5).astype("int32")},
         samples.classes(rng, n),
@@ -63,7 +63,7 @@ def bert():
 
 @program(
     "KerasHub: `GPT2CausalLM`",
-    "the task's own `compile`; tied head, table of positions, weights of tokens",
+    "the task's own `compile`; tied head, position table, token weights",
     data=continuations,
     compile=lambda: {"loss": "auto", "weighted_metrics": "auto"},
     adaptive="rmsprop",
@@ -77,12 +77,12 @@ def gpt2():
 
 @program(
     "KerasHub: `GemmaCausalLM`",
-    "tied head, rotated positions, one key for two queries",
+    "tied head, rotary positions, one key head for two query heads",
     data=continuations,
     compile=cross_entropy,
     adaptive="adamw",
     tolerance=1e-6,
-    note="KerasHub rotates positions and normalizes in float32",
+    note="KerasHub computes rotary positions and normalization in float32",
     by="extend model",
     is_on_replicas=False,
 )
@@ -94,12 +94,12 @@ def gemma():
 
 @program(
     "KerasHub: `LlamaCausalLM`",
-    "a head of its own, rotated positions",
+    "separate head, rotary positions",
     data=continuations,
     compile=cross_entropy,
     adaptive="adagrad",
     tolerance=1e-6,
-    note="KerasHub rotates positions and normalizes in float32",
+    note="KerasHub computes rotary positions and normalization in float32",
     by="extend model",
     is_on_replicas=False,
 )
@@ -111,7 +111,7 @@ def llama():
 
 @program(
     "KerasHub: `BartSeq2SeqLM`",
-    "the task's own `compile`; positions of encoder and decoder, tied head",
+    "the task's own `compile`; encoder and decoder positions, tied head",
     data=translations,
     compile=lambda: {"loss": "auto", "weighted_metrics": "auto"},
     adaptive="muon",
@@ -125,7 +125,7 @@ def bart():
 
 @program(
     "KerasHub: `ViTImageClassifier`",
-    "class token, table of positions",
+    "class token, position table",
     data=lambda rng, n: (samples.images(rng, n), samples.classes(rng, n)),
     compile=lambda: {"loss": "auto", "metrics": "auto"},
     adaptive="adam",
@@ -140,8 +140,8 @@ def vit():
 
 
 @program(
-    "KerasHub: `WhisperBackbone` below a head",
-    "sound and text, convolutions, fixed and learned positions",
+    "KerasHub: `WhisperBackbone` with a head",
+    "audio and text, convolutions, fixed and learned positions",
     data=lambda rng, n: (
         {"encoder_features": rng.normal(size=(n, 2 * LENGTH, 5))}
         | (x := sentences(rng, n, "decoder_")),

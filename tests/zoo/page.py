@@ -1,4 +1,4 @@
-"""docs/zoo.md: the table of the zoo, made by its tests."""
+"""Writes docs/zoo.md, the table of the zoo, from the results of its tests."""
 
 import collections
 import pathlib
@@ -13,8 +13,8 @@ FOUND = collections.defaultdict(dict)
 
 HEAD = """# Zoo
 
-Small programs as people write them, on random data, which the tests train with tfbig and with
-plain Keras. To try a model of your own, ask `tfbig.check_equivalence`:
+The tests train these small programs with tfbig and with plain Keras, on random data, and compare
+the results. To check your own model, use `tfbig.check_equivalence`:
 
 ```python
 import keras
@@ -32,13 +32,14 @@ tokens, classes = rng.integers(0, 9, (13, 5)), rng.integers(0, 3, 13)
 assert tfbig.check_equivalence(model, tokens, classes).is_equivalent
 ```
 
-Each program has 13 samples in batches of 6, so that the last batch has one, and computes in
+Each program has 13 samples in batches of 6, so the last batch has one sample, and computes in
 float64. The numbers are the largest absolute deviation of any weight, optimizer variable or value
-of the history from plain Keras with the whole batch on one device: cut into three micro-batches;
-and cut into two on each of two replicas. Each is the larger one of SGD's and the other
-optimizer's. What is cut is also saved, loaded and trained on, and compared again.
+of the history from plain Keras with the whole batch on one device. The column "cut" has three
+micro-batches on one device; "2 replicas" has two micro-batches on each of two replicas. Each number
+is the larger of SGD's and the other optimizer's. The cut model is also saved, loaded, trained
+further, and compared again.
 
-`TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` makes this page.
+`TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` writes this page.
 
 | program | stands for | exercises | optimizer | cut | 2 replicas | note |
 |---|---|---|---|---|---|---|
@@ -46,10 +47,10 @@ optimizer's. What is cut is also saved, loaded and trained on, and compared agai
 
 
 def store():
-    """Writes the page from what the tests of this process found, and keeps what others did."""
+    """Writes the page from the results of this process, and keeps stored ones of other programs."""
     stored = rows() if PATH.exists() else {}
     missing = set(PROGRAMS) - set(FOUND) - set(stored)
-    assert not missing, f"Nothing is known of {sorted(missing)}."
+    assert not missing, f"There are no results for {sorted(missing)}."
     PATH.write_text(HEAD + "".join(_row(p, stored) for p in PROGRAMS.values()))
 
 
@@ -68,6 +69,6 @@ def _largest(program, strategy):
 
 
 def rows():
-    """Name of a program in the stored page -> its cells."""
+    """Maps the name of each program on the stored page to its cells."""
     found = re.findall(r"^\| `(\w+)` \| (.*) \|$", PATH.read_text(), flags=re.MULTILINE)
     return {name: cells.split(" | ") for name, cells in found}

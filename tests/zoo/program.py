@@ -1,6 +1,6 @@
-"""What a program of the zoo is, and how one is declared.
+"""Defines programs of the zoo, and how to declare one.
 
-A program is a function that builds a model, with its data and its compile arguments beside it:
+A program is a function that builds a model, together with its data and compile arguments:
 
     @program(
         "Keras guide: a first regression",
@@ -13,7 +13,7 @@ A program is a function that builds a model, with its data and its compile argum
         x = keras.Input((3,))
         return base(x, layers.Dense(1)(x), **options)
 
-The function runs twice: as a user of plain Keras would run it, and as a user of tfbig.
+The function runs twice: as a user of plain Keras would run it, and as a user of tfbig would.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ import keras
 import tests.zoo
 import tfbig
 
-# Samples, and samples of a batch: the last batch has one, so that a replica has none.
+# The number of samples and the batch size. The last batch has one sample, so a replica has none.
 SAMPLES, BATCH = 13, 6
 
-# Square what they get, each in its way, so that a gradient whose square is wrong shows;
-# their state shows also a constant factor, which their updates would hide.
+# Each squares gradients in its own way, so it reveals a gradient whose square is wrong. Their state
+# also reveals a constant factor, which their updates would hide.
 ADAPTIVE = {
     "adam": lambda: keras.optimizers.Adam(0.01),
     "rmsprop": lambda: keras.optimizers.RMSprop(0.005, momentum=0.5, centered=True),
@@ -47,7 +47,7 @@ ADAPTIVE = {
 }
 OPTIMIZERS = {"sgd": lambda: keras.optimizers.SGD(0.02, momentum=0.9)} | ADAPTIVE
 
-# A program's `by` -> what its function gets first, in plain Keras and with tfbig.
+# Maps a program's `by` to its function's first argument, in plain Keras and with tfbig.
 FIRST_ARGUMENT = {
     "Model": (keras.Model, tfbig.Model),
     "Sequential": (keras.Sequential, tfbig.Sequential),
@@ -58,40 +58,39 @@ FIRST_ARGUMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A small program, and what it is trained on.
+    """A small program and its training data.
 
     Attributes:
-        make: Function that returns the model. What it gets depends on `by`.
-        shape: What people write that it stands for.
-        exercises: What in it could make the update of a cut batch another one.
-        data: Function of a generator and a number of samples that returns x and y and sample
-            weights, as many of them as there are; or a batched `tf.data.Dataset`.
-        adaptive: Name in `ADAPTIVE`: its optimizer beside SGD. Adafactor and Lamb divide by the
-            size of a gradient or update however small it is, so that a gradient that is nothing
-            but rounding, such as that of the bias of attention's keys, moves weights. They are
-            for programs without one.
-        compile: Function that returns the arguments of `compile` beside optimizers.
-        by: "Model" or "Sequential": `make(base, **options)` gets Keras's class or tfbig's.
-            "extend class": `make(extended, **options)` gets what a class is passed through,
-            `tfbig.extend`, or in plain Keras a function that does nothing. "extend model":
-            `make()` returns a model of plain Keras, which `tfbig.extend` is applied to.
-        optimizers: Names of the arguments of `compile` that are optimizers, and of the model's
-            attributes that hold them.
+        make: Function that returns the model. Its arguments depend on `by`.
+        shape: The kind of program it stands for.
+        exercises: What in it could change the update when the batch is cut.
+        data: Function of a generator and a number of samples that returns x, and optionally y and
+            sample weights; or a batched `tf.data.Dataset`.
+        adaptive: Name in `ADAPTIVE`: its optimizer besides SGD. Adafactor and Lamb divide by the
+            size of a gradient or update, however small, so a gradient that is pure rounding, such
+            as that of the key bias in attention, moves weights. Use them only without one.
+        compile: Function that returns the arguments of `compile` other than optimizers.
+        by: "Model" or "Sequential": `make(base, **options)` receives Keras's class or tfbig's.
+            "extend class": `make(extended, **options)` receives a function to apply to a class,
+            `tfbig.extend`, or in plain Keras the identity. "extend model": `make()` returns a
+            plain Keras model, to which `tfbig.extend` is applied.
+        optimizers: Names of the optimizer arguments of `compile`, and of the model's attributes
+            that hold them.
         fit: Function that returns further arguments of `fit`.
-        thaw: Function of the trained model, after which it is compiled and trained again.
-        tolerance: Largest absolute deviation. Other than 1e-10 only with `note` for a reason.
-        is_reloaded_by_keras: Whether the plain model that training after loading is compared
-            with has been saved and loaded too, since a file does not hold all of it.
-        is_plain_eager: Whether plain Keras, and a model that was loaded, run without tracing,
-            which takes long. Keras's logs of the losses of several outputs are other ones then:
-            weighted by samples; and tfbig cannot tell apart the look-ups of one table.
-        is_on_replicas: Whether it runs on replicas without `--slow` too, half of a program's time.
-            For those whose kind has no other that does.
-        warns: What the first `fit` of the cut model warns of, if the cut batch is
-            another one by nature.
-        couples: Whether the loss couples samples in a way that tfbig cannot know, so that
-            `check_equivalence` has to say so.
-        note: For a reader of the table.
+        thaw: Function applied to the trained model, which is then compiled and trained again.
+        tolerance: Largest absolute deviation. If it is not 1e-10, `note` gives the reason.
+        is_reloaded_by_keras: Whether to save and load the plain model too before comparing further
+            training, because a file does not hold all of it.
+        is_plain_eager: Whether plain Keras, and a loaded model, run eagerly, since tracing takes
+            long. Keras then logs losses of several outputs differently, weighted by samples, and
+            tfbig cannot distinguish the lookups of one table.
+        is_on_replicas: Whether it also runs on replicas without `--slow`, which takes half of its
+            time. True if no other program of its kind does.
+        warns: The warning in the first `fit` of the cut model, if cutting the batch changes its
+            result by nature.
+        couples: Whether the loss couples samples in a way that tfbig cannot detect, so that
+            `check_equivalence` must report it.
+        note: Remark for readers of the table.
     """
 
     make: Callable
@@ -118,11 +117,11 @@ class Program:
 
     @property
     def is_exact(self):
-        """Whether the update of the cut batch is that of the whole one."""
+        """Whether the cut batch has the same update as the whole batch."""
         return not (self.warns or self.couples)
 
     def model(self, is_plain, **options):
-        """The model of plain Keras, or tfbig's with options."""
+        """The plain Keras model, or tfbig's with options."""
         first = FIRST_ARGUMENT[self.by][0 if is_plain else 1]
         if self.by != "extend model":
             return self.make(first, **options)
@@ -133,11 +132,11 @@ PROGRAMS = {}
 
 
 def program(shape, exercises, **fields):
-    """Declares a program: decorates the function that builds its model."""
+    """Declares a program; decorates the function that builds its model."""
 
     def declared(make):
         made = Program(make, shape, exercises, **fields)
-        assert made.name not in PROGRAMS, f"There are two programs {made.name}."
+        assert made.name not in PROGRAMS, f"Two programs are named {made.name}."
         assert made.adaptive in ADAPTIVE, made.adaptive
         assert made.tolerance == 1e-10 or made.note, f"Why is {made.name} inexact?"
         PROGRAMS[made.name] = made
@@ -147,19 +146,19 @@ def program(shape, exercises, **fields):
 
 
 def load():
-    """Declares the programs of all families."""
+    """Imports all modules of the zoo, which declare their programs."""
     for module in pkgutil.iter_modules(tests.zoo.__path__):
         if not module.name.endswith("_test"):
             importlib.import_module(f"tests.zoo.{module.name}")
 
 
 def registered(cls):
-    """Registers a class of the zoo, so that files that hold it can be loaded."""
+    """Registers a class of the zoo so that files containing it can be loaded."""
     return keras.saving.register_keras_serializable("zoo")(cls)
 
 
 def over_base(function):
-    """Decorates a function that returns a class for a base: one class for each, registered."""
+    """Decorates a function of a base that returns a class: caches and registers one per base."""
 
     @functools.cache
     def made(base):

@@ -10,7 +10,7 @@ from tests.zoo.program import program
 
 @program(
     "keras.io: sentiment with a bidirectional LSTM",
-    "a recurrence both ways, mask",
+    "recurrence in both directions, mask",
     data=lambda rng, n: (
         samples.tokens(rng, n),
         samples.classes(rng, n, 2)[:, None].astype("float64"),
@@ -34,7 +34,7 @@ def bidirectional_lstm(base, **options):
 
 @program(
     "Keras guide: tagging words with a GRU",
-    "mask in the loss, temporal sample weights, an output for each token",
+    "mask in the loss, temporal sample weights, one output per token",
     data=lambda rng, n: (
         x := samples.tokens(rng, n),
         rng.integers(0, 3, size=(n, 6)),
@@ -54,7 +54,7 @@ def gru_tagger(base, **options):
 
 
 @program(
-    "keras.io: next frame of a film with ConvLSTM",
+    "keras.io: next-frame video prediction with ConvLSTM",
     "recurrence over images, convolution over time",
     data=lambda rng, n: (x := rng.uniform(size=(n, 3, 5, 5, 1)), np.roll(x, -1, axis=1)),
     compile=lambda: {"loss": "binary_crossentropy"},
@@ -75,7 +75,7 @@ def next_frame(base, **options):
 
 
 @program(
-    "keras.io: forecast with causal convolutions",
+    "keras.io: forecasting with causal convolutions",
     "dilation, residual blocks, a robust loss",
     data=lambda rng, n: (rng.normal(size=(n, 7, 2)), rng.normal(size=(n, 7, 1))),
     compile=lambda: {"loss": keras.losses.Huber(), "metrics": ["mae"]},

@@ -1,10 +1,10 @@
-"""Small random data of the kinds that programs of the zoo train on."""
+"""Small random data of the kinds on which programs of the zoo train."""
 
 import numpy as np
 
 
 def tokens(rng, n, length=6, vocabulary=9):
-    """Tokens from 1, padded with zeros to a length; the first fills it."""
+    """Tokens from 1, zero-padded to a length; the first row has full length."""
     lengths = rng.integers(2, length + 1, size=(n, 1))
     lengths[0] = length
     is_token = np.arange(length) < lengths
@@ -12,7 +12,7 @@ def tokens(rng, n, length=6, vocabulary=9):
 
 
 def next_tokens(x):
-    """The tokens that follow, as a language model predicts them."""
+    """The next tokens, which a language model predicts."""
     return np.concatenate([x[:, 1:], np.zeros_like(x[:, :1])], axis=1)
 
 

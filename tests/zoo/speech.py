@@ -1,4 +1,4 @@
-"""Connectionist temporal classification: text out of images and sound."""
+"""Connectionist temporal classification: text from images and audio."""
 
 import keras
 from keras import layers, ops
@@ -11,7 +11,7 @@ FRAMES, LABELS, SYMBOLS = 7, 3, 5
 
 @registered
 class CTCLayer(layers.Layer):
-    """Adds the loss of each sample, a column of them, and hands the prediction on."""
+    """Adds a column of losses, one per sample, and passes the prediction on."""
 
     def call(self, labels, predictions):
         rows = ops.shape(labels)[0]
@@ -26,7 +26,7 @@ class CTCLayer(layers.Layer):
 
 @program(
     "keras.io: reading captchas",
-    "a column of losses, one for each sample, by `add_loss` in a layer; no compiled loss",
+    "a column of losses, one per sample, from `add_loss` in a layer; no compiled loss",
     data=lambda rng, n: (
         {
             "image": samples.images(rng, n, channels=1),
@@ -34,7 +34,7 @@ class CTCLayer(layers.Layer):
         },
     ),
     adaptive="adam",
-    # Losses of about 10; gradients of them.
+    # Losses are about 10, and gradients accordingly.
     tolerance=1e-5,
     note="TensorFlow computes CTC in float32",
     is_on_replicas=False,
@@ -62,7 +62,7 @@ def ctc(y, y_pred):
 
 @program(
     "keras.io: speech recognition with CTC",
-    "a loss function of one's own with a value for each sample; labels of different length",
+    "custom loss function with one value per sample; labels of different lengths",
     data=lambda rng, n: (
         rng.normal(size=(n, FRAMES, 4)),
         samples.tokens(rng, n, LABELS, SYMBOLS).astype("int32"),

@@ -12,7 +12,7 @@ CITIES, JOBS = ["oslo", "rome", "lima"], ["cook", "smith", "clerk", "pilot"]
 
 
 def people(rng, n, *names):
-    """Columns of strings, whole numbers and measurements, and whether a person earns much."""
+    """Columns of strings, integers and measurements, and whether a person has a high income."""
     columns = {
         "city": tf.constant(rng.choice([*CITIES, "elsewhere"], size=(n, 1)).tolist()),
         "job": tf.constant(rng.choice(JOBS, size=(n, 1)).tolist()),
@@ -31,7 +31,7 @@ def people_inputs(*names):
 
 @program(
     "keras.io: structured data with wide and deep networks",
-    "strings looked up within the model, one-hot beside embeddings",
+    "string lookup inside the model, one-hot features and embeddings",
     data=lambda rng, n: people(rng, n, "city", "job", "age", "hours"),
     compile=lambda: {"loss": "binary_crossentropy", "metrics": ["accuracy", keras.metrics.AUC()]},
     adaptive="adam",
@@ -88,7 +88,7 @@ def structured_data(base, **options):
 @over_base
 def recommender(base):
     class Recommender(base):
-        """The product of a row for a user and one for a film, with a bias for each."""
+        """The dot product of a user's row and a film's row, with a bias for each."""
 
         def __init__(self, users, films, width, **kwargs):
             super().__init__(**kwargs)
@@ -111,7 +111,7 @@ def recommender(base):
 
 @program(
     "keras.io: collaborative filtering",
-    "subclass with arguments by place, four tables, regularized rows",
+    "subclass with positional arguments, four tables, regularized rows",
     data=lambda rng, n: (
         np.stack([rng.integers(0, 5, n), rng.integers(0, 7, n)], axis=1),
         rng.uniform(size=(n, 1)),
@@ -129,8 +129,8 @@ def hinge(y, margin):
 
 
 @program(
-    "Two towers for retrieval, with one wrong candidate for each sample",
-    "rows of one table taken twice in a sample, unit length, a margin",
+    "Two-tower retrieval with one negative per sample",
+    "two lookups in one table per sample, unit vectors, a margin",
     data=lambda rng, n: (
         {
             "user": rng.integers(0, 6, size=n),
@@ -154,8 +154,8 @@ def two_towers(base, **options):
 
 
 @program(
-    "Keras guide: tickets with two outputs",
-    "named inputs and outputs, loss weights, sample weights of one output",
+    "Keras guide: ticket routing with two outputs",
+    "named inputs and outputs, loss weights, sample weights for one output",
     data=lambda rng, n: (
         {"title": samples.tokens(rng, n, 5), "tags": rng.integers(0, 2, (n, 3)).astype("float64")},
         {"priority": rng.uniform(size=(n, 1)), "department": samples.classes(rng, n)},
@@ -190,9 +190,9 @@ def sparse_rows(rng, n):
 
 
 @program(
-    "Rows that are mostly zeros, as a sparse tensor",
-    "sparse input of a dense layer, whose kernel gets sparse gradients",
-    # Three more: tf.data hands no replica a sparse batch of no samples.
+    "Mostly zero rows, as a sparse tensor",
+    "sparse input to a dense layer, whose kernel gets sparse gradients",
+    # Three more samples, since tf.data cannot give a replica an empty sparse batch.
     data=lambda rng, n: sparse_rows(rng, n + 3),
     compile=lambda: {"loss": "mse", "metrics": ["mae"]},
     adaptive="adam",
@@ -212,7 +212,7 @@ def ragged_tokens(rng, n):
 
 
 @program(
-    "Sentences of different length, padded as they are batched",
+    "Sentences of different lengths, padded per batch",
     "ragged tensors in the dataset, mask, mean over tokens",
     data=ragged_tokens,
     compile=lambda: {"loss": "sparse_categorical_crossentropy", "weighted_metrics": ["accuracy"]},
@@ -231,14 +231,14 @@ def ragged_sentences(base, **options):
     )
 
 
-# Of each edge the node that sends and the node that receives.
+# For each edge, the sending node and the receiving node.
 EDGES = np.array([[0, 1], [1, 0], [1, 2], [2, 3], [3, 2], [4, 0], [5, 3], [2, 5], [3, 3], [5, 5]])
 NODES = 6
 
 
 @registered
 class GraphAttention(layers.Layer):
-    """Attention of each node to those with an edge to it; the graph is the same for all."""
+    """Each node attends to those with an edge to it; all samples share the graph."""
 
     def __init__(self, width, **kwargs):
         super().__init__(**kwargs)
@@ -262,8 +262,8 @@ class GraphAttention(layers.Layer):
 
 
 @program(
-    "keras.io: graph attention, each sample a state of one graph",
-    "gathers along constant edges, own weights",
+    "keras.io: graph attention, where each sample is a state of one graph",
+    "gathers along constant edges, custom weights",
     data=lambda rng, n: (rng.normal(size=(n, NODES, 3)), samples.classes(rng, n)),
     compile=lambda: {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)},
     adaptive="lamb",
@@ -286,7 +286,7 @@ def graph_attention(base, **options):
 @over_base
 def node_classifier(base):
     class NodeClassifier(base):
-        """Classifies nodes of one graph, whose features and edges are constants.
+        """Classifies the nodes of one graph, whose features and edges are constants.
 
         A sample is the index of a node; its class follows from what all nodes are embedded as.
         """
@@ -324,7 +324,7 @@ def node_classifier(base):
 
 @program(
     "keras.io: node classification with a graph network",
-    "a graph that is the same for all samples, gather of the nodes of a batch",
+    "one graph for all samples, from which the nodes of a batch are gathered",
     data=lambda rng, n: (rng.integers(0, NODES, size=n), samples.classes(rng, n)),
     compile=lambda: {
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -1,4 +1,4 @@
-"""Trains a program of the zoo, in plain Keras or with tfbig, and compares what is left."""
+"""Trains a program of the zoo in plain Keras or with tfbig, and compares the results."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ EPOCHS = 1
 
 @dataclasses.dataclass
 class Result:
-    """What training leaves: each a list or dictionary of arrays."""
+    """The results of training: each a list or dictionary of arrays."""
 
     weights: list
     optimizers: list
@@ -28,20 +28,20 @@ class Result:
         for a, b in zip(*map(keras.tree.flatten, structures), strict=True):
             assert np.shape(a) == np.shape(b)
             assert np.all(np.isfinite(b))
-            # A value that is not finite deviates.
+            # A value that is not finite counts as a deviation.
             deviation = np.max(np.abs(np.subtract(a, b)), initial=0)
             largest = max(largest, float(np.nan_to_num(deviation, nan=np.inf)))
         return largest
 
 
 class Training:
-    """A program that is being trained.
+    """The training of a program.
 
     Args:
         program: `Program`.
         optimizer: Name in `OPTIMIZERS`.
-        initial: list of arrays, the weights to begin with; None for those of the plain model.
-        **options: Those of tfbig; none for plain Keras.
+        initial: list of arrays, the initial weights; None for those of the plain model.
+        **options: tfbig's options; none for plain Keras.
     """
 
     def __init__(self, program, optimizer, initial=None, **options):
@@ -62,11 +62,11 @@ class Training:
     def compile(self):
         optimizers = {name: self.new_optimizer() for name in self.program.optimizers}
         self.model.compile(**optimizers, **self.program.compile())
-        # What takes long is tracing, and Keras makes of few samples the same without it.
+        # Tracing takes long, and for few samples Keras computes the same without it.
         self.model.run_eagerly = self.is_eager
 
     def run(self):
-        """Trains, and again after the program has thawed what was frozen."""
+        """Trains, and trains again once the program has unfrozen layers."""
         self.fit()
         if self.program.thaw is not None:
             self.program.thaw(self.model)
@@ -90,10 +90,10 @@ class Training:
         return self.result()
 
     def reload(self, directory):
-        """Goes on with the model that was saved to a file."""
+        """Continues with the model saved to a file and loaded."""
         path = directory / "model.keras"
         self.model.save(path)
-        # Of what a file does not hold and Keras draws anew.
+        # For what a file does not hold and Keras initializes again.
         keras.utils.set_random_seed(1)
         self.model = keras.saving.load_model(path)
         self.model.run_eagerly = self.program.is_plain_eager
@@ -118,7 +118,7 @@ class Training:
 
 
 def _initialized(model):
-    """Moves each trainable weight at random, so that none is zero; returns all weights."""
+    """Moves each trainable weight randomly so that none is zero; returns all weights."""
     rng = np.random.default_rng(1)
     for variable in model.trainable_variables:
         variable.assign(variable.numpy() + 0.3 * rng.normal(size=variable.shape))
@@ -126,7 +126,7 @@ def _initialized(model):
 
 
 def _check_is_the_same_on_replicas(model, variable):
-    # Reading a mirrored variable shows replica 0 alone.
+    # Reading a mirrored variable returns replica 0's value only.
     first, *others = model.distribute_strategy.experimental_local_results(variable.value)
     for other in others:
         np.testing.assert_array_equal(first.numpy(), other.numpy(), variable.path)
@@ -134,7 +134,7 @@ def _check_is_the_same_on_replicas(model, variable):
 
 @dataclasses.dataclass
 class Plain:
-    """What plain Keras makes of a program on one device."""
+    """The results of plain Keras for a program on one device."""
 
     initial: list
     result: Result
@@ -143,19 +143,19 @@ class Plain:
 
 @functools.cache
 def plain(name, optimizer, directory=None):
-    """What plain Keras makes of a program.
+    """The results of plain Keras for a program.
 
     Args:
         name: Name in `PROGRAMS`.
         optimizer: Name in `OPTIMIZERS`.
-        directory: For a file; None if one more update after that is not wanted.
+        directory: Where to save a file; None to skip the further update.
     """
     program = PROGRAMS[name]
     training = Training(program, optimizer)
     begun = [(v, v.numpy()) for v in training.model.trainable_variables]
     made = Plain(training.initial, training.run())
     moved = [np.max(np.abs(v.numpy() - old)) > 1e-6 for v, old in begun]
-    # Else an equal result would say little. A bias of keys in attention has no gradient.
+    # Otherwise, equal results would say little. The key bias in attention has no gradient.
     assert np.mean(moved) > 0.7, f"{name} hardly trains."
     if directory is not None:
         if program.is_reloaded_by_keras:

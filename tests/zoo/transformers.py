@@ -1,4 +1,4 @@
-"""Transformers, and what stands in for their attention."""
+"""Transformers, and models that replace their attention."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ def language_model():
 
 @registered
 class TokenAndPositionEmbedding(layers.Layer):
-    """The sum of a table for tokens and one for positions."""
+    """The sum of a token table's rows and a position table's."""
 
     def __init__(self, length, vocabulary, width, mask_zero=False, **kwargs):
         super().__init__(**kwargs)
@@ -43,7 +43,7 @@ class TokenAndPositionEmbedding(layers.Layer):
 
 @registered
 class TransformerBlock(layers.Layer):
-    """Attention and two dense layers, each with a normalization and a bypass."""
+    """Attention and two dense layers, each with normalization and a residual connection."""
 
     def __init__(self, width, heads, hidden, rate=0.0, is_causal=False, **kwargs):
         super().__init__(**kwargs)
@@ -76,7 +76,7 @@ class TransformerBlock(layers.Layer):
 
 @program(
     "keras.io: text classification with a transformer",
-    "position table, looked up by `ops.arange`",
+    "position table, looked up with `ops.arange`",
     data=lambda rng, n: (samples.tokens(rng, n), samples.classes(rng, n, 2)),
     compile=classification,
     adaptive="adam",
@@ -91,7 +91,7 @@ def text_transformer(base, **options):
 
 @registered
 class Patches(layers.Layer):
-    """Cuts images into patches."""
+    """Splits images into patches."""
 
     def __init__(self, size, **kwargs):
         super().__init__(**kwargs)
@@ -108,7 +108,7 @@ class Patches(layers.Layer):
 
 @registered
 class PatchEncoder(layers.Layer):
-    """Projects patches and adds a row of a table of positions to each."""
+    """Projects patches and adds a row of a position table to each."""
 
     def __init__(self, patches, width, **kwargs):
         super().__init__(**kwargs)
@@ -126,7 +126,7 @@ class PatchEncoder(layers.Layer):
 
 @program(
     "keras.io: image classification with a vision transformer",
-    "patches, table of positions with a leading axis of 1",
+    "patches, position table with a leading axis of 1",
     data=lambda rng, n: (samples.images(rng, n), samples.classes(rng, n)),
     compile=lambda: {
         "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -149,7 +149,7 @@ def vision_transformer(base, **options):
 
 @registered
 class RelativeAttention(layers.Layer):
-    """Attention with a bias for each head and each bucket of distances, as in T5."""
+    """Attention with a bias for each head and distance bucket, as in T5."""
 
     def __init__(self, heads, width, buckets=4, **kwargs):
         super().__init__(**kwargs)
@@ -184,8 +184,8 @@ class RelativeAttention(layers.Layer):
 
 
 @program(
-    "T5: attention with a bias by distance, masked",
-    "constant look-up of a weight by `ops.take`, mask",
+    "T5: masked attention with a relative position bias",
+    "constant lookup in a weight with `ops.take`, mask",
     data=lambda rng, n: (x := samples.tokens(rng, n), samples.next_tokens(x)),
     compile=language_model,
     adaptive="adagrad",
@@ -199,7 +199,7 @@ def relative_bias(base, **options):
 
 @registered
 class WindowAttention(layers.Layer):
-    """Attention within windows of an image, with a bias for each offset, as in Swin."""
+    """Attention within image windows, with a bias for each offset, as in Swin."""
 
     def __init__(self, window, heads, shift=0, **kwargs):
         super().__init__(**kwargs)
@@ -242,7 +242,7 @@ class WindowAttention(layers.Layer):
 
 @program(
     "keras.io: image classification with Swin transformers",
-    "constant look-up of a weight by an index that numpy made",
+    "constant lookup in a weight with a numpy index",
     data=lambda rng, n: (
         samples.images(rng, n),
         keras.utils.to_categorical(samples.classes(rng, n), 3),
@@ -267,7 +267,7 @@ def shifted_windows(base, **options):
 @over_base
 def gpt(base):
     class MiniatureGPT(base):
-        """A causal transformer, its parts made by the constructor."""
+        """A causal transformer whose constructor creates its parts."""
 
         def __init__(self, length, vocabulary, width, blocks=1, **kwargs):
             super().__init__(**kwargs)
@@ -290,7 +290,7 @@ def gpt(base):
 
 @program(
     "keras.io: text generation with a miniature GPT",
-    "subclass with arguments by place, causal mask, weight for each token",
+    "subclass with positional arguments, causal mask, one weight per token",
     data=lambda rng, n: (
         x := samples.tokens(rng, n),
         y := samples.next_tokens(x),
@@ -306,7 +306,7 @@ def miniature_gpt(base, **options):
 
 @program(
     "keras.io: translation with an encoder and a decoder",
-    "two inputs of different length, masks, position tables twice",
+    "two inputs of different lengths, masks, two position tables",
     data=lambda rng, n: (
         {
             "encoder_inputs": samples.tokens(rng, n, 5),
@@ -333,7 +333,7 @@ def translation(base, **options):
 
 @program(
     "keras.io: timeseries classification with a transformer",
-    "attention over measurements, convolutions in place of dense layers, a schedule by callback",
+    "attention over measurements, convolutions instead of dense layers, a schedule as a callback",
     data=lambda rng, n: (rng.normal(size=(n, 7, 4)), samples.classes(rng, n, 2)),
     compile=classification,
     adaptive="rmsprop",
@@ -357,7 +357,7 @@ def timeseries_transformer(base, **options):
 
 @registered
 class SharedTable(layers.Layer):
-    """One table, of which tokens and positions take rows."""
+    """One table in which tokens and positions look up rows."""
 
     def __init__(self, rows, width, **kwargs):
         super().__init__(**kwargs)
@@ -373,7 +373,7 @@ class SharedTable(layers.Layer):
 
 @program(
     "A table shared by tokens and positions",
-    "one table with rows of samples and rows of none",
+    "one table, some of whose rows depend on the samples and some do not",
     data=lambda rng, n: (samples.tokens(rng, n), samples.classes(rng, n)),
     compile=classification,
     adaptive="adam",
@@ -387,7 +387,7 @@ def shared_table(base, **options):
 
 @program(
     "A language model whose head is the transposed embedding",
-    "one table looked up and multiplied by",
+    "one table used for lookup and for multiplication",
     data=lambda rng, n: (x := samples.tokens(rng, n), samples.next_tokens(x)),
     compile=language_model,
     adaptive="rmsprop",
@@ -400,8 +400,8 @@ def tied_head(base, **options):
 
 
 @program(
-    "keras.io: classification without attention, MLP-mixer",
-    "transposed dense layers, a learned table that is added whole",
+    "keras.io: classification without attention, MLP-Mixer",
+    "dense layers over transposed axes, a learned table added as a whole",
     data=lambda rng, n: (samples.images(rng, n), samples.classes(rng, n)),
     compile=classification,
     adaptive="adagrad",
@@ -420,7 +420,7 @@ def mlp_mixer(base, **options):
 
 @registered
 class SpatialGate(layers.Layer):
-    """Gates half of the channels by the other half, mixed over places, as in gMLP."""
+    """Gates half of the channels with the other half, mixed over positions, as in gMLP."""
 
     def build(self, shape):
         self.norm = layers.LayerNormalization()
@@ -435,7 +435,7 @@ class SpatialGate(layers.Layer):
 
 @program(
     "keras.io: gMLP",
-    "own weights over places, split channels",
+    "custom weights over positions, split channels",
     data=lambda rng, n: (rng.normal(size=(n, 5, 3)), samples.classes(rng, n)),
     compile=classification,
     adaptive="adafactor",

@@ -13,7 +13,7 @@ def classification():
     return {"loss": loss, "metrics": ["accuracy"]}
 
 
-# And a file holds the product of the factors within the kernel, and new factors.
+# Besides, a file stores the kernel with the factors' product merged in, and new factors.
 FACTORS = "Keras keeps the factors in float32"
 
 
@@ -32,8 +32,8 @@ def thaw(model):
 
 
 @program(
-    "Keras guide: fine-tuning, first the head and then all",
-    "a frozen model in the model, thawed and compiled anew",
+    "Keras guide: fine-tuning, first the head, then all layers",
+    "a frozen model inside the model, unfrozen and recompiled",
     data=sentences,
     compile=classification,
     thaw=thaw,
@@ -54,7 +54,7 @@ def frozen_then_thawed(base, **options):
     compile=classification,
     adaptive="rmsprop",
     is_reloaded_by_keras=True,
-    # Of scales of about 200.
+    # For values of about 200.
     tolerance=1e-5,
     note=FACTORS,
     is_on_replicas=False,
@@ -71,13 +71,13 @@ def low_rank(base, **options):
 
 @program(
     "Keras guide: int8 weights with low-rank adaptation",
-    "whole numbers as weights, low-rank factors that train",
+    "integer weights, trainable low-rank factors",
     data=lambda rng, n: (rng.normal(size=(n, 5)), samples.classes(rng, n)),
     compile=classification,
     adaptive="adam",
     is_on_replicas=False,
     is_reloaded_by_keras=True,
-    # Of scales of about 200.
+    # For values of about 200.
     tolerance=1e-5,
     note=FACTORS,
 )

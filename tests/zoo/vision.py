@@ -17,8 +17,8 @@ def images_and_classes(rng, n):
 
 
 @program(
-    "keras.io: autoencoder of images by convolutions",
-    "transposed convolutions, pooling, targets that are the inputs",
+    "keras.io: convolutional autoencoder for images",
+    "transposed convolutions, pooling, inputs as targets",
     data=lambda rng, n: (x := samples.images(rng, n, channels=1), x),
     compile=lambda: {"loss": "binary_crossentropy", "metrics": ["mse"]},
     adaptive="adam",
@@ -35,7 +35,7 @@ def autoencoder():
 
 @registered
 class LayerScale(layers.Layer):
-    """Multiplies each channel by a weight that begins small."""
+    """Multiplies each channel by a weight that starts small."""
 
     def __init__(self, initial, width, **kwargs):
         super().__init__(**kwargs)
@@ -55,7 +55,7 @@ class LayerScale(layers.Layer):
 
 @registered
 class StochasticDepth(layers.Layer):
-    """Leaves out the branch of a sample at random."""
+    """Randomly drops the branch for some samples."""
 
     def __init__(self, rate, **kwargs):
         super().__init__(**kwargs)
@@ -76,7 +76,7 @@ class StochasticDepth(layers.Layer):
 
 @program(
     "keras.applications: ConvNeXt",
-    "depthwise convolution, layer scale, stochastic depth that is off",
+    "depthwise convolution, layer scale, stochastic depth turned off",
     data=images_and_classes,
     compile=one_of_three,
     adaptive="adamw",
@@ -104,7 +104,7 @@ def normalized_by_batch():
 
 @program(
     "keras.io: image classification from scratch",
-    "batch normalization that trains: a micro-batch has other statistics",
+    "batch normalization in training: each micro-batch has its own statistics",
     data=images_and_classes,
     compile=one_of_three,
     adaptive="rmsprop",
@@ -117,7 +117,7 @@ def batch_normalized(base, **options):
 
 @program(
     "Keras guide: transfer learning on an application",
-    "`keras.applications` with frozen batch normalization between layers that train",
+    "`keras.applications` with frozen batch normalization between trainable layers",
     data=lambda rng, n: (samples.images(rng, n, size=32), samples.classes(rng, n)),
     compile=one_of_three,
     adaptive="adam",
@@ -130,10 +130,10 @@ def transfer_learning(base, **options):
     for layer in application.layers:
         layer.trainable = layer.name in ("conv_pw_13", "conv_dw_13")
         if isinstance(layer, layers.BatchNormalization):
-            # Random weights shrink what they get, and statistics that fit would undo it.
+            # Random weights shrink their inputs, and matching statistics would undo that.
             layer.gamma.assign(4.0 * layer.gamma)
     x = keras.Input((32, 32, 3))
-    # Batch normalization with the statistics that it has, as the guide says.
+    # Batch normalization uses its stored statistics, as the guide recommends.
     h = application(x, training=False)
     h = layers.Dropout(0.0)(layers.GlobalAveragePooling2D()(h))
     return base(x, layers.Dense(3, activation="softmax")(h), **options)
@@ -154,8 +154,8 @@ def images_and_masks(rng, n):
 
 
 @program(
-    "keras.io: segmentation with a U-Net, cross-entropy for each pixel",
-    "skip connection, class of each pixel, a weight for each pixel",
+    "keras.io: segmentation with a U-Net and per-pixel cross-entropy",
+    "skip connection, one class and one weight per pixel",
     data=lambda rng, n: (*images_and_masks(rng, n), rng.uniform(0.5, 2.0, size=(n, 8, 8))),
     compile=lambda: {"loss": "categorical_crossentropy", "weighted_metrics": ["accuracy"]},
     adaptive="muon",
@@ -172,16 +172,16 @@ def segmentation(base, **options):
     compile=lambda: {"loss": keras.losses.Dice()},
     adaptive="adam",
     warns="couples the samples",
-    note="the loss of a micro-batch is another one; exact with one micro-batch",
+    note="a micro-batch has a different loss; exact with one micro-batch",
 )
 def dice_segmentation(base, **options):
-    # Probabilities of classes have the same sum in each sample, so that nothing would be coupled.
+    # Class probabilities have the same sum in every sample, so they would couple nothing.
     x, classes = unet(8, 4)
     return base(x, layers.Conv2D(1, 1, activation="sigmoid")(classes), **options)
 
 
 @program(
-    "A U-Net with a Dice loss for each sample",
+    "A U-Net with one Dice loss per sample",
     "`keras.losses.Dice` with `axis=(1, 2, 3)`",
     data=images_and_masks,
     compile=lambda: {"loss": keras.losses.Dice(axis=(1, 2, 3))},
@@ -197,7 +197,7 @@ def detector(base):
     class Detector(base):
         """Classes and boxes of a grid's cells; losses are means over the cells with an object.
 
-        The number of these cells is that of the batch, and at least one.
+        These cells are counted over the batch; the count is at least one.
         """
 
         def __init__(self, classes, width=4, **kwargs):
@@ -232,15 +232,15 @@ def detector(base):
 
 
 def cells_with_objects(rng, n):
-    # -1 for a cell without an object; the first cell of an image always has one.
+    # -1 is a cell without an object; the first cell of an image always has one.
     classes = rng.integers(0, 3, size=(n, 4, 4)) * (rng.uniform(size=(n, 4, 4)) > 0.6) - 1
     classes[:, 0, 0] = 1
     return samples.images(rng, n), {"classes": classes, "boxes": rng.normal(size=(n, 4, 4, 4))}
 
 
 @program(
-    "A detector whose losses are divided by the number of objects in the batch",
-    "own `compute_loss` with its normalizer in `loss_denominator`, dictionaries",
+    "A detector that divides its losses by the number of objects in the batch",
+    "own `compute_loss` with its denominator in `loss_denominator`, dictionaries",
     data=cells_with_objects,
     adaptive="adagrad",
 )
@@ -250,7 +250,7 @@ def detection(base, **options):
 
 @registered
 class RandomBrightness(layers.Layer):
-    """Augments nothing unless a range is given."""
+    """Augments only if given a range."""
 
     def __init__(self, factor=0.0, **kwargs):
         super().__init__(**kwargs)
@@ -265,13 +265,13 @@ class RandomBrightness(layers.Layer):
 
 @program(
     "keras.io: a small convolutional network on digits",
-    "a stack with integer images, one-hot targets, validation split",
+    "sequential model, integer images, one-hot targets, validation split",
     data=lambda rng, n: (
         rng.integers(0, 256, size=(n, 8, 8, 1)).astype("uint8"),
         np.eye(3)[samples.classes(rng, n)],
     ),
     compile=lambda: {"loss": "categorical_crossentropy", "metrics": ["accuracy"]},
-    # 11 samples train: a last batch of 5.
+    # 11 samples train, so the last batch has 5.
     fit=lambda: {"validation_split": 0.2},
     adaptive="lamb",
     by="Sequential",

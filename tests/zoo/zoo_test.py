@@ -1,13 +1,13 @@
-"""Programs as people write them: cut or on replicas, they train as in plain Keras.
+"""Programs of the kinds people write train as in plain Keras, cut or on replicas.
 
 Each program runs in float64, with a last batch of one sample: whole in plain Keras on one
-device, cut into three micro-batches, and cut into two on each of two replicas; with SGD and
-with an optimizer that adapts to gradients. A wrong square hides behind SGD, a constant factor
-behind most others, though not in their state. Weights, optimizers' variables and history must
-agree. Then the cut model is saved, loaded and trained on.
+device, cut into three micro-batches, and cut into two on each of two replicas. It runs with SGD
+and with an adaptive optimizer: SGD would hide a wrong square, and most others a constant factor,
+though not in their state. Weights, optimizer variables and history must agree. Then the cut model
+is saved, loaded and trained further.
 
-Tracing takes nearly all of the time. So plain Keras runs without, and of cut and replicas one
-has SGD and the other the other optimizer, in turn, or a program is cut only. `--slow` has all.
+Tracing takes nearly all of the time. So plain Keras runs eagerly. A program is only cut, or the
+cut and the replicated run use one optimizer each, in turn. `--slow` runs all combinations.
 
 `TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` stores docs/zoo.md.
 """
@@ -29,15 +29,15 @@ program.load()
 pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.filterwarnings("ignore:`gradient_accumulation_steps` is larger"),
-    # Layers that make others in the constructor and have no `build`, as most people's. Keras
-    # builds them when the loaded model is made.
+    # Like most custom layers, these create others in the constructor and have no `build`. Keras
+    # builds them when it creates the loaded model.
     pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer"),
 ]
 
 # Three micro-batches of two on one replica, two of up to two on each of two.
 STEPS = {"default": 3, "mirrored_2": 2, "mirrored_4": 2}
 
-# Each for a kind: position table, added losses, own step, own compile, masks, several outputs.
+# One of each kind: position table, added losses, own step, own compile, masks, several outputs.
 ON_WORKERS = (
     "text_transformer",
     "centers",
@@ -56,7 +56,7 @@ def each(programs):
 
 
 def deviation(program, optimizer, strategy, directory=None):
-    """Of a cut program from plain Keras; after a file too, if there is a directory for it."""
+    """Deviation of a cut program from plain Keras; given a directory, also of the loaded one."""
     kept = page.FOUND[program.name]
     keras.backend.clear_session()
     plain = trained.plain(program.name, optimizer, directory)
@@ -74,7 +74,7 @@ def deviation(program, optimizer, strategy, directory=None):
 
 
 def turns(program):
-    """The optimizers of a program that is cut, and of one on two replicas."""
+    """The optimizers for the cut program and for the one on two replicas."""
     if not program.is_on_replicas:
         return program.adaptive, None
     pairs = [program.adaptive, "sgd"]
@@ -91,7 +91,7 @@ def test_program_trains_as_in_plain_keras(program, tmp_path):
     assert not {k: d for k, d in found.items() if d > program.tolerance}
 
 
-# Other ends of the same promise, and what takes long.
+# Further consequences of the same guarantee, and long tests.
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_program_that_a_cut_changes_says_so(program):
         assert not report.is_equivalent
     with pytest.warns(UserWarning, match=program.warns) if program.warns else nullcontext():
         result = cut.run()
-    # Else there would be nothing to warn of.
+    # Otherwise there would be nothing to warn about.
     assert result.deviation(plain.result) > 1e-6
 
 
@@ -135,7 +135,7 @@ def test_programs_train_as_in_plain_keras_on_workers(workers, tmp_path):
         assert other["digests"] == chief["digests"]
 
 
-# The last one, for a page is made of what the others found.
+# This test comes last, since the page consists of the others' results.
 def test_stored_page_lists_the_programs():
     if os.environ.get("TFBIG_STORE_ZOO"):
         page.store()
