@@ -1,4 +1,4 @@
-"""Refuses another Keras backend than TensorFlow, before Keras is imported."""
+"""Refuses any Keras backend but TensorFlow, before Keras is imported."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import pathlib
 from tfbig import errors
 
 
-def check(backend):
+def check(backend: str) -> None:
     """Raises `BackendError` unless `backend` is "tensorflow"."""
     if backend != "tensorflow":
         raise errors.BackendError(
@@ -16,15 +16,16 @@ def check(backend):
         )
 
 
-def _configured():
-    """The backend that Keras is going to use, as it looks for it."""
+def _configured() -> str:
+    """The backend that Keras will use, found where Keras looks for it."""
     if os.environ.get("KERAS_BACKEND"):
         return os.environ["KERAS_BACKEND"]
     home = pathlib.Path(os.environ.get("KERAS_HOME") or pathlib.Path.home() / ".keras")
     try:
-        return json.loads((home / "keras.json").read_text()).get("backend") or "tensorflow"
+        backend: str | None = json.loads((home / "keras.json").read_text()).get("backend")
     except (OSError, ValueError):
-        return "tensorflow"
+        backend = None
+    return backend or "tensorflow"
 
 
 # Keras itself would fail to import on a backend that is not installed.

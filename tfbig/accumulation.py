@@ -195,7 +195,9 @@ class GradientAccumulationMixin(train_step.TrainStep):
 
     def _automatic_share(self, batch_size: int | None) -> int | None:
         """Samples per replica for `micro_batch_size="auto"`; None if only the batches tell."""
-        if batch_size is None and _keras.data.is_generated(_keras.trainer.data_of_fit(self)):
+        if batch_size is None and _keras.epoch_iterator.is_generated(
+            _keras.epoch_iterator.of_fit(self)
+        ):
             raise errors.InvalidOptionError(
                 "`micro_batch_size='auto'` needs a batch size that is known before training. "
                 "Received: a generator, whose batches may be of any size. Use "

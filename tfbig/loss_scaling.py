@@ -187,7 +187,7 @@ class LossScaleState(_keras.saving.SavedState):
         ]
         limit = tf.constant(settings.max_consecutive_skips, tf.int64)
         with tf.control_dependencies([] if tf.executing_eagerly() else written):
-            tf.debugging.assert_less(consecutive, limit, _keras.trainer.TOO_MANY_SKIPS)
+            tf.debugging.assert_less(consecutive, limit, _keras.graph_errors.TOO_MANY_SKIPS)
 
     def watched(
         self,

@@ -56,7 +56,7 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):  #
     def __init__(self, *args: Any, **kwargs: Unpack[ModelArguments]):
         # Keras would add Functional to the bases of this class itself, for the whole process;
         # models that are not functional could then no longer be made.
-        if _keras.saving.is_functional(args, kwargs) and not isinstance(
+        if _keras.saving.are_functional_arguments(args, kwargs) and not isinstance(
             self, _keras.saving.Functional
         ):
             self.__class__ = _functional_class(type(self))
@@ -245,7 +245,7 @@ def _extended_model(model: keras.Model, options: dict[str, Any]) -> train_step.T
     cls = _extended_class(type(model))
     # A step of the class's own goes on to be scaled by Keras.
     is_own = train_step.has_step_of_extended_class(cls)
-    if isinstance(optimizer, _keras.optimizer.LossScaleOptimizer) and not is_own:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not is_own:
         if optimizer.built and "loss_scale" not in options:
             reached = optimizer
         initial = optimizer.initial_scale

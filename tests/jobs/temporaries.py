@@ -35,7 +35,7 @@ def compile_update(samples, steps, name):
         model.compile("sgd", "mse")
         model.optimizer.build(model.trainable_variables)
         spec = tf.TensorSpec([samples, WIDTH], "float32")
-        _keras.trainer.build_for(model, (spec, spec))
+        _keras.building.build_for(model, (spec, spec))
 
     def update(x):
         with _keras.devices.compiled_as_a_whole():

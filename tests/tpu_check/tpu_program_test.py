@@ -177,7 +177,7 @@ def test_exchange_inside_of_the_loop():
 
 def test_exchange_inside_of_a_conditional(monkeypatch):
     # Without it TensorFlow sends `iterations` of the first core to all.
-    monkeypatch.setattr(_keras.variables, "exchanged_already", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(_keras.variables, "assigned_locally", lambda _: contextlib.nullcontext())
     errors = found(net(loss_scale="dynamic"))
     assert any("inside of a conditional" in str(e) for e in errors)
     assert any("Cores exchange sums and means" in str(e) and "(AllToAll)" in str(e) for e in errors)

@@ -164,7 +164,7 @@ def test_train_on_batch_has_shapes_that_are_known():
 @pytest.mark.parametrize(
     ("data", "batch_size", "message"),
     [
-        ((X, Y), 7, "must divide by the cores, of which there are 2. Received: batch_size=7"),
+        ((X, Y), 7, "must be divisible by the number of cores, which is 2. Received: batch_size=7"),
         ((X, Y), 1, r"Received: batch_size=1\. Use 2\."),
         (
             (

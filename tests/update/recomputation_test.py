@@ -337,14 +337,14 @@ def test_a_constant_is_no_argument():
     ("layer", "message"),
     [
         (lambda: MakesVariable(name="bad"), "'.*bad': it makes a variable"),
-        (lambda: DrawsAnew(name="bad"), "'.*bad': it draws anew"),
+        (lambda: DrawsAnew(name="bad"), "'.*bad': it draws other numbers"),
         (lambda: HasLoss(name="bad"), "'.*bad': it computes a Keras loss"),
         (lambda: ForeignVariable(name="bad"), "'.*bad': it uses a tf.Variable"),
         (
             lambda: keras.Sequential(
                 [layers.Reshape((2, 2)), layers.GRU(2, stateful=True, name="bad")]
             ),
-            "'.*bad': it goes on with the state",
+            "'.*bad': it continues from the state",
         ),
     ],
 )

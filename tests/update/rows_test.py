@@ -229,14 +229,18 @@ def test_positions_of_several_lengths_are_refused_where_they_mean_other_things(f
         summed = table_rows.add_up(gradient, SHARED, 4, replicas=2)
         assert np.sum(summed.values) == len(first) + len(second)
         return
-    with pytest.raises(tf.errors.InvalidArgumentError, match=_keras.trainer.LENGTHS_DIFFER):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=_keras.graph_errors.LENGTHS_DIFFER):
         table_rows.add_up(gradient, SHARED, 4, replicas=2)
 
 
 @pytest.mark.parametrize(
     ("message", "error", "remedy"),
     [
-        (_keras.trainer.LENGTHS_DIFFER, tfbig.errors.UnsupportedModelError, "Pad the sequences"),
+        (
+            _keras.graph_errors.LENGTHS_DIFFER,
+            tfbig.errors.UnsupportedModelError,
+            "Pad the sequences",
+        ),
         (
             "Serialized sparse should have at least 1 serialized tensor, but has a zero dimension",
             tfbig.errors.UnsupportedStrategyError,
@@ -245,7 +249,8 @@ def test_positions_of_several_lengths_are_refused_where_they_mean_other_things(f
     ],
 )
 def test_errors_of_the_graph_are_explained(message, error, remedy):
-    found = tfbig.Sequential([keras.layers.Dense(1)])._error_of(f"Graph execution error: {message}")
+    model = tfbig.Sequential([keras.layers.Dense(1)])
+    found = _keras.graph_errors.error_of(f"Graph execution error: {message}", model)
     assert isinstance(found, error)
     assert remedy in str(found)
 

@@ -57,7 +57,7 @@ def train(model, x=X, y=Y, *, whole, counted=None):
     context = _keras.devices.compiled_as_a_whole if whole else contextlib.nullcontext
     with strategy.scope():
         model.optimizer.build(model.trainable_variables)
-        _keras.trainer.build_for(
+        _keras.building.build_for(
             model,
             (
                 tf.TensorSpec([BATCH, *x.shape[1:]], x.dtype),

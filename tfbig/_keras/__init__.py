@@ -1,8 +1,8 @@
-"""What Keras and `tf.distribute` do differently from what tfbig needs.
+"""What Keras and `tf.distribute` do wrong for tfbig, and what is done about it.
 
-This is the only package that touches `keras.src` or a private Keras name. Every workaround states
-its reason; `tests/keras_defects/canaries_test.py` demonstrates each defect, and fails on the day
-upstream mends it. One module for each concern: `_keras.losses.metrics_results`.
+No other package touches `keras.src` or a private Keras name. Every workaround states its reason;
+`tests/keras_defects/canaries_test.py` demonstrates each defect, and fails once upstream mends it.
+There is one module for each concern: `_keras.losses.metrics_results`.
 """
 
 import keras
@@ -12,9 +12,13 @@ from tfbig import _backend
 _backend.check(keras.backend.backend())
 
 from tfbig._keras import (
+    batches,
+    building,
     compiling,
-    data,
+    datasets,
     devices,
+    epoch_iterator,
+    graph_errors,
     input_clock,
     layers,
     losses,
@@ -22,16 +26,23 @@ from tfbig._keras import (
     optimizer,
     padding,
     recomputation,
+    replica_step,
     saving,
+    shuffling,
+    step_function,
     thread,
     trainer,
     variables,
 )
 
 __all__ = (
+    "batches",
+    "building",
     "compiling",
-    "data",
+    "datasets",
     "devices",
+    "epoch_iterator",
+    "graph_errors",
     "input_clock",
     "layers",
     "losses",
@@ -39,7 +50,10 @@ __all__ = (
     "optimizer",
     "padding",
     "recomputation",
+    "replica_step",
     "saving",
+    "shuffling",
+    "step_function",
     "thread",
     "trainer",
     "variables",

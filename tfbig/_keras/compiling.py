@@ -1,44 +1,51 @@
-"""`compile`, at the bottom, where that of every class ends.
+"""Keras calls a class's own `compile` with arguments it may not take; hooks go beneath all of them.
 
-A class may have a `compile` of its own: with defaults ("auto" of KerasHub), or with other arguments
-(two optimizers). What the mixins override stands before it, and would hide its signature and hand
-it what it does not know. So what a model of tfbig does when it is compiled is done where
-`super().compile(...)` of all of them arrives.
+A class may have a `compile` of its own, with other defaults ("auto" of KerasHub) or other arguments
+(two optimizers). An override by tfbig's mixins would come before it, hide its signature, and pass
+it arguments that it does not know. So a tfbig model prepares and finishes compiling in Keras's own
+`compile`, in which every `super().compile(...)` ends.
 """
 
 import functools
 import inspect
-import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras.src.trainers.trainer import Trainer
 
-# To mypy the mixins are Keras models; in truth they stand before one.
-_KerasModel: typing.Any = keras.Model if typing.TYPE_CHECKING else object
+from tfbig import _types
+
+# Any: Keras has no types. The mixins stand before a Keras model, and mypy takes them for one.
+_KerasModel: Any = keras.Model if TYPE_CHECKING else object
+
+# The arguments of Keras's `compile` by name.
+Settings = dict[str, Any]
 
 
-class CompileHooks(_KerasModel):
-    """What `compile` does with a model of tfbig, whatever `compile` its class has."""
+class CompileHooks(_KerasModel):  # type: ignore[misc]  # Keras has no types.
+    """What `compile` does to a tfbig model, whichever `compile` its class has."""
 
-    def _prepare_compile(self, settings):
-        """Hook: checks and changes what Keras is given, a dictionary, in the strategy's scope."""
+    def _prepare_compile(self, settings: Settings) -> None:
+        """Hook: checks and changes what Keras is given, in the strategy's scope."""
 
-    def _finish_compile(self):
+    def _finish_compile(self) -> None:
         """Hook: called after Keras has compiled the model."""
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: _types.Config) -> None:
         with self.distribute_strategy.scope():
-            if _takes_what_keras_records(type(self).compile):
+            compile_: _types.AnyFunction
+            if _takes_only_keras_arguments(type(self).compile):
                 compile_ = self.compile
             elif self.compiled:
-                # By its constructor, as tasks of KerasHub are: attributes hold what else there is.
+                # By its constructor, like the tasks of KerasHub: other settings are attributes.
                 compile_ = functools.partial(Trainer.compile, self)
             else:
-                # Keras does not call it, and says so.
+                # Keras does not compile it, and warns of that.
                 super().compile_from_config(config)
                 return
             compile_(**keras.saving.deserialize_keras_object(config))
-            # Keras would make its variables outside of the scope.
+            # Keras would make the optimizer's variables outside of the scope.
             if self.optimizer is not None and self.built:
                 self.optimizer.build(self.trainable_variables)
 
@@ -46,23 +53,24 @@ class CompileHooks(_KerasModel):
 _compile = Trainer.compile
 
 
-def _takes_what_keras_records(compile_):
-    """Whether a `compile` has no arguments but those of Keras's, which are saved with a model."""
+def _takes_only_keras_arguments(compile_: Callable[..., object]) -> bool:
+    """Whether a `compile` has no arguments but Keras's own, which are saved with a model."""
     own = inspect.signature(compile_).parameters.values()
     known = inspect.signature(_compile).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in own) or {p.name for p in own} == set(known)
     return takes_all and all(p.name in known or p.kind is p.VAR_KEYWORD for p in own)
 
 
-def _settings(*args, **kwargs):
-    """The arguments of Keras's `compile` by name, defaults included, without the model."""
+# Any: as Keras's `compile` takes them.
+def _settings(*args: Any, **kwargs: Any) -> Settings:
+    """The arguments of Keras's `compile` by name, including defaults, excluding the model."""
     bound = inspect.signature(_compile).bind(*args, **kwargs)
     bound.apply_defaults()
     return {name: value for name, value in bound.arguments.items() if name != "self"}
 
 
 @functools.wraps(_compile)
-def _hooked(self, *args, **kwargs):
+def _hooked(self: Trainer, *args: Any, **kwargs: Any) -> None:
     if isinstance(self, CompileHooks):
         settings = _settings(self, *args, **kwargs)
         with self.distribute_strategy.scope():
@@ -76,14 +84,15 @@ def _hooked(self, *args, **kwargs):
 Trainer.compile = _hooked
 
 
-def recompile(model, optimizer=None):
-    """Compiles a model anew with the settings that Keras has recorded.
+def recompile(model: keras.Model, optimizer: _types.Optimizer | None = None) -> None:
+    """Compiles a model again with the settings that Keras has recorded.
 
-    Not by the `compile` of its class, which may take others: what that did beside, attributes hold.
+    Keras's `compile` does it, not that of the model's class, which may take other arguments and
+    has kept their effects in attributes.
 
     Args:
-        model: `keras.Model`.
-        optimizer: optimizer in place of the recorded one, or None.
+        model: the model.
+        optimizer: replaces the recorded optimizer. Defaults to None: it is kept.
     """
     if model.compiled:
         settings = dict(model._compile_config.config)

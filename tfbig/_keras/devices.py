@@ -1,10 +1,13 @@
-"""The devices that a strategy's replicas run on, and what is compiled for them."""
+"""Keras does not tell which devices replicas run on, nor whether XLA compiles all; this does."""
+
+import contextlib
 
 import tensorflow as tf
 
+from tfbig import _types
 from tfbig._keras.thread import current, holding
 
-# What tfbig runs under, besides the default strategy, which names no devices.
+# The strategies that tfbig supports, besides the default one, which names no devices.
 STRATEGIES = (
     tf.distribute.OneDeviceStrategy,
     tf.distribute.MirroredStrategy,
@@ -13,26 +16,26 @@ STRATEGIES = (
 )
 
 
-def devices_of(strategy):
+def devices_of(strategy: _types.Strategy) -> list[str]:
     """Names, such as "GPU:0", of the devices of this process that replicas run on."""
     if isinstance(strategy, STRATEGIES):
         devices = strategy.extended.worker_devices
     else:
         gpus = tf.config.list_logical_devices("GPU")
         devices = [(gpus or tf.config.list_logical_devices("CPU"))[0].name]
-    # Without the job, which functions that take a device do not know.
+    # Without the job, which functions that take a device do not understand.
     return [f"{kind}:{index}" for kind, index in (d.split(":")[-2:] for d in devices)]
 
 
-def is_on_cpu(strategy):
+def is_on_cpu(strategy: _types.Strategy) -> bool:
     """Whether all replicas of this process run on the CPU."""
     return all(device.startswith("CPU") for device in devices_of(strategy))
 
 
-def make_logical_cpus(count):
-    """Makes so many logical CPU devices; returns how many there are.
+def make_logical_cpus(count: int) -> int:
+    """Makes `count` logical CPU devices; returns how many there are.
 
-    Fewer than asked for, if TensorFlow has started.
+    If TensorFlow has started, no more can be made, and there may be fewer.
     """
     cpu = tf.config.list_physical_devices("CPU")[0]
     made = len(tf.config.get_logical_device_configuration(cpu) or [None])
@@ -46,13 +49,13 @@ def make_logical_cpus(count):
     return max(made, count)
 
 
-def is_tpu(strategy):
+def is_tpu(strategy: _types.Strategy) -> bool:
     """Whether replicas run on TPUs."""
     return isinstance(strategy, tf.distribute.TPUStrategy)
 
 
-def compiled_as_a_whole():
-    """A context in which what is traced becomes one XLA program, as TPUs need it.
+def compiled_as_a_whole() -> contextlib.AbstractContextManager[None]:
+    """A context in which the program that is traced becomes a single XLA program, as on TPUs.
 
     For a `tf.function(jit_compile=True)` around a whole step on one CPU, which runs what a TPU
     would.
@@ -60,6 +63,6 @@ def compiled_as_a_whole():
     return holding("compiled_as_a_whole", True)
 
 
-def is_compiled_as_a_whole():
-    """Whether the step that is traced is one XLA program, its exchange and update included."""
+def is_compiled_as_a_whole() -> bool:
+    """Whether the step being traced is a single XLA program, including its exchange and update."""
     return bool(current("compiled_as_a_whole")) or is_tpu(tf.distribute.get_strategy())

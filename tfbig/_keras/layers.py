@@ -1,15 +1,18 @@
-"""Models and their layers: the forward pass, and what makes a cut inexact."""
+"""Keras fails late on layers that exchange or are out of scope; here they are found before."""
 
 import contextlib
+from collections.abc import Iterable, Iterator
 
 import keras
 import tensorflow as tf
 
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig._keras.variables import native
 
 
-def forward(model, data, training):
+def forward(
+    model: keras.Model, data: _types.Structure, training: bool
+) -> tuple[_types.Tensor, _types.Structure, _types.Structure, _types.Structure, _types.Structure]:
     """Calls the model and its loss on one micro-batch.
 
     Returns:
@@ -23,18 +26,17 @@ def forward(model, data, training):
     return loss, x, y, y_pred, sample_weight
 
 
-def has_synchronized_layers(model):
+def has_synchronized_layers(model: keras.Model) -> bool:
     """Whether a layer exchanges with the other replicas in its forward pass.
 
-    `BatchNormalization(synchronized=True)` does, which fails in a
-    `tf.while_loop`.
+    `BatchNormalization(synchronized=True)` does, which fails in a `tf.while_loop`.
     """
     return any(getattr(layer, "synchronized", False) for layer in model._flatten_layers())
 
 
 @contextlib.contextmanager
-def without_synchronization(model):
-    """Within it, no layer exchanges: a nested graph may not hold an exchange."""
+def without_synchronization(model: keras.Model) -> Iterator[None]:
+    """Within it, no layer exchanges, because a nested graph must not contain a collective."""
     layers = [x for x in model._flatten_layers() if getattr(x, "synchronized", False)]
     for layer in layers:
         layer.synchronized = False
@@ -45,36 +47,36 @@ def without_synchronization(model):
             layer.synchronized = True
 
 
-def all_layers(model):
+def all_layers(model: keras.Model) -> list[_types.Layer]:
     """All layers inside a model, at any depth."""
     return list(model._flatten_layers(include_self=False))
 
 
-def as_inputs(model, values):
-    """A list in the order of `model.inputs`, or the dictionary that a functional model takes."""
+def as_inputs(model: keras.Model, values: Iterable[_types.Structure]) -> _types.Structure:
+    """Values in the order of `model.inputs`, as the list or dictionary that the model takes."""
     structure = getattr(model, "_inputs_struct", None)
     if not isinstance(structure, dict):
         return list(values)
     return keras.tree.pack_sequence_as(structure, list(values))
 
 
-def draws_random_numbers(layer):
-    """Whether a layer has a random stream of its own and a use for it."""
+def draws_random_numbers(layer: _types.Layer) -> bool:
+    """Whether a layer has a random generator of its own, and uses it."""
     return bool(layer._seed_generators) and getattr(layer, "rate", 1) != 0
 
 
-def owns(layer, variable):
-    """Whether a variable belongs to this very layer, not to one inside it."""
+def owns_directly(layer: _types.Layer, variable: _types.KerasVariable) -> bool:
+    """Whether a non-trainable variable belongs to this very layer, not to one inside it."""
     return any(variable is v for v in layer._non_trainable_variables)
 
 
-def computes_in_float16(model):
+def computes_in_float16(model: keras.Model) -> bool:
     """Whether the model, or a layer of it, computes in float16."""
     return any(layer.compute_dtype == "float16" for layer in model._flatten_layers())
 
 
-def check_scope(model):
-    """Refuses a model or optimizer that was made outside of the strategy's scope."""
+def check_scope(model: keras.Model) -> None:
+    """Raises if the model or its optimizer was made outside of the strategy's scope."""
     strategy = model._distribute_strategy
     if tf.distribute.has_strategy() and tf.distribute.get_strategy() is not strategy:
         raise errors.UnsupportedStrategyError(
@@ -102,5 +104,5 @@ def check_scope(model):
             )
 
 
-def _name(strategy):
+def _name(strategy: _types.Strategy | None) -> str:
     return "no strategy" if strategy is None else type(strategy).__name__

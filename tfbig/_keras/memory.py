@@ -1,35 +1,36 @@
-"""How much memory a computation takes, and how much there is."""
+"""Keras does not measure the memory that a computation takes, nor what is left; this does."""
 
 import contextlib
 import math
 import pathlib
 import re
+from collections.abc import Callable, Iterable, Sequence
 
 import tensorflow as tf
 
-from tfbig import errors
+from tfbig import _types, errors
 
 __all__ = ("Meter", "available", "readable", "size_of")
 
 
 class Meter:
-    """Measures the memory that computations need beyond what is in use before.
+    """Measures the memory that a computation needs beyond what is already in use.
 
-    It is what TensorFlow's allocators count: variables and tensors. All CPU devices share one.
+    TensorFlow's allocators count it: variables and tensors. All CPU devices share one allocator.
 
     Args:
-        devices: list of names, those of the replicas of this process.
+        devices: names of the devices of this process's replicas.
     """
 
-    def __init__(self, devices):
+    def __init__(self, devices: Sequence[str]) -> None:
         self.is_cpu = all(d.startswith("CPU") for d in devices)
         self.devices = devices[:1] if self.is_cpu else devices
 
-    def __call__(self, run):
+    def __call__(self, run: Callable[[], object]) -> int:
         """Bytes that `run()` takes at its peak, on the device where it takes most.
 
         Raises:
-            InvalidOptionError: If TensorFlow does not count on these devices.
+            InvalidOptionError: If TensorFlow does not count memory on these devices.
         """
         try:
             before = [_info(d)["current"] for d in self.devices]
@@ -43,26 +44,26 @@ class Meter:
             ) from None
         run()
         peaks = [_info(d)["peak"] for d in self.devices]
-        return max(peak - size for peak, size in zip(peaks, before, strict=True))
+        return max(int(peak - size) for peak, size in zip(peaks, before, strict=True))
 
 
 _info = tf.config.experimental.get_memory_info
 
 
-def _kibibytes(path, name):
-    """A field of a file of /proc, in bytes; OSError without one."""
+def _kibibytes(path: pathlib.Path, name: str) -> int:
+    """A field of a file in /proc, in bytes; raises OSError if there is none."""
     found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     if not found:
         raise OSError(f"there is no {name} in {path}")
     return 1024 * int(found[1])
 
 
-def available():
+def available() -> int | None:
     """Bytes of memory that this process may still take on the host; None if unknown."""
     found = []
     with contextlib.suppress(OSError):
         found.append(_kibibytes(pathlib.Path("/proc/meminfo"), "MemAvailable"))
-    # Of the container, where there is one.
+    # A container has limits of its own.
     group = pathlib.Path("/sys/fs/cgroup")
     for limit, used in (
         (group / "memory.max", group / "memory.current"),
@@ -75,8 +76,8 @@ def available():
     return max(0, min(found)) if found else None
 
 
-def readable(size):
-    """Bytes as people write them: "1.5 GiB"."""
+def readable(size: float) -> str:
+    """A number of bytes as people write it: "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}"
@@ -84,6 +85,8 @@ def readable(size):
     return f"{size:.2f} GiB"
 
 
-def size_of(tensors):
-    """Bytes of the values of tensors or variables; None among them are left out."""
-    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in tensors if v is not None)
+def size_of(tensors: Iterable[_types.Tensor | _types.Variable | None]) -> int:
+    """Bytes of the values of tensors or variables; None counts nothing."""
+    return sum(
+        int(math.prod(v.shape) * tf.as_dtype(v.dtype).size) for v in tensors if v is not None
+    )

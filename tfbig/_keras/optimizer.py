@@ -1,31 +1,38 @@
-"""Optimizers: gradients that are exchanged already, moving averages in replica context."""
+"""Keras's optimizers exchange gradients and average weights by `merge_call`; here they need not."""
 
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
-from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer as LossScaleOptimizer
 
+from tfbig import _types
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import native
 
+_GradientAndVariable = tuple[_types.Gradient, _types.KerasVariable]
 
-def aggregated_gradients():
-    """A context in which optimizers of this thread take gradients as they are.
 
-    Keras sums the gradients over the replicas inside `apply`, after clipping
-    each replica's own. tfbig exchanges them before, once.
+def without_exchange() -> contextlib.AbstractContextManager[None]:
+    """A context in which optimizers of this thread apply gradients as they are given.
+
+    Keras sums the gradients over the replicas inside `apply`, after clipping each replica's own.
+    tfbig sums them before, once.
     """
-    return holding("aggregated", True)
+    return holding("without_exchange", True)
+
+
+_all_reduce_of_keras = TFOptimizer._all_reduce_sum_gradients
 
 
 def _all_reduce_sum_gradients(
-    self, grads_and_vars, _original=TFOptimizer._all_reduce_sum_gradients
-):
-    if current("aggregated"):
+    self: TFOptimizer, grads_and_vars: Iterable[_GradientAndVariable]
+) -> list[_GradientAndVariable]:
+    if current("without_exchange"):
         return list(grads_and_vars)
-    return _original(self, grads_and_vars)
+    reduced: list[_GradientAndVariable] = _all_reduce_of_keras(self, grads_and_vars)
+    return reduced
 
 
 TFOptimizer._all_reduce_sum_gradients = _all_reduce_sum_gradients
@@ -34,8 +41,10 @@ TFOptimizer._all_reduce_sum_gradients = _all_reduce_sum_gradients
 _overwrite_in_cross_replica_context = TFOptimizer._overwrite_model_variables_with_average_value
 
 
-def _overwrite_with_average(self, trainable_variables):
-    # `ema_overwrite_frequency` calls it in replica context, where Keras's own
+def _overwrite_with_average(
+    self: TFOptimizer, trainable_variables: Sequence[_types.KerasVariable]
+) -> None:
+    # With `ema_overwrite_frequency`, tfbig calls it in replica context, where Keras's own
     # raises; every replica writes its own copy there.
     if tf.distribute.in_cross_replica_context():
         _overwrite_in_cross_replica_context(self, trainable_variables)
@@ -48,21 +57,23 @@ def _overwrite_with_average(self, trainable_variables):
 TFOptimizer._overwrite_model_variables_with_average_value = _overwrite_with_average
 
 
-def needs_no_merge_call():
-    """Whether the strategy updates variables in replica context (TPU does)."""
-    return tf.__internal__.distribute.strategy_supports_no_merge_call()
+def updates_in_replica_context() -> bool:
+    """Whether the strategy updates variables in replica context, as TPUStrategy does."""
+    return bool(tf.__internal__.distribute.strategy_supports_no_merge_call())
 
 
-def optimizers_of(model):
-    """Pairs of name and optimizer: that of `compile`, then others that the model holds."""
+def optimizers_of(model: keras.Model) -> list[tuple[str, _types.Optimizer]]:
+    """Names and optimizers: first that of `compile`, named "", then others that the model holds."""
 
-    def leaves(name, value):
-        # TensorFlow and Keras keep lists of their own of what a model holds.
+    def leaves(name: str, value: object) -> list[object]:
+        # TensorFlow and Keras keep private lists of what a model holds.
         if isinstance(value, dict | list | tuple) and not name.startswith("_"):
             return list(value.values()) if isinstance(value, dict) else list(value)
         return [value]
 
-    found = {} if model.optimizer is None else {id(model.optimizer): ("", model.optimizer)}
+    found: dict[int, tuple[str, _types.Optimizer]] = {}
+    if model.optimizer is not None:
+        found[id(model.optimizer)] = "", model.optimizer
     for name, value in sorted(vars(model).items()):
         for i, leaf in enumerate(leaves(name, value)):
             if isinstance(leaf, keras.optimizers.Optimizer):
@@ -71,7 +82,7 @@ def optimizers_of(model):
 
 
 @contextlib.contextmanager
-def with_optimizer(model, optimizer):
+def temporary_optimizer(model: keras.Model, optimizer: _types.Optimizer | None) -> Iterator[None]:
     """Within it, a model has another optimizer, which is neither tracked nor saved."""
     kept = model.optimizer
     vars(model)["optimizer"] = optimizer

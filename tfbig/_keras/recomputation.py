@@ -1,14 +1,16 @@
-"""Layers that compute their activations again in the backward pass, instead of keeping them.
+"""`keras.RematScope` fails in `fit`; here a layer's call is a pure function that can be repeated.
 
-`keras.RematScope` fails in `fit`, and `tf.recompute_grad` replays what a layer draws and
-assigns: its dropout mask would be another, its moving statistics would move twice. Here the
-call of a layer is a function of its inputs, its variables and the state around it, all of
-which are handed to it; so the second pass is the first one again.
+`tf.recompute_grad` would draw other random numbers in the repetition, and make assignments again:
+the dropout mask would differ, and moving statistics would move twice. Here the call of a layer is a
+function of its inputs, its variables and the state around it, which are all passed to it; so the
+second pass computes the same as the first.
 """
 
 import contextlib
 import copy
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import tensorflow as tf
 from keras.src.backend.common import global_state, masking
@@ -18,12 +20,12 @@ from keras.src.ops.operation import Operation
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops as _xla_ops
 from tensorflow.python.eager import record as _record
 
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig._keras.devices import is_on_cpu
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
 
-# Operations that draw something else each time they run.
+# Operations that draw different numbers each time they run.
 _DRAWS = (
     "Multinomial",
     "ParameterizedTruncatedNormal",
@@ -36,14 +38,19 @@ _DRAWS = (
     "TruncatedNormal",
 )
 
+# What a `VariableValues` maps: the identities of variables to their values.
+_State = dict[int, _types.Tensor]
 
-def recomputed(layers, compiled=False):
+
+def recomputed(
+    layers: Sequence[_types.Layer], compiled: bool = False
+) -> contextlib.AbstractContextManager[None]:
     """A context in which calls of these layers keep no activations for the backward pass.
 
-    To be entered inside of a `VariableValues`.
+    To be entered inside a `VariableValues`.
 
     Args:
-        layers: list of layers, none inside of another.
+        layers: the layers, none inside another.
         compiled: whether XLA compiles what is traced.
     """
     return holding("recomputation", (frozenset(map(id, layers)), compiled))
@@ -52,33 +59,36 @@ def recomputed(layers, compiled=False):
 _keras_call = Operation.__call__
 
 
+# Any: a layer decides what it is called with.
 @functools.wraps(_keras_call)
-def _call(self, *args, **kwargs):
+def _call(self: Operation, *args: Any, **kwargs: Any) -> _types.Structure:
     layers, compiled = current("recomputation") or ((), False)
     if id(self) not in layers:
         return _keras_call(self, *args, **kwargs)
-    return _Call(self, args, kwargs, compiled)()
+    return _RepeatableCall(self, args, kwargs, compiled)()
 
 
 Operation.__call__ = _call
 
 
-class _Call:
+class _RepeatableCall:
     """One call of a layer, which can be made a second time.
 
     Args:
-        layer: `keras.Layer`.
-        args: tuple, its positional arguments.
-        kwargs: dictionary, its keyword arguments.
+        layer: the layer.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
         compiled: whether XLA compiles what is traced.
     """
 
-    def __init__(self, layer, args, kwargs, compiled):
+    def __init__(
+        self, layer: _types.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+    ) -> None:
         self.layer = layer
         self.arguments = (args, kwargs)
         self.compiled = compiled
         self.scope = get_stateless_scope()
-        self.state = dict(self.scope.state_mapping)
+        self.state: _State = dict(self.scope.state_mapping)
         self.variables = list(layer.variables)
         leaves = tf.nest.flatten(self.arguments, expand_composites=True)
         self.is_tensor = [tf.is_tensor(x) for x in leaves]
@@ -87,22 +97,25 @@ class _Call:
         # Tensors carry their masks as attributes, which copies of them lose.
         self.masks = [masking.get_keras_mask(x) for x in self.inputs]
         # What the layers inside take from the layers around them.
-        self.context = copy.copy(global_state.get_global_attribute("current_call_ctx"))
+        self.call_context = copy.copy(global_state.get_global_attribute("current_call_ctx"))
         autocast = get_autocast_scope()
         self.autocast = None if autocast is None else autocast.dtype
 
-    def __call__(self):
+    def __call__(self) -> _types.Structure:
         values = [tf.convert_to_tensor(self.scope.get_current_value(v)) for v in self.variables]
-        first: list = []
+        # Of the first pass: the outputs, and the scope with what it assigned.
+        first: list[Any] = []
 
-        @tf.custom_gradient
-        def function(*tensors):
+        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        def function(*tensors: _types.Tensor) -> tuple[list[_types.Tensor], _types.AnyFunction]:
             known = [*tensors, *self.inputs, *self.masks, *self.state.values()]
             with _record.stop_recording(), _only_of(self.layer, known):
                 outputs, scope = self._run(tensors, self.state)
             first.extend((outputs, scope))
 
-            def gradient(*upstream, variables=None):
+            def gradient(
+                *upstream: _types.Tensor, variables: Sequence[_types.Variable] | None = None
+            ) -> list[_types.Gradient | None]:
                 if variables:
                     raise self._error(f"it uses a tf.Variable, {variables[0].name}")
                 return self._gradient(tensors, upstream)
@@ -115,7 +128,7 @@ class _Call:
             value = scope.get_current_value(variable)
             self.scope.add_update((variable, tf.stop_gradient(value)))
 
-        def result(output):
+        def result(output: _types.Tensor) -> _types.Tensor:
             if not _is_differentiable(output):
                 return output
             mask, output = masking.get_keras_mask(output), passed.pop(0)
@@ -125,15 +138,17 @@ class _Call:
 
         outputs = tf.nest.map_structure(result, outputs, expand_composites=True)
         for old, new in zip(scope.losses, passed, strict=True):
-            self._hand_on_loss(old, new)
+            self._replace_loss(old, new)
         return outputs
 
-    def _run(self, tensors, state):
-        """Calls the layer; returns its outputs and the `VariableValues` that it leaves.
+    def _run(
+        self, tensors: Sequence[_types.Tensor], state: _State
+    ) -> tuple[_types.Structure, VariableValues]:
+        """Calls the layer; returns its outputs and the scope with what it assigned.
 
         Args:
-            tensors: sequence, the values of its variables and then its inputs.
-            state: dictionary, what a `VariableValues` maps around it.
+            tensors: the values of its variables, and then its inputs.
+            state: what the `VariableValues` around the call maps.
         """
         values, inputs = tensors[: len(self.variables)], tensors[len(self.variables) :]
         for tensor, mask in zip(inputs, self.masks, strict=True):
@@ -154,20 +169,22 @@ class _Call:
             outputs = _keras_call(self.layer, *args, **kwargs)
         return outputs, scope
 
-    def _gradient(self, tensors, upstream):
+    def _gradient(
+        self, tensors: Sequence[_types.Tensor], upstream: Sequence[_types.Tensor]
+    ) -> list[_types.Gradient | None]:
         """Gradients of the differentiable outputs, times `upstream`; None for integers."""
         is_float = [t.dtype.is_floating for t in tensors]
-        is_connected: list = []
+        is_connected: list[bool] = []
 
-        def second():
-            # The second pass must wait for the backward pass to come to it, and must not be
+        def second_pass() -> list[_types.Gradient]:
+            # The second pass must wait until the backward pass reaches it, and must not be
             # taken for a repetition of the first.
             again, values = _after(upstream, [tensors, [*self.state.values()]], self.compiled)
             state = dict(zip(self.state, values, strict=True))
             wanted = [t for t, f in zip(again, is_float, strict=True) if f]
             with tf.GradientTape() as tape:
                 tape.watch(wanted)
-                with self._context():
+                with self._surroundings():
                     outputs, scope = self._run(again, state)
                 for loss in scope.losses:
                     self._forget_loss(loss)
@@ -176,51 +193,51 @@ class _Call:
             return [g for g in gradients if g is not None]
 
         if self.compiled and is_on_cpu(tf.distribute.get_strategy()):
-            # There, XLA takes its barriers away before it looks for repetitions.
-            def never():
+            # On CPU, XLA removes its barriers before it looks for repetitions.
+            def never() -> list[_types.Tensor]:
                 floats = [t for t, f in zip(tensors, is_float, strict=True) if f]
                 return [tf.zeros_like(t) for t, c in zip(floats, is_connected, strict=True) if c]
 
             gradients = tf.cond(
-                _always(upstream), lambda: [tf.convert_to_tensor(g) for g in second()], never
+                _always(upstream), lambda: [tf.convert_to_tensor(g) for g in second_pass()], never
             )
         else:
-            gradients = second()
+            gradients = second_pass()
         found, connected = iter(gradients), iter(is_connected)
         return [next(found) if f and next(connected) else None for f in is_float]
 
     @contextlib.contextmanager
-    def _context(self):
-        """What surrounds the layer in the forward pass."""
+    def _surroundings(self) -> Iterator[None]:
+        """What surrounded the layer in the forward pass."""
         name = "current_call_ctx"
         previous = global_state.get_global_attribute(name)
-        global_state.set_global_attribute(name, copy.copy(self.context))
+        global_state.set_global_attribute(name, copy.copy(self.call_context))
         try:
             with AutocastScope(self.autocast):
                 yield
         finally:
             global_state.set_global_attribute(name, previous)
 
-    def _hand_on_loss(self, old, new):
-        """Gives a loss, which `add_loss` named by its identity, another tensor."""
+    def _replace_loss(self, old: _types.Tensor, new: _types.Tensor) -> None:
+        """Puts another tensor in place of a loss, which `add_loss` knows by its identity."""
         for layer in self._forget_loss(old):
             layer._loss_ids.add(id(new))
         self.scope.add_loss(new)
 
-    def _forget_loss(self, loss):
+    def _forget_loss(self, loss: _types.Tensor) -> list[_types.Layer]:
         owners = [x for x in self.layer._flatten_layers() if id(loss) in x._loss_ids]
         for layer in owners:
             layer._loss_ids.discard(id(loss))
         return owners
 
-    def _refuse_loss(self, *args, **kwargs):
+    def _refuse_loss(self, *args: object, **kwargs: object) -> NoReturn:
         raise self._error("it computes a Keras loss in its call")
 
-    def _error(self, reason):
+    def _error(self, reason: str) -> errors.UnsupportedModelError:
         return errors.UnsupportedModelError(_cannot(self.layer, reason))
 
 
-def _cannot(layer, reason):
+def _cannot(layer: _types.Layer, reason: str) -> str:
     return (
         f"A layer in `recompute` must be a function of its inputs and its variables. Received: "
         f"{type(layer).__name__} {layer.path or layer.name!r}: {reason}. Leave it out of "
@@ -229,10 +246,10 @@ def _cannot(layer, reason):
 
 
 @contextlib.contextmanager
-def _only_of(layer, tensors):
-    """Refuses a call that is not a function of these tensors, or that another would not repeat."""
+def _only_of(layer: _types.Layer, tensors: Sequence[_types.Tensor]) -> Iterator[None]:
+    """Raises if a call uses other tensors than these, or could not be repeated."""
 
-    def refuse(next_creator, **kwargs):
+    def refuse(next_creator: _types.AnyFunction, **kwargs: object) -> NoReturn:
         raise errors.UnsupportedModelError(_cannot(layer, "it makes a variable in its call"))
 
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
@@ -246,28 +263,33 @@ def _only_of(layer, tensors):
         if operation.name in before:
             continue
         if operation.type in _DRAWS:
-            reason = f"it draws anew in each call ({operation.type}); use keras.random with a seed"
+            reason = (
+                f"it draws other numbers in each call ({operation.type}); use keras.random with a "
+                "seed"
+            )
             raise errors.UnsupportedModelError(_cannot(layer, reason))
         for t in operation.inputs:
-            # What comes from outside of the graph is constant in it; integers have no gradient.
-            has_none = t.op.type in ("Const", "Placeholder") or not t.dtype.is_floating
-            if t.op.name in before and id(t) not in known and not has_none:
+            # Tensors from outside the graph are constant in it; integers have no gradient.
+            has_no_gradient = t.op.type in ("Const", "Placeholder") or not t.dtype.is_floating
+            if t.op.name in before and id(t) not in known and not has_no_gradient:
                 reason = f"it uses a tensor that is not among its arguments ({t.name})"
                 raise errors.UnsupportedModelError(_cannot(layer, reason))
 
 
-def _is_differentiable(tensor):
-    return tf.is_tensor(tensor) and tensor.dtype.is_floating
+def _is_differentiable(tensor: _types.Tensor) -> bool:
+    return bool(tf.is_tensor(tensor) and tensor.dtype.is_floating)
 
 
-def _differentiable(outputs, scope):
-    """Outputs of floats, then the losses that were added."""
+def _differentiable(outputs: _types.Structure, scope: VariableValues) -> list[_types.Tensor]:
+    """The floating-point outputs, then the losses that were added."""
     leaves = tf.nest.flatten(outputs, expand_composites=True)
     return [x for x in leaves if _is_differentiable(x)] + list(scope.losses)
 
 
-def _after(upstream, tensors, compiled):
-    """The tensors, of a structure, but not before those of `upstream` are there."""
+def _after(
+    upstream: Sequence[_types.Tensor | None], tensors: _types.Structure, compiled: bool
+) -> _types.Structure:
+    """The tensors of a structure, but not before those of `upstream` are there."""
     flat = tf.nest.flatten(tensors)
     if compiled:
         upstream = [t for t in upstream if t is not None]
@@ -278,16 +300,16 @@ def _after(upstream, tensors, compiled):
     return tf.nest.pack_sequence_as(tensors, flat)
 
 
-def _always(tensors):
-    """True, which XLA cannot know before it runs."""
+def _always(tensors: Sequence[_types.Tensor]) -> _types.Tensor:
+    """True, but XLA cannot know it before the program runs."""
     value = tf.reshape(tensors[0], [-1])[0]
     return (value == value) | (value != value)
 
 
-def check_can_recompute(layer):
-    """Refuses a layer that keeps state from one call to the next as part of its result."""
+def check_can_recompute(layer: _types.Layer) -> None:
+    """Raises if a layer keeps state between calls that its result depends on."""
     for inner in layer._flatten_layers():
         if getattr(inner, "stateful", False):
             raise errors.UnsupportedModelError(
-                _cannot(inner, "it goes on with the state of the batch before (stateful=True)")
+                _cannot(inner, "it continues from the state of the previous batch (stateful=True)")
             )

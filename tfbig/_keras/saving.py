@@ -1,110 +1,122 @@
-"""Saving, cloning, compiling: state and options that Keras would leave behind."""
+"""Keras saves, clones and wraps models without the state and options of tfbig; here both stay."""
 
 import functools
 import importlib
 import inspect
-import typing
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
 from keras.src.models import cloning as _cloning
+from keras.src.models import functional as _functional
 from keras.src.models import model as _model
-from keras.src.models.functional import Functional as Functional
 from keras.src.saving import object_registration
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import python_utils
 
+from tfbig import _types
 from tfbig._keras.variables import native
 
+# Any: a store is a dictionary or an HDF5 group, of which Keras uses `keys` and items.
+_Store = Any
 
-class ConfigWith:
+# A class that Keras exports under no public name.
+Functional = _functional.Functional
+
+# Whether the arguments of a model's constructor are those of a functional model.
+are_functional_arguments = _model.functional_init_arguments
+
+
+class ExtendedConfig:
     """A `get_config` that adds to that of the classes after `owner`.
 
-    Keras records constructor arguments by itself if `get_config` is the default
-    one, which it tells by an attribute of the method; so what is added must have
-    the attribute of what it is added to.
+    Keras records constructor arguments by itself if `get_config` is the default one. It tells by an
+    attribute of the method, so the extended method must have the same attribute.
 
     Args:
-        owner: Function that returns the class which holds the method.
-        additions: Name of the method that returns what is added, a dictionary.
+        owner: function that returns the class which holds the method.
+        additions: name of the method that returns what is added, a dictionary.
     """
 
-    def __init__(self, owner, additions):
+    def __init__(self, owner: Callable[[], type], additions: str) -> None:
         self.owner = owner
         self.additions = additions
 
-    def __get__(self, instance, cls=None):
+    def __get__(self, instance: keras.Model | None, cls: type | None = None) -> object:
         if instance is None:
             return self
         inherited = getattr(super(self.owner(), instance), "get_config")  # noqa: B009
 
-        def get_config():
+        def get_config() -> _types.Config:
             return {**inherited(), **getattr(instance, self.additions)()}
 
         vars(get_config)["_is_default"] = python_utils.is_default(inherited)
         return get_config
 
 
-class SavedState(KerasAutoTrackable, KerasSaveable):
+class SavedState(KerasAutoTrackable, KerasSaveable):  # type: ignore[misc]  # Keras has no types.
     """Variables that are saved with the model but are not among its weights.
 
-    An attribute of this type goes into `.keras` files, `save_weights` and
-    `tf.train.Checkpoint`; `model.weights` stays what the plain Keras model has.
+    An attribute of this type goes into `.keras` files, `save_weights` and `tf.train.Checkpoint`;
+    `model.weights` stays what it is for the plain Keras model.
     """
 
     _names: tuple[str, ...] = ()
 
-    def _obj_type(self):
-        return "Metric"  # Which private attributes Keras passes over.
+    def _obj_type(self) -> str:
+        return "Metric"  # Keras skips private attributes of this type.
 
-    def variables(self):
+    def variables(self) -> list[_types.KerasVariable]:
         """The variables, in the order of their names."""
         return [getattr(self, name) for name in self._names]
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: _Store) -> None:
         for name in self._names:
             store[name] = getattr(self, name).numpy()
 
-    def load_own_variables(self, store):
-        # Files of the plain Keras model have none of it.
+    def load_own_variables(self, store: _Store) -> None:
+        # Files of the plain Keras model have none of them.
         for name in self._names:
             if name in store.keys():  # noqa: SIM118  A store is no dictionary.
                 getattr(self, name).assign(store[name])
 
 
 class SeedStates(SavedState):
-    """The states of a model's seed generators, which Keras saves nowhere.
+    """The states of a model's seed generators, which Keras does not save.
 
     Without them a resumed run would draw its dropout masks from the start again.
     """
 
-    def __init__(self, model):
-        self._model: typing.Any = weakref.ref(model)
+    def __init__(self, model: keras.Model) -> None:
+        # Any: mypy would have the reference be of a model.
+        self._model: Any = weakref.ref(model)
 
-    def variables(self):
+    def variables(self) -> list[_types.KerasVariable]:
         return list(self._states().values())
 
-    def _states(self):
+    def _states(self) -> dict[str, _types.KerasVariable]:
         # Looked up late: a layer may make its generator in `build`.
         layers = self._model()._flatten_layers()
         generators = [g for layer in layers for g in getattr(layer, "_seed_generators", ())]
         return {str(k): g.state for k, g in enumerate(generators)}
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: _Store) -> None:
         for name, state in self._states().items():
             store[name] = state.numpy()
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: _Store) -> None:
         for name, state in self._states().items():
             if name in store.keys():  # noqa: SIM118  A store is no dictionary.
                 state.assign(store[name])
 
-    def _trackable_children(self, *args, **kwargs):
+    # Any: TensorFlow decides the arguments.
+    def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, _types.Variable]:
         return {name: native(state) for name, state in self._states().items()}
 
 
-def track_for_checkpoint(model, name, value):
+def track_for_checkpoint(model: keras.Model, name: str, value: object) -> None:
     """Makes `value` part of `tf.train.Checkpoint(model=model)`.
 
     Keras sets the optimizer inside `compile`, where tracking is off.
@@ -112,16 +124,17 @@ def track_for_checkpoint(model, name, value):
     model._track_trackable(value, name=name, overwrite=True)
 
 
-def after_cloning(finish):
-    """Has `finish(original, clone)` make every clone of `keras.models.clone_model`.
+def after_cloning(finish: Callable[[keras.Model, keras.Model], keras.Model]) -> None:
+    """Has every clone of `keras.models.clone_model` replaced by `finish(original, clone)`.
 
-    Keras clones a Sequential subclass into a plain Sequential, and a Functional
-    subclass without its constructor arguments.
+    Keras clones a Sequential subclass into a plain Sequential, and a Functional subclass without
+    its constructor arguments.
     """
 
-    def wrap(clone):
+    def wrap(clone: _types.AnyFunction) -> _types.AnyFunction:
         @functools.wraps(clone)
-        def cloned(model, *args, **kwargs):
+        # Any: as the function of Keras takes them.
+        def cloned(model: keras.Model, *args: Any, **kwargs: Any) -> keras.Model:
             return finish(model, clone(model, *args, **kwargs))
 
         return cloned
@@ -130,18 +143,14 @@ def after_cloning(finish):
         setattr(_cloning, name, wrap(getattr(_cloning, name)))
 
 
-is_functional = _model.functional_init_arguments
-
-
-def with_class(model, cls):
+def with_class(model: keras.Model, cls: type[keras.Model]) -> keras.Model:
     """A model of another class around the same layers, variables and state.
 
-    Keras has no way to put a subclass around a model of any kind (functional,
-    sequential, subclassed). The copy is shallow, but for what tracking appends
-    to.
+    Keras cannot put a subclass around a model of any kind (functional, sequential, subclassed).
+    The copy is shallow, except for the lists and dictionaries that tracking appends to.
     """
-    copy = cls.__new__(cls)
-    # Keras wraps these methods of every layer; the model's would build the model.
+    copy: keras.Model = cls.__new__(cls)  # type: ignore[call-overload]  # Keras has no types.
+    # Keras wraps these methods of every layer; those of `model` would build `model`.
     own = {n: copy.__dict__[n] for n in ("build", "quantize") if n in copy.__dict__}
     copy.__dict__.update(model.__dict__)
     copy.__dict__.update(own)
@@ -152,32 +161,34 @@ def with_class(model, cls):
     return copy
 
 
-def register_as(cls, name):
+def register_as(cls: type, name: str) -> None:
     """Saves objects of `cls` under a registered name that is another class's."""
     object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
 
 
-def registered_name(cls):
-    return object_registration.get_registered_name(cls)
+def registered_name(cls: type) -> str:
+    """The name under which Keras saves objects of `cls`."""
+    return str(object_registration.get_registered_name(cls))
 
 
-def registered_class(name, module, class_name):
+def registered_class(name: str, module: str, class_name: str) -> type | None:
     """The class that was saved under these names, or None."""
-    found = object_registration.get_registered_object(name)
+    found: type | None = object_registration.get_registered_object(name)
     if found is None:
         found = getattr(importlib.import_module(module), class_name, None)
     return found
 
 
-def compile_settings(model):
-    """The settings of `compile` as a dictionary of what JSON takes."""
+def compile_settings(model: keras.Model) -> dict[str, Any]:
+    """The settings of `compile`, as values that JSON can hold."""
 
-    def serialized(value):
+    # Any: settings are of all types.
+    def serialized(value: Any) -> Any:
         if inspect.isroutine(value):
             return value.__qualname__
         try:
             return keras.saving.serialize_keras_object(value)
-        except Exception:  # Of an object of the user.
+        except Exception:  # The user's object may raise any.
             return type(value).__name__
 
     config = model._compile_config.config if model._compile_config is not None else {}

@@ -1,18 +1,21 @@
-"""What holds in the running thread, for as long as a context lasts."""
+"""Patches of Keras reach all threads; what they act on is therefore set for one thread alone."""
 
 import contextlib
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 _thread = threading.local()
 
 
-def current(name):
-    """What `holding` set last under this name and has not ended yet, or None."""
+# Any: each name has a value of a type of its own, which the module that sets it knows.
+def current(name: str) -> Any:
+    """The value that the innermost open `holding` of this name has set, or None."""
     return getattr(_thread, name, None)
 
 
 @contextlib.contextmanager
-def holding(name, value):
+def holding(name: str, value: object) -> Iterator[None]:
     """Within it, `current(name)` is `value` in this thread."""
     previous = current(name)
     setattr(_thread, name, value)

@@ -1,58 +1,67 @@
-"""Variables: their copies on the replicas, and values that stand in for them."""
+"""Keras assigns variables at once, and a TPU exchanges the values; here both can be held back."""
 
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
+from tfbig import _types
 from tfbig._keras.devices import is_tpu
 
 
-def native(variable):
+def native(variable: _types.KerasVariable | _types.Variable) -> _types.Variable:
     """The `tf.Variable` behind a Keras variable."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-class VariableValues(keras.StatelessScope):
+class VariableValues(keras.StatelessScope):  # type: ignore[misc]  # Keras has no types.
     """A scope in which assignments to Keras variables change nothing outside.
 
-    `assigned` lists the variables that were assigned, in order. What is
-    assigned inside a `tf.while_loop` or an XLA program thereby becomes a value
-    that can be carried, averaged over the replicas, or dropped.
+    An assignment inside a `tf.while_loop` or an XLA program thereby becomes a value that can be
+    carried, averaged over the replicas, or dropped.
+
+    Args:
+        values: pairs of a variable and the value that it has within the scope.
+
+    Attributes:
+        assigned: the variables that were assigned, in order.
     """
 
-    def __init__(self, values=()):
+    def __init__(self, values: Iterable[tuple[_types.KerasVariable, _types.Tensor]] = ()) -> None:
         super().__init__(state_mapping=list(values), collect_losses=True)
-        self.assigned = []
+        self.assigned: list[_types.KerasVariable] = []
 
-    def get_current_value(self, variable):
+    def get_current_value(self, variable: _types.KerasVariable) -> _types.Tensor:
         value = super().get_current_value(variable)
-        # Keras takes regularized weights from the scope, and expects all in it.
+        # Keras takes regularized weights from the scope, and expects all of them in it.
         return variable._value if value is None else value
 
-    def add_update(self, update):
+    def add_update(self, update: tuple[_types.KerasVariable, _types.Tensor]) -> None:
         super().add_update(update)
         if not any(update[0] is v for v in self.assigned):
             self.assigned.append(update[0])
 
-    def __exit__(self, *args, **kwargs):
+    def __exit__(self, *args: object, **kwargs: object) -> None:
         # The regular exit would initialize variables of an outer eager scope.
         global_state.set_global_attribute("stateless_scope", self.original_scope)
 
 
-def is_summed(variable):
-    """Whether a metric's variable stands for the sum over the replicas, as most do."""
-    return variable.aggregation == "sum" and variable.dtype.startswith(("float", "bfloat"))
+def is_summed(variable: _types.KerasVariable) -> bool:
+    """Whether a metric's variable is a sum over the replicas, as most are."""
+    return bool(variable.aggregation == "sum" and variable.dtype.startswith(("float", "bfloat")))
 
 
 @contextlib.contextmanager
-def exchanged_already(variables):
-    """Within it, each core of a TPU assigns to its own copy of variables what it is given.
+def assigned_locally(variables: Iterable[_types.KerasVariable]) -> Iterator[None]:
+    """Within it, each core of a TPU assigns what it is given to its own copy of the variables.
 
-    TPUStrategy would exchange it first, as the variable's aggregation says: `iterations` by an
-    AllToAll, and inside of the conditional that loss scaling needs. What is assigned after the
-    exchange is the same on all cores.
+    For values that are the same on all cores, such as those after the exchange. TPUStrategy would
+    exchange them again, as the variable's aggregation says: `iterations` by an AllToAll, even
+    inside the conditional that loss scaling needs.
     """
     copied = [native(v) for v in variables] if is_tpu(tf.distribute.get_strategy()) else []
     kept = [v._aggregation for v in copied]
@@ -65,32 +74,39 @@ def exchanged_already(variables):
             variable._aggregation = aggregation
 
 
-def values_of(variables):
+def values_of(
+    variables: Iterable[_types.KerasVariable | _types.Variable],
+) -> list[np.ndarray[Any, Any]]:
     """NumPy values of variables that are the same on all replicas.
 
-    Of what is summed over the replicas, such as metrics, the sum.
+    For variables that are summed over the replicas, such as those of metrics, the sum.
     """
     values = [(_copies(v)[0].numpy(), _parts(v)) for v in variables]
     return [value * parts if parts > 1 else value for value, parts in values]
 
 
-def assign_all(variables, values):
+def assign_all(
+    variables: Iterable[_types.KerasVariable | _types.Variable],
+    values: Iterable[np.ndarray[Any, Any] | float],
+) -> None:
     """Assigns what `values_of` returned; nothing is exchanged with other workers."""
     for variable, value in zip(variables, values, strict=True):
         for copy in _copies(variable):
             copy.assign(value / _parts(variable) if _parts(variable) > 1 else value)
 
 
-def _copies(variable):
+def _copies(variable: _types.KerasVariable | _types.Variable) -> Sequence[_types.Variable]:
     """The `tf.Variable` of each replica of this process."""
     variable = native(variable)
-    is_distributed = isinstance(variable, tf.distribute.DistributedValues)
-    return variable.values if is_distributed else (variable,)
+    if isinstance(variable, tf.distribute.DistributedValues):
+        copies: Sequence[_types.Variable] = variable.values
+        return copies
+    return (variable,)
 
 
-def _parts(variable):
-    """How many replicas hold a part of what the variable stands for."""
+def _parts(variable: _types.KerasVariable | _types.Variable) -> int:
+    """How many replicas hold a part of the variable's sum; 1 if it is not summed."""
     is_distributed = isinstance(native(variable), tf.distribute.DistributedValues)
     if not is_distributed or not is_summed(variable):
         return 1
-    return native(variable).distribute_strategy.num_replicas_in_sync
+    return int(native(variable).distribute_strategy.num_replicas_in_sync)

@@ -100,7 +100,7 @@ def apply_gradients(
 
     finite = None
     assigned = [*optimizer.variables, *batch.variables, *(c.variable for c in batch.state)]
-    with _keras.variables.exchanged_already(
+    with _keras.variables.assigned_locally(
         assigned + (loss_scale.variables() if loss_scale else [])
     ):
         if loss_scale is None:
@@ -118,7 +118,7 @@ def apply_gradients(
 def without_gradients(accumulated):
     """The `Update` of an evaluation: losses and metrics, no optimizer."""
     batch = exchange.exchange(accumulated)
-    with _keras.variables.exchanged_already([c.variable for c in batch.state]):
+    with _keras.variables.assigned_locally([c.variable for c in batch.state]):
         _assign_state(batch.state, None, None)
     return Update(
         tf.math.divide_no_nan(batch.loss, batch.weight),
@@ -132,7 +132,7 @@ def without_gradients(accumulated):
 
 
 def _apply(optimizer, gradients, variables):
-    with _keras.optimizer.aggregated_gradients():
+    with _keras.optimizer.without_exchange():
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
 
@@ -150,7 +150,7 @@ def _apply_if_finite(optimizer, gradients, variables, loss_scale, flags):
         tf.cond(finite, apply, lambda: None)
         loss_scale.update(finite, flags)
 
-    if _keras.optimizer.needs_no_merge_call():
+    if _keras.optimizer.updates_in_replica_context():
         tf.cond(tf.reduce_all(flags), lambda: _apply(optimizer, gradients, variables), lambda: None)
         loss_scale.update(tf.reduce_all(flags), flags)
     else:
@@ -179,7 +179,7 @@ def is_reported(update):
 
 def check_optimizer(optimizer):
     """Raises for an optimizer that accumulates or scales by itself."""
-    if isinstance(optimizer, _keras.optimizer.LossScaleOptimizer):
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise errors.InvalidOptionError(
             "`optimizer` must not be wrapped in `LossScaleOptimizer`: tfbig scales the loss. "
             "Pass the inner optimizer, and to the model "

@@ -232,11 +232,11 @@ class TrainFunction:
         self._accumulate = self._program(self._accumulate_program)
 
     def _run(self, step, data, *args):
-        is_cut = _keras.trainer.is_placed(data)
+        is_cut = _keras.batches.is_distributed(data)
 
         def on_replica(data, *args):
-            data = _keras.data.without_optionals(data)
-            return step(data if is_cut else self.model._share_of_replica(data), *args)
+            data = _keras.batches.without_optionals(data)
+            return step(data if is_cut else _keras.replica_step.share_of_replica(data), *args)
 
         return self.strategy.run(on_replica, args=(data, *args))
 
@@ -256,11 +256,11 @@ class TrainFunction:
 
     def _probe_program(self, data, size, is_alone):
         def step(data):
-            samples = tf.minimum(size, _keras.data.batch_size(data))
+            samples = tf.minimum(size, _keras.batches.batch_size(data))
             if is_alone:
                 replica = tf.distribute.get_replica_context().replica_id_in_sync_group
                 samples = tf.where(replica % len(self.devices) == 0, samples, 0)
-            data = _keras.data.samples_of(data, 0, samples)
+            data = _keras.batches.slice_samples(data, 0, samples)
             # As one micro-batch of several; nothing is exchanged.
             cut = cutting.Cut(micro_batch_size=2**30)
             counts = self.model._counts(data, cut)
@@ -269,11 +269,11 @@ class TrainFunction:
         return self._run(step, data)
 
     def _apply_program(self, tensors):
-        @_keras.trainer.returns_global_logs
+        @_keras.replica_step.returns_global_logs
         def step(tensors):
             return self.model._apply(self.share.with_tensors(tensors))
 
-        return self.model._global_logs(step, tensors, is_share=True)
+        return _keras.replica_step.run(self.model, step, tensors, is_share=True)
 
     def _all_reduce(self, value):
         def step(value):
@@ -300,16 +300,16 @@ class TrainFunction:
         """The most samples of a replica of this process, and the bytes of one, at most."""
         samples, sizes = 0, []
         for part in self._local_parts(data):
-            n = int(_keras.data.batch_size(part))
+            n = int(_keras.batches.batch_size(part))
             samples = max(samples, n)
             size = memory.size_of(tf.nest.flatten(part, expand_composites=True))
             sizes.append(size / max(1, n))
-        if not _keras.trainer.is_placed(data):
+        if not _keras.batches.is_distributed(data):
             samples = -(-samples // self.strategy.num_replicas_in_sync)
         return samples, max(sizes)
 
     def _local_parts(self, data):
-        data = _keras.data.without_optionals(data)
+        data = _keras.batches.without_optionals(data)
         leaves = [self.strategy.experimental_local_results(v) for v in tf.nest.flatten(data)]
         return [tf.nest.pack_sequence_as(data, part) for part in zip(*leaves, strict=True)]
 

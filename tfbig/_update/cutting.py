@@ -112,7 +112,7 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=
             micro-batches of these sizes goes one by one: a micro-batch of another size
             would be another program.
     """
-    samples = _keras.data.batch_size(data)
+    samples = _keras.batches.batch_size(data)
     if unrolled:
         steps = cut.gradient_accumulation_steps
         tf.debugging.assert_greater_equal(
@@ -123,7 +123,7 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=
         )
         for k in range(steps):
             begin, end = k * samples // steps, (k + 1) * samples // steps
-            carry = step(_keras.data.samples_of(data, begin, end - begin), end - begin, carry)
+            carry = step(_keras.batches.slice_samples(data, begin, end - begin), end - begin, carry)
         return carry
 
     def loop(carry, count, bounds):
@@ -132,7 +132,7 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=
 
         def body(k, carry):
             begin, size = bounds(k)
-            return k + 1, step(_keras.data.samples_of(data, begin, size), size, carry)
+            return k + 1, step(_keras.batches.slice_samples(data, begin, size), size, carry)
 
         if static_sizes:
             # Where a loop hands on to the next what is constant and unchanged, TensorFlow's XLA
@@ -157,11 +157,11 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=
         # Inside the loop the sizes are computed anew from shapes, which XLA
         # knows; a value from outside would not be a constant there.
         def first(k):
-            (large, _), _ = cut.segments(_keras.data.batch_size(data))
+            (large, _), _ = cut.segments(_keras.batches.batch_size(data))
             return k * large, large
 
         def second(k):
-            (large, larges), (small, _) = cut.segments(_keras.data.batch_size(data))
+            (large, larges), (small, _) = cut.segments(_keras.batches.batch_size(data))
             return large * larges + k * small, small
 
         return loop(loop(carry, larges, first), smalls, second)

@@ -179,7 +179,7 @@ def _sum_in(dtype, gradients, weight, is_checked):
     if is_checked:
         # With a loss scale, the update is skipped.
         finite = [tf.reduce_all(tf.math.is_finite(accumulators.values(g))) for g in sums]
-        with _after(tf.debugging.Assert(tf.reduce_all(finite), [_keras.trainer.OVERFLOW])):
+        with _after(tf.debugging.Assert(tf.reduce_all(finite), [_keras.graph_errors.OVERFLOW])):
             sums = [accumulators.map_values(tf.identity, g) for g in sums]
     return [
         accumulators.map_values(functools.partial(widen, wide=g.dtype), s)
@@ -195,11 +195,11 @@ def checked_data(data):
     """
     if replicas() > 1:
         return data
-    samples = _keras.data.batch_size(data)
+    samples = _keras.batches.batch_size(data)
     if isinstance(samples, int) and samples == 0:
-        raise errors.InvalidOptionError(_keras.data.NO_SAMPLES)
+        raise errors.InvalidOptionError(_keras.graph_errors.NO_SAMPLES)
     # Else the update could run before the assertion fails.
-    with _after(tf.debugging.assert_positive(samples, _keras.data.NO_SAMPLES)):
+    with _after(tf.debugging.assert_positive(samples, _keras.graph_errors.NO_SAMPLES)):
         return tf.nest.map_structure(
             lambda v: v if v is None else tf.identity(v), data, expand_composites=True
         )
@@ -270,7 +270,7 @@ def exchange(share, exchange_dtype=None):
     loss, weight, active, samples, stop, *rest = tf.unstack(scalars)
     values, rest = rest[: len(values)], rest[len(values) :]
     logs, moments = rest[: len(logs)], rest[len(logs) :]
-    with _after(tf.debugging.assert_positive(active, _keras.data.NO_SAMPLES)):
+    with _after(tf.debugging.assert_positive(active, _keras.graph_errors.NO_SAMPLES)):
         weight = tf.identity(weight)
 
     def received(change):

@@ -56,10 +56,10 @@ def prepared(model, arguments, options):
             _warn_of_same_samples(arguments.get("x"))
             if not workers.is_chief and arguments.get("verbose", "auto") == "auto":
                 arguments["verbose"] = 0
-            if _keras.data.global_seed() is None:
+            if _keras.shuffling.global_seed() is None:
                 # Workers that shuffle each in its own way would share no batch.
-                seed = workers.exchange("a seed", str(_keras.data.new_seed()))[0]
-                stack.enter_context(_keras.data.reseeded_shuffling(int(seed)))
+                seed = workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0]
+                stack.enter_context(_keras.shuffling.reseeded_shuffling(int(seed)))
         callbacks = _callbacks(arguments.get("callbacks"))
         around = [c for c in callbacks if hasattr(c, "around_fit")]
         if len(around) > 1:
@@ -96,7 +96,7 @@ def _fingerprint(model, arguments, options):
         "layers": described(model.layers),
         "dtype policy": model.dtype_policy.name,
         "floatx": keras.config.floatx(),
-        "seed": _keras.data.global_seed(),
+        "seed": _keras.shuffling.global_seed(),
         "versions": {"tensorflow": tf.__version__, "keras": keras.__version__},
     }
     found |= {f"option {name}": value for name, value in options.items()}
@@ -148,7 +148,7 @@ def _warn_of_same_samples(data):
     policies = tf.data.experimental.AutoShardPolicy
     policy = data.options().experimental_distribute.auto_shard_policy
     message = None
-    if policy == policies.OFF and not _keras.data.is_sharded(data):
+    if policy == policies.OFF and not _keras.datasets.is_sharded(data):
         message = (
             "The dataset would hand every worker the same samples: its auto_shard_policy is OFF "
             "and there is no `shard` in it. Leave the policy at DATA, or call dataset.shard("
@@ -156,8 +156,11 @@ def _warn_of_same_samples(data):
         )
     elif (
         # Of files, AUTO has each worker read its own.
-        (policy == policies.DATA or (policy == policies.AUTO and not _keras.data.reads_files(data)))
-        and _keras.data.shuffles_without_seed(data)
+        (
+            policy == policies.DATA
+            or (policy == policies.AUTO and not _keras.datasets.reads_files(data))
+        )
+        and _keras.datasets.shuffles_without_seed(data)
     ):
         message = (
             "The dataset is shuffled without a seed, so in another order on each worker: of what "

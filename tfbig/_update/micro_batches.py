@@ -110,7 +110,7 @@ class MicroBatches:
         self.unrolled = unrolled
         self.measures_noise = measures_noise
         self.counted = counted
-        samples = _keras.data.batch_size(data) if counted is None else counted
+        samples = _keras.batches.batch_size(data) if counted is None else counted
         self.samples = tf.convert_to_tensor(samples, tf.int32)
         self.dtype = accumulators.dtype_for(keras.config.floatx())
         for variable in variables:
@@ -136,7 +136,7 @@ class MicroBatches:
         probes: list = []
 
         def probe(data):
-            samples = _keras.data.batch_size(data)
+            samples = _keras.batches.batch_size(data)
             counter = denominators.LossCounter(samples if isinstance(samples, int) else None)
             with (
                 trace_scope(),
@@ -225,7 +225,7 @@ class MicroBatches:
     def _few_samples(self):
         # Two, so that a size of one counts no samples.
         if self.samples > 0:
-            return _keras.data.samples_of(self.data, 0, tf.minimum(self.samples, 2))
+            return _keras.batches.slice_samples(self.data, 0, tf.minimum(self.samples, 2))
         return keras.tree.map_structure(
             lambda v: v if v is None else tf.zeros([2, *v.shape[1:]], v.dtype), self.data
         )

@@ -145,7 +145,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         else:
             super().__setattr__(name, value)
 
-    get_config = _keras.saving.ConfigWith(lambda: StepOptions, "_option_config")
+    get_config = _keras.saving.ExtendedConfig(lambda: StepOptions, "_option_config")
 
     def _option_config(self) -> dict[str, Any]:
         return {k: keras.saving.serialize_keras_object(v) for k, v in self._options().items()}

@@ -151,7 +151,7 @@ def _sum_of_equal(
         # Positions in sequences of several lengths mean other things, unless each index has one.
         is_same = tf.reduce_all(tf.equal(counts, counts[:1]))
         is_one = tf.equal(tf.size(tf.unique(unique % size)[0]), tf.size(unique))
-        assertion = tf.debugging.Assert(is_same | is_one, [_keras.trainer.LENGTHS_DIFFER])
+        assertion = tf.debugging.Assert(is_same | is_one, [_keras.graph_errors.LENGTHS_DIFFER])
         with tf.control_dependencies([] if assertion is None else [assertion]):
             unique = tf.identity(unique)
     return tf.math.unsorted_segment_sum(values, places, tf.size(unique)), unique

@@ -150,7 +150,7 @@ class TrainStep(step_options.StepOptions):
     def _finish_compile(self):
         _keras.losses.check_losses(self)
         is_scaled = hasattr(self, "loss_scale") or isinstance(
-            self.optimizer, _keras.optimizer.LossScaleOptimizer
+            self.optimizer, keras.optimizers.LossScaleOptimizer
         )
         if not is_scaled and _keras.layers.computes_in_float16(self):
             warnings.warn(
@@ -201,7 +201,10 @@ class TrainStep(step_options.StepOptions):
                 super()._build_for(specs)
         elif not has_step_of_extended_class(type(self)):
             # Nor need it use this optimizer, of which Keras saves what is built.
-            with contextlib.suppress(RuntimeError), _keras.optimizer.with_optimizer(self, None):
+            with (
+                contextlib.suppress(RuntimeError),
+                _keras.optimizer.temporary_optimizer(self, None),
+            ):
                 super()._build_for(specs)
 
     def make_train_function(self, force=False):
@@ -247,7 +250,7 @@ class TrainStep(step_options.StepOptions):
                 # Of a callback that was not told that training ended.
                 self.input_clock = None
 
-    @_keras.trainer.returns_global_logs
+    @_keras.replica_step.returns_global_logs
     def train_step(self, data):
         """One update, with this replica's share of the effective batch."""
         own_step.uses_all()
@@ -290,7 +293,7 @@ class TrainStep(step_options.StepOptions):
         if self.log_grad_norm:
             logs["grad_norm"] = update.gradient_norm
         if self.noise_scale_state is not None:
-            with _keras.variables.exchanged_already(self.noise_scale_state.variables()):
+            with _keras.variables.assigned_locally(self.noise_scale_state.variables()):
                 logs["gradient_noise_scale"] = self.noise_scale_state.update(update)
         return logs
 
@@ -301,7 +304,7 @@ class TrainStep(step_options.StepOptions):
         added = {name for o in options for name in o.logs} - own
         return super()._flatten_metrics_in_order({k: v for k, v in logs.items() if k not in added})
 
-    @_keras.trainer.returns_global_logs
+    @_keras.replica_step.returns_global_logs
     def test_step(self, data):
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
         if self._is_plain(self._evaluation_cut(), data):

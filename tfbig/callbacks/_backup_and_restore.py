@@ -129,9 +129,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._stop.reset()
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(_keras.data.reseeded_shuffling(self._seed))
+                stack.enter_context(_keras.shuffling.reseeded_shuffling(self._seed))
                 # On several workers the request travels with tfbig's own step.
-                is_carried = not is_shared or _keras.trainer.globally_logged(model.train_step)
+                is_carried = not is_shared or _keras.replica_step.has_global_logs(model.train_step)
                 if self.on_preemption is not None and not is_carried:
                     warnings.warn(
                         "BackupAndRestore leaves SIGTERM alone: on several workers it needs the "
@@ -144,7 +144,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                         model.stop_request = self._stop
                 yield
         finally:
-            _keras.trainer.set_initial_epoch(model, 0)
+            _keras.epoch_iterator.set_initial_epoch(model, 0)
             self._stop = self._data = self._backup = None
 
     def _read(self):
@@ -160,7 +160,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         return backup
 
     def _new_seed(self):
-        return int(self._workers.exchange("a seed", str(_keras.data.new_seed()))[0])
+        return int(self._workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0])
 
     def before_others(self):
         """A callback that restores, to stand before all others."""
@@ -175,7 +175,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._restore()  # Unless that is done.
 
     def _restore(self):
-        self._data = _keras.trainer.data_of_fit(self.model)
+        self._data = _keras.epoch_iterator.of_fit(self.model)
         backup, self._backup = self._backup, None
         # Before training, also where there is no backup yet: it says what cannot be in one.
         state = _backup.State(self.model)
@@ -191,12 +191,12 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._epoch, self._batch = backup.epoch, backup.batch
         self._first_epoch = backup.first_epoch
         if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
-            _keras.trainer.set_initial_epoch(self.model, self.params["epochs"])
+            _keras.epoch_iterator.set_initial_epoch(self.model, self.params["epochs"])
             return
         self._metrics = backup.arrays[len(backup.arrays) - len(state.metrics) :]
-        _keras.trainer.set_initial_epoch(self.model, self._epoch)
+        _keras.epoch_iterator.set_initial_epoch(self.model, self._epoch)
         complete = backup.epoch - backup.first_epoch
-        _keras.data.resume_data(self._data, complete, backup.batch, backup.num_batches)
+        _keras.epoch_iterator.resume(self._data, complete, backup.batch, backup.num_batches)
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._epoch != epoch:  # With initial_epoch.
@@ -265,7 +265,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             first_epoch=self._first_epoch,
             epoch=self._epoch,
             batch=self._batch,
-            num_batches=_keras.data.known_batches(self._data),
+            num_batches=_keras.epoch_iterator.batches_per_epoch(self._data),
             seed=self._seed,
             ended_of=self.params["epochs"] if ended else None,
             described=state.described,

@@ -70,7 +70,7 @@ def check_equivalence(
     BatchNormalization ('batch_normalization') normalizes each micro-batch with its own statistics.
     """
     _check_model(model)
-    data = keras.tree.map_structure(_keras.data.as_tensor, (x, y, sample_weight))
+    data = keras.tree.map_structure(_keras.batches.as_tensor, (x, y, sample_weight))
     model._maybe_symbolic_build(data_batch=data)
     with model.distribute_strategy.scope():
         model.optimizer.build(model.trainable_variables)
@@ -104,7 +104,7 @@ def _report(
         causes=[] if is_exact else suspects,
         notes=suspects if is_exact else [],
         tolerance=tolerance,
-        cut=_describe(trainings.model, _keras.data.batch_size(trainings.data)),
+        cut=_describe(trainings.model, _keras.batches.batch_size(trainings.data)),
     )
 
 

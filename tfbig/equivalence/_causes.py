@@ -53,7 +53,7 @@ def in_layers(model: keras.Model, state: list[_types.KerasVariable]) -> list[str
                 "between micro-batches and between replicas."
             )
     for layer in layers:
-        own = [v for v in state if _keras.layers.owns(layer, v)]
+        own = [v for v in state if _keras.layers.owns_directly(layer, v)]
         if own and not type(layer).__module__.startswith("keras."):
             suspects.append(
                 f"{type(layer).__name__} ({layer.name!r}) changes its state "

@@ -119,7 +119,7 @@ class Trainings:
         with self.strategy.scope():
             recorder = _Gradients()
             recorder.build(self.weights)
-        with self._restored(), _keras.optimizer.with_optimizer(self.model, recorder):
+        with self._restored(), _keras.optimizer.temporary_optimizer(self.model, recorder):
             loss = self._train(step, 1)
             if step == self._cut and self.model.loss_scale_state is not None:
                 # Nothing skips an update of the whole batch that overflows, so stay off the edge.
@@ -195,7 +195,7 @@ class Trainings:
 
     def _cut(self, data: _types.Structure) -> _types.Tensor:
         """An update as `fit` makes it."""
-        return self.model._global_logs(self.model.train_step, data)["loss"]
+        return _keras.replica_step.run(self.model, self.model.train_step, data)["loss"]
 
     def _whole(self, data: _types.Structure) -> _types.Tensor:
         """An update as plain Keras makes it; each replica makes the same."""
@@ -221,7 +221,7 @@ class Trainings:
             gradients = [
                 accumulators.map_values(lambda v: v / tf.cast(scale, v.dtype), g) for g in gradients
             ]
-            with _keras.optimizer.aggregated_gradients():
+            with _keras.optimizer.without_exchange():
                 model.optimizer.apply_gradients(zip(gradients, self.weights, strict=True))
             others = {id(v) for v in self.others}
             for variable in scope.assigned:
@@ -237,7 +237,7 @@ class Trainings:
         If it does not, leaving the others out changes the gradient with respect to its outputs by
         a factor only, the denominator.
         """
-        samples = int(_keras.data.batch_size(self.data))
+        samples = int(_keras.batches.batch_size(self.data))
         parts = [(0, samples // 2), (samples // 2, samples - samples // 2)]
         if samples < 2:
             return False
@@ -259,7 +259,7 @@ class Trainings:
             with _keras.losses.intercepted_losses(None), _keras.variables.VariableValues():
                 batch = _keras.layers.forward(self.model, data, training=False)[1:]
                 whole = gradients_of(batch)
-                apart = [gradients_of(_keras.data.samples_of(batch, *part)) for part in parts]
+                apart = [gradients_of(_keras.batches.slice_samples(batch, *part)) for part in parts]
             return [[g[begin : begin + size] for g in whole] for begin, size in parts], apart
 
         together, apart = self._program(lambda data: self._on_replicas(step, data))(self.data)

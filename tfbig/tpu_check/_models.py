@@ -174,9 +174,9 @@ def _wanted(built, model, batch, data):
     if isinstance(whole, train_step.TrainStep):
         # Then its step is Keras's own.
         step_options.make_plain(whole)
-    _keras.trainer.build_for(whole, batch.specs)
+    _keras.building.build_for(whole, batch.specs)
     with model.distribute_strategy.scope():
-        _keras.trainer.build_for(model, batch.specs)
+        _keras.building.build_for(model, batch.specs)
     whole.set_weights(model.get_weights())
     whole.optimizer.build(whole.trainable_variables)
     before = whole.get_weights()
@@ -210,7 +210,7 @@ def _scaled(built, strategy, cores, run, data, initial, wanted, rate, size):
     if not hasattr(type(model), "loss_scale"):
         return None
     with model.distribute_strategy.scope():
-        _keras.trainer.build_for(model, batch.specs)
+        _keras.building.build_for(model, batch.specs)
     model.set_weights(initial)
     is_half = _keras.layers.computes_in_float16(model) or model.exchange_dtype == "float16"
     model.loss_scale = DynamicLossScale(initial_scale=_SCALE_OF_FLOAT16) if is_half else "dynamic"

@@ -188,7 +188,7 @@ def trace(model, share):
     strategy = model.distribute_strategy
     model.check_train_step()
     with strategy.scope():
-        _keras.trainer.build_for(model, _keras.padding.data_of(share))
+        _keras.building.build_for(model, _keras.padding.data_of(share))
         # No variable can be made while a TPU's program is traced.
         model.optimizer.build(model.trainable_variables)
 

@@ -1,0 +1,47 @@
+"""`tf.data` does not tell how a dataset was made; here the graph behind it is searched."""
+
+import tensorflow as tf
+
+from tfbig import _types
+
+# Datasets that make batches, of samples or of other batches.
+_BATCHERS = ("BatchDataset", "RebatchDataset", "GroupByWindowDataset")
+
+# Datasets that read files; those that interleave files read them in a function.
+_READERS = (
+    *("TFRecordDataset", "TextLineDataset", "FixedLengthRecordDataset"),
+    *("_InterleaveDataset", "_ParallelInterleaveDataset", "_FlatMapDataset"),
+)
+
+
+def is_generated(dataset: _types.Dataset) -> bool:
+    """Whether a generator makes a dataset's batches, so that each may be of any size."""
+    name = type(dataset).__name__
+    if not isinstance(dataset, tf.data.Dataset) or name.endswith(_BATCHERS):
+        return False
+    # `from_generator` has its operation in a function of a `flat_map`.
+    graphs = [function.function.graph for function in dataset._functions()]
+    return any(
+        op.type == "GeneratorDataset" for graph in graphs for op in graph.get_operations()
+    ) or any(map(is_generated, dataset._inputs()))
+
+
+def is_sharded(dataset: _types.Dataset) -> bool:
+    """Whether `shard` was called on a dataset or on one of its sources."""
+    return type(dataset).__name__ == "_ShardDataset" or any(
+        is_sharded(source) for source in dataset._inputs()
+    )
+
+
+def shuffles_without_seed(dataset: _types.Dataset) -> bool:
+    """Whether `shuffle` was called without a seed on a dataset or on one of its sources."""
+    own = [getattr(dataset, name, None) for name in ("_seed", "_seed2")]
+    is_unseeded = type(dataset).__name__ == "_ShuffleDataset" and not any(
+        int(seed) for seed in own if seed is not None
+    )
+    return is_unseeded or any(shuffles_without_seed(source) for source in dataset._inputs())
+
+
+def reads_files(dataset: _types.Dataset) -> bool:
+    """Whether a dataset reads files, as far as its graph shows."""
+    return type(dataset).__name__.startswith(_READERS) or any(map(reads_files, dataset._inputs()))

@@ -1,0 +1,83 @@
+"""Keras gives a batch whole to each replica and averages their logs; here both are of one batch."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import keras
+import tensorflow as tf
+
+from tfbig import _types
+from tfbig._keras.batches import batch_size, is_distributed, slice_samples
+from tfbig._keras.variables import is_summed
+
+# A step: a function of a replica's share of a batch, which returns logs.
+Step = TypeVar("Step", bound=_types.AnyFunction)
+
+
+def returns_global_logs(step: Step) -> Step:
+    """Marks a step whose logs are those of all replicas, on every replica."""
+    vars(step)["returns_global_logs"] = True
+    return step
+
+
+def has_global_logs(step: _types.AnyFunction) -> bool:
+    """Whether a step is marked with `returns_global_logs`."""
+    return bool(getattr(step, "returns_global_logs", False))
+
+
+def share_of_replica(data: _types.Structure) -> _types.Structure:
+    """The part of a global batch that this replica trains on. In replica context."""
+    context = tf.distribute.get_replica_context()
+    replicas = context.num_replicas_in_sync
+    if replicas == 1:
+        return data
+    size = batch_size(data)
+    index = tf.cast(context.replica_id_in_sync_group, tf.int32)
+    if isinstance(size, int) and size % replicas == 0:
+        # The shape is then static, which a TPU needs.
+        return slice_samples(data, index * (size // replicas), size // replicas)
+    # The first replicas get more, as from a distributed dataset. The placeholder hides the size:
+    # a share that is known to be empty while tracing would leave out what other replicas do.
+    size = tf.compat.v1.placeholder_with_default(tf.cast(size, tf.int32), [])
+    begin, end = ((i * size + replicas - 1) // replicas for i in (index, index + 1))
+    return slice_samples(data, begin, end - begin)
+
+
+def run(
+    model: keras.Model,
+    replica_step: Callable[[_types.Structure], _types.Structure],
+    data: _types.Structure,
+    is_share: bool = False,
+) -> _types.Structure:
+    """Runs a step on all replicas and returns its logs, combined into those of the whole batch.
+
+    Args:
+        model: the model that the step trains or evaluates.
+        replica_step: function of a replica's share of `data`.
+        data: a batch, or a distributed value.
+        is_share: whether `data` is what another step returned on each replica, and not a batch.
+    """
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync == 1:
+        return strategy.run(replica_step, args=(data,))
+    is_global = has_global_logs(replica_step) and all(is_summed(v) for v in model.metrics_variables)
+
+    is_cut = is_share or is_distributed(data)
+
+    def step(data: _types.Structure) -> _types.Structure:
+        logs = replica_step(data if is_cut else share_of_replica(data))
+        if is_global or not logs:
+            return logs
+        dtype = "float64" if keras.config.floatx() == "float64" else "float32"
+        mean = tf.distribute.get_replica_context().all_reduce(
+            "MEAN", [tf.cast(v, dtype) for v in tf.nest.flatten(logs)]
+        )
+        return tf.nest.pack_sequence_as(logs, mean)
+
+    logs = tf.nest.map_structure(
+        lambda v: strategy.experimental_local_results(v)[0], strategy.run(step, args=(data,))
+    )
+    if isinstance(logs, dict) and not is_global:
+        results = model.get_metrics_result()
+        logs |= {k: v for k, v in results.items() if k in logs}
+    return logs
