@@ -581,7 +581,7 @@ def test_a_disk_that_is_full_is_warned_of_and_the_last_backup_stays(tmp_path, mo
     before = backed_up(tmp_path)
     monkeypatch.setattr(np, "savez", full_disk)
     model = compiled()
-    with pytest.warns(UserWarning, match=r"could not be written.*No space left.*goes on"):
+    with pytest.warns(UserWarning, match=r"could not be written.*No space left.*continues"):
         fit(model, tfbig.callbacks.BackupAndRestore(tmp_path, 1, delete_checkpoint=False))
     assert model.optimizer.iterations.numpy() == 15
     assert _backup.path_in(tmp_path).read_bytes() == before

@@ -410,7 +410,7 @@ def test_a_file_that_cannot_be_written_ends_nothing(tmp_path):
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
     model = build()
-    with pytest.warns(UserWarning, match=r"could not be written.*Training goes on"):
+    with pytest.warns(UserWarning, match=r"could not be written.*Training continues"):
         fit(model, Removing(), monitor(tmp_path / "run"))
     assert int(model.optimizer.iterations.numpy()) == 8
 
@@ -489,7 +489,7 @@ def test_events_that_cannot_be_written_end_nothing(tmp_path, monkeypatch, failin
         fit(model, callback)
     messages = [str(w.message) for w in caught if "could not be written" in str(w.message)]
     assert len(messages) == (failing is not None)
-    assert all("TensorBoard's events in" in m and "Training goes on" in m for m in messages)
+    assert all("TensorBoard's events in" in m and "Training continues" in m for m in messages)
     assert int(model.optimizer.iterations.numpy()) == 8
     assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 9))
     # Nor is it tried again.

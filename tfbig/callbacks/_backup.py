@@ -1,8 +1,8 @@
-"""The backup of a training: one file, replaced in one step.
+"""The backup of a training run: one file, replaced atomically.
 
-A `.npz` archive of all arrays, and a JSON text about them. It is written beside
-its place under another name, forced to disk, and renamed: whenever the process or
-the machine dies, the file is either the old one or the new one.
+It is a `.npz` archive of all arrays and of a JSON text about them. It is written under a temporary
+name, forced to disk, and renamed: whenever the process or the machine dies, the file is either the
+old one or the new one.
 """
 
 import contextlib
@@ -11,36 +11,40 @@ import json
 import os
 import pathlib
 import zipfile
+from typing import Any, TypeAlias
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 
 __all__ = ("Backup", "read", "write")
 
 FILE = "backup.npz"
 
-# Raised when a backup that is read with other code would mean something else.
+# To be raised when this code would misread a backup that an earlier one has written.
 FORMAT = 1
+
+# Any: of all shapes and dtypes.
+Array: TypeAlias = np.ndarray[Any, Any]
 
 _ABOUT = "about"
 
 
 @dataclasses.dataclass
 class Backup:
-    """A moment of a training, between two updates.
+    """The state of training between two updates.
 
     Attributes:
-        first_epoch: int, the first epoch of the training.
-        epoch: int, the epoch that goes on; those before are complete.
-        batch: int, batches of the next epoch that are consumed.
-        num_batches: int, batches of an epoch, where that is known; or None.
-        seed: int, what the data are shuffled by.
-        ended_of: int, once training has ended: of how many epochs; else None.
-        described: list of str, what tells one model from another: a line for each
-            array.
-        arrays: list of NumPy arrays, the values of `State.variables`.
+        first_epoch: the epoch that training started with.
+        epoch: the epoch to resume; those before are complete.
+        batch: how many batches of that epoch are consumed.
+        num_batches: the number of batches of an epoch; None if it is not known.
+        seed: what the data are shuffled by.
+        ended_of: the number of epochs, once training has ended; else None.
+        described: what tells one model from another: a line for each array.
+        arrays: the values of `State.variables`.
     """
 
     first_epoch: int
@@ -49,26 +53,29 @@ class Backup:
     num_batches: int | None
     seed: int
     ended_of: int | None
-    described: list
-    arrays: list
+    described: list[str]
+    arrays: list[Array]
 
 
 class State:
-    """All variables that a training goes on from.
+    """All variables that are needed to resume training.
 
     Attributes:
-        variables: list of variables; the last are those of metrics.
-        metrics: list of variables, those of metrics.
-        described: list of str, a line for each variable.
+        variables: the variables; those of metrics are the last.
+        metrics: the variables of metrics.
+        described: a line for each variable.
+
+    Raises:
+        BackupError: If an optimizer that the model holds is not built.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model) -> None:
         scale, noise = model.loss_scale_state, model.noise_scale_state
         optimizers = {}
         for name, optimizer in _keras.optimizer.optimizers_of(model):
             if name and not optimizer.built:
                 raise errors.BackupError(
-                    "An optimizer must be built before `fit` to be a part of the backup. Received: "
+                    "An optimizer must be built before `fit` to be part of the backup. Received: "
                     f"{name}, not built. Call {name}.build(variables)."
                 )
             kind = type(optimizer).__name__
@@ -81,9 +88,11 @@ class State:
             "seed": model.seed_states.variables(),
             "metric": model.metrics_variables,
         }
-        self.metrics = list(groups["metric"])
-        self.variables = [v for variables in groups.values() for v in variables]
-        # Without the names of models, which count up in a process.
+        self.metrics: list[_types.KerasVariable] = list(groups["metric"])
+        self.variables: list[_types.KerasVariable] = [
+            v for variables in groups.values() for v in variables
+        ]
+        # Without names, since those of layers count up in a process.
         self.described = [
             f"{group} {tuple(v.shape)} {v.dtype}"
             for group, variables in groups.items()
@@ -91,11 +100,12 @@ class State:
         ]
 
 
-def path_in(directory):
+def path_in(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a directory's backup."""
     return pathlib.Path(directory) / FILE
 
 
-def write(directory, backup):
+def write(directory: str | os.PathLike[str], backup: Backup) -> None:
     """Writes a backup in place of the previous one.
 
     Raises:
@@ -103,12 +113,12 @@ def write(directory, backup):
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    about = {
+    about: dict[str, Any] = {
         "format": FORMAT,
         **{k: v for k, v in dataclasses.asdict(backup).items() if k != "arrays"},
     }
     arrays = {str(i): array for i, array in enumerate(backup.arrays)}
-    # .npy files know bfloat16 and the like by their size only.
+    # A .npy file keeps only the size of bfloat16 and the like.
     about["dtypes"] = [array.dtype.name for array in backup.arrays]
     arrays[_ABOUT] = np.array(json.dumps(about))
     temporary = directory / f".backup-{os.getpid()}.tmp"
@@ -125,7 +135,7 @@ def write(directory, backup):
     _sync(directory)
 
 
-def _sync(directory):
+def _sync(directory: pathlib.Path) -> None:
     # The name must reach the disk as well as the contents.
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
@@ -135,11 +145,11 @@ def _sync(directory):
             os.close(descriptor)
 
 
-def read(directory):
-    """The `Backup` of a directory; None if there is none.
+def read(directory: str | os.PathLike[str]) -> Backup | None:
+    """The backup in a directory; None if there is none.
 
     Raises:
-        BackupError: If the file is damaged or of another format.
+        BackupError: If the file is damaged or has another format.
     """
     path = path_in(directory)
     try:
@@ -149,8 +159,8 @@ def read(directory):
             if found != FORMAT:
                 raise errors.BackupError(
                     f"The backup {path} has format {found}, and this version of tfbig reads "
-                    f"format {FORMAT}. It is left as it is. Use the version that wrote it, or "
-                    "another directory."
+                    f"format {FORMAT}. The file is kept. Use the version that wrote it, or another "
+                    "directory."
                 )
             dtypes = [tf.as_dtype(name).as_numpy_dtype for name in about.pop("dtypes")]
             arrays = [file[str(i)].view(dtype) for i, dtype in enumerate(dtypes)]
@@ -161,13 +171,13 @@ def read(directory):
         if isinstance(e, errors.BackupError):
             raise
         raise errors.BackupError(
-            f"The backup {path} cannot be read: {e}. It is left as it is. Move it away, or use "
+            f"The backup {path} cannot be read: {e}. The file is kept. Move it away, or use "
             "another directory."
         ) from None
 
 
-def remove(directory):
-    """Removes the backup, and what a killed process left of another."""
+def remove(directory: str | os.PathLike[str]) -> None:
+    """Removes the backup, and unfinished ones of processes that were killed."""
     directory = pathlib.Path(directory)
     for path in (path_in(directory), *directory.glob(".backup-*.tmp")):
         with contextlib.suppress(OSError):

@@ -1,68 +1,68 @@
-"""Callbacks: backups that a training goes on from, effects of the chief alone, a record."""
+"""Backups that training resumes from: `tfbig.callbacks.BackupAndRestore`."""
 
 import contextlib
+import os
 import signal
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import keras
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig.callbacks import _backup, _stop
 from tfbig.distribute import _workers
 
-__all__ = ("PREEMPTED", "BackupAndRestore", "ChiefOnly")
+__all__ = ("PREEMPTED", "BackupAndRestore")
 
 # Exit code of a program that was preempted and has a backup. Kubeflow restarts a
 # replica with a code over 127, and reserves this one for programs.
 PREEMPTED = 138
 
 
-class BackupAndRestore(keras.callbacks.Callback):
-    """Backs a training up, and goes on from there when the program starts again.
+class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
+    """Backs up training, and resumes it when the program starts again.
 
-    An interrupted and resumed training ends with the weights of the uninterrupted
-    one: model, optimizer (and others that the model holds), loss scale,
-    metrics and the states of random generators are restored, and the epoch goes on with
-    the batch that comes next. Arrays are shuffled in each epoch by a seed that the backup
-    keeps; a `tf.data.Dataset` of your own must shuffle by a seed, as after
-    `keras.utils.set_random_seed`. Not restored is what other callbacks count, such as the
-    patience of `EarlyStopping` and `ReduceLROnPlateau`, and what is drawn from a
-    generator that the model does not hold.
+    Training that is interrupted and resumed ends with the same weights as without the interruption:
+    model, optimizer (and others that the model holds), loss scale, metrics and the states of random
+    generators are restored, and the epoch resumes at the next batch. Arrays are shuffled
+    differently in each epoch, by a seed that is part of the backup; a `tf.data.Dataset` of your own
+    must shuffle by a seed, as after `keras.utils.set_random_seed`. Not restored are the counts of
+    other callbacks, such as the patience of `EarlyStopping` and `ReduceLROnPlateau`, and random
+    generators that the model does not hold.
 
-    Restores before and backs up after what the other callbacks of `fit` do.
+    Restores before the other callbacks of `fit` act, and backs up after them.
 
-    On several workers every one has the callback, with the same directory, that all
-    can read. The chief writes.
+    With several workers, all must have the callback, with the same directory, which all can read.
+    The chief writes.
 
-    The backup is one file, replaced in one step after it is complete. If it cannot be
-    written, training goes on with a warning and the previous one stays.
+    The backup is one file, replaced atomically once it is complete. If it cannot be written,
+    training continues with a warning, and the previous backup stays.
 
-    SIGTERM, by which machines are preempted, takes a backup after the running update,
-    on all workers the same, wherever the signal arrived; then the program ends
-    with exit code 138 (`tfbig.callbacks.PREEMPTED`), or with 143, as by the signal
-    itself, if that backup could not be written. In a validation it is taken after the
-    running batch, on several workers after the validation.
+    SIGTERM, with which machines are preempted, triggers a backup after the running update, on all
+    workers the same one, whichever of them received the signal. Then the program ends with exit
+    code 138 (`tfbig.callbacks.PREEMPTED`), or with 143, as from the signal itself, if that backup
+    could not be written. During a validation, the backup is taken after the running batch; with
+    several workers, after the validation.
 
     Args:
-        backup_dir: str or path, where the backup is kept: a directory of a file system,
-            not a URL. Not for anything else.
-        save_freq: "epoch", or int, after how many updates a backup is taken.
-            Defaults to "epoch". With `steps_per_execution` they are taken after the
-            execution that reaches the number.
-        on_preemption: "exit": as above. A function without arguments: it is called
-            after the backup, instead of the exit, and training ends as with
-            `model.stop_training`. None: SIGTERM is left alone. Defaults to "exit".
-        delete_checkpoint: bool, whether the backup is removed when training has
-            ended. Defaults to True, as in Keras. With False, a `fit` that has ended,
-            also by `EarlyStopping`, does nothing when run again, and goes on when
-            run with more epochs.
+        backup_dir: str or path, the directory of the backup: on a file system, not a URL. Use it
+            for nothing else.
+        save_freq: "epoch", or the number of updates after which a backup is taken. Defaults to
+            "epoch". With `steps_per_execution`, a backup is taken after the execution that reaches
+            the number.
+        on_preemption: "exit": as above. A function without arguments: it is called after the
+            backup, instead of the exit, and training ends as with `model.stop_training`. None:
+            SIGTERM is ignored by the callback. Defaults to "exit".
+        delete_checkpoint: whether the backup is removed when training has ended. Defaults to True,
+            as in Keras. With False, a `fit` that has ended, even by `EarlyStopping`, does nothing
+            when run again, and resumes when run with more epochs.
 
     Raises:
         InvalidOptionError: If an argument is not valid.
-        BackupError: At the start of `fit`, if there is a backup of another model, or
-            a damaged one. It is kept.
+        BackupError: At the start of `fit`, if the backup is damaged or belongs to another model.
+            It is kept.
 
     Example:
 
@@ -78,11 +78,18 @@ class BackupAndRestore(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, backup_dir, save_freq="epoch", *, on_preemption="exit", delete_checkpoint=True
-    ):
+        self,
+        backup_dir: str | os.PathLike[str],
+        save_freq: int | Literal["epoch"] = "epoch",
+        *,
+        on_preemption: Literal["exit"] | Callable[[], object] | None = "exit",
+        delete_checkpoint: bool = True,
+    ) -> None:
         super().__init__()
         if not str(backup_dir):
-            raise errors.InvalidOptionError("`backup_dir` must not be empty. Received: ''.")
+            raise errors.InvalidOptionError(
+                "`backup_dir` must not be empty. Received: ''. Pass the path of a directory."
+            )
         if "://" in str(backup_dir):
             raise errors.InvalidOptionError(
                 "`backup_dir` must be a directory of a file system; mount the storage. Received: "
@@ -103,89 +110,101 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.save_freq = save_freq
         self.on_preemption = on_preemption
         self.delete_checkpoint = delete_checkpoint
-        self._stop: Any = None
+        # None outside of `fit`.
+        self._request: _stop.StopRequest | None = None
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         if not hasattr(model, "stop_request"):
             raise errors.UnsupportedModelError(
-                "tfbig.callbacks.BackupAndRestore needs a model of tfbig. Received: "
+                "tfbig.callbacks.BackupAndRestore needs a tfbig model. Received: "
                 f"{type(model).__name__}. Use tfbig.extend(model), or "
                 "keras.callbacks.BackupAndRestore."
             )
 
     @contextlib.contextmanager
-    def around_fit(self, model, arguments):
-        """Called by `fit` of a tfbig model; the callback works in here only."""
+    def around_fit(self, model: keras.Model, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Entered by `fit` of a tfbig model; the callback works only within it."""
         self._first_epoch = arguments.get("initial_epoch") or 0
         self._workers = _workers.Workers.of(model.distribute_strategy)
         self._backup = self._read()
         self._seed = self._backup.seed if self._backup else self._new_seed()
         self._epoch = self._batch = self._since_backup = 0
-        self._metrics = self._metrics_of_training = []
+        # The metrics to restore at the start of the epoch, and those that a validation resets.
+        self._metrics: list[_backup.Array] = []
+        self._metrics_of_training: list[_backup.Array] = []
         is_shared = self._workers.count > 1
-        # With other workers it is part of the step, which is not to be traced anew.
-        self._stop = model.stop_request or _stop.StopRequest(model.distribute_strategy, is_shared)
-        self._stop.reset()
+        # With other workers it is part of the step, which must not be traced again.
+        self._request = model.stop_request or _stop.StopRequest(
+            model.distribute_strategy, is_shared
+        )
+        self._request.reset()
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(_keras.shuffling.reseeded_shuffling(self._seed))
-                # On several workers the request travels with tfbig's own step.
+                # With several workers, tfbig's own step carries the request.
                 is_carried = not is_shared or _keras.replica_step.has_global_logs(model.train_step)
                 if self.on_preemption is not None and not is_carried:
                     warnings.warn(
-                        "BackupAndRestore leaves SIGTERM alone: on several workers it needs the "
-                        f"`train_step` of tfbig. Received: that of {type(model).__name__}.",
+                        "BackupAndRestore leaves SIGTERM alone: with several workers it needs "
+                        "tfbig's `train_step`. Received: that of "
+                        f"{type(model).__name__}.",
                         stacklevel=4,
                     )
                 elif self.on_preemption is not None:
-                    stack.enter_context(self._stop.listening())
+                    stack.enter_context(self._request.listening())
                     if is_shared:
-                        model.stop_request = self._stop
+                        model.stop_request = self._request
                 yield
         finally:
             _keras.epoch_iterator.set_initial_epoch(model, 0)
-            self._stop = self._data = self._backup = None
+            self._request = self._data = self._backup = None
 
-    def _read(self):
+    @property
+    def _running_request(self) -> _stop.StopRequest:
+        assert self._request is not None
+        return self._request
+
+    def _read(self) -> _backup.Backup | None:
         """The backup, which must be the same on all workers."""
         backup = _backup.read(self.backup_dir)
         seen = f"epoch {backup.epoch}, batch {backup.batch}" if backup else "none"
+        is_function = callable(self.on_preemption)
         settings = {
             "backup": f"{seen}, in {self.backup_dir}",
             "delete_checkpoint": str(self.delete_checkpoint),
-            "on_preemption": "a function" if callable(self.on_preemption) else self.on_preemption,
+            "on_preemption": "a function" if is_function else str(self.on_preemption),
         }
         self._workers.agree("BackupAndRestore", settings)
         return backup
 
-    def _new_seed(self):
+    def _new_seed(self) -> int:
         return int(self._workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0])
 
-    def before_others(self):
-        """A callback that restores, to stand before all others."""
+    def before_others(self) -> _types.Callback:
+        """A callback that restores, to be called before all others."""
         return keras.callbacks.LambdaCallback(on_train_begin=lambda logs: self._restore())
 
-    def on_train_begin(self, logs=None):
-        if self._stop is None:
+    def on_train_begin(self, logs: _types.Logs | None = None) -> None:
+        if self._request is None:
             raise errors.InvalidOptionError(
-                "BackupAndRestore must be among the `callbacks` that `fit` is called with, by "
-                "itself or in a list. Received: it came in another way."
+                "BackupAndRestore must be among the `callbacks` passed to `fit`, by itself or in a "
+                "list. Received: it was added in another way."
             )
-        self._restore()  # Unless that is done.
+        self._restore()  # Does nothing if `before_others` has restored.
 
-    def _restore(self):
+    def _restore(self) -> None:
         self._data = _keras.epoch_iterator.of_fit(self.model)
         backup, self._backup = self._backup, None
-        # Before training, also where there is no backup yet: it says what cannot be in one.
+        # Raises if a variable cannot be backed up: before training, even without a backup.
         state = _backup.State(self.model)
         if backup is None:
             return
         if backup.described != state.described:
             raise errors.BackupError(
-                f"The backup in {self.backup_dir} is of another model, optimizer or loss scale: "
-                f"{_first_difference(backup.described, state.described)}. It is left as it is. "
-                "Use another directory, or the model that it was made of."
+                f"The backup in {self.backup_dir} belongs to another model, optimizer or loss "
+                f"scale: {_first_difference(backup.described, state.described)}. The file is kept. "
+                "Use another directory, or the model that the backup was made from."
             )
         _keras.variables.assign_all(state.variables, backup.arrays)
         self._epoch, self._batch = backup.epoch, backup.batch
@@ -198,7 +217,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         complete = backup.epoch - backup.first_epoch
         _keras.epoch_iterator.resume(self._data, complete, backup.batch, backup.num_batches)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if self._epoch != epoch:  # With initial_epoch.
             self._epoch, self._batch = epoch, 0
         if self._batch:
@@ -206,54 +225,56 @@ class BackupAndRestore(keras.callbacks.Callback):
             _keras.variables.assign_all(_backup.State(self.model).metrics, self._metrics)
         self._metrics = []
 
-    def on_train_batch_begin(self, batch, logs=None):
-        self._stop.send()
+    def on_train_batch_begin(self, batch: int, logs: _types.Logs | None = None) -> None:
+        self._running_request.send()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
         done = batch + 1
         self._since_backup += done - self._batch
         self._batch = done
-        if self._stop.is_agreed():
+        if self._running_request.is_agreed():
             self._preempt()
         elif self.save_freq != "epoch" and self._since_backup >= self.save_freq:
             self._write()
 
-    # Of a validation within `fit`; by itself `evaluate` is left alone.
+    # The hooks of a validation within `fit`; `evaluate` by itself is not affected.
 
-    def on_test_begin(self, logs=None):
-        if self._stop is not None:
-            # Which a validation resets.
+    def on_test_begin(self, logs: _types.Logs | None = None) -> None:
+        if self._request is not None:
+            # The validation resets them.
             self._metrics_of_training = _keras.variables.values_of(
                 _backup.State(self.model).metrics
             )
 
-    def on_test_batch_end(self, batch, logs=None):
-        if self._stop is not None and not self._stop.is_shared and self._stop.is_agreed():
+    def on_test_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
+        request = self._request
+        if request is not None and not request.is_shared and request.is_agreed():
             self._preempt()
 
-    def on_test_end(self, logs=None):
-        if self._stop is not None and self._stop.agree(self._workers):
+    def on_test_end(self, logs: _types.Logs | None = None) -> None:
+        if self._request is not None and self._request.agree(self._workers):
             self._preempt()
         self._metrics_of_training = []
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         self._epoch, self._batch = epoch + 1, 0
-        if self.save_freq == "epoch" and not self._stop.is_handled:
+        if self.save_freq == "epoch" and not self._running_request.is_handled:
             self._write()
 
-    def on_train_end(self, logs=None):
-        if self._stop.is_handled:
+    def on_train_end(self, logs: _types.Logs | None = None) -> None:
+        if self._running_request.is_handled:
             return
-        # Not before all are here: one that failed now would start from nothing.
-        if self._stop.agree(self._workers):
+        # The backup stays until all workers are here: if one failed now, it would have nothing
+        # to resume from.
+        if self._running_request.agree(self._workers):
             self._preempt(ended=True)
         elif not self.delete_checkpoint:
             self._write(ended=True)
         elif self._workers.is_chief:
             _backup.remove(self.backup_dir)
 
-    def _write(self, ended=False):
-        """Writes a backup, on the chief; returns whether that went well."""
+    def _write(self, ended: bool = False) -> bool:
+        """Writes a backup, on the chief; returns whether it could be written."""
         self._since_backup = 0
         if not self._workers.is_chief:
             return True
@@ -275,20 +296,20 @@ class BackupAndRestore(keras.callbacks.Callback):
             _backup.write(self.backup_dir, backup)
         except OSError as e:
             warnings.warn(
-                f"The backup in {self.backup_dir} could not be written: {e}. Training goes on; "
+                f"The backup in {self.backup_dir} could not be written: {e}. Training continues; "
                 "the previous backup, if there is one, is intact.",
                 stacklevel=2,
             )
             return False
         return True
 
-    def _preempt(self, ended=False):
-        """Ends training with a backup of this moment."""
-        self._stop.is_handled = True
+    def _preempt(self, ended: bool = False) -> None:
+        """Backs up the present state and ends training."""
+        self._running_request.is_handled = True
         written = str(self._write(ended))
-        # A worker that ends takes the others with it, so the chief must be done.
+        # A worker that ends takes the others with it, so all must wait for the chief.
         is_written = self._workers.exchange("the backup at a preemption", written)[0] == "True"
-        if self.on_preemption != "exit":
+        if callable(self.on_preemption):
             self.model.stop_training = True
             self.on_preemption()
             return
@@ -298,72 +319,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         sys.exit(PREEMPTED if is_written else 128 + signal.SIGTERM)
 
 
-def _first_difference(saved, present):
+def _first_difference(saved: Sequence[str], present: Sequence[str]) -> str:
     for k in range(max(len(saved), len(present))):
         pair = [lines[k] if k < len(lines) else "nothing" for lines in (saved, present)]
         if pair[0] != pair[1]:
             return "it holds {!r} where the model has {!r}".format(*pair)
     return "its number of arrays differs"
-
-
-class ChiefOnly(keras.callbacks.Callback):
-    """Callbacks that write files or print, on the chief alone.
-
-    On the other workers of a job they do nothing. What they see is the same on all
-    workers: logs are those of all samples. Not for callbacks that change training, such
-    as `EarlyStopping`: all workers must have them.
-
-    Args:
-        callbacks: A callback, or several.
-
-    Raises:
-        InvalidOptionError: If an argument is not a Keras callback.
-
-    Example:
-
-    >>> callback = tfbig.callbacks.ChiefOnly(keras.callbacks.CSVLogger("history.csv"))
-    """
-
-    def __init__(self, *callbacks):
-        super().__init__()
-        self.callbacks = keras.tree.flatten(callbacks)
-        for callback in self.callbacks:
-            if not isinstance(callback, keras.callbacks.Callback):
-                raise errors.InvalidOptionError(
-                    f"`callbacks` must be Keras callbacks. Received: {callback!r}."
-                )
-            if hasattr(callback, "around_fit"):
-                raise errors.InvalidOptionError(
-                    f"All workers must have this callback. Received: {type(callback).__name__} in "
-                    "ChiefOnly. Give it to `fit` itself: it leaves writing to the chief."
-                )
-        self._active = self.callbacks
-
-    def set_params(self, params):
-        super().set_params(params)
-        for callback in self.callbacks:
-            callback.set_params(params)
-
-    def set_model(self, model):
-        super().set_model(model)
-        is_chief = _workers.Workers.of(model.distribute_strategy).is_chief
-        self._active = self.callbacks if is_chief else []
-        for callback in self._active:
-            callback.set_model(model)
-
-
-def _forward(name):
-    def call(self, *args, **kwargs):
-        for callback in self._active:
-            getattr(callback, name)(*args, **kwargs)
-
-    call.__name__ = name
-    return call
-
-
-for _name in (
-    *(f"on_{run}_{moment}" for run in ("train", "test", "predict") for moment in ("begin", "end")),
-    *(f"on_{run}_batch_{end}" for run in ("train", "test", "predict") for end in ("begin", "end")),
-    *(f"on_epoch_{moment}" for moment in ("begin", "end")),
-):
-    setattr(ChiefOnly, _name, _forward(_name))

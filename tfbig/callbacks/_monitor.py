@@ -1,9 +1,7 @@
-"""What training does, written down: `tfbig.callbacks.TrainingMonitor`."""
+"""A record of training in numbers and plots: `tfbig.callbacks.TrainingMonitor`."""
 
 import contextlib
-import csv
 import importlib.util
-import itertools
 import math
 import os
 import pathlib
@@ -11,22 +9,22 @@ import resource
 import sys
 import time
 import warnings
-import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import _keras, errors
-from tfbig.callbacks import _monitor_plot
+from tfbig import _keras, _types, errors
+from tfbig.callbacks import _monitor_file, _monitor_plot, _update_count
 from tfbig.distribute import _workers
 
 __all__ = ("TrainingMonitor",)
 
-_CSV, _PNG = "training.csv", "training.png"
+_PNG = "training.png"
 
-# The columns that are the same for every model; those of its logs follow.
+# The columns that every model has; those of its logs follow.
 COLUMNS = (
     "update",
     "epoch",
@@ -39,57 +37,54 @@ COLUMNS = (
     "host_mib",
 )
 
-# Seconds from one row to the next, so that the rows cost nothing that could be seen.
+# Seconds between rows, long enough that the cost of a row does not show.
 _INTERVAL = 1.0
 
-# The page is drawn anew at the end of an epoch if that takes no more of the time since it was
-# drawn than this; until the first, which imports matplotlib, so many seconds are assumed.
+# The plots are redrawn at the end of an epoch if drawing takes at most this share of the time since
+# they were last drawn. The first drawing, which imports matplotlib, is assumed to take so many
+# seconds.
 _DRAWING_SHARE, _FIRST_DRAWING = 0.01, 1.0
 
 # ru_maxrss is in KiB on Linux, in bytes on macOS.
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-# Of models: the updates that they count, and those seen here. The two differ where `train_step` is
-# the user's, with an optimizer that the model does not hold.
-_COUNTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
+    """Records training: a CSV file, a page of plots, and TensorBoard events.
 
+    A row has, as means over the updates since the previous row: samples per second, seconds per
+    update, and how many of these were spent waiting for data (`input_seconds`; the rest is
+    computation and exchange, which only a profiler can separate). The waiting time is not known
+    with deterministic operations, nor are samples per second for data of unknown batch size: a
+    Python generator, a `PyDataset`, a dataset with batches of several sizes. Then follow the
+    learning rate, the peak memory (MiB) on the first device of this process and of the process
+    itself, and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates`
+    while scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that
+    are not a single number are left out. `update` counts updates since the model was made,
+    including skipped ones; with an optimizer that the model does not hold, only updates of a `fit`
+    with the callback count, and the learning rate is not known. Times exclude validation and the
+    first update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
 
-class TrainingMonitor(keras.callbacks.Callback):
-    """Writes down what training does: a CSV file, a page of plots, and TensorBoard's events.
-
-    A row tells, as means over the updates since the row before: samples per second, seconds of
-    an update, and how many of these it waited for data (`input_seconds`; the rest is computing and
-    exchanging, which only a profiler tells apart). With deterministic operations the waiting is
-    not known, nor are samples per second of data that do not tell the size of their batches: a
-    Python generator, a `PyDataset`, a dataset of batches of several sizes. Then the learning rate,
-    the peaks of memory (MiB) on the first device of this process and of the process itself, and
-    the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
-    scaling is on, `grad_norm` and `gradient_noise_scale` where the model logs them; what is not
-    one number is left out. `update` counts updates since the model was made, skipped ones
-    included; with an optimizer that the model does not hold, those of a `fit` with the callback,
-    and the learning rate is not known. Times leave out validation and the first update of a `fit`,
-    which is traced. The last batch of an epoch counts as a full one.
-
-    On several workers all may have the callback; the chief writes.
+    With several workers, all may have the callback; the chief writes.
 
     Args:
-        directory: str or path, where training.csv and training.png are written. A training that
-            goes on adds its rows, and replaces those of updates that an interruption lost. Before
-            one that begins anew, what is there is renamed to training.1.csv and training.1.png,
-            or the first number that is free, with a warning.
-        frequency: int, updates from row to row. Defaults to None: about a second.
-        tensorboard: bool, whether events for TensorBoard are written into the directory. Defaults
-            to None: if it is installed.
-        plot: bool, whether training.png is drawn when training ends. Defaults to None: if
-            matplotlib is installed; during it as well, at the end of an epoch after at least 100
-            times as long as drawing takes. `draw()` does it at once, as after a Ctrl-C.
-        enabled: bool. With False the callback does nothing. Defaults to True.
+        directory: str or path, the directory of training.csv and training.png. Training that
+            resumes appends its rows, and replaces those of updates that an interruption lost.
+            Before training that starts anew, existing files are renamed to training.1.csv and
+            training.1.png, or the first free number, with a warning.
+        frequency: the number of updates between rows. Defaults to None: about a second.
+        tensorboard: whether events for TensorBoard are written to the directory. Defaults to None:
+            if it is installed.
+        plot: whether training.png is drawn when training ends. Defaults to None: if matplotlib is
+            installed. It is also drawn during training, at the end of an epoch, at intervals of at
+            least 100 times what drawing takes. `draw()` draws it at once, for instance after a
+            Ctrl-C.
+        enabled: False turns the callback off. Defaults to True.
 
     Raises:
-        InvalidOptionError: If an argument is not valid, what it needs is not installed, or, at
-            the start of `fit`, the directory cannot be made, or holds a training.csv that is
-            damaged or not of a monitor, which is left as it is, or two callbacks have the same.
+        InvalidOptionError: If an argument is not valid, or a package is needed and not installed;
+            at the start of `fit`, if the directory cannot be made, if two callbacks have the same
+            one, or if it holds a training.csv that is damaged or not of a monitor, which is kept.
 
     Example:
 
@@ -104,7 +99,15 @@ class TrainingMonitor(keras.callbacks.Callback):
     [(2, 8.0), (4, 8.0)]
     """
 
-    def __init__(self, directory, *, frequency=None, tensorboard=None, plot=None, enabled=True):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        frequency: int | None = None,
+        tensorboard: bool | None = None,
+        plot: bool | None = None,
+        enabled: bool = True,
+    ) -> None:
         super().__init__()
         if not str(directory) or "://" in str(directory):
             raise errors.InvalidOptionError(
@@ -119,23 +122,25 @@ class TrainingMonitor(keras.callbacks.Callback):
             )
         self.directory = pathlib.Path(directory)
         self.frequency = frequency
-        self.tensorboard = _wanted("tensorboard", tensorboard, "tensorboard")
-        self.plot = _wanted("plot", plot, "matplotlib")
+        self.tensorboard = _is_wanted("tensorboard", tensorboard, "tensorboard")
+        self.plot = _is_wanted("plot", plot, "matplotlib")
         self.enabled = enabled
-        self.rows: list[dict[str, Any]] = []
-        self._events: Any = None
-        self._names: tuple[str, ...] = ()
+        self.rows: list[_monitor_file.Row] = []
+        # TensorBoard's writer.
+        self._events: tf.summary.SummaryWriter | None = None
         self._is_running = False
+        # How many updates of the epoch are done; None before the first.
+        self._done: int | None = None
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         if self.enabled and not hasattr(model, "input_clock"):
             raise errors.UnsupportedModelError(
-                "tfbig.callbacks.TrainingMonitor needs a model of tfbig. Received: "
+                "tfbig.callbacks.TrainingMonitor needs a tfbig model. Received: "
                 f"{type(model).__name__}. Use tfbig.extend(model)."
             )
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: _types.Logs | None = None) -> None:
         self._is_running = (
             bool(self.enabled) and _workers.Workers.of(self.model.distribute_strategy).is_chief
         )
@@ -150,11 +155,11 @@ class TrainingMonitor(keras.callbacks.Callback):
                 f"{self.directory}. Use another directory."
             )
         self._wait = clock.reader(name)
-        _, self._before = self._optimizer_and_updates()
-        known, seen = _COUNTS.get(self.model, (None, None))
-        self._epoch, self._update = 0, seen if known == self._before else self._before
-        # Of training: a validation within `fit` has another.
+        self._count = _update_count.UpdateCount(self.model)
+        self._epoch = 0
+        # Read now, because a validation within `fit` changes it.
         self._batch_size = self.model.batch_size_of_updates
+        self._file = _monitor_file.RowsFile(self.directory, COLUMNS)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.rows = self._rows_before()
@@ -170,96 +175,82 @@ class TrainingMonitor(keras.callbacks.Callback):
                 self._events = tf.summary.create_file_writer(str(self.directory))
         self._begin = self._last = self._drawn = time.perf_counter()
         self._drawing = _FIRST_DRAWING
-        self._is_traced, self._names = False, ()
+        self._is_traced = False
         self._restart()
 
-    def _optimizer_and_updates(self):
-        """The optimizer of the most updates, or None, and the updates that the model counts."""
-        # Not that of `compile`, which makes one that may never be used.
-        optimizers = [optimizer for _, optimizer in _keras.optimizer.optimizers_of(self.model)]
-        optimizer = max(optimizers, key=lambda o: int(o.iterations.numpy()), default=None)
-        updates = int(optimizer.iterations.numpy()) if optimizer else 0
-        return optimizer, updates + getattr(self.model, "skipped_updates", 0)
-
-    def _count(self):
-        """Corrects the update by what the model counts; returns the optimizer, or None."""
-        optimizer, updates = self._optimizer_and_updates()
-        if updates == self._before:
-            optimizer = None  # The model does not hold it; what was seen here counts.
-        else:
-            self._update = updates
-        _COUNTS[self.model] = updates, self._update
-        return optimizer
-
-    def _rows_before(self):
-        """The rows of the training that goes on; those of another are kept under another name."""
-        rows = _read(self.directory / _CSV)
-        if rows and self._update == 0:
-            # Not an error: a job that failed before its first backup is started again like this.
+    def _rows_before(self) -> list[_monitor_file.Row]:
+        """The rows of the training that resumes; those of another are kept under another name."""
+        rows = self._file.read()
+        if rows and self._count.updates == 0:
+            # Not an error: a job that failed before its first backup restarts like this.
+            kept = self._file.put_aside([self.directory / _PNG])
             warnings.warn(
-                f"Training begins anew; the {len(rows)} rows in {self.directory} are kept as "
-                f"{_put_aside(self.directory)}.",
+                f"Training starts anew; the {len(rows)} rows in {self.directory} are kept as "
+                f"{kept}.",
                 stacklevel=3,
             )
             return []
-        # An interrupted training goes on from its backup, and repeats what came after it.
-        return [row for row in rows if row["update"] <= self._update]
+        # Interrupted training resumes from its backup, and repeats the updates that came after it.
+        return [row for row in rows if row["update"] <= self._count.updates]
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if self._is_running:
             self._epoch, self._done = epoch, None
             self._restart()
 
-    def on_train_batch_begin(self, batch, logs=None):
-        if self._is_running and self._done is None:
-            # In the middle of an epoch, if training goes on there.
+    def on_train_batch_begin(self, batch: int, logs: _types.Logs | None = None) -> None:
+        if self._done is None:
+            # Not zero if training resumes mid-epoch.
             self._done = batch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
         if not self._is_running:
             return
         # With steps_per_execution, Keras counts beyond the end of the data.
         end = min(batch + 1, self.params.get("steps") or batch + 1)
-        updates = end - self._done
-        self._done += updates
-        self._update += updates
+        updates = end - (self._done or 0)
+        self._done = end
+        self._count.updates += updates
         self._last = time.perf_counter()
         waited = self._wait()
         if self._is_traced:
             self._updates += updates
             self._waited += waited
         else:
-            # What it took was for the most part tracing.
+            # Most of the time so far went into tracing.
             self._is_traced = True
             self._restart()
-        if self.frequency is not None:
-            is_due = self._update // self.frequency > (self._update - updates) // self.frequency
-        else:
-            is_due = self._updates and self._last - self._since >= _INTERVAL
-        if is_due:
-            self._write(logs)
+        if self._is_due(updates):
+            self._write(logs or {})
 
-    def on_epoch_end(self, epoch, logs=None):
+    def _is_due(self, updates: int) -> bool:
+        """Whether to write a row, after so many updates in one execution."""
+        if self.frequency is not None:
+            now = self._count.updates
+            return now // self.frequency > (now - updates) // self.frequency
+        return self._updates > 0 and self._last - self._since >= _INTERVAL
+
+    def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if not self._is_running:
             return
         if self._updates or not self.rows:
-            self._write({k: v for k, v in logs.items() if not k.startswith("val_")})
+            self._write({k: v for k, v in (logs or {}).items() if not k.startswith("val_")})
         since = time.perf_counter() - self._drawn
         if self._drawing <= _DRAWING_SHARE * since:
             self.draw()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: _types.Logs | None = None) -> None:
         if not self._is_running:
             return
         self._is_running = False
-        self._count()
+        self._count.correct()
         if self._events is not None:
             with self._writing_events():
                 self._events.close()
         self.draw()
 
-    def draw(self):
-        """Draws training.png of the rows so far, if there are any and pages are drawn."""
+    def draw(self) -> None:
+        """Draws training.png from the rows so far, if there are any and plots are wanted."""
         if not (self.plot and self.rows):
             return
         begin = time.perf_counter()
@@ -272,34 +263,18 @@ class TrainingMonitor(keras.callbacks.Callback):
         self._drawn = time.perf_counter()
         self._drawing = self._drawn - begin
 
-    def _restart(self):
-        """The next row's means begin here."""
+    def _restart(self) -> None:
+        """Starts the means of the next row."""
         self._since, self._updates, self._waited = time.perf_counter(), 0, 0.0
 
-    def _write(self, logs):
-        optimizer = self._count()
-        seconds = waited = samples = None
-        if self._updates:
-            # Not until now: what follows an epoch's last update, such as a validation, is left out.
-            seconds = (self._last - self._since) / self._updates
-            # Not known with deterministic operations.
-            waited = self._waited / self._updates if math.isfinite(self._waited) else None
-            samples = self._batch_size
-        measured: tuple[Any, ...] = (
-            self._update,
-            self._epoch,
-            self._seconds_before + self._last - self._begin,
-            samples and samples / seconds,
-            seconds,
-            waited,
-            _learning_rate(optimizer) if optimizer else None,
-            _device_mib(self.model.distribute_strategy),
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
-        )
+    def _write(self, logs: _types.Logs) -> None:
         # The columns win over metrics of the same name.
-        row = _numbers(logs) | dict(zip(COLUMNS, measured, strict=True))
+        row = _numbers(logs) | self._measured()
         self.rows.append(row)
-        self._write_csv(row)
+        try:
+            self._file.write(self.rows)
+        except OSError as e:
+            _warn(self._file.path, e)
         if self._events is not None:
             with self._writing_events(), self._events.as_default():
                 for name, value in row.items():
@@ -308,112 +283,73 @@ class TrainingMonitor(keras.callbacks.Callback):
                 self._events.flush()
         self._restart()
 
+    def _measured(self) -> _monitor_file.Row:
+        """The values of `COLUMNS`."""
+        optimizer = self._count.correct()
+        seconds = waited = samples = None
+        if self._updates:
+            # Until the last update: what follows it in an epoch, such as validation, is left out.
+            seconds = (self._last - self._since) / self._updates
+            # Not known with deterministic operations.
+            waited = self._waited / self._updates if math.isfinite(self._waited) else None
+            samples = self._batch_size
+        values: tuple[float | None, ...] = (
+            self._count.updates,
+            self._epoch,
+            self._seconds_before + self._last - self._begin,
+            samples / seconds if samples and seconds is not None else None,
+            seconds,
+            waited,
+            _learning_rate(optimizer) if optimizer else None,
+            _device_mib(self.model.distribute_strategy),
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
+        )
+        return dict(zip(COLUMNS, values, strict=True))
+
     @contextlib.contextmanager
-    def _writing_events(self):
-        """Ends the events, and not training, if they cannot be written."""
+    def _writing_events(self) -> Iterator[None]:
+        """Ends the events, not training, if they cannot be written."""
         try:
             yield
         except (OSError, tf.errors.OpError) as e:
             self._events = None
             _warn(f"TensorBoard's events in {self.directory}", e)
 
-    def _write_csv(self, row):
-        # Another column, as after the first epoch of a callback that adds one, is a new file.
-        is_new = not row.keys() <= set(self._names)
-        if is_new:
-            names = [name for r in self.rows for name in r if name not in COLUMNS]
-            self._names = (*COLUMNS, *dict.fromkeys(names))
-        try:
-            _append(self.directory / _CSV, self._names, self.rows if is_new else [row], is_new)
-        except OSError as e:
-            self._names = ()
-            _warn(self.directory / _CSV, e)
+
+def _warn(what: object, error: Exception) -> None:
+    warnings.warn(f"{what} could not be written: {error}. Training continues.", stacklevel=3)
 
 
-def _warn(what, error):
-    warnings.warn(f"{what} could not be written: {error}. Training goes on.", stacklevel=3)
-
-
-def _wanted(name, value, package):
-    """Whether what needs a package is wanted: by default if it is installed."""
-    is_there = importlib.util.find_spec(package) is not None
-    if value and not is_there:
+def _is_wanted(name: str, value: bool | None, package: str) -> bool:
+    """The value of an option that needs a package; by default, whether it is installed."""
+    is_installed = importlib.util.find_spec(package) is not None
+    if value and not is_installed:
         raise errors.InvalidOptionError(
             f"`{name}` needs {package}, which is not installed. Received: {name}={value!r}. "
             f"pip install {package}"
         )
-    return is_there if value is None else bool(value)
+    return is_installed if value is None else bool(value)
 
 
-def _numbers(logs):
-    """The single numbers; a metric may be of several, and a callback may put in anything."""
+def _numbers(logs: _types.Logs) -> dict[str, Any]:
+    """The logs that are single numbers; a metric may have several, and a callback add anything."""
     found = {}
     for name, value in logs.items():
         with contextlib.suppress(TypeError, ValueError):
-            # float takes texts too.
+            # `float` would accept strings too.
             if np.ndim(value) == 0 and not isinstance(value, str | bytes):
                 found[name] = float(value)
     return found
 
 
-def _learning_rate(optimizer):
+def _learning_rate(optimizer: _types.Optimizer) -> float:
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
-def _device_mib(strategy):
-    """The peak of the memory of the first device, where TensorFlow counts it, else None."""
+def _device_mib(strategy: _types.Strategy) -> float | None:
+    """The peak memory of the first device; None if TensorFlow does not count it."""
     try:
         info = tf.config.experimental.get_memory_info(_keras.devices.devices_of(strategy)[0])
     except (ValueError, tf.errors.OpError):
         return None
-    return info["peak"] / 2**20
-
-
-def _read(path):
-    """The rows of a file, or none."""
-
-    def value(name, text):
-        if name in ("update", "epoch"):
-            return int(text)
-        return float(text) if text else None
-
-    if not path.exists():
-        return []
-    try:
-        with open(path, newline="") as file:
-            lines = list(csv.DictReader(file))
-            if lines and None in lines[-1].values():
-                del lines[-1]  # Of a program that was killed while it wrote.
-            rows = [{k: value(k, v) for k, v in line.items()} for line in lines]
-            if rows and not {"update", "seconds"} <= rows[0].keys():
-                raise ValueError("its columns are others")
-            return rows
-    except (OSError, ValueError, TypeError, csv.Error) as e:
-        raise errors.InvalidOptionError(
-            f"{path} must be the file of a TrainingMonitor. Received: one that cannot be read "
-            f"({e}). Use another directory."
-        ) from e
-
-
-def _put_aside(directory):
-    """Renames the files of another training; returns the name of its rows."""
-    for number in itertools.count(1):
-        names = {name: name.replace(".", f".{number}.") for name in (_CSV, _PNG)}
-        if not any((directory / new).exists() for new in names.values()):
-            break
-    for name, new in names.items():
-        if (directory / name).exists():
-            (directory / name).rename(directory / new)
-    return names[_CSV]
-
-
-def _append(path, names, rows, is_new):
-    """Adds rows to a file; a new one replaces what was there in one step."""
-    target = path.with_suffix(".tmp") if is_new else path
-    with open(target, "w" if is_new else "a", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-    if is_new:
-        os.replace(target, path)
+    return float(info["peak"] / 2**20)

@@ -1,10 +1,16 @@
-"""The page of plots of a training."""
+"""The page of plots of a `TrainingMonitor`."""
 
 import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tfbig.callbacks import _monitor_file
 
 __all__ = ("draw",)
 
-# Title, columns, whether the axis is logarithmic; drawn where there are numbers.
+# Title, columns, and whether the axis is logarithmic; drawn if there are numbers.
 _PANELS = (
     ("loss", ("loss",), False),
     ("loss scale", ("loss_scale",), True),
@@ -20,18 +26,18 @@ _PANELS = (
 _WIDTH, _HEIGHT, _COLUMNS = 4.5, 2.6, 3
 
 
-def draw(rows, path):
-    """Draws what of the rows changes over the updates.
+def draw(rows: Sequence["_monitor_file.Row"], path: str | os.PathLike[str]) -> None:
+    """Draws the columns of the rows over the updates.
 
     Args:
-        rows: list of dictionaries, as `TrainingMonitor` makes them.
+        rows: the rows of a `TrainingMonitor`.
         path: path of the file, a PNG whatever its name.
     """
-    # Not pyplot: no window is wanted, and the figures of the user are theirs.
+    # Not pyplot, which would open a window and count among the user's figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def numbers(name):
+    def numbers(name: str) -> list[tuple[int, float]]:
         pairs = [(row["update"], row.get(name)) for row in rows]
         return [(x, y) for x, y in pairs if y is not None and math.isfinite(y)]
 
