@@ -1,4 +1,4 @@
-"""Training that was interrupted, and goes on, ends as if it had not been."""
+"""Training that is interrupted and resumed ends as if it had not been interrupted."""
 
 import errno
 import json
@@ -22,11 +22,11 @@ from tfbig.callbacks import _backup
 PROGRAM = job.JOBS / "training.py"
 
 
-# --- Programs that are killed ------------------------------------------------
+# --- Killed programs ---------------------------------------------------------
 
 
 def end_of(directory):
-    """What a run left: arrays and logs."""
+    """The arrays and logs that a run has written at its end."""
     with np.load(directory / "end.npz") as file:
         arrays = [file[name] for name in file.files]
     return arrays, json.loads((directory / "end.json").read_text())
@@ -35,13 +35,13 @@ def end_of(directory):
 def assert_same_end(directory, expected):
     (arrays, logs), (expected_arrays, expected_logs) = end_of(directory), expected
     for array, wanted in zip(arrays, expected_arrays, strict=True):
-        # To the bit: the same numbers in the same order.
+        # Bitwise: the same numbers were summed in the same order.
         np.testing.assert_array_equal(array, wanted)
     assert logs == expected_logs
 
 
 class Run:
-    """A run of the training program, from start to end, interrupted as often as wanted."""
+    """A run of the training program, which a test may interrupt any number of times."""
 
     def __init__(self, directory, *options):
         directory.mkdir()
@@ -81,7 +81,7 @@ QUICK = ("mirrored",)
         for k, v in VARIANTS.items()
     ],
 )
-def test_a_run_that_is_killed_and_preempted_ends_as_the_uninterrupted(options, tmp_path):
+def test_a_run_that_is_killed_and_preempted_ends_like_an_uninterrupted_one(options, tmp_path):
     whole = Run(tmp_path / "whole", *options)
     whole.to_the_end()
     run = Run(tmp_path / "interrupted", *options)
@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_and_preempted_ends_as_the_uninterrupted(options, t
     assert "preempted after batch" in preempted.stderr
     assert "Traceback" not in preempted.stderr
     resumed = run.to_the_end()
-    # The rest of the epoch goes on, it is not replayed.
+    # The epoch resumes; it is not repeated.
     batch, epoch = map(int, re.search(r"batch (\d+) of epoch (\d+)", preempted.stderr).groups())
     done = (epoch - 1) * (3 if "steps" in options else 4) + batch
     steps = 2 if "--steps_per_execution" in options else 1
@@ -113,7 +113,7 @@ def job_with_restarts(directory, *options, restarts):
 
 
 def next_update(process, least):
-    """Waits for an update of a job, of at least this number; returns its number."""
+    """Waits for an update of a job whose number is at least this; returns the number."""
     for line in process.stdout:
         match = re.search(r"update (\d+)", line)
         if match and int(match[1]) >= least:
@@ -122,7 +122,7 @@ def next_update(process, least):
 
 
 def gone(pid, processes, seconds=30):
-    """Waits until none of some processes is a child of a process any more."""
+    """Waits until none of some processes is still a child of `pid`."""
     deadline = time.monotonic() + seconds
     while set(processes) & set(job.children(pid)):
         assert time.monotonic() < deadline
@@ -148,13 +148,12 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, t
             restarts=len(signals) + 1,
         )
     )
-    # First a worker sends one to itself, in a validation.
+    # First, a worker sends one to itself during a validation.
     next_update(process, 1)
     gone(process.pid, job.children(process.pid))
     sent = 0
     for number in signals:
-        # The job makes no more than the first updates before most of the signals, so that
-        # there are some left for the last.
+        # Few updates pass before most of the signals, so that some are left for the last.
         update = next_update(process, rng.randrange(1, training.UPDATES * (sent + 1) // 20 + 2))
         if update == training.UPDATES:
             break
@@ -166,7 +165,7 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, t
     done = job.finish(process, 300)
     assert done.returncode == 0, done.stderr
     failures = re.findall(r"restarts left: \d+", done.stderr)
-    # Each ended the job of its time; the last ones may find it complete.
+    # Each ended the job that was running; the last ones may find training complete.
     assert len(failures) == sent + 1
     assert "preempted after batch 4 of epoch 1" in done.stderr
     assert sent >= 2 * len(signals) // 3
@@ -200,7 +199,7 @@ def samples(units=2):
 
 
 class At(keras.callbacks.Callback):
-    """Calls a function after a number of batches of an epoch, and what follows them."""
+    """Calls a function after a number of batches of an epoch, at the next hook."""
 
     def __init__(self, epoch, batches, function):
         super().__init__()
@@ -276,10 +275,10 @@ def assert_same_weights(model, other):
     ],
     ids=str,
 )
-def test_resumed_at_any_batch_logs_and_weights_are_those_of_the_uninterrupted(
+def test_training_resumed_at_any_batch_has_the_logs_and_weights_of_an_uninterrupted_run(
     strategy, at, tmp_path
 ):
-    # (1, 5) is the last batch of an epoch, whose validation is still to come.
+    # (1, 5) is the last batch of an epoch, before its validation.
     kwargs = {"validation_data": samples()}
     whole = compiled(strategy=strategy)
     history = fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
@@ -287,13 +286,13 @@ def test_resumed_at_any_batch_logs_and_weights_are_those_of_the_uninterrupted(
     model, resumed = interrupted_and_resumed(tmp_path / "run", at, strategy, **kwargs)
     assert_same_weights(model, whole)
     assert resumed.epoch == list(range(at[0], 3))
-    # The metrics of an epoch go on as well; they are sums of float32.
+    # The metrics of an epoch resume as well; they are sums of float32.
     for name, values in history.history.items():
         np.testing.assert_allclose(resumed.history[name], values[at[0] :], rtol=1e-6)
 
 
 class Halve(keras.callbacks.Callback):
-    """Acts after an epoch, as ReduceLROnPlateau does; keeps what it sees at the start."""
+    """Acts after an epoch, as ReduceLROnPlateau does; keeps the weights of the start."""
 
     def on_train_begin(self, logs=None):
         self.at_start = self.model.get_weights()
@@ -303,7 +302,7 @@ class Halve(keras.callbacks.Callback):
         optimizer.learning_rate = optimizer.learning_rate.numpy() / 2
 
 
-def test_others_act_after_it_restores_and_before_it_backs_up(tmp_path):
+def test_other_callbacks_act_after_it_restores_and_before_it_backs_up(tmp_path):
     whole = compiled()
     fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), Halve())
     keras.utils.set_random_seed(1)
@@ -372,8 +371,8 @@ def test_training_that_stopped_early_has_ended(tmp_path):
     assert run(epochs=4)[1] == [2, 3]
 
 
-def test_each_epoch_is_shuffled_anew_and_the_same_after_a_restart(tmp_path):
-    # Keras itself shuffles each epoch alike once a seed is set.
+def test_each_epoch_has_its_own_order_which_a_restart_keeps(tmp_path):
+    # Keras itself shuffles every epoch in the same order once a seed is set.
     def order(*callbacks, epochs=3):
         seen = []
 
@@ -433,11 +432,11 @@ def test_without_a_seed_the_backup_brings_its_own(tmp_path):
     *second, seed_of_second = order(2)
     assert seed == seed_of_second
     assert sorted(first) == sorted(second) == list(range(12))
-    # One chance in 12! to be the same.
+    # By chance they are the same once in 12! runs.
     assert first != second
 
 
-def test_a_training_that_began_later_goes_on_with_its_data(tmp_path):
+def test_training_with_an_initial_epoch_resumes_its_data(tmp_path):
     kwargs = {"initial_epoch": 4, "epochs": 8}
     whole = compiled()
     fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), **kwargs)
@@ -446,7 +445,7 @@ def test_a_training_that_began_later_goes_on_with_its_data(tmp_path):
     assert_same_weights(model, whole)
 
 
-def test_within_batches_samples_are_shuffled_anew_in_each_epoch(tmp_path):
+def test_samples_within_batches_are_shuffled_differently_in_each_epoch(tmp_path):
     seen = []
     model = tfbig.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", run_eagerly=True)
@@ -466,7 +465,7 @@ def test_within_batches_samples_are_shuffled_anew_in_each_epoch(tmp_path):
     assert seen[0] != batches[0]
 
 
-def test_structures_with_nothing_in_a_place_are_shuffled_too(tmp_path):
+def test_structures_with_none_in_them_are_shuffled_too(tmp_path):
     inputs = [keras.Input((4,)), keras.Input((4,), optional=True)]
     model = tfbig.Model(inputs, keras.layers.Dense(2)(inputs[0]))
     model.compile("sgd", "mse")
@@ -481,7 +480,7 @@ def test_chief_only_refuses_a_callback_that_all_workers_must_have(tmp_path):
         tfbig.callbacks.ChiefOnly(tfbig.callbacks.BackupAndRestore(tmp_path))
 
 
-def test_a_function_takes_the_place_of_the_exit(tmp_path):
+def test_a_function_replaces_the_exit(tmp_path):
     called = []
     model = compiled()
 
@@ -524,7 +523,7 @@ def test_a_complete_training_leaves_no_backup_unless_asked_to(tmp_path):
 
 
 def backed_up(directory, **kwargs):
-    """A backup of an interrupted training; returns its bytes."""
+    """Makes a backup of interrupted training; returns its bytes."""
     with pytest.raises(KeyboardInterrupt):
         fit(compiled(**kwargs), tfbig.callbacks.BackupAndRestore(directory, 1), Interrupt(1, 2))
     return _backup.path_in(directory).read_bytes()
@@ -571,13 +570,13 @@ _savez = np.savez
 
 
 def full_disk(file, *args, **kwargs):
-    """Stands for `np.savez`."""
+    """Replaces `np.savez`."""
     _savez(file, *args, **kwargs)
     file.truncate(100)
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_is_full_is_warned_of_and_the_last_backup_stays(tmp_path, monkeypatch):
+def test_a_full_disk_raises_a_warning_and_the_last_backup_stays(tmp_path, monkeypatch):
     before = backed_up(tmp_path)
     monkeypatch.setattr(np, "savez", full_disk)
     model = compiled()
@@ -614,7 +613,7 @@ def test_two_backups_of_one_training_are_refused(tmp_path):
         fit(compiled(), *backups)
 
 
-def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
+def test_a_path_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.BackupError, match=r"cannot be read.*Not a directory"):
         fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path / "file" / "below"))
@@ -632,7 +631,7 @@ def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
     ],
     ids=str,
 )
-def test_arguments_that_are_not_valid_are_refused(arguments, message, tmp_path):
+def test_invalid_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(errors.InvalidOptionError, match=message):
         tfbig.callbacks.BackupAndRestore(**{"backup_dir": tmp_path} | arguments)
 
@@ -644,7 +643,7 @@ def test_plain_keras_models_are_told_what_to_use(tmp_path):
         model.fit(*samples(), verbose=0, callbacks=[tfbig.callbacks.BackupAndRestore(tmp_path)])
 
 
-# --- Effects of the chief ----------------------------------------------------
+# --- ChiefOnly --------------------------------------------------------------
 
 
 def test_chief_only_is_the_callback_itself_in_a_single_process(tmp_path):

@@ -1,4 +1,4 @@
-"""`tfbig.callbacks.TrainingMonitor`: what it writes is what happened."""
+"""`tfbig.callbacks.TrainingMonitor` records what happened."""
 
 import contextlib
 import csv
@@ -86,7 +86,7 @@ def test_rows_are_the_logs_of_updates(tmp_path, strategy):
     [{}, {"steps_per_execution": 2}, {"run_eagerly": True}, {"micro_batch_size": "auto"}],
     ids=["plain", "many_steps", "eager", "auto"],
 )
-def test_waiting_for_data_is_told_apart(tmp_path, options):
+def test_waiting_for_data_is_measured(tmp_path, options):
     pause = 0.1
 
     def sleep(x, y):
@@ -98,7 +98,7 @@ def test_waiting_for_data_is_told_apart(tmp_path, options):
         return tf.ensure_shape(a, x.shape), tf.ensure_shape(b, y.shape)
 
     dataset = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8, drop_remainder=True)
-    # Without a thread that reads ahead, which would hide the waiting behind a slow update.
+    # Without a thread that reads ahead and hides the waiting behind a slow update.
     quiet = tf.data.Options()
     quiet.threading.private_threadpool_size = 1
     quiet.experimental_optimization.inject_prefetch = False
@@ -120,11 +120,11 @@ def test_waiting_for_data_is_told_apart(tmp_path, options):
         assert row["input_seconds"] <= row["update_seconds"]
     callback = monitor(tmp_path / "fast", frequency=None)
     model.fit(dataset.cache(), epochs=6, shuffle=False, verbose=0, callbacks=[callback])
-    # The least, because a busy machine may hold up any of them.
+    # The minimum, because a busy machine may delay any of them.
     assert min(row["input_seconds"] for row in callback.rows) < 0.5 * pause
 
 
-def test_each_of_two_monitors_is_told_of_waiting(tmp_path):
+def test_both_of_two_monitors_measure_waiting(tmp_path):
     first, second = monitor(tmp_path / "1"), monitor(tmp_path / "2", frequency=2)
     fit(build(), first, second)
     waited = [row["input_seconds"] for row in first.rows]
@@ -154,38 +154,38 @@ def test_deterministic_operations_have_no_clock(tmp_path, monkeypatch):
 
 
 class Clock:
-    """A clock of `_monitor` that goes on when a test says so, whatever the machine does."""
+    """A clock of `_monitor` that advances only when a test says so."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
         clock = types.SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(_monitor, "time", clock)
 
-    def go_on(self, seconds):
+    def advance(self, seconds):
         self.now += seconds
 
 
 def test_times_are_of_updates_alone(tmp_path, monkeypatch):
-    """Without tracing, validation and what callbacks do after an epoch."""
+    """They exclude tracing, validation and the work of callbacks after an epoch."""
     clock = Clock(monkeypatch)
     others = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda batch, logs: clock.go_on(0.25 if clock.now else 50.0),
-        on_test_batch_end=lambda batch, logs: clock.go_on(100.0),
-        on_epoch_end=lambda epoch, logs: clock.go_on(100.0),
+        on_train_batch_begin=lambda batch, logs: clock.advance(0.25 if clock.now else 50.0),
+        on_test_batch_end=lambda batch, logs: clock.advance(100.0),
+        on_epoch_end=lambda epoch, logs: clock.advance(100.0),
     )
     callback = monitor(tmp_path, frequency=None)
     fit(build(), callback, others, validation_data=(X, Y), validation_batch_size=8)
-    # Of an epoch; the first update of the first is not among them.
+    # One row per epoch; that of the first excludes its first update.
     assert [row["update_seconds"] for row in callback.rows] == [0.25, 0.25]
     assert [row["samples_per_second"] for row in callback.rows] == [32.0, 32.0]
     assert [row["update"] for row in callback.rows] == [4, 8]
     assert not any(name.startswith("val_") for row in callback.rows for name in row)
 
 
-def test_by_default_a_row_is_of_a_second(tmp_path, monkeypatch):
+def test_by_default_a_row_covers_a_second(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
     others = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda batch, logs: clock.go_on(0.5)
+        on_train_batch_begin=lambda batch, logs: clock.advance(0.5)
     )
     callback = monitor(tmp_path, frequency=None)
     fit(build(), callback, others)
@@ -193,7 +193,7 @@ def test_by_default_a_row_is_of_a_second(tmp_path, monkeypatch):
     assert [row["seconds"] for row in callback.rows] == [1.5, 2.0, 3.0, 4.0]
 
 
-def test_the_page_is_drawn_during_training_if_that_takes_little_time(tmp_path, monkeypatch):
+def test_plots_are_drawn_during_training_if_that_takes_little_time(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     clock, drawn = Clock(monkeypatch), []
     callback = monitor(tmp_path, plot=True)
@@ -201,21 +201,21 @@ def test_the_page_is_drawn_during_training_if_that_takes_little_time(tmp_path, m
     def draw(rows, path):
         drawn.append(rows[-1]["update"])
         path.write_text(f"{len(drawn)}")
-        clock.go_on(2.0)
+        clock.advance(2.0)
 
     monkeypatch.setattr(_monitor._monitor_plot, "draw", draw)
     others = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda batch, logs: clock.go_on(15.0)
+        on_train_batch_begin=lambda batch, logs: clock.advance(15.0)
     )
     fit(build(), callback, others, epochs=10)
-    # Epochs of 60 s. First after 100 s at least, then after 100 times what drawing took; and at
-    # the end.
+    # Epochs of 60 s. First after at least 100 s, then at intervals of at least 100 times what
+    # drawing took, and at the end.
     assert drawn == [8, 24, 40, 40]
     assert (tmp_path / "training.png").read_text() == "4"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["training.csv", "training.png"]
 
 
-def test_training_that_goes_on_adds_its_rows(tmp_path):
+def test_resumed_training_appends_its_rows(tmp_path):
     model = build()
     fit(model, monitor(tmp_path), epochs=1)
     first = written(tmp_path)
@@ -270,7 +270,7 @@ def test_files_of_another_training_are_kept(tmp_path):
     assert [(tmp_path / name).read_bytes() for name in names] == contents
     assert [(tmp_path / f"training.{n}.png").read_text() for n in (1, 2)] == ["1", "2"]
     assert len({*contents}) == 3
-    # A number is free where both names are.
+    # A number is free if both names are.
     (tmp_path / "training.3.png").write_text("3")
     with pytest.warns(UserWarning, match=r"are kept as training\.4\.csv"):
         fit(build(), monitor(tmp_path))
@@ -283,7 +283,7 @@ def test_files_of_another_training_are_kept(tmp_path):
     ["update,epoch,seconds\nx,0,1.0\n", "epoch,loss\n0,1.0\n1,0.5\n", f'update\n"{"x" * 140000}'],
     ids=["damaged", "other", "field"],
 )
-def test_file_that_cannot_be_read_is_left_as_it_is(tmp_path, text, updates):
+def test_file_that_cannot_be_read_is_kept(tmp_path, text, updates):
     model = build()
     if updates:
         fit(model)
@@ -312,9 +312,9 @@ def test_optimizer_that_the_model_does_not_hold(tmp_path):
     assert [int(row["update"]) for row in written(tmp_path)] == [2, 4, 6, 8]
     fit(model, monitor(tmp_path, frequency=2), epochs=1)
     assert [int(row["update"]) for row in written(tmp_path)] == [2, 4, 6, 8, 10, 12]
-    # Not that of the optimizer of `compile`.
+    # Not the learning rate of the optimizer in `compile`.
     assert {row["learning_rate"] for row in written(tmp_path)} == {""}
-    # Once the model holds it, it is known.
+    # It is known once the model holds the optimizer.
     model.own_optimizer = optimizer
     fit(model, monitor(tmp_path, frequency=2), epochs=1)
     assert [int(row["update"]) for row in written(tmp_path)] == [2, 4, 6, 8, 10, 12, 14, 16]
@@ -336,7 +336,7 @@ def test_columns_that_change(tmp_path):
     assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 13))
 
 
-def test_batches_of_a_validation_are_others(tmp_path):
+def test_validation_batches_of_another_size_do_not_count(tmp_path):
     callback = monitor(tmp_path)
     fit(build(), callback, validation_data=(X, Y), validation_batch_size=32)
     for row in callback.rows[1:]:
@@ -361,7 +361,7 @@ def test_metrics_of_all_kinds(tmp_path):
     assert [row["update"] for row in callback.rows] == list(range(1, 9))
 
 
-def test_logs_that_are_no_numbers_have_no_columns(tmp_path):
+def test_logs_that_are_not_numbers_have_no_columns(tmp_path):
     others = {"text": "best", "digits": "1", "none": None, "nested": [1, [2, 3]], "object": {}}
     numbers = {"rate": np.float32(0.5), "tensor": tf.constant(2, tf.bfloat16), "flag": True}
     put = keras.callbacks.LambdaCallback(
@@ -398,13 +398,13 @@ def test_an_exception_leaves_no_clock_running(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(model, callback, keras.callbacks.LambdaCallback(on_train_batch_end=stop))
     assert model.input_clock is None
-    # It was not told that training ended, but what there is can be drawn.
+    # The callback was not told that training ended, but can draw the rows so far.
     assert not (tmp_path / "training.png").exists()
     callback.draw()
     assert (tmp_path / "training.png").exists()
 
 
-def test_a_file_that_cannot_be_written_ends_nothing(tmp_path):
+def test_a_file_that_cannot_be_written_does_not_end_training(tmp_path):
     class Removing(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -415,14 +415,14 @@ def test_a_file_that_cannot_be_written_ends_nothing(tmp_path):
     assert int(model.optimizer.iterations.numpy()) == 8
 
 
-def test_off_by_a_flag(tmp_path):
+def test_enabled_false_turns_it_off(tmp_path):
     model = build()
     fit(model, monitor(tmp_path / "not", enabled=False))
     assert not (tmp_path / "not").exists()
     assert model.input_clock is None
 
 
-def test_evaluation_alone_is_not_its_business(tmp_path):
+def test_evaluation_by_itself_is_not_recorded(tmp_path):
     build().evaluate(X, Y, verbose=0, callbacks=[monitor(tmp_path)])
     assert not list(tmp_path.iterdir())
 
@@ -448,7 +448,7 @@ def test_tensorboard_events(tmp_path):
 
 
 class Events:
-    """In place of TensorBoard's writer, which fails in one of its functions."""
+    """Replaces `tf.summary`; one of its functions fails."""
 
     def __init__(self, failing):
         self.failing, self.called, self.steps = failing, [], []
@@ -479,7 +479,7 @@ class Events:
 
 
 @pytest.mark.parametrize("failing", ["create", "scalar", "exit", "flush", "close", None])
-def test_events_that_cannot_be_written_end_nothing(tmp_path, monkeypatch, failing):
+def test_events_that_cannot_be_written_do_not_end_training(tmp_path, monkeypatch, failing):
     events = Events(failing)
     monkeypatch.setattr(tf, "summary", events)
     model, callback = build(), monitor(tmp_path)
@@ -492,7 +492,7 @@ def test_events_that_cannot_be_written_end_nothing(tmp_path, monkeypatch, failin
     assert all("TensorBoard's events in" in m and "Training continues" in m for m in messages)
     assert int(model.optimizer.iterations.numpy()) == 8
     assert [int(row["update"]) for row in written(tmp_path)] == list(range(1, 9))
-    # Nor is it tried again.
+    # It is not tried again.
     assert events.called.count(failing) == (failing is not None)
     if failing in ("close", None):
         assert sorted({*events.steps}) == list(range(1, 9))
@@ -535,7 +535,7 @@ def test_missing_package(tmp_path, monkeypatch, name, package):
     assert not getattr(callback, name)
 
 
-def test_model_of_keras_is_refused_unless_it_is_off(tmp_path):
+def test_keras_model_is_refused_unless_the_monitor_is_off(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
     model.compile("sgd", "mse")
     with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"Use tfbig\.extend"):

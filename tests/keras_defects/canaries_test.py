@@ -1,7 +1,7 @@
 """Defects of Keras and TensorFlow that tfbig works around, shown in plain Keras.
 
-No model here is one of tfbig's. A test that fails says that upstream mended a
-defect: then its workaround in `tfbig/_keras/`, and its row in DESIGN.md, can go.
+No model here is a tfbig model. A failing test means that upstream has fixed a
+defect: then its workaround in `tfbig/_keras/` and the test can go.
 """
 
 import pathlib
@@ -44,7 +44,7 @@ def weight_after(model, x, y=None, batch_size=4, **kwargs):
 
 
 def run(code, timeout=60):
-    """Runs code in a process of its own, whose death or aborted collectives harm no test."""
+    """Runs code in a process of its own, so that no crash or aborted collective harms a test."""
     program = f"import numpy as np\nfrom {__name__} import linear, weight_after\n{code}"
     process = subprocess.run(
         [sys.executable, "-c", program],
@@ -63,7 +63,7 @@ def test_keras_20582_built_in_accumulation_raises_under_mirrored():
         weight_after(model, column(1, 1, 1, 1))
 
 
-def test_loss_scale_optimizer_believes_replica_0():
+def test_loss_scale_optimizer_trusts_replica_0():
     def scaled():
         return keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=8.0)
 
@@ -99,7 +99,7 @@ def test_clipping_acts_before_the_all_reduce(clip):
     def clipped():
         return keras.optimizers.SGD(1.0, **{clip: 1.0})
 
-    # The gradient is 2, clipped to 1. Each replica holds 1 of it, which is not clipped.
+    # The gradient is 2, clipped to 1. Each replica has a gradient of 1, which is not clipped.
     weights = [weight_after(linear(s, clipped), column(1, 1, 1, 1)) for s in ONE_AND_TWO]
     assert weights == [0.0, -1.0]
 
@@ -199,7 +199,7 @@ def test_synchronized_batch_normalization_fails_in_a_while_loop():
         run(in_loop)
 
 
-def test_the_end_of_data_of_unknown_cardinality_counts_as_an_update():
+def test_the_end_of_a_dataset_of_unknown_size_counts_as_an_update():
     model = linear("default")
     data = tf.data.Dataset.from_tensor_slices((np.zeros((3, 1)), np.zeros((3, 1))))
     with pytest.warns(UserWarning, match="ran out of data"):
@@ -257,7 +257,7 @@ def test_evaluate_of_a_masked_loss_differs_from_one_device():
     assert losses == [3.0, 5.0]
 
 
-def test_train_on_batch_gives_all_of_the_batch_to_each_replica():
+def test_train_on_batch_gives_the_whole_batch_to_each_replica():
     x = column(0.5, 0.5)
     models = [linear(s, loss=keras.losses.MeanSquaredError("sum")) for s in ONE_AND_TWO]
     losses = [model.train_on_batch(x, 0 * x) for model in models]
@@ -265,7 +265,7 @@ def test_train_on_batch_gives_all_of_the_batch_to_each_replica():
     assert [model.get_weights()[0].item() for model in models] == [0.0, -1.0]
 
 
-def test_a_seeded_fit_shuffles_each_epoch_alike():
+def test_a_seeded_fit_shuffles_every_epoch_in_the_same_order():
     keras.utils.set_random_seed(3)
     model = linear("default", run_eagerly=True)
     train_step, seen = model.train_step, []
@@ -282,7 +282,7 @@ def test_a_seeded_fit_shuffles_each_epoch_alike():
 
 
 class Stop(keras.callbacks.Callback):
-    """Ends training after a number of updates, as an interruption would."""
+    """Interrupts training after a number of updates."""
 
     def __init__(self, updates):
         super().__init__()
@@ -306,7 +306,7 @@ def test_backup_and_restore_replays_the_epoch(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fit(Stop(7))
-    # Of 8 updates, 7 were made; the 4 of the second epoch are made again.
+    # 7 of 8 updates were made; the 4 of the second epoch are repeated.
     assert fit() == 11
 
 
@@ -321,7 +321,7 @@ def test_several_workers_cannot_fit_and_ignore_sigterm(tmp_path):
 
 
 def test_loss_scale_optimizer_of_one_worker_skips_while_the_other_waits(tmp_path):
-    # It waits until the one that has skipped ends: in a training, for ever.
+    # It waits until the worker that skipped ends: in real training, forever.
     assert job.run("plain_keras", tmp_path, "scaled", timeout=60).returncode == 0
     waiting, skipping = (result["scaled"] for result in job.results(tmp_path))
     assert skipping == "done"

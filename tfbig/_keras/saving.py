@@ -19,7 +19,7 @@ from keras.src.utils import python_utils
 from tfbig import _types
 from tfbig._keras.variables import native
 
-# Any: a store is a dictionary or an HDF5 group, of which Keras uses `keys` and items.
+# Any: a dictionary or an HDF5 group; Keras uses its `keys` and items.
 _Store = Any
 
 # A class that Keras exports under no public name.

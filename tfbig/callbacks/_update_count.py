@@ -16,13 +16,13 @@ _COUNTS: weakref.WeakKeyDictionary[keras.Model, tuple[int, int]] = weakref.WeakK
 class UpdateCount:
     """The updates since the model was made, including skipped ones.
 
-    With an optimizer that the model does not hold, only those of which a count was told.
+    With an optimizer that the model does not hold, only those that were added to `updates`.
 
     Args:
         model: the tfbig model whose `fit` is beginning.
 
     Attributes:
-        updates: the number of updates. To be raised by those that are seen.
+        updates: the number of updates. The caller adds those that it sees.
     """
 
     def __init__(self, model: keras.Model) -> None:
