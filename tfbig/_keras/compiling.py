@@ -9,7 +9,7 @@ it arguments that it does not know. So a tfbig model prepares and finishes compi
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
 from keras.src.trainers.trainer import Trainer
@@ -19,8 +19,8 @@ from tfbig import _types
 # Any: Keras has no types. The mixins stand before a Keras model, and mypy takes them for one.
 _KerasModel: Any = keras.Model if TYPE_CHECKING else object
 
-# The arguments of Keras's `compile` by name.
-Settings = dict[str, Any]
+# The arguments of Keras's `compile` by name. Any: they are of all types.
+Settings: TypeAlias = dict[str, Any]
 
 
 class CompileHooks(_KerasModel):  # type: ignore[misc]  # Keras has no types.
@@ -61,8 +61,7 @@ def _takes_only_keras_arguments(compile_: Callable[..., object]) -> bool:
     return takes_all and all(p.name in known or p.kind is p.VAR_KEYWORD for p in own)
 
 
-# Any: as Keras's `compile` takes them.
-def _settings(*args: Any, **kwargs: Any) -> Settings:
+def _settings(*args: object, **kwargs: object) -> Settings:
     """The arguments of Keras's `compile` by name, including defaults, excluding the model."""
     bound = inspect.signature(_compile).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -70,7 +69,7 @@ def _settings(*args: Any, **kwargs: Any) -> Settings:
 
 
 @functools.wraps(_compile)
-def _hooked(self: Trainer, *args: Any, **kwargs: Any) -> None:
+def _hooked(self: Trainer, *args: object, **kwargs: object) -> None:
     if isinstance(self, CompileHooks):
         settings = _settings(self, *args, **kwargs)
         with self.distribute_strategy.scope():

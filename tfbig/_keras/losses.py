@@ -10,7 +10,7 @@ the running thread, if there is one. Without a reducer it is Keras's own.
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 from keras.src.losses import loss as _loss_module
@@ -19,6 +19,9 @@ from keras.src.trainers import trainer as _trainer
 from tfbig import _types, errors
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues, is_summed
+
+# Any: a metric decides what its result is.
+_Results: TypeAlias = dict[str, Any]
 
 # Functions of Keras that it exports under no public name.
 merge_mask = _loss_module.apply_mask
@@ -37,7 +40,9 @@ def intercepted_losses(
     return holding("reducer", reducer or _keras_reduction)
 
 
-def _keras_reduction(reduce_values: _types.AnyFunction, *args: Any, **kwargs: Any) -> _types.Tensor:
+def _keras_reduction(
+    reduce_values: _types.AnyFunction, *args: object, **kwargs: object
+) -> _types.Tensor:
     return reduce_values(*args, **kwargs)
 
 
@@ -139,21 +144,21 @@ def update_metrics(
     y: _types.Structure,
     y_pred: _types.Structure,
     sample_weight: _types.Structure,
-) -> dict[str, Any]:
+) -> _Results:
     """Updates the metrics; returns the logs of an overridden `compute_metrics`.
 
     Keras's own `compute_metrics` also computes the result of every metric, which is needed once
     per update, not once per micro-batch.
     """
     if type(model).compute_metrics is not _trainer.Trainer.compute_metrics:
-        logs: dict[str, Any] = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        logs: _Results = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         return logs
     if model._compile_metrics is not None:
         model._compile_metrics.update_state(y, y_pred, sample_weight=sample_weight)
     return {}
 
 
-def metrics_results(model: keras.Model, replicas: int) -> dict[str, Any]:
+def metrics_results(model: keras.Model, replicas: int) -> _Results:
     """Results of the metrics for the samples of all replicas. In replica context.
 
     Each replica holds an equal part of every sum; see `exchange.exchange`.

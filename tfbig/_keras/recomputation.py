@@ -59,9 +59,8 @@ def recomputed(
 _keras_call = Operation.__call__
 
 
-# Any: a layer decides what it is called with.
 @functools.wraps(_keras_call)
-def _call(self: Operation, *args: Any, **kwargs: Any) -> _types.Structure:
+def _call(self: Operation, *args: object, **kwargs: object) -> _types.Structure:
     layers, compiled = current("recomputation") or ((), False)
     if id(self) not in layers:
         return _keras_call(self, *args, **kwargs)
@@ -82,7 +81,11 @@ class _RepeatableCall:
     """
 
     def __init__(
-        self, layer: _types.Layer, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+        self,
+        layer: _types.Layer,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        compiled: bool,
     ) -> None:
         self.layer = layer
         self.arguments = (args, kwargs)
@@ -103,7 +106,7 @@ class _RepeatableCall:
 
     def __call__(self) -> _types.Structure:
         values = [tf.convert_to_tensor(self.scope.get_current_value(v)) for v in self.variables]
-        # Of the first pass: the outputs, and the scope with what it assigned.
+        # Of the first pass: the outputs, and the scope with what it assigned. Any: of two types.
         first: list[Any] = []
 
         @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.

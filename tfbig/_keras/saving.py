@@ -5,7 +5,7 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
@@ -20,7 +20,7 @@ from tfbig import _types
 from tfbig._keras.variables import native
 
 # Any: a dictionary or an HDF5 group; Keras uses its `keys` and items.
-_Store = Any
+_Store: TypeAlias = Any
 
 # A class that Keras exports under no public name.
 Functional = _functional.Functional
@@ -111,8 +111,7 @@ class SeedStates(SavedState):
             if name in store.keys():  # noqa: SIM118  A store is no dictionary.
                 state.assign(store[name])
 
-    # Any: TensorFlow decides the arguments.
-    def _trackable_children(self, *args: Any, **kwargs: Any) -> dict[str, _types.Variable]:
+    def _trackable_children(self, *args: object, **kwargs: object) -> dict[str, _types.Variable]:
         return {name: native(state) for name, state in self._states().items()}
 
 
@@ -133,8 +132,7 @@ def after_cloning(finish: Callable[[keras.Model, keras.Model], keras.Model]) -> 
 
     def wrap(clone: _types.AnyFunction) -> _types.AnyFunction:
         @functools.wraps(clone)
-        # Any: as the function of Keras takes them.
-        def cloned(model: keras.Model, *args: Any, **kwargs: Any) -> keras.Model:
+        def cloned(model: keras.Model, *args: object, **kwargs: object) -> keras.Model:
             return finish(model, clone(model, *args, **kwargs))
 
         return cloned
@@ -179,11 +177,10 @@ def registered_class(name: str, module: str, class_name: str) -> type | None:
     return found
 
 
-def compile_settings(model: keras.Model) -> dict[str, Any]:
+def compile_settings(model: keras.Model) -> _types.Config:
     """The settings of `compile`, as values that JSON can hold."""
 
-    # Any: settings are of all types.
-    def serialized(value: Any) -> Any:
+    def serialized(value: object) -> object:
         if inspect.isroutine(value):
             return value.__qualname__
         try:

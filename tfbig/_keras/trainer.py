@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -146,14 +145,12 @@ class TrainerOverrides(CompileHooks):
 
     # --- Losses and logs --------------------------------------------------------
 
-    # Any: Keras decides the arguments, and has no types for losses and logs.
-
     def _get_metrics_result_or_logs(self, logs: _types.Logs | None) -> _types.Logs:
         # There are none if the epoch was resumed after its last batch.
         result: _types.Logs = super()._get_metrics_result_or_logs(logs or self.get_metrics_result())
         return result
 
-    def _compute_loss(self, *args: Any, **kwargs: Any) -> _types.Tensor:
+    def _compute_loss(self, *args: object, **kwargs: object) -> _types.Tensor:
         loss = super()._compute_loss(*args, **kwargs)
         check_is_scalar(loss)
         return loss

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -11,6 +11,9 @@ from keras.src.backend.common import global_state
 
 from tfbig import _types
 from tfbig._keras.devices import is_tpu
+
+# Any: of all shapes and dtypes.
+Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def native(variable: _types.KerasVariable | _types.Variable) -> _types.Variable:
@@ -76,7 +79,7 @@ def assigned_locally(variables: Iterable[_types.KerasVariable]) -> Iterator[None
 
 def values_of(
     variables: Iterable[_types.KerasVariable | _types.Variable],
-) -> list[np.ndarray[Any, Any]]:
+) -> list[Array]:
     """NumPy values of variables that are the same on all replicas.
 
     For variables that are summed over the replicas, such as those of metrics, the sum.
@@ -87,7 +90,7 @@ def values_of(
 
 def assign_all(
     variables: Iterable[_types.KerasVariable | _types.Variable],
-    values: Iterable[np.ndarray[Any, Any] | float],
+    values: Iterable[Array | float],
 ) -> None:
     """Assigns what `values_of` returned; nothing is exchanged with other workers."""
     for variable, value in zip(variables, values, strict=True):

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import zipfile
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,9 +25,6 @@ FILE = "backup.npz"
 
 # To be raised when this code would misread a backup that an earlier one has written.
 FORMAT = 1
-
-# Any: of all shapes and dtypes.
-Array: TypeAlias = np.ndarray[Any, Any]
 
 _ABOUT = "about"
 
@@ -54,7 +51,7 @@ class Backup:
     seed: int
     ended_of: int | None
     described: list[str]
-    arrays: list[Array]
+    arrays: list[_keras.variables.Array]
 
 
 class State:
@@ -113,6 +110,7 @@ def write(directory: str | os.PathLike[str], backup: Backup) -> None:
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    # Any: of JSON.
     about: dict[str, Any] = {
         "format": FORMAT,
         **{k: v for k, v in dataclasses.asdict(backup).items() if k != "arrays"},

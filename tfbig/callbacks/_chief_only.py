@@ -1,7 +1,6 @@
 """Callbacks that act on the chief alone: `tfbig.callbacks.ChiefOnly`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import keras
 
@@ -29,8 +28,8 @@ class ChiefOnly(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
     >>> callback = tfbig.callbacks.ChiefOnly(keras.callbacks.CSVLogger("history.csv"))
     """
 
-    # Any: callbacks, one by one or in nested lists.
-    def __init__(self, *callbacks: Any) -> None:
+    # Callbacks, one by one or in nested lists.
+    def __init__(self, *callbacks: _types.Structure) -> None:
         super().__init__()
         self.callbacks: list[_types.Callback] = keras.tree.flatten(callbacks)
         for callback in self.callbacks:
@@ -45,7 +44,7 @@ class ChiefOnly(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
                 )
         self._active = self.callbacks
 
-    def set_params(self, params: dict[str, Any]) -> None:
+    def set_params(self, params: dict[str, object]) -> None:
         super().set_params(params)
         for callback in self.callbacks:
             callback.set_params(params)

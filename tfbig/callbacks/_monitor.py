@@ -10,7 +10,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -331,7 +330,7 @@ def _is_wanted(name: str, value: bool | None, package: str) -> bool:
     return is_installed if value is None else bool(value)
 
 
-def _numbers(logs: _types.Logs) -> dict[str, Any]:
+def _numbers(logs: _types.Logs) -> _monitor_file.Row:
     """The logs that are single numbers; a metric may have several, and a callback add anything."""
     found = {}
     for name, value in logs.items():
