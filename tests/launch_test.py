@@ -232,7 +232,7 @@ def test_too_few_devices_are_refused(program):
     before = ["env", "CUDA_VISIBLE_DEVICES=0,1,2"]
     options = ["--per_worker_devices", 2]
     done = launch(program("print('started')"), options=options, before=before)
-    refused(done, "need 4 devices. Received: CUDA_VISIBLE_DEVICES=0,1,2")
+    refused(done, "requires 4 devices. Received: CUDA_VISIBLE_DEVICES=0,1,2")
 
 
 # --- What is printed ---------------------------------------------------------
@@ -308,13 +308,13 @@ FAILURES = {
     "sys.exit(3)": (3, "worker 1 failed with exit code 3"),
     "sys.exit(-1)": (255, "worker 1 failed with exit code 255"),
     "raise ValueError": (1, "worker 1 failed with exit code 1"),
-    KILL.format("SIGKILL"): (137, "worker 1 was ended by SIGKILL"),
-    KILL.format("SIGSEGV"): (139, "worker 1 was ended by SIGSEGV"),
-    KILL.format("SIGTERM"): (143, "worker 1 was ended by SIGTERM"),
+    KILL.format("SIGKILL"): (137, "worker 1 was killed by SIGKILL"),
+    KILL.format("SIGSEGV"): (139, "worker 1 was killed by SIGSEGV"),
+    KILL.format("SIGTERM"): (143, "worker 1 was killed by SIGTERM"),
 }
 if sys.platform == "linux":
     # It has no name.
-    FAILURES[KILL.format("SIGRTMIN + 1")] = (163, "worker 1 was ended by signal 35")
+    FAILURES[KILL.format("SIGRTMIN + 1")] = (163, "worker 1 was killed by signal 35")
 
 
 @pytest.mark.parametrize("end", FAILURES)
@@ -332,7 +332,7 @@ def test_the_first_failure_ends_the_job_with_its_exit_code(program, presence, en
     )
     assert done.returncode == code
     presence.wait_until_all_are_gone(within=1)
-    assert of_launcher(done.stderr) == [f"tfbig.launch: {what}; all workers are ended"]
+    assert of_launcher(done.stderr) == [f"tfbig.launch: {what}; all workers have ended"]
 
 
 def test_the_others_have_time_to_end_by_themselves(program, presence):
@@ -433,7 +433,7 @@ def test_a_signal_ends_the_job(program, presence, number):
     # The workers were asked before, and were not started again.
     presence.wait_for(f"{said} 0", f"{said} 1")
     assert presence.said.count("up 0") == 1
-    assert (out, err) == ("", f"tfbig.launch: {what}; all workers are ended\n")
+    assert (out, err) == ("", f"tfbig.launch: {what}; all workers have ended\n")
 
 
 @pytest.mark.parametrize("number", ENDINGS)
@@ -449,7 +449,7 @@ def test_a_second_signal_does_not_wait(program, presence, number):
         out, err = process.communicate(timeout=LIMIT)
         presence.wait_until_all_are_gone()
     assert process.returncode == code
-    assert (out, err) == ("", f"tfbig.launch: {what}; all workers are ended\n")
+    assert (out, err) == ("", f"tfbig.launch: {what}; all workers have ended\n")
 
 
 def test_a_signal_after_a_failure_prevents_the_restart(program, presence):
@@ -473,7 +473,7 @@ def test_a_signal_after_a_failure_prevents_the_restart(program, presence):
         presence.wait_until_all_are_gone()
     assert process.returncode == 130
     assert presence.said.count("up 0") == 1
-    assert err == "tfbig.launch: interrupted; all workers are ended\n"
+    assert err == "tfbig.launch: interrupted; all workers have ended\n"
 
 
 def test_nohup_is_honoured(program, presence):
@@ -518,7 +518,7 @@ def test_the_job_is_started_again(program, tmp_path, failures, restarts, code, l
     done = launch(script, tmp_path / "start", failures, options=["--max_restarts", restarts])
     assert done.returncode == code
     assert of_launcher(done.stderr) == [
-        "tfbig.launch: worker 0 failed with exit code 7; all workers are ended"
+        "tfbig.launch: worker 0 failed with exit code 7; all workers have ended"
         + ("" if n is None else f"; restarts left: {n}")
         for n in left
     ]
@@ -538,7 +538,7 @@ def test_the_job_is_started_again(program, tmp_path, failures, restarts, code, l
 def test_independent_workers_have_a_gpu_each_in_turn(visible, own, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("TF_CONFIG", "{}")
-    environments = [launcher._of_its_own(i, None) for i in range(3)]
+    environments = [launcher._independent_environment(i, None) for i in range(3)]
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == own
     assert [e["TFBIG_WORKER"] for e in environments] == ["0", "1", "2"]
     assert not any("TF_CONFIG" in e for e in environments)

@@ -1,4 +1,4 @@
-"""The log "tfbig" of Python's logging, which is shown on stderr unless told otherwise."""
+"""The logger "tfbig" of Python's logging, which writes to stderr unless configured otherwise."""
 
 import logging
 import sys
@@ -7,14 +7,14 @@ __all__ = ("logger",)
 
 
 class _Stderr(logging.Handler):
-    """Writes to what is `sys.stderr` then, which notebooks and tests replace."""
+    """Writes to the current `sys.stderr`, which notebooks and tests replace."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def logger():
-    """The logger of this package."""
+def logger() -> logging.Logger:
+    """Returns the logger of this package."""
     found = logging.getLogger("tfbig")
     if not found.handlers and found.level == logging.NOTSET:
         found.addHandler(_Stderr())

@@ -1,7 +1,7 @@
-"""The errors of tfbig.
+"""The errors that tfbig raises.
 
-Every error is a `TfbigError` and also the built-in exception that a user
-would catch without knowing tfbig.
+Every error is a `TfbigError` and also the built-in exception that a user who does not know tfbig
+would catch.
 """
 
 __all__ = (
@@ -25,27 +25,27 @@ __all__ = (
 
 
 class TfbigError(Exception):
-    """Base class of all errors that tfbig raises."""
+    """The base class of all errors that tfbig raises."""
 
 
 class BackendError(TfbigError, ImportError):
-    """Keras runs on another backend than TensorFlow."""
+    """Keras runs on a backend other than TensorFlow."""
 
 
 class BackupError(TfbigError, ValueError):
-    """A backup cannot be restored: it is of another model, or damaged."""
+    """A backup cannot be restored: it belongs to a different model, or is damaged."""
 
 
 class ClusterError(TfbigError, ValueError):
-    """The description of a multi-worker job, or this worker's address, cannot be used."""
+    """The description of a multi-worker job, a worker's address, or a TPU cannot be used."""
 
 
 class GradientOverflowError(TfbigError, OverflowError):
-    """A gradient is not finite after it was exchanged in half precision."""
+    """A gradient is not finite after an exchange in half precision."""
 
 
 class InvalidOptionError(TfbigError, ValueError):
-    """An option, or a combination of options, is not valid."""
+    """An option, or a combination of options, is invalid."""
 
 
 class LossScaleError(TfbigError, RuntimeError):
@@ -53,15 +53,15 @@ class LossScaleError(TfbigError, RuntimeError):
 
 
 class MixinOrderError(TfbigError, TypeError):
-    """A mixin stands after the Keras class."""
+    """A mixin comes after the Keras class among the bases."""
 
 
 class OutOfMemoryError(TfbigError, MemoryError):
-    """One sample does not fit into memory, or memory ran out where nothing can be tried again."""
+    """A single sample does not fit in memory, or memory ran out where a retry is impossible."""
 
 
 class SearchError(TfbigError, RuntimeError):
-    """A search for hyperparameters cannot go on, or found nothing."""
+    """A hyperparameter search cannot continue, or found nothing."""
 
 
 class StorageUnavailableError(TfbigError, ConnectionError):
@@ -69,11 +69,11 @@ class StorageUnavailableError(TfbigError, ConnectionError):
 
 
 class StudyError(TfbigError, ValueError):
-    """A study is of another search: another objective, space or way to search."""
+    """A study belongs to a different search: its objective, space or search method differs."""
 
 
 class UnsupportedModelError(TfbigError, ValueError):
-    """The model, loss or optimizer does something that cannot be cut exactly."""
+    """The model, loss or optimizer does something that micro-batches cannot reproduce exactly."""
 
 
 class UnsupportedStrategyError(TfbigError, ValueError):
@@ -81,8 +81,8 @@ class UnsupportedStrategyError(TfbigError, ValueError):
 
 
 class WorkerUnavailableError(TfbigError, TimeoutError):
-    """Another worker of the job did not come up, or does not answer."""
+    """Another worker of the job did not start, or does not respond."""
 
 
 class WorkersDisagreeError(TfbigError, ValueError):
-    """The workers of a job run different models, data or settings."""
+    """The workers of a job have different models, data or settings."""

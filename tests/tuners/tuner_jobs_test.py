@@ -205,7 +205,7 @@ def test_independent_workers_share_a_search_and_one_that_fails_is_started_again(
     done = job.finish(job.start([sys.executable, job.LAUNCH, *options, program, tmp_path]), 100)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"\[worker .\] (.*)", done.stdout) == ["12 {'x': 1}"] * 2
-    again = "worker 1 failed with exit code 3, and is started again; restarts left: 0"
+    again = "worker 1 failed with exit code 3 and is restarted; restarts left: 0"
     assert again in done.stderr
 
 
@@ -217,4 +217,4 @@ def test_a_search_stays_what_it_is_when_one_independent_worker_fails_for_good(tm
     done = job.finish(job.start([sys.executable, job.LAUNCH, *options, program, tmp_path]), 100)
     assert done.returncode == 3
     assert re.findall(r"\[worker .\] (.*)", done.stdout) == ["12 {'x': 1}"]
-    assert "worker 1 failed with exit code 3; the others go on" in done.stderr
+    assert "worker 1 failed with exit code 3; the others continue" in done.stderr
