@@ -86,12 +86,12 @@ def of_task(**task):
     return config(task=task)
 
 
-JOBS = "have no jobs but `chief` and `worker`"
+JOBS = "only have the jobs `chief` and `worker`"
 TYPE = "have a task type that is a job of the cluster (['worker'])"
-INDEX = "have a task index from 0 to 1, as there are 2 tasks of job 'worker'"
+INDEX = "have a task index from 0 to 1, because job 'worker' has 2 tasks"
 ADDRESS = "list the addresses of a job as strings 'host:port'"
 MALFORMED = {
-    "not JSON": ("{'cluster'", "be JSON (", "{'cluster'"),
+    "not JSON": ("{'cluster'", "be valid JSON (", "{'cluster'"),
     "a list": ([1], "be a JSON object", "[1]"),
     "a string": ("text", "be a JSON object", '"text"'),
     "a cluster that is a list": (config([1]), "hold an object as `cluster`", "[1]"),
@@ -101,12 +101,12 @@ MALFORMED = {
     "two chiefs": (config({"chief": WORKERS}), "have at most one chief", str(WORKERS)),
     "twice": (
         config({"worker": ["a:1", "b:1", "a:1"]}),
-        "give every task an address of its own",
+        "give every task its own address",
         "['a:1'] more than once",
     ),
     "twice over jobs": (
         config({"worker": ["a:1"], "chief": ["a:1"]}),
-        "give every task an address of its own",
+        "give every task its own address",
         "['a:1'] more than once",
     ),
     "no list": (config({"worker": "a:1"}), ADDRESS, "a:1"),
@@ -286,7 +286,7 @@ def test_a_worker_that_does_not_come_up_is_named(job):
         _cluster.wait_for_workers(cluster_of(ports, job=job), timeout=0.3)
     assert time.monotonic() - start >= 0.3
     missing = "worker 2" if job == "worker" else "worker 1"
-    assert str(info.value).startswith(f"{missing} at 127.0.0.1:{ports[2]} did not come up within")
+    assert str(info.value).startswith(f"{missing} at 127.0.0.1:{ports[2]} did not start within")
     assert f"within 0.3 s; {job} 0 gives up" in str(info.value)
     assert str(ports[1]) not in str(info.value)
 
@@ -304,7 +304,7 @@ def test_machines_that_do_not_answer_take_no_more_than_the_time(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", silent)
     clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=pass_)
     monkeypatch.setattr(_cluster, "time", clock)
-    with pytest.raises(errors.WorkerUnavailableError, match=r"worker 6 at .* did not come up"):
+    with pytest.raises(errors.WorkerUnavailableError, match=r"worker 6 at .* did not start"):
         _cluster.wait_for_workers(cluster_of(free_ports(7)), timeout=0.3)
     # The first attempt takes all of it; each of the others 0.01 s, and there is one pause.
     assert now[0] == pytest.approx(0.3 + 5 * 0.01 + 0.1)
@@ -333,7 +333,7 @@ def test_the_own_port_must_be_free(host):
         with pytest.raises(errors.ClusterError, match="worker 0 cannot listen at its") as info:
             _cluster.wait_for_workers(cluster_of([port, *free_ports(1)]), timeout=5)
     assert f"Received: 127.0.0.1:{port}" in str(info.value)
-    assert "Another program may use the port" in str(info.value)
+    assert "Another program may be using the port" in str(info.value)
 
 
 def test_the_own_port_is_free_after_the_wait():
@@ -368,18 +368,18 @@ def test_what_was_chosen_is_shown_without_any_setting():
     program = "import tfbig; tfbig.distribute.get_strategy('default')"
     done = job.finish(job.start([sys.executable, "-c", program]), 60)
     assert done.returncode == 0
-    assert (DEFAULT + "as asked for") in done.stderr.splitlines()
+    assert (DEFAULT + "as requested") in done.stderr.splitlines()
 
 
 DEFAULT = "tfbig: DefaultDistributionStrategy, 1 replica(s), "
-ONE_DEVICE = "tfbig: OneDeviceStrategy, 1 replica(s), as asked for"
+ONE_DEVICE = "tfbig: OneDeviceStrategy, 1 replica(s), as requested"
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "line"),
     [
-        ("auto", {}, DEFAULT + "as there are 0 GPUs and no other workers"),
-        ("default", {}, DEFAULT + "as asked for"),
+        ("auto", {}, DEFAULT + "because there are 0 GPUs and no other workers"),
+        ("default", {}, DEFAULT + "as requested"),
         ("one_device", {}, ONE_DEVICE),
         ("one_device", {"devices": "CPU:1"}, ONE_DEVICE),
         ("one_device", {"devices": "/job:localhost/replica:0/task:0/device:CPU:1"}, ONE_DEVICE),
@@ -412,7 +412,7 @@ def test_mirrored_replicas_are_on_the_devices_given(devices, monkeypatch):
         strategy = tfbig.distribute.get_strategy("mirrored", devices=devices)
     assert strategy.num_replicas_in_sync == 2
     assert made == [["CPU:0", "CPU:1"] if devices == 2 else list(devices)]
-    assert lines == ["tfbig: MirroredStrategy, 2 replica(s), as asked for"]
+    assert lines == ["tfbig: MirroredStrategy, 2 replica(s), as requested"]
 
 
 def test_logical_cpus_are_made_where_tensorflow_has_not_started():
@@ -427,7 +427,7 @@ def test_logical_cpus_are_made_where_tensorflow_has_not_started():
     assert done.returncode == 0, done.stderr
     replicas, message = done.stdout.splitlines()
     assert replicas == "3"
-    assert "give at most devices=3. Received: devices=4" in message
+    assert "pass at most devices=3. Received: devices=4" in message
 
 
 def run_python(code):
@@ -441,12 +441,12 @@ def run_python(code):
     )
 
 
-NAMES = "`devices` must name devices that there are, each once: CPU:0, CPU:1, CPU:2, CPU:3"
+NAMES = "`devices` must name existing devices, each once: CPU:0, CPU:1, CPU:2, CPU:3"
 NUMBER = "`devices` must be an integer >= 1 or a list of one or more device names"
-ONE_NAME = "`devices` must be one device name, as 'GPU:0'"
-GOES_WITH = "`devices` goes with kind='mirrored' or 'one_device'"
+ONE_NAME = "`devices` must be one device name, such as 'GPU:0'"
+GOES_WITH = "`devices` requires kind='mirrored' or 'one_device'"
 ONE_OF = "`kind` must be one of auto, tpu, multi_worker, mirrored, one_device, default"
-TPU_NAME = "`tpu` is a name, and goes with kind='tpu'"
+TPU_NAME = "`tpu` must be a name, and requires kind='tpu'"
 INVALID = [
     *((ONE_OF, {"kind": kind}) for kind in ("Mirrored", "", None, 2, ["auto"])),
     *((GOES_WITH, {"kind": k, "devices": 1}) for k in ("auto", "default", "multi_worker")),
@@ -480,7 +480,7 @@ def test_more_replicas_than_logical_cpus_need_a_fresh_start():
     tf.constant(1.0)  # TensorFlow has started.
     with pytest.raises(errors.InvalidOptionError, match="TensorFlow has started") as info:
         tfbig.distribute.get_strategy("mirrored", devices=5)
-    assert "give at most devices=4. Received: devices=5" in str(info.value)
+    assert "pass at most devices=4. Received: devices=5" in str(info.value)
 
 
 # --- Several workers ---------------------------------------------------------
@@ -522,7 +522,7 @@ def test_several_workers_are_waited_for(describe, made, kind):
     with logged() as lines, socket.create_server(("127.0.0.1", ports[1])):
         tfbig.distribute.get_strategy(kind, timeout=5)
     assert [r.cluster_spec().as_dict() for r in made] == [cluster]
-    assert lines == [DEFAULT + "as TF_CONFIG lists 2 workers; this is worker 0"]
+    assert lines == [DEFAULT + "because TF_CONFIG lists 2 workers; this is worker 0"]
     # SIGTERM still ends the program.
     assert signal.getsignal(signal.SIGTERM) == handler
 
@@ -585,14 +585,14 @@ def test_a_single_process_is_the_chief(name):
 
 
 def test_tensorflow_without_tpus_says_what_to_install():
-    with pytest.raises(errors.ClusterError, match=r"no support for TPUs.*tensorflow-tpu==2\.20"):
+    with pytest.raises(errors.ClusterError, match=r"does not support TPUs.*tensorflow-tpu==2\.20"):
         tfbig.distribute.get_strategy("tpu")
 
 
 @pytest.fixture
 def built_for_tpus(monkeypatch):
     """As if TensorFlow had what a TPU needs; returns a function that sets what connecting does."""
-    monkeypatch.setattr(_tpu, "_NEEDED", ("MatMul",))
+    monkeypatch.setattr(_tpu, "_REQUIRED_OPERATIONS", ("MatMul",))
     monkeypatch.delenv("TPU_NAME", raising=False)
     asked = []
 
@@ -623,5 +623,5 @@ def test_tpu_that_is_not_there(error, built_for_tpus, monkeypatch):
     # There is one by its name, so it is what is asked for.
     with pytest.raises(errors.ClusterError, match="under the name 'pod'"):
         tfbig.distribute.get_strategy()
-    monkeypatch.setattr(_tpu, "_NEEDED", ("NoSuchOperation",))
+    monkeypatch.setattr(_tpu, "_REQUIRED_OPERATIONS", ("NoSuchOperation",))
     assert type(tfbig.distribute.get_strategy()).__name__ == "_DefaultDistributionStrategy"

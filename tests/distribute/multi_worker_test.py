@@ -152,7 +152,7 @@ def test_workers_that_build_different_models_say_which_variable_differs(what, tm
 
 def test_a_worker_that_makes_a_variable_more_does_not_wait_for_ever(tmp_path):
     done = job.run("disagreement", tmp_path, "a variable at the end", timeout=60)
-    reason = r"worker 1 makes another variable, last \(2,\), while worker 0 waits for fit"
+    reason = r"worker 1 creates an extra variable, last \(2,\), while worker 0 waits for fit"
     # The one that waits in fit raises; the other cannot, as TensorFlow holds it, but says so.
     (message,) = job.results(tmp_path)
     assert re.search(reason, message)
@@ -247,5 +247,5 @@ def test_a_worker_that_never_comes_up_is_named(tmp_path):
         )
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
-        absent = f"worker {1 - index} at {addresses[1 - index]} did not come up within 2 s"
+        absent = f"worker {1 - index} at {addresses[1 - index]} did not start within 2 s"
         assert last.startswith(f"tfbig.errors.WorkerUnavailableError: {absent}")

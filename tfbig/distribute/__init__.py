@@ -1,4 +1,4 @@
-"""Which devices and workers a program runs on."""
+"""The devices and workers that a program runs on."""
 
 from tfbig.distribute._strategy import get_strategy, is_chief
 

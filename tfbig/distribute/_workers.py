@@ -1,28 +1,30 @@
 """What the workers of a job tell each other besides gradients.
 
-Small texts go through the coordination service that TensorFlow runs for every
-multi-worker job. It needs no collective, so workers that disagree find out
-instead of waiting for each other.
+Short texts go through the coordination service that TensorFlow runs for every multi-worker job.
+The service needs no collectives, so workers that disagree find out instead of waiting for each
+other forever.
 """
 
 import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import context as _context
 
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig.distribute import _stuck_workers
 
 __all__ = ("Workers",)
 
-# Seconds that a worker waits for what another has to say; set by `get_strategy`.
+# Seconds that a worker waits for another's answer; `get_strategy` sets it.
 timeout = 600.0
 
-# Seconds after which a worker that waits looks for the reason.
-_LOOK = 2.0
+# Seconds after which a waiting worker checks whether the other one is stuck.
+_POLL_SECONDS = 2.0
 
 # Every worker asks the same questions in the same order.
 _questions = itertools.count()
@@ -33,16 +35,16 @@ class Workers:
     """The workers of a strategy.
 
     Attributes:
-        names: tuple of str, such as "worker 0"; the chief first.
-        index: int, which of them this process is.
+        names: Such as "worker 0"; the chief comes first.
+        index: Which of them this process is.
     """
 
     names: tuple[str, ...]
     index: int
 
     @classmethod
-    def of(cls, strategy):
-        """Those of a strategy; a single one unless it spans several processes."""
+    def of(cls, strategy: _types.Strategy) -> "Workers":
+        """Returns the workers of a strategy: one, unless it spans several processes."""
         resolver = strategy.cluster_resolver
         spec = resolver.cluster_spec().as_dict() if resolver is not None else {}
         names = tuple(
@@ -53,25 +55,25 @@ class Workers:
         return cls(names, names.index(f"{resolver.task_type} {resolver.task_id}"))
 
     @property
-    def count(self):
+    def count(self) -> int:
         return len(self.names)
 
     @property
-    def is_chief(self):
-        """Whether this is the one that writes files and prints."""
+    def is_chief(self) -> bool:
+        """Whether this is the worker that writes files and prints."""
         return self.index == 0
 
-    def exchange(self, subject, text):
-        """Tells all workers a text, and returns those of all, in order.
+    def exchange(self, subject: str, text: str) -> list[str]:
+        """Sends a text to all workers, and returns the texts of all, in order.
 
-        All must call it, as often and in the same order.
+        All workers must call it equally often and in the same order.
 
         Args:
-            subject: str, what it is about, for the error message.
-            text: str.
+            subject: What the texts are about, for the error message.
+            text: This worker's text.
 
         Raises:
-            WorkerUnavailableError: If a worker says nothing in `timeout` seconds.
+            WorkerUnavailableError: If a worker does not answer within `timeout` seconds.
         """
         if self.count == 1:
             return [text]
@@ -82,43 +84,50 @@ class Workers:
             self._answer(service, f"tfbig/{question}/{i}", i, subject, deadline)
             for i in range(self.count)
         ]
-        # Who answers this question has read the answers to those before.
+        # A worker that answers this question has read the answers to the previous one.
         if question:
             service.delete_config_key_value(f"tfbig/{question - 1}/{self.index}")
         return answers
 
-    def _answer(self, service, key, index, subject, deadline):
-        """What worker `index` has told under a key."""
+    # `Any`: TensorFlow's `Context`, which is not public.
+    def _answer(self, service: Any, key: str, index: int, subject: str, deadline: float) -> str:
+        """Waits for the answer of worker `index` under a key."""
         while True:
             left = deadline - time.monotonic()
+            milliseconds = max(1, round(1000 * min(left, _POLL_SECONDS)))
             try:
-                return service.get_config_key_value(key, max(1, round(1000 * min(left, _LOOK))))
+                return str(service.get_config_key_value(key, milliseconds))
             except tf.errors.DeadlineExceededError as e:
                 if left <= 0:
                     raise self._unavailable(index, subject, e) from None
             except tf.errors.UnavailableError as e:
                 raise self._unavailable(index, subject, e) from None
-            if what := _stuck_workers.find_stuck(index):
+            if variable := _stuck_workers.extra_variable(index):
                 reason = (
-                    f"All workers must run the same program: {self.names[index]} makes another "
-                    f"variable, {what}, while {self.names[self.index]} waits for {subject}."
+                    f"All workers must run the same program: {self.names[index]} creates an extra "
+                    f"variable, {variable}, while {self.names[self.index]} waits for {subject}."
                 )
-                _stuck_workers.tell_stuck(index, reason)
+                _stuck_workers.send_reason(index, reason)
                 raise errors.WorkersDisagreeError(reason)
 
-    def _unavailable(self, index, subject, error):
+    def _unavailable(
+        self, index: int, subject: str, error: tf.errors.OpError
+    ) -> errors.WorkerUnavailableError:
         return errors.WorkerUnavailableError(
-            f"{self.names[index]} does not answer. {self.names[self.index]} waited for "
-            f"{subject}. See the output of {self.names[index]}: it ended, hangs, or runs another "
-            f"program. TensorFlow says: {error.message}"
+            f"{self.names[index]} does not respond. {self.names[self.index]} waited for "
+            f"{subject}. Check the output of {self.names[index]}: it may have ended, be hanging, "
+            f"or run a different program. TensorFlow says: {error.message}"
         )
 
-    def agree(self, subject, settings):
-        """Raises on every worker if their settings are not the same.
+    def agree(self, subject: str, settings: Mapping[str, str]) -> None:
+        """Raises on every worker if the workers' settings differ.
 
         Args:
-            subject: str, what the settings are of.
-            settings: dictionary of str.
+            subject: What the settings belong to, for the error message.
+            settings: This worker's settings by name.
+
+        Raises:
+            WorkersDisagreeError: If a setting differs.
         """
         received = [json.loads(text) for text in self.exchange(subject, json.dumps(settings))]
         for name in sorted(set().union(*received)):
