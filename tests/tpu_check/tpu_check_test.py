@@ -93,15 +93,17 @@ def test_report(run):
     assert (code, err) == (0, "")
     report = rows(out)
     assert report["model"] == "Sequential 'sequential'"
-    assert report["data"].startswith("x float32 (64, 8), y int32 (64,), as the model's inputs")
-    assert report["slice"] == "v5e:2x2, 4 cores, 16 samples each, cut into micro-batches of 4"
+    assert report["data"].startswith(
+        "x float32 (64, 8), y int32 (64,), inferred from the model's inputs"
+    )
+    assert report["slice"] == "v5e:2x2, 4 cores, 16 samples each, split into micro-batches of 4"
     assert report["traced"].startswith("under TPUStrategy of TensorFlow 2.")
-    assert report["traced"].endswith("Nothing was compiled, nothing was run")
+    assert report["traced"].endswith("Nothing was compiled or run")
     assert "runs on" not in out
     assert report["checks"] == "passed"
     # Gradients of 90 numbers, five scalars.
     assert report["exchange"] == "3 CrossReplicaSum, 380 B from each core per update"
-    assert report["memory"] == "variables of the model   360 B (90 numbers)"
+    assert report["memory"] == "model variables          360 B (90 numbers)"
     # Two moments of 90 numbers; iterations, int64; the learning rate.
     assert "optimizer                732 B" in out
     assert "of 16 GB of HBM" in out
@@ -113,26 +115,34 @@ def test_a_fault_is_told_with_its_layer(run):
     assert code == 1
     assert rows(out)["checks"] == "1 failed"
     assert "HostOperationError: A TPU cannot call Python." in out
-    assert "(PyFunc) of layer 'tanh' (Python)" in out
+    assert "(PyFunc) in layer 'tanh' (Python)" in out
 
 
 def test_shapes_of_a_sample(run):
     code, out, _ = run("my_model:sampled", "--batch_size=64", "--gradient_accumulation_steps=2")
     assert code == 0
     assert rows(out)["data"] == "x float32 (64, 7, 3), y int32 (64,)"
-    assert rows(out)["slice"].endswith("cut into 2 micro-batches")
+    assert rows(out)["slice"].endswith("split into 2 micro-batches")
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["--batch_size=64"], 2, "one argument must name what makes the model"),
-        (["my_model.py:build"], 2, "--batch_size must be given"),
+        (
+            ["--batch_size=64"],
+            2,
+            "exactly one argument must name the function that makes the model",
+        ),
+        (["my_model.py:build"], 2, "--batch_size is required"),
         (["my_model.py:build", "--batch_size=0"], 2, "--batch_size"),
         (["my_model.py:build", "--batch_size=x"], 2, "--batch_size"),
         (["my_model.py:build", "--batch=4"], 2, "Unknown command line flag 'batch'"),
         (["my_model.py:build", "--batch_size=8", "--run=compiled"], 2, "--run"),
-        (["my_model.py:build", "--batch_size=6"], 2, "must divide by the 4 cores of v5e:2x2"),
+        (
+            ["my_model.py:build", "--batch_size=6"],
+            2,
+            "must be a multiple of the 4 cores of v5e:2x2",
+        ),
         (["my_model.py:build", "--batch_size=8", "--topology=v4:2x2"], 2, "A topology must be"),
         (
             [
@@ -142,9 +152,9 @@ def test_shapes_of_a_sample(run):
                 "--gradient_accumulation_steps=2",
             ],
             2,
-            "exclude each other",
+            "mutually exclusive",
         ),
-        (["my_model.py", "--batch_size=8"], 2, "a model is named as my_model.py:build"),
+        (["my_model.py", "--batch_size=8"], 2, "a model must be named like my_model.py:build"),
         (["none.py:build", "--batch_size=8"], 2, "there is no file none.py"),
         (["broken.py:build", "--batch_size=8"], 2, "No module named 'no_such_module'"),
         (["my_model.py:other", "--batch_size=8"], 2, "has no function 'other'"),
@@ -169,8 +179,10 @@ def test_run_of_what_was_traced(run):
                        "--gradient_accumulation_steps=2")  # fmt: skip
     assert code == 0
     assert "Nothing was" not in out
-    assert rows(out)["run"].startswith("right: an update of the traced program, as 4 cores in one")
-    assert "skipped by all, weights unchanged to the bit" in out
+    assert rows(out)["run"].startswith(
+        "correct: an update of the traced program, as 4 cores in one"
+    )
+    assert "all cores skip the update, weights unchanged bit for bit" in out
 
 
 def test_what_cannot_be_compared_is_not_right(run):
@@ -178,14 +190,14 @@ def test_what_cannot_be_compared_is_not_right(run):
                        "--gradient_accumulation_steps=2")  # fmt: skip
     assert code == 1
     assert rows(out)["run"].startswith("not compared: random numbers of Noisy 'noisy' cannot be")
-    assert "right" not in out
+    assert "correct" not in out
 
 
 def test_a_run_that_fails_is_one_line(run):
     code, out, _ = run("my_model.py:strict", "--batch_size=16", "--run=traced")
     assert code == 1
     assert rows(out)["checks"] == "passed"
-    assert rows(out)["run"].startswith("no: InvalidArgumentError: ")
+    assert rows(out)["run"].startswith("failed: InvalidArgumentError: ")
 
 
 def test_an_environment_that_cannot_be_made(run, directory):
@@ -194,7 +206,7 @@ def test_an_environment_that_cannot_be_made(run, directory):
     assert code == 1
     # What was found before is told.
     assert rows(out)["checks"] == "passed"
-    assert "broken.py cannot be made" in err
+    assert "broken.py cannot be created" in err
 
 
 def test_help(run):

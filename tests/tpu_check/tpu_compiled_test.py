@@ -98,22 +98,22 @@ def test_report_of_what_was_compiled():
     assert outcome.errors() == []
     assert text.startswith("by the TPU compiler for v5e, 4 cores")
     assert "1 all-reduce of 12 arrays, 184 B from each core per update" in text
-    assert "an estimate: 8 GB of 16 GB of HBM, 50%" in text
+    assert "estimate per core: 8 GB of 16 GB of HBM, 50%" in text
     assert "runs on" not in text
 
 
 def test_an_exchange_in_a_loop_is_an_error():
     outcome = lowering.Compiled(None, memory(), hlo.collectives(HLO))
     assert len(outcome.errors()) == 2
-    assert "all-reduce 'all-reduce.3' stands inside of a loop" in " ".join(outcome.errors())
-    assert "stands inside of a conditional" in "\n".join(report.compiled(outcome, SLICE))
+    assert "all-reduce 'all-reduce.3' is inside a loop" in " ".join(outcome.errors())
+    assert "is inside a conditional" in "\n".join(report.compiled(outcome, SLICE))
 
 
 def test_report_of_what_was_refused():
     outcome = lowering.Compiled("UNIMPLEMENTED: no such thing")
-    assert outcome.errors() == ["the compiler refuses: UNIMPLEMENTED: no such thing"]
+    assert outcome.errors() == ["the compiler rejects it: UNIMPLEMENTED: no such thing"]
     (line,) = report.compiled(outcome, SLICE)
-    assert line == "no, refused by the TPU compiler for v5e: UNIMPLEMENTED: no such thing"
+    assert line == "no: the TPU compiler for v5e rejects it: UNIMPLEMENTED: no such thing"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,9 @@ def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
 
     monkeypatch.setattr(environments.subprocess, "run", install)
     made = environments.Environments(tmp_path / "new")
-    with pytest.raises(environments.UnavailableError, match="cannot be made: ERROR: no such versi"):
+    with pytest.raises(
+        environments.UnavailableError, match="cannot be created: ERROR: no such versi"
+    ):
         made.python("with_jax")
     # Nothing is left that a second attempt would take for whole.
     assert not (tmp_path / "new" / "jax").exists()
@@ -303,5 +305,5 @@ def test_a_lock_that_cannot_be_opened(external, tmp_path):
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(errors.TfbigError, match="cannot be made"):
+    with pytest.raises(errors.TfbigError, match="cannot be created"):
         environments.Environments(tmp_path / "file" / "new").python("with_jax")

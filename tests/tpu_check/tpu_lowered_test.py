@@ -13,6 +13,7 @@ from keras import layers
 from tests import job
 from tests.tpu_check import tpu_numbers_test
 from tfbig import tpu_check
+from tfbig.tpu_check import __main__ as tpu_check_command
 from tfbig.tpu_check import environments, lowering, numbers
 
 # Compiling takes half a minute where nothing else runs.
@@ -25,7 +26,7 @@ UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 @pytest.fixture(scope="module")
 def made():
     """The environments; where they cannot be had, the test is skipped and says why."""
-    found = environments.Environments(tpu_check._ENVIRONMENTS.default)
+    found = environments.Environments(tpu_check_command._ENVIRONMENTS.default)
     try:
         for program in environments.PROGRAMS:
             found.python(program)
@@ -60,7 +61,7 @@ def test_one_exchange_is_compiled(check, model, topology):
     )
     assert "compiled  by the TPU compiler for v5e" in out
     assert re.findall(r"exchange +(\d+) (all-\S+) of", out) == [("1", "all-reduce")]
-    assert "inside of" not in out
+    assert "is inside a" not in out
 
 
 # Micro-batches of which activations are many times the 128 MB of fast memory, which temporaries
@@ -85,10 +86,10 @@ def test_temporaries_are_those_of_a_micro_batch(check, model, micro_batch, data)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_lowered_program_computes_the_update_of_the_whole_batch(check, model):
     out = check(model, "--batch_size=64", "--micro_batch_size=4", "--run=lowered")
-    assert "run       right: an update of the lowered program, on 4 CPU devices, equals" in out
+    assert "run       correct: an update of the lowered program, on 4 CPU devices, matches" in out
     assert float(re.search(r"largest deviation (\S+)", out)[1]) < 1e-5
-    assert "all cores agree, to the bit" in out
-    assert "NaN on one core: skipped by all, weights unchanged to the bit" in out
+    assert "all cores agree bit for bit" in out
+    assert "NaN on one core: all cores skip the update, weights unchanged bit for bit" in out
 
 
 def lowered(model, batch, made, directory):
@@ -117,4 +118,4 @@ def test_an_exchange_in_the_loop_is_found_in_what_was_compiled(made, tmp_path):
     model, batch = tpu_numbers_test.built(tpu_numbers_test.build(inner))
     outcome = lowered(model, batch, made, tmp_path).compile(tpu_check.Slice.parse("v5e:2x2"))
     assert outcome.message is None
-    assert any("stands inside of a loop" in error for error in outcome.errors())
+    assert any("is inside a loop" in error for error in outcome.errors())

@@ -13,7 +13,7 @@ import tfbig
 from tests.tpu_check import faults
 from tfbig import tpu_check
 from tfbig._update import apply, exchange
-from tfbig.tpu_check import _models, numbers, report
+from tfbig.tpu_check import build_function, comparison, numbers, report
 
 CORES, BATCH = 4, 32
 
@@ -48,16 +48,16 @@ def imitate(model, batch, *several):
 def built(make, **options):
     """An extended model, made for four cores, and its batch."""
     options = options or {"gradient_accumulation_steps": 4}
-    return _models.built(make, strategy(), BATCH, options)
+    return build_function.build_model(make, strategy(), BATCH, options)
 
 
 def compared(make, run=imitate):
     def exact(strategy):
         options = {"gradient_accumulation_steps": 4}
-        model, batch = _models.built(make, strategy, BATCH, options)
-        return _models.made_exact(model, strategy), batch
+        model, batch = build_function.build_model(make, strategy, BATCH, options)
+        return comparison.make_exact(model, strategy), batch
 
-    return _models.compared(exact, strategy(), CORES, run)
+    return comparison.compare(exact, strategy(), CORES, run)
 
 
 class Centred(layers.Layer):
@@ -439,7 +439,9 @@ def test_a_function_of_the_old_kind_is_named():
             sample=(np.ones((8, 8, 4), "float32"), np.ones((8, 3), "int32")),
         )
     )
-    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"old kind .* in operation"):
+    with pytest.raises(
+        tfbig.errors.UnsupportedModelError, match=r"legacy functions .* in operation"
+    ):
         tpu_check.trace(model, batch.share(CORES))
 
 

@@ -1,13 +1,16 @@
-"""A TPU program without a TPU: a model's step, traced under a made-up slice, and looked at.
+"""A TPU program without a TPU: traces a model's update for a slice that does not exist.
 
-`slice.py` says what a slice is, `strategy.py` makes a `TPUStrategy` for one that is not there,
-`batch.py` says what a core is given, `program.py` traces the step, `differences.py` tells which
-of its values differ between the cores, and `checks.py` what is wrong with it.
+`slice.py` describes a slice, `strategy.py` makes a `TPUStrategy` for it, `batch.py` says what a
+core gets, `program.py` traces the update, `differences.py` finds the values that differ between
+the cores, and `checks.py` finds what is wrong.
 
-`pure.py` makes a function without variables of the program, whose operations `conversion.py`
-copies, `lowering.py` has it lowered and
-compiled by programs in `external`, which run in `environments.py`, `hlo.py` looks for exchanges
-in what the compiler made of it, and `numbers.py` compares an update with what it should be.
+`pure.py` turns the program into a function without variables, with `conversion.py`, which copies
+its operations. `lowering.py` lowers and compiles that function with the programs in `external`,
+which run in the environments of `environments.py`. `hlo.py` looks for collectives in the compiled
+program. `numbers.py` runs an update, and `comparison.py` compares it with plain Keras.
+
+`__main__.py` is the command, `build_function.py` calls the user's function, and `report.py` writes
+the lines.
 """
 
 from tfbig.tpu_check.batch import Batch

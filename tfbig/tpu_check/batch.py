@@ -1,15 +1,20 @@
-"""What one core is given of a batch: shapes and dtypes."""
+"""Shapes, dtypes and values of an effective batch, and of what one core gets of it."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
+from tfbig.tpu_check._types import Array
 from tfbig.tpu_check.checks import DynamicShapeError
 
 __all__ = ("Batch",)
+
+_PARTS = ("x", "y", "sample_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,27 +24,28 @@ class Batch:
     Attributes:
         specs: `(x, y)` or `(x, y, sample_weight)`, structures of `tf.TensorSpec`, whose first
             dimension is the batch's.
-        is_assumed: bool, whether they are taken from the model, which does not know its targets.
+        is_assumed: Whether the model implied them, although it does not know its targets.
         sample: `(x, y)` or `(x, y, sample_weight)`, structures of arrays, or None.
     """
 
-    specs: tuple
+    specs: tuple[_types.Structure, ...]
     is_assumed: bool
-    sample: tuple | None = None
+    sample: tuple[_types.Structure, ...] | None = None
 
     @classmethod
-    def of_sample(cls, sample, size):
-        """As a sample of the data says.
+    def of_sample(cls, sample: tuple[_types.Structure, ...], size: int) -> "Batch":
+        """Makes a batch that looks like a sample of the data.
 
         Args:
-            sample: structure of arrays or tensors `(samples, ...)`, of any number of samples.
-            size: int, samples of an update, over all cores.
+            sample: Structure of arrays or tensors of shape `(samples, ...)`, with any number of
+                samples.
+            size: Samples in an update, over all cores.
 
         Raises:
-            InvalidOptionError: If it is something else.
+            InvalidOptionError: If the sample is anything else.
         """
 
-        def spec(value):
+        def spec(value: Any) -> tf.TensorSpec | None:  # `Any`: whatever TensorFlow converts.
             if value is None:
                 return None
             value = tf.convert_to_tensor(value)
@@ -49,12 +55,16 @@ class Batch:
         return cls(keras.tree.map_structure(spec, sample), is_assumed=False, sample=sample)
 
     @classmethod
-    def of_model(cls, model, size):
-        """As the inputs, outputs and losses of a functional or sequential model say.
+    def of_model(cls, model: keras.Model, size: int) -> "Batch":
+        """Makes a batch that fits a functional or sequential model's inputs, outputs and losses.
+
+        Args:
+            model: A compiled model.
+            size: Samples in an update, over all cores.
 
         Raises:
-            InvalidOptionError: If they do not tell.
-            DynamicShapeError: If a dimension besides the batch's is not fixed.
+            InvalidOptionError: If the model does not imply one.
+            DynamicShapeError: If a dimension other than the batch's is not fixed.
         """
         try:
             inputs, outputs = list(model.inputs), list(model.outputs)
@@ -63,8 +73,9 @@ class Batch:
         sparse = _are_sparse(model.loss, outputs)
         if not inputs or sparse is None:
             raise errors.InvalidOptionError(
-                "What the model is trained on cannot be told from its inputs and losses. Have "
-                "build() return a pair of the model and a sample of the data: model, (x, y)."
+                "The model's inputs, outputs and losses must determine its training data. "
+                f"Received: {type(model).__name__} {model.name!r}, whose do not. Have build() "
+                "return a pair of the model and a sample of the data: model, (x, y)."
             )
         x = _keras.layers.as_inputs(model, [_spec(i, i.shape[1:], i.dtype, size) for i in inputs])
         y = [
@@ -76,97 +87,108 @@ class Batch:
         pair = tuple(p[0] if isinstance(p, list) and len(p) == 1 else p for p in (x, y))
         return cls(pair, is_assumed=True)
 
-    def share(self, cores):
-        """Specifications of what each of `cores` is given.
+    def share(self, cores: int) -> _types.Structure:
+        """Returns the `tf.TensorSpec` of what each of `cores` gets, structured as `specs`.
 
         Raises:
-            InvalidOptionError: If the batch does not divide by the cores.
+            InvalidOptionError: If the cores do not divide the batch.
         """
 
-        def part(spec):
+        def part(spec: tf.TensorSpec | None) -> tf.TensorSpec | None:
             if spec is None:
                 return None
             size = spec.shape[0]
             if size % cores:
-                # The multiples next to it; below the first there is none.
+                # The multiples around it; there is none below the first.
                 near = sorted({max(size // cores, 1) * cores, -(-size // cores) * cores})
                 raise errors.InvalidOptionError(
-                    f"A batch must divide by the cores, of which there are {cores}. Received: "
+                    f"The batch size must be a multiple of the number of cores, {cores}. Received: "
                     f"batch_size={size}. Use {' or '.join(map(str, near))}."
                 )
             return tf.TensorSpec([size // cores, *spec.shape[1:]], spec.dtype)
 
         return keras.tree.map_structure(part, self.specs)
 
-    def weighted(self):
-        """The same with a weight for each sample; None if it has one, or not one target."""
-        parts = dict(zip(("x", "y", "sample_weight"), self.specs, strict=False))
+    def weighted(self) -> "Batch | None":
+        """Returns the batch with a weight per sample.
+
+        None if it has weights already, or does not have exactly one target.
+        """
+        parts = dict(zip(_PARTS, self.specs, strict=False))
         if parts.get("sample_weight") is not None or not isinstance(parts.get("y"), tf.TensorSpec):
             return None
         size, *rest = parts["y"].shape
-        # Keras takes it for each position of a sample, too.
+        # Keras broadcasts it if the loss has one value per position of a sample.
         weight = tf.TensorSpec([size, 1] if rest else [size], tf.float32)
         return dataclasses.replace(self, specs=(parts["x"], parts["y"], weight), sample=None)
 
-    def values(self, seed=0):
-        """A batch: rows of the sample; random, where there is none or all its rows are the same.
+    def values(self, seed: int = 0) -> tuple[_types.Structure, ...]:
+        """Draws a batch: rows of the sample, or random values without a sample.
+
+        Where all rows of the sample are the same, it only gives shapes and dtypes.
+
+        Args:
+            seed: Seed of the draw.
 
         Returns:
-            Structure of arrays, as `specs`.
+            Structure of arrays, like `specs`.
         """
         random = np.random.default_rng(seed)
-        rows = random.random(_flat(self.specs)[0].shape[0])
+        rows: Array = random.random(size=(_flat(self.specs)[0].shape[0],))
 
-        def drawn(spec, sample):
+        # `Any`: an array, a tensor or a list.
+        def drawn(spec: tf.TensorSpec | None, sample: Any) -> Array | None:
             if spec is None:
                 return None
             sample = None if sample is None else np.asarray(sample)
             if sample is not None and len(sample) and (sample != sample[:1]).any():
-                # What belongs together is drawn together.
-                return sample[(rows * len(sample)).astype(int)]
-            if spec.dtype.is_floating:
-                return random.normal(size=spec.shape).astype(spec.dtype.as_numpy_dtype)
-            # Small enough for an index, of whatever.
-            return random.integers(2, size=spec.shape).astype(spec.dtype.as_numpy_dtype)
+                # The same rows of all parts, which belong together.
+                values: Array = sample[(rows * len(sample)).astype(int)]
+            elif spec.dtype.is_floating:
+                values = random.normal(size=spec.shape).astype(spec.dtype.as_numpy_dtype)
+            else:
+                # Small enough for any index.
+                values = random.integers(2, size=spec.shape).astype(spec.dtype.as_numpy_dtype)
+            return values
 
         sample = self.sample
         if sample is None:
             sample = keras.tree.map_structure(lambda spec: None, self.specs)
         flat = [drawn(*pair) for pair in zip(_flat(self.specs), _flat(sample), strict=True)]
-        return keras.tree.pack_sequence_as(self.specs, flat)
+        values: tuple[_types.Structure, ...] = keras.tree.pack_sequence_as(self.specs, flat)
+        return values
 
-    def __str__(self):
-        names = ("x", "y", "sample_weight")
-        parts = zip(names, self.specs, strict=False)
+    def __str__(self) -> str:
         return ", ".join(
             f"{name} {spec.dtype.name} {tuple(spec.shape)}"
-            for name, part in parts
-            for spec in keras.tree.flatten(part)
+            for name, part in zip(_PARTS, self.specs, strict=False)
+            for spec in _flat(part)
             if spec is not None
         )
 
 
-def _check_sample(sample):
+def _check_sample(sample: object) -> None:
     is_tuple = isinstance(sample, tuple) and 1 <= len(sample) <= 3
     shapes = [np.shape(v) for v in _flat(sample) if v is not None] if is_tuple else []
     if not is_tuple or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
         received = (
-            f"arrays of the shapes {', '.join(map(str, shapes))}"
-            if is_tuple
-            else type(sample).__name__
+            f"arrays of shapes {', '.join(map(str, shapes))}" if is_tuple else type(sample).__name__
         )
         raise errors.InvalidOptionError(
-            "A sample of the data must be a tuple of x, y and perhaps sample_weight, of arrays "
-            f"with a row for each sample. Received: {received}. Return model, (x, y)."
+            "A sample of the data must be a tuple of x, y and optionally sample_weight: arrays "
+            f"with one row per sample. Received: {received}. Return model, (x, y)."
         )
 
 
-def _flat(structure):
-    return keras.tree.flatten(structure)
+def _flat(structure: _types.Structure) -> list[Any]:
+    """Returns the leaves of a structure, which are `Any` as the structure is."""
+    leaves: list[Any] = keras.tree.flatten(structure)
+    return leaves
 
 
-def _are_sparse(loss, outputs):
-    """For each output whether its targets are indices of classes; None if that is not told."""
+# `Any`: `compile` takes a name, a function, a loss, or a list or dictionary of these.
+def _are_sparse(loss: Any, outputs: Sequence[keras.KerasTensor]) -> list[bool] | None:
+    """Returns whether the targets of each output are class indices; None if that is unknown."""
     losses = loss if isinstance(loss, list | tuple) else [loss] * len(outputs)
     if isinstance(loss, dict) or len(losses) != len(outputs) or None in losses:
         return None
@@ -174,11 +196,13 @@ def _are_sparse(loss, outputs):
     return [name.lower().startswith("sparse") for name in names]
 
 
-def _spec(tensor, shape, dtype, size):
+def _spec(
+    tensor: keras.KerasTensor, shape: Sequence[int | None], dtype: str, size: int
+) -> tf.TensorSpec:
     if None in shape:
         raise DynamicShapeError(
-            "Every shape of a TPU's program must be fixed, save that the batch's size is given. "
-            f"Received: {tensor.name!r} of shape {tuple(tensor.shape)}. Fix it in keras.Input, or "
-            "have build() return a sample of the data too: model, (x, y)."
+            "Every shape in a TPU program must be fixed, except for the batch size, which is "
+            f"given. Received: {tensor.name!r} of shape {tuple(tensor.shape)}. Fix it in "
+            "keras.Input, or have build() also return a sample of the data: model, (x, y)."
         )
     return tf.TensorSpec([size, *shape], dtype)

@@ -1,16 +1,18 @@
-"""What must hold for a program that TPUs are to compile and to run together.
+"""What must hold for a program that TPUs compile and run together.
 
-Each check yields errors that name operation and layer. A program without any may still fail to
-compile, or be wrong: only its graph is looked at.
+Each check yields errors that name an operation and its layer. A program without errors may still
+fail to compile, or be wrong: the checks only look at its graph.
 """
 
 import functools
 import importlib.resources
+from collections.abc import Iterator
 
 import tensorflow as tf
 
 from tfbig import errors
 from tfbig.tpu_check.differences import COLLECTIVES, Differences
+from tfbig.tpu_check.program import Place, Program
 
 __all__ = (
     "CollectiveError",
@@ -26,31 +28,31 @@ __all__ = (
 
 
 class ProgramError(errors.UnsupportedModelError):
-    """The program of an update cannot be a TPU's."""
+    """The program of an update cannot run on a TPU."""
 
 
 class DynamicShapeError(ProgramError):
-    """A shape is not known before the program runs."""
+    """A shape is unknown before the program runs."""
 
 
 class HostOperationError(ProgramError):
-    """An operation needs the host: Python, or strings."""
+    """An operation needs the host, because it calls Python or handles strings."""
 
 
 class UnknownOperationError(ProgramError):
-    """The compiler for TPUs knows no such operation."""
+    """The TPU compiler does not know an operation."""
 
 
 class CollectiveError(ProgramError):
-    """Cores exchange too often, or where they may not."""
+    """Cores exchange too often, or in an illegal position."""
 
 
 class DriftError(ProgramError):
-    """A variable that is to be the same on all cores is assigned what differs between them."""
+    """A variable that must be the same on all cores is assigned a value that differs."""
 
 
 class PredicateError(ProgramError):
-    """Cores may take different branches where they must take the same."""
+    """Cores may take different branches where they must take the same one."""
 
 
 # Index vectors of the gradients of broadcasts: the compiler computes them.
@@ -58,27 +60,20 @@ _COMPUTED_BY_THE_COMPILER = frozenset({"BroadcastGradientArgs"})
 
 _PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
 
-# What marks the program's beginning and the arguments of functions is not compiled.
+# Marks of the program's beginning and of the arguments of functions, which are not compiled.
 _NOT_COMPILED = frozenset({"Placeholder", "TPUReplicateMetadata"})
 
 _CONTROL_FLOW = ("While", "If", "Case", "PartitionedCall")
 
 
-def check(program):
+def check(program: Program) -> None:
     """Raises the first of the `findings` of a program."""
     for error in findings(program):
         raise error
 
 
-def findings(program):
-    """All that is wrong with a program.
-
-    Args:
-        program: `Program`.
-
-    Returns:
-        List of `ProgramError`.
-    """
+def findings(program: Program) -> list[ProgramError]:
+    """Returns everything that is wrong with a program."""
     differences = Differences(program)
     return [
         *_host_operations(program),
@@ -91,71 +86,74 @@ def findings(program):
     ]
 
 
-def _dynamic_shapes(program):
-    """Operations that make a dynamic shape of static ones; not those that take it on."""
+def _dynamic_shapes(program: Program) -> Iterator[ProgramError]:
+    """Finds operations that make a dynamic shape from static ones."""
     for place in program.places:
         op = place.op
-        # Arguments of functions take shapes on; calls of Python are refused anyway.
+        # An argument of a function takes its shape from the caller; calls of Python are an error
+        # of their own.
         if op.type in _COMPUTED_BY_THE_COMPILER | _PYTHON | {"Placeholder"}:
             continue
         unknown = [t for t in op.outputs if not _is_static(t)]
         if unknown and all(map(_is_static, op.inputs)):
             yield DynamicShapeError(
-                "Every shape of a TPU's program must be known before it runs. Received: "
+                "Every shape in a TPU program must be known before it runs. Received: "
                 f"{_shape(unknown[0])} from {program.describe(op)}. Pad to a fixed length, or "
-                "mask, instead of selecting."
+                "mask instead of selecting."
             )
 
 
-def _is_static(tensor):
+def _is_static(tensor: tf.Tensor) -> bool:
     # Handles and lists have no shape of their own.
-    return tensor.dtype in (tf.resource, tf.variant) or tensor.shape.is_fully_defined()
+    return tensor.dtype in (tf.resource, tf.variant) or bool(tensor.shape.is_fully_defined())
 
 
-def _shape(tensor):
+def _shape(tensor: tf.Tensor) -> str:
     return "an unknown rank" if tensor.shape.rank is None else f"shape {tuple(tensor.shape)}"
 
 
-def _host_operations(program):
+def _host_operations(program: Program) -> Iterator[ProgramError]:
     for place in program.places:
         if place.op.type in _PYTHON:
             yield HostOperationError(
                 "A TPU cannot call Python. Received: "
                 f"{program.describe(place.op)}. Write it in TensorFlow or keras.ops, or move it "
-                "into the input pipeline (dataset.map)."
+                "to the input pipeline (dataset.map)."
             )
-    of_strings = _of_strings(program)
-    # What cuts the batch touches them too; a layer says more, and else what comes before one.
-    for op in [op for op in of_strings if program.layer_of(op)] or of_strings[-1:]:
+    string_operations = _string_operations(program)
+    # Splitting the batch handles strings, too. If no string is in a layer, the last operation
+    # before the first layer says most.
+    in_layers = [op for op in string_operations if program.layer_of(op)]
+    for op in in_layers or string_operations[-1:]:
         user = None if program.layer_of(op) else program.user_of(op)
-        place = program.describe(op) + (f", for {user}" if user else "")
+        where = program.describe(op) + (f", for {user}" if user else "")
         yield HostOperationError(
-            f"A TPU knows no strings. Received: a string in {place}. Turn strings into numbers in "
-            "the input pipeline (dataset.map)."
+            f"A TPU cannot handle strings. Received: a string in {where}. Convert strings to "
+            "numbers in the input pipeline (dataset.map)."
         )
 
 
 @functools.cache
-def _known_operations():
-    """Names of the operations that TensorFlow compiles for TPUs."""
+def _known_operations() -> frozenset[str]:
+    """Returns the names of the operations that TensorFlow compiles for TPUs."""
     text = importlib.resources.files(__package__).joinpath("operations.txt").read_text()
     return frozenset(line for line in text.splitlines() if not line.startswith("#"))
 
 
-def _unknown_operations(program):
+def _unknown_operations(program: Program) -> Iterator[ProgramError]:
     known = _known_operations() | _NOT_COMPILED | _PYTHON
-    of_strings = set(_of_strings(program))
+    string_operations = set(_string_operations(program))
     for place in program.places:
-        if place.op.type not in known and place.op not in of_strings:
+        if place.op.type not in known and place.op not in string_operations:
             yield UnknownOperationError(
-                "A TPU's program is made of operations that its compiler knows. Received: "
-                f"{program.describe(place.op)}. Move it into the input pipeline (dataset.map), or "
-                "write it with others."
+                "A TPU program must consist of operations that the TPU compiler knows. Received: "
+                f"{program.describe(place.op)}. Move it to the input pipeline (dataset.map), or "
+                "write it with other operations."
             )
 
 
-def _of_strings(program):
-    """Operations on strings, but for messages of assertions, which XLA leaves out."""
+def _string_operations(program: Program) -> list[tf.Operation]:
+    """Returns the operations on strings, except for assertions, which XLA drops."""
     asserted = _only_asserted(program)
     return [
         place.op
@@ -166,13 +164,13 @@ def _of_strings(program):
     ]
 
 
-def _only_asserted(program):
-    """Operations that nothing but assertions use."""
-    users: dict[tf.Operation, set] = {}
+def _only_asserted(program: Program) -> set[tf.Operation]:
+    """Returns the operations that only assertions use."""
+    users: dict[tf.Operation, set[tf.Operation]] = {}
     for place in program.places:
         for tensor in place.op.inputs:
             users.setdefault(tensor.op, set()).add(place.op)
-    found = set()
+    found: set[tf.Operation] = set()
     for place in reversed(program.places):
         using = users.get(place.op)
         if using and all(u.type == "Assert" or u in found for u in using):
@@ -180,54 +178,59 @@ def _only_asserted(program):
     return found
 
 
-def collectives(program):
-    """List of the `Place` of each operation in which cores wait for each other."""
+def collectives(program: Program) -> list[Place]:
+    """Returns where the operations are in which cores wait for each other."""
     return [place for place in program.places if place.op.type in COLLECTIVES]
 
 
-def exchanged_bytes(op):
-    """Bytes that a core gives into a collective operation."""
+def exchanged_bytes(op: tf.Operation) -> int:
+    """Returns the bytes that a core contributes to a collective."""
     tensor = op.inputs[0]
-    return (tensor.shape.num_elements() or 0) * tensor.dtype.size
+    return int((tensor.shape.num_elements() or 0) * tensor.dtype.size)
 
 
-def _misplaced_collectives(program):
+def _misplaced_collectives(program: Program) -> Iterator[ProgramError]:
     for place in collectives(program):
         op = place.op
         if place.loops:
             yield CollectiveError(
                 "Cores must exchange once per update, after the loop over micro-batches. "
-                f"Received: {program.describe(op)} inside of the loop {place.loops[-1].name!r}."
+                f"Received: {program.describe(op)} inside the loop {place.loops[-1].name!r}."
             )
         if place.conditionals:
             yield CollectiveError(
-                "No exchange may stand inside of a conditional: cores that do not take the branch "
-                f"would be waited for. Received: {program.describe(op)} inside of "
+                "Cores must not exchange inside a conditional: they would wait for cores that take "
+                f"the other branch. Received: {program.describe(op)} inside "
                 f"{place.conditionals[-1].name!r}."
             )
         if op.type != "CrossReplicaSum":
             yield CollectiveError(
-                "Cores exchange sums and means, and nothing else. Received: "
-                f"{program.describe(op)}."
+                f"Cores must only exchange sums and means. Received: {program.describe(op)}."
             )
 
 
-def _repeated_collectives(program, differences):
+def _repeated_collectives(program: Program, differences: Differences) -> Iterator[ProgramError]:
     for place in collectives(program):
         tensor = place.op.inputs[0]
-        if _ends_in(place.op.outputs[0], program.synchronized):
-            continue  # A mean of what the layer's own exchange has made the same already.
+        if _is_only_assigned_to(place.op.outputs[0], program.synchronized):
+            continue  # The mean of statistics that the layer's own exchange made equal already.
         if differences.is_exchanged(tensor) and not differences.differs(tensor):
             yield CollectiveError(
                 "Each value must be exchanged once. Received: "
-                f"{program.describe(place.op)} of what is the same on all cores already, since it "
-                "was exchanged before: a sum multiplies it by their number, a mean does nothing."
+                f"{program.describe(place.op)}, whose input is the same on all cores already, "
+                "because it was exchanged before: a sum multiplies it by the number of cores, and "
+                "a mean does nothing."
             )
 
 
-def _ends_in(tensor, handles):
-    """Whether a tensor has no use but to be assigned to these variables, computed with or not."""
-    waiting, seen, ends = [tensor], set(), False
+def _is_only_assigned_to(tensor: tf.Tensor, handles: list[tf.Operation]) -> bool:
+    """Returns whether a tensor, and what is computed from it, is only assigned to variables.
+
+    Args:
+        tensor: A tensor.
+        handles: The handles of the variables.
+    """
+    waiting, seen, is_assigned = [tensor], set(), False
     while waiting:
         tensor = waiting.pop()
         if tensor.name in seen:
@@ -235,18 +238,20 @@ def _ends_in(tensor, handles):
         seen.add(tensor.name)
         for op in tensor.consumers():
             if op.type == "AssignVariableOp" and op.inputs[0].op in handles:
-                ends = True
+                is_assigned = True
             elif op.op_def.is_stateful or op.type.endswith(_CONTROL_FLOW) or not op.outputs:
                 return False
             elif op.type == "IdentityN":
                 waiting += [o for i, o in zip(op.inputs, op.outputs, strict=True) if i is tensor]
             else:
                 waiting += op.outputs
-    return ends
+    return is_assigned
 
 
-def _assignments(program, differences):
-    """Pairs of `Place` and mirrored variable for each operation that writes one."""
+def _assignments(
+    program: Program, differences: Differences
+) -> Iterator[tuple[Place, tf.Operation]]:
+    """Yields each operation that writes a mirrored variable, and the variable's input."""
     for place in program.places:
         op = place.op
         if op.type.endswith(_CONTROL_FLOW) or op.type in ("Identity", "ReadVariableOp"):
@@ -258,29 +263,28 @@ def _assignments(program, differences):
                     yield place, variable
 
 
-def _predicates(program, differences):
-    """Conditionals with effects whose predicate is not known to be the same on all cores."""
-    matter = {op for place, _ in _assignments(program, differences) for op in place.conditionals}
-    matter |= {op for place in collectives(program) for op in place.conditionals}
-    for op in sorted(matter, key=lambda op: op.name):
+def _predicates(program: Program, differences: Differences) -> Iterator[ProgramError]:
+    """Finds conditionals with effects whose predicate may differ between the cores."""
+    relevant = {op for place, _ in _assignments(program, differences) for op in place.conditionals}
+    relevant |= {op for place in collectives(program) for op in place.conditionals}
+    for op in sorted(relevant, key=lambda op: str(op.name)):
         if differences.differs(op.inputs[0]):
             yield PredicateError(
-                "All cores must take the same branch where variables are assigned, so it must be "
-                "decided after the exchange. Received: "
-                f"{program.describe(op)}, whose predicate is computed from what a core has for "
-                "itself."
+                "All cores must take the same branch where variables are assigned, so the branch "
+                "must be decided after the exchange. Received: "
+                f"{program.describe(op)}, whose predicate is computed from a core's own values."
             )
 
 
-def _drifts(program, differences):
+def _drifts(program: Program, differences: Differences) -> Iterator[ProgramError]:
     seen = set()
     for place, variable in _assignments(program, differences):
         if variable in seen or not any(map(differences.differs, place.op.inputs)):
             continue
         seen.add(variable)
         yield DriftError(
-            "A variable must be assigned the same on all cores, of what was exchanged. Received: "
-            f"variable {variable.name.removesuffix('/handle')!r}, assigned by "
-            f"{program.describe(place.op)} what differs between the cores: it, or the gradient "
-            "that it is made of, was not exchanged."
+            "A variable must be assigned the same value on all cores, computed from exchanged "
+            f"values. Received: variable {variable.name.removesuffix('/handle')!r}, to which "
+            f"{program.describe(place.op)} assigns a value that differs between the cores: the "
+            "value, or the gradient that it is computed from, was not exchanged."
         )

@@ -1,27 +1,32 @@
-"""From the graph of a core's program to the compiler's language, StableHLO, and its result."""
+"""Takes the graph of a core's program to StableHLO, the compiler's input, and compiles it."""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfbig.tpu_check import environments, hlo
+from tfbig.tpu_check._types import Array
+from tfbig.tpu_check.pure import PureFunction
+from tfbig.tpu_check.slice import Chip, Slice
 
 __all__ = ("Compiled", "Lowered", "Memory", "largest_that_fits", "lower")
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the compiler plans for a core, in bytes.
+    """The memory that the compiler plans for a core, in bytes.
 
     Attributes:
-        arguments: int, data and variables.
-        results: int, what is returned.
-        shared: int, of the results, those that take the places of arguments.
-        temporaries: int, all that is needed in between, besides the fast memory of the core.
-        code: int, the program.
+        arguments: Data and variables.
+        results: What the program returns.
+        shared: Results that overwrite arguments.
+        temporaries: Everything in between, without the core's fast memory.
+        code: The program itself.
     """
 
     arguments: int
@@ -31,37 +36,37 @@ class Memory:
     code: int
 
     @property
-    def total(self):
-        """int, all together."""
+    def total(self) -> int:
+        """The sum, in which shared memory counts once."""
         return self.arguments + self.results - self.shared + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler for TPUs made of a program.
+    """What the TPU compiler made of a program.
 
     Attributes:
-        message: str, why it refuses; None if it does not.
-        memory: `Memory`; None if it refuses.
-        collectives: list of `hlo.Collective`.
+        message: Why it rejected the program; None if it did not.
+        memory: The memory of a core; None if it rejected the program.
+        collectives: The collectives of the compiled program.
     """
 
     message: str | None
     memory: Memory | None = None
-    collectives: list = dataclasses.field(default_factory=list)
+    collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
 
-    def errors(self):
-        """List of str, what is wrong with it."""
-        refused = [f"the compiler refuses: {self.message}"] if self.message else []
-        return refused + [
-            f"{c.kind} {c.name!r} stands inside of a {' and a '.join(c.inside)}: cores must "
-            "exchange once per update, outside of both"
+    def errors(self) -> list[str]:
+        """Returns what is wrong with it."""
+        rejected = [] if self.message is None else [f"the compiler rejects it: {self.message}"]
+        return rejected + [
+            f"{c.kind} {c.name!r} is inside a {' and a '.join(c.inside)}: cores must exchange once "
+            "per update, outside both"
             for c in self.collectives
             if c.inside
         ]
 
-    def fits(self, chip):
-        """Whether it is compiled, and what is planned is in the memory of a chip."""
+    def fits(self, chip: Chip) -> bool:
+        """Returns whether it compiled, and its memory fits a chip."""
         return self.memory is not None and self.memory.total <= chip.hbm
 
 
@@ -69,26 +74,26 @@ class Lowered:
     """A core's program in StableHLO, in a directory.
 
     Args:
-        directory: Path, with the files that `lower` writes.
-        function: `PureFunction`.
-        made: `Environments`.
+        directory: Directory with the files that `lower` writes.
+        function: The program.
+        python: The environments that compile and run it.
     """
 
-    def __init__(self, directory, function, made):
+    def __init__(
+        self, directory: pathlib.Path, function: PureFunction, python: environments.Environments
+    ) -> None:
         self.directory = pathlib.Path(directory)
         self.function = function
-        self._environments = made
+        self._python = python
 
-    def compile(self, tpu_slice):
-        """Compiles it for a slice; returns `Compiled`.
+    def compile(self, tpu_slice: Slice) -> Compiled:
+        """Compiles it for a slice.
 
         Raises:
-            ExternalError: If the compiler does not come to a result, as libtpu is in use.
+            ExternalError: If the compiler gives no verdict, for example because libtpu is in use.
         """
         try:
-            self._environments.run(
-                "with_jax", "compile", self.directory, tpu_slice, tpu_slice.cores
-            )
+            self._python.run("with_jax", "compile", self.directory, tpu_slice, tpu_slice.cores)
         except environments.ExternalError as e:
             # What JAX raises while libtpu is in use says nothing about the program.
             if "JaxRuntimeError" not in str(e) or environments.is_in_use(e.output):
@@ -98,48 +103,49 @@ class Lowered:
         text = (self.directory / "optimized.hlo").read_text()
         return Compiled(None, Memory(**sizes), hlo.collectives(text))
 
-    def run(self, values):
-        """Runs it on CPU devices, one for each core.
+    def run(self, values: Sequence[Array]) -> list[Array]:
+        """Runs it on CPU devices, one per core.
 
         Args:
-            values: list of arrays `(cores, ...)`, one for each argument.
+            values: One array of shape `(cores, ...)` per argument.
 
         Returns:
-            List of arrays `(cores, ...)`, one for each result.
+            One array of shape `(cores, ...)` per result.
         """
         inputs, outputs = self.directory / "inputs.npz", self.directory / "outputs.npz"
-        np.savez(inputs, **{str(i): value for i, value in enumerate(values)})
+        # `Any`: `savez` has other keyword arguments, too.
+        arrays: dict[str, Any] = {str(i): value for i, value in enumerate(values)}
+        np.savez(inputs, **arrays)
         cores = len(values[0])
-        self._environments.run("with_jax", "run", self.directory, cores, inputs, outputs)
-        with np.load(outputs) as arrays:
-            found = [arrays[str(i)] for i in range(len(arrays.files))]
-        # A file of numpy forgets what bfloat16 is, the one kind that numpy does not know here.
-        known = tf.bfloat16.as_numpy_dtype
-        return [array.view(known) if array.dtype.kind == "V" else array for array in found]
+        self._python.run("with_jax", "run", self.directory, cores, inputs, outputs)
+        with np.load(outputs) as stored:
+            results = [stored[str(i)] for i in range(len(stored.files))]
+        # A numpy file loses the dtype bfloat16, the only one here that numpy lacks.
+        bfloat16 = tf.bfloat16.as_numpy_dtype
+        return [array.view(bfloat16) if array.dtype.kind == "V" else array for array in results]
 
 
-def lower(function, directory, made):
-    """Lowers a core's program through TensorFlow's kernels for TPUs.
+def lower(
+    function: PureFunction, directory: pathlib.Path, python: environments.Environments
+) -> Lowered:
+    """Lowers a core's program with TensorFlow's kernels for TPUs.
 
     Args:
-        function: `PureFunction`.
-        directory: Path, for the files: `graph.pb`, `signature.json`, `module.bin`.
-        made: `Environments`.
-
-    Returns:
-        A `Lowered`.
+        function: The program.
+        directory: Directory for the files `graph.pb`, `signature.json` and `module.bin`.
+        python: The environments that lower, compile and run it.
 
     Raises:
-        ExternalError: If TensorFlow refuses; says what it says.
+        ExternalError: If TensorFlow rejects the program; it quotes TensorFlow.
     """
     directory = pathlib.Path(directory)
     export(function, directory)
-    made.run("with_tensorflow", directory)
-    return Lowered(directory, function, made)
+    python.run("with_tensorflow", directory)
+    return Lowered(directory, function, python)
 
 
-def export(function, directory):
-    """Writes the graph of a pure function, and what its arguments and results are."""
+def export(function: PureFunction, directory: pathlib.Path) -> None:
+    """Writes the graph of a pure function, and a description of its arguments and results."""
     specs = [argument.spec for argument in function.arguments]
     concrete = tf.function(function, autograph=False).get_concrete_function(*specs)
     graph = concrete.graph.as_graph_def()
@@ -163,24 +169,29 @@ def export(function, directory):
     (directory / "signature.json").write_text(json.dumps(signature, indent=1))
 
 
-def largest_that_fits(compiled_with, share, tpu_slice, known=()):
-    """Looks for the largest micro-batch that fits, among powers of two and all of the share.
+def largest_that_fits(
+    compiled_with: Callable[[int], Compiled],
+    share: int,
+    tpu_slice: Slice,
+    known: Mapping[int, Compiled] | None = None,
+) -> dict[int, Compiled]:
+    """Looks for the largest micro-batch that fits: a power of two, or the whole share.
 
     Args:
-        compiled_with: function of a micro-batch size that returns `Compiled`.
-        share: int, samples of a core.
-        tpu_slice: `Slice`.
-        known: dict of `Compiled` by micro-batch size, what was compiled before.
+        compiled_with: Compiles a program with a micro-batch size.
+        share: Samples per core.
+        tpu_slice: The slice.
+        known: Earlier results, by micro-batch size.
 
     Returns:
-        Dict of `Compiled` by micro-batch size, of those among these sizes that were compiled; at
-        most the logarithm of their number, besides what is known.
+        The results of the sizes that were compiled, besides what is known at most the logarithm
+        of the number of candidates; by micro-batch size.
     """
     sizes = sorted({2**i for i in range(share.bit_length()) if 2**i < share} | {share})
-    # A micro-batch is at most all samples of a core.
-    found = {min(size, share): outcome for size, outcome in dict(known).items()}
+    # A micro-batch is at most a core's share.
+    found = {min(size, share): outcome for size, outcome in (known or {}).items()}
     low, high = 0, len(sizes)
-    # All below `low` fit, none from `high` on does.
+    # All sizes before `low` fit; none from `high` on does.
     while low < high:
         middle = (low + high) // 2
         size = sizes[middle]

@@ -1,16 +1,21 @@
-"""An update of all cores, run on the CPU, beside one of the whole batch in plain Keras."""
+"""An update by all cores, run on the CPU, beside one of the whole batch in plain Keras."""
 
 import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import errors
+from tfbig import _types, errors
+from tfbig.tpu_check._types import Array
+from tfbig.tpu_check.pure import PureFunction
 
 __all__ = (
     "TOLERANCES",
     "Difference",
+    "Runner",
     "Update",
     "differences",
     "distance",
@@ -24,144 +29,148 @@ __all__ = (
 # What counts as rounding, relative to the largest change of a weight.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
 
+# Runs a core's program on all cores: takes its arguments, and returns its results. The arrays are
+# of shape `(cores, ...)`.
+Runner: TypeAlias = Callable[[list[Array]], list[Array]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What an update made of the variables.
+    """What an update did to the variables.
 
     Attributes:
-        before: dict of arrays `(cores, ...)`, by path of the variable.
-        after: dict of arrays `(cores, ...)`, of those that were assigned.
+        before: Arrays of shape `(cores, ...)`, by path of the variable.
+        after: Arrays of shape `(cores, ...)` of the variables that were assigned.
     """
 
-    before: dict
-    after: dict
+    before: Mapping[str, Array]
+    after: Mapping[str, Array]
 
-    def apart(self, own=()):
-        """List of str, the variables that are not the same on all cores, to the bit.
+    def apart(self, own: Collection[str] = ()) -> list[str]:
+        """Returns the variables that differ in any bit between the cores.
 
         Args:
-            own: collection of str, those of which each core has its own.
+            own: Variables that each core keeps for itself, which may differ.
         """
         return [n for n, v in self.after.items() if n not in own and not _is_equal(v, v[:1])]
 
-    def has_nan(self):
-        """Whether NaN is in what was assigned."""
+    def has_nan(self) -> bool:
+        """Returns whether a NaN was assigned."""
         return any(np.isnan(v).any() for v in self.after.values() if is_floating(v))
 
-    def changed(self, names):
-        """List of str, those of the variables of which a bit has changed, on any core."""
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Returns those of the named variables in which a bit changed on any core."""
         return [
             n for n in names if n in self.after and not _is_equal(self.after[n], self.before[n])
         ]
 
 
-def is_floating(array):
-    """Whether an array holds floats, also of a kind that numpy does not know, as bfloat16."""
-    return tf.as_dtype(array.dtype).is_floating
+def is_floating(array: Array) -> bool:
+    """Returns whether an array holds floats, including those that numpy lacks, such as bfloat16."""
+    return bool(tf.as_dtype(array.dtype).is_floating)
 
 
-def distance(a, b):
-    """The largest difference of two arrays of floats, taken in float64."""
+def distance(a: Array, b: Array) -> float:
+    """Returns the largest absolute difference of two arrays of floats, computed in float64."""
     return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)), initial=0))
 
 
-def _is_equal(a, b):
+def _is_equal(a: Array, b: Array) -> bool:
     return np.array_equal(a, np.broadcast_to(b, a.shape), equal_nan=is_floating(a))
 
 
-def run(function, data, cores, runner):
+def run(function: PureFunction, data: _types.Structure, cores: int, runner: Runner) -> Update:
     """Runs a core's program once on all cores.
 
     Args:
-        function: `PureFunction`.
-        data: structure of arrays, the batch of all cores.
-        cores: int.
-        runner: function of a list of arrays `(cores, ...)`, the arguments; returns the results.
-
-    Returns:
-        An `Update`.
+        function: The program.
+        data: Structure of arrays: the batch of all cores.
+        cores: Number of cores.
+        runner: Runs the program.
 
     Raises:
-        UnsupportedModelError: If the value of a variable is not known.
+        UnsupportedModelError: If the value of a variable is unknown.
     """
     flat = [v for v in keras.tree.flatten(data) if v is not None]
-    values = []
+    values: list[Array] = []
     for argument in function.arguments:
-        if argument.kind == "data":
+        if argument.index is not None:
             value = np.asarray(flat[argument.index])
             values.append(value.reshape(cores, -1, *value.shape[1:]))
         elif argument.values is None:
             raise errors.UnsupportedModelError(
-                "A variable must belong to the model, a layer or the optimizer to be run. "
-                f"Received: {argument.name!r}. Make it with add_weight."
+                "A variable must belong to the model, a layer or the optimizer. "
+                f"Received: {argument.name!r}. Create it with add_weight."
             )
         else:
             values.append(np.stack(argument.values))
-    results = runner(values)
-    named = [(r, v) for r, v in zip(function.results, results, strict=True)]
+    results = zip(function.results, runner(values), strict=True)
     before = {a.name: v for a, v in zip(function.arguments, values, strict=True)}
-    return Update(before, {r.name: v for r, v in named if r.argument is not None})
+    return Update(before, {r.name: v for r, v in results if r.argument is not None})
 
 
-def imitated(function):
-    """A runner for `run` that needs TensorFlow alone: the traced graph, all cores in one."""
+def imitated(function: PureFunction) -> Runner:
+    """Makes a runner that only needs TensorFlow: it runs all cores in one graph.
 
-    @tf.function(autograph=False)
-    def all_cores(values):
+    Args:
+        function: The program.
+    """
+
+    @tf.function(autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+    def all_cores(values: list[tf.Tensor]) -> list[list[tf.Tensor]]:
         return function.together(
             [list(core) for core in zip(*map(tf.unstack, values), strict=True)]
         )
 
-    def runner(values):
+    def runner(values: list[Array]) -> list[Array]:
         results = all_cores([tf.constant(v) for v in values])
         return [np.stack(copies) for copies in zip(*results, strict=True)]
 
     return runner
 
 
-def whole_update(model, data, rate=1.0):
-    """One update of the whole batch as Keras does it; the weights are taken back.
+def whole_update(model: keras.Model, data: _types.Structure, rate: float = 1.0) -> list[Array]:
+    """Updates a model with the whole batch as Keras does, and then restores its weights.
 
     Args:
-        model: compiled Keras model with a built `keras.optimizers.SGD`.
-        data: structure of arrays, `(x, y)` or `(x, y, sample_weight)`.
-        rate: float, learning rate.
+        model: A compiled Keras model with a built `keras.optimizers.SGD`.
+        data: Structure of arrays, `(x, y)` or `(x, y, sample_weight)`.
+        rate: Learning rate.
 
     Returns:
-        List of arrays, as of `get_weights`.
+        The updated weights, in the order of `get_weights`.
     """
     before = model.get_weights()
     model.optimizer.learning_rate = rate
-    # `train_on_batch` would hand a `train_step` three parts, whatever there are.
+    # Not `train_on_batch`, which always hands three parts to a `train_step`.
     model.make_train_function()
     model.train_function(iter([data]))
-    after = model.get_weights()
+    after: list[Array] = model.get_weights()
     model.set_weights(before)
     return after
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far a weight is from where it should be.
+    """How far a weight is off.
 
     Attributes:
-        name: str, path of the weight.
-        size: float, the largest over elements and cores, in units of the largest change of any
-            weight; inf where one is not finite.
+        name: Path of the weight.
+        size: The largest over elements and cores, in units of the largest change of any weight;
+            inf if a value is not finite.
     """
 
     name: str
     size: float
 
 
-def differences(update, wanted, names):
-    """List of `Difference`, the largest first.
+def differences(update: Update, wanted: Sequence[Array], names: Sequence[str]) -> list[Difference]:
+    """Returns how far each floating weight is off, the largest difference first.
 
     Args:
-        update: `Update`.
-        wanted: list of arrays, of what the weights should be.
-        names: list of str, paths of the weights.
+        update: The update of all cores.
+        wanted: What the weights should be.
+        names: Paths of the weights.
     """
     before = {n: update.before[n][0] for n in names if n in update.before}
     changes = [
@@ -178,18 +187,20 @@ def differences(update, wanted, names):
     return sorted(found, key=lambda d: -d.size)
 
 
-def poisoned(data, cores):
-    """The batch with NaN in the samples of the last core.
+def poisoned(
+    data: tuple[_types.Structure, ...], cores: int
+) -> tuple[tuple[_types.Structure, ...] | None, bool]:
+    """Puts NaN into the samples of the last core.
 
-    In weights, else in targets, which every loss depends on; else in inputs, of which a layer may
-    make anything.
+    NaN goes into the weights, else into the targets, on which every loss depends, else into the
+    inputs, which a layer may turn into anything.
 
     Args:
-        data: structure of arrays, `(x, y)` or `(x, y, sample_weight)`.
-        cores: int.
+        data: Structure of arrays, `(x, y)` or `(x, y, sample_weight)`.
+        cores: Number of cores.
 
     Returns:
-        The batch, or None if it has no floats, and whether its loss must be NaN.
+        The batch, or None if it has no floats; and whether its loss must be NaN.
     """
     for i, part in reversed([*enumerate(data)]):
         flat = keras.tree.flatten(part)

@@ -1,40 +1,41 @@
-"""The program of a core: the graph that `TPUStrategy.run` traced, with all that is inside of it."""
+"""A core's program: the graph that `TPUStrategy.run` traced, with everything inside it."""
 
 import dataclasses
 import re
+from collections.abc import Iterable, Sequence
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
+from tfbig.tpu_check._types import Array, FuncGraph
 
 __all__ = ("Place", "Program", "function_of", "functions_of", "living", "trace")
 
-# What `tf.distribute.TPUStrategy` marks operations of the program with.
+# The attribute with which `tf.distribute.TPUStrategy` marks the operations of a program.
 _MARK = "_tpu_replicate"
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An operation, and where it stands.
+    """An operation, and where it is.
 
     Attributes:
-        op: `tf.Operation`.
-        enclosing: tuple of `tf.Operation`: the loops, conditionals and calls that it is inside
-            of, the outermost first.
+        op: The operation.
+        enclosing: The loops, conditionals and calls around it, the outermost first.
     """
 
     op: tf.Operation
-    enclosing: tuple = ()
+    enclosing: tuple[tf.Operation, ...] = ()
 
     @property
-    def loops(self):
-        """List of the loops around it, the outermost first."""
+    def loops(self) -> list[tf.Operation]:
+        """The loops around it, the outermost first."""
         return [op for op in self.enclosing if op.type.endswith("While")]
 
     @property
-    def conditionals(self):
-        """List of the conditionals around it, the outermost first."""
+    def conditionals(self) -> list[tf.Operation]:
+        """The conditionals around it, the outermost first."""
         return [op for op in self.enclosing if op.type.endswith(("If", "Case"))]
 
 
@@ -42,30 +43,44 @@ class Program:
     """The program that every core runs for one update.
 
     Args:
-        graph: FuncGraph in which `strategy.run` was called once.
-        layers: list of layers, of whose names the names of operations are made.
-        variables: list of Keras variables, those that the program may use.
-        logs: list of str, names of what is returned.
+        graph: Graph in which `strategy.run` was called once.
+        layers: Layers, whose names appear in the names of operations.
+        variables: The variables that the program may use.
+        logs: Names of the values that it returns.
 
     Attributes:
-        places: list of `Place`: all operations that take part, those of loops, conditionals and
-            functions included.
-        inputs: list of `tf.Operation` that stand for the values which each core has for itself:
-            data and variables.
-        outputs: list of `tf.Operation` that stand for what each core returns.
-        logs: list of str, names of the outputs.
-        data: list of str, names of the tensors that stand for the parts of the batch.
-        synchronized: list of `tf.Operation`, those of `inputs` that are statistics of layers which
-            exchange in their forward pass, as BatchNormalization(synchronized=True) does.
+        places: All operations that take part, including those in loops, conditionals and
+            functions.
+        inputs: Operations that stand for the values of each core: data and variables.
+        outputs: Operations that stand for what each core returns.
+        logs: Names of the outputs.
+        data: Names of the tensors that stand for the parts of the batch.
+        synchronized: Those of `inputs` that are statistics of layers that exchange in their
+            forward pass, such as BatchNormalization(synchronized=True).
+
+    Raises:
+        UnsupportedStrategyError: If the graph has no program for a TPU.
     """
 
-    def __init__(self, graph, layers=(), variables=(), logs=()):
-        self._layers = {layer.name: type(layer).__name__ for layer in layers}
-        self.inputs = [op for op in graph.get_operations() if op.type == "TPUReplicatedInput"]
-        self.outputs = [op for op in graph.get_operations() if op.type == "TPUReplicatedOutput"]
+    def __init__(
+        self,
+        graph: FuncGraph,
+        layers: Sequence[_types.Layer] = (),
+        variables: Iterable[_types.KerasVariable] = (),
+        logs: Iterable[str] = (),
+    ) -> None:
+        self._layers: dict[str, str] = {layer.name: type(layer).__name__ for layer in layers}
+        self.inputs: list[tf.Operation] = [
+            op for op in graph.get_operations() if op.type == "TPUReplicatedInput"
+        ]
+        self.outputs: list[tf.Operation] = [
+            op for op in graph.get_operations() if op.type == "TPUReplicatedOutput"
+        ]
         self.logs = list(logs)
-        self._captured = {inner.name: outer for outer, inner in graph.captures}
-        self.data = [t.name for t in graph.inputs if t.name not in self._captured]
+        self._captured: dict[str, tf.Tensor] = {
+            inner.name: outer for outer, inner in graph.captures
+        }
+        self.data: list[str] = [t.name for t in graph.inputs if t.name not in self._captured]
         self._variables = {id(v.value._packed_var._handle): v for v in variables}
         statistics = {
             id(variable)
@@ -80,41 +95,41 @@ class Program:
                 self._add(Place(op))
         if not self.places:
             raise errors.UnsupportedStrategyError(
-                "There is no program for a TPU in the graph. Trace `strategy.run` of a TPUStrategy."
+                "The graph contains no program for a TPU. Trace `strategy.run` of a TPUStrategy."
             )
 
-    def _add(self, place):
+    def _add(self, place: Place) -> None:
         self.places.append(place)
         for graph in functions_of(place.op):
             for op in living(graph):
                 self._add(Place(op, (*place.enclosing, place.op)))
 
     @property
-    def operations(self):
-        """List of the `tf.Operation` outside of functions, in order."""
+    def operations(self) -> list[tf.Operation]:
+        """The operations outside functions, in order."""
         return [place.op for place in self.places if not place.enclosing]
 
-    def variable_of(self, op):
-        """The Keras variable that one of `inputs` stands for; None if it is not known."""
+    def variable_of(self, op: tf.Operation) -> _types.KerasVariable | None:
+        """Returns the variable that one of `inputs` stands for; None if it is unknown."""
         return self._variables.get(id(self._captured.get(op.inputs[0].name)))
 
-    def constant(self, tensor):
-        """Value of a tensor outside of the program, or None if it is not known."""
-        if tensor.name in self._captured:
-            return self._captured[tensor.name].numpy()
-        return tf.get_static_value(tensor)
+    def constant(self, tensor: tf.Tensor) -> Array | None:
+        """Returns the value of a tensor outside the program, or None if it is unknown."""
+        captured = self._captured.get(tensor.name)
+        value: Array | None = tf.get_static_value(tensor) if captured is None else captured.numpy()
+        return value
 
-    def layer_of(self, op):
-        """Name and class of the layer that an operation belongs to, for a message; or None."""
+    def layer_of(self, op: tf.Operation) -> str | None:
+        """Returns the name and class of an operation's layer, for a message; or None."""
         for part in reversed(op.name.split("/")):
-            # TensorFlow numbers what is called twice.
+            # TensorFlow appends a number to the name of a layer that is called twice.
             for name in (part, re.sub(r"_\d+$", "", part)):
                 if name in self._layers:
                     return f"layer {name!r} ({self._layers[name]})"
         return None
 
-    def user_of(self, op):
-        """The layer that is the first to use what an operation makes, for a message; or None."""
+    def user_of(self, op: tf.Operation) -> str | None:
+        """Returns the first layer that uses an operation's results, for a message; or None."""
         waiting = [op]
         for op in waiting:
             for user in [user for t in op.outputs for user in t.consumers()]:
@@ -125,13 +140,13 @@ class Program:
                     waiting.append(user)
         return None
 
-    def describe(self, op):
+    def describe(self, op: tf.Operation) -> str:
         """Names an operation, its type and its layer, for a message."""
-        return f"operation {op.name!r} ({op.type}) of {self.layer_of(op) or 'no layer'}"
+        return f"operation {op.name!r} ({op.type}) in {self.layer_of(op) or 'no layer'}"
 
 
-def functions_of(op):
-    """The graphs of the functions that an operation calls: branches, bodies and conditions."""
+def functions_of(op: tf.Operation) -> list[FuncGraph]:
+    """Returns the graphs of the functions that an operation calls: branches, bodies, conditions."""
     names = []
     for attribute in op.op_def.attr:
         if attribute.type == "func":
@@ -141,21 +156,21 @@ def functions_of(op):
     return [_function(op, name) for name in names if name]
 
 
-def function_of(op, attribute):
-    """The graph of the function that an attribute of an operation names."""
+def function_of(op: tf.Operation, attribute: str) -> FuncGraph:
+    """Returns the graph of the function in an attribute of an operation."""
     return _function(op, op.get_attr(attribute).name)
 
 
-def _function(op, name):
+def _function(op: tf.Operation, name: str) -> FuncGraph:
     graph = op.graph
-    # Where a function is registered depends on who traced it.
+    # Which of the graphs registers a function depends on who traced it.
     while graph is not None:
         function = graph._get_function(name)
         if function is not None:
             if not hasattr(function, "graph"):
-                # Such as keras.losses.CTC has.
+                # keras.losses.CTC calls such a function.
                 raise errors.UnsupportedModelError(
-                    "Functions of TensorFlow's old kind (Defun) cannot be looked into. Received: "
+                    "TensorFlow's legacy functions (Defun) cannot be inspected. Received: "
                     f"{name!r} in operation {op.name!r} ({op.type})."
                 )
             return function.graph
@@ -163,40 +178,40 @@ def _function(op, name):
     raise LookupError(f"Function {name!r} is not in the graph.")
 
 
-def living(graph):
-    """What results or effects of a graph depend on, in order; TensorFlow drops the rest."""
+def living(graph: FuncGraph) -> list[tf.Operation]:
+    """Returns the operations that results or effects depend on, in order.
+
+    TensorFlow drops the others.
+    """
     wanted = [t.op for t in graph.outputs] + list(graph.control_outputs)
-    living = set()
+    found = set()
     while wanted:
         op = wanted.pop()
-        if op not in living:
-            living.add(op)
+        if op not in found:
+            found.add(op)
             wanted += [t.op for t in op.inputs] + list(op.control_inputs)
-    return [op for op in graph.get_operations() if op in living]
+    return [op for op in graph.get_operations() if op in found]
 
 
-def trace(model, share):
-    """Traces one update of a model, as each core of its strategy does it.
+def trace(model: keras.Model, share: _types.Structure) -> Program:
+    """Traces one update of a model, as each core of its strategy runs it.
 
     Args:
-        model: compiled model, made in the scope of a `TPUStrategy`.
-        share: structure of `tf.TensorSpec`: what a core is given of a batch.
-
-    Returns:
-        A `Program`.
+        model: A compiled model, made in the scope of a `TPUStrategy`.
+        share: Structure of `tf.TensorSpec` of the part of the batch that a core gets.
     """
     strategy = model.distribute_strategy
     model.check_train_step()
     with strategy.scope():
         _keras.building.build_for(model, _keras.padding.data_of(share))
-        # No variable can be made while a TPU's program is traced.
+        # No variable can be created while a TPU's program is traced.
         model.optimizer.build(model.trainable_variables)
 
     train_step = model._checked_train_step()
 
-    @tf.function(autograph=False)
-    def update(*data):
-        # Values that are no one replica's are given to each.
+    @tf.function(autograph=False)  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+    def update(*data: tf.Tensor) -> _types.Structure:
+        # Every replica gets a value that does not belong to one replica.
         return strategy.run(train_step, args=(keras.tree.pack_sequence_as(share, data),))
 
     specs = keras.tree.flatten(share)
@@ -207,13 +222,13 @@ def trace(model, share):
         concrete.graph,
         layers=_keras.layers.all_layers(model),
         variables=_variables(model),
-        # As TensorFlow flattens a dictionary.
+        # TensorFlow flattens a dictionary in this order.
         logs=sorted(logs) if isinstance(logs, dict) else (),
     )
 
 
-def _variables(model):
-    """All variables of a model that an update may use."""
+def _variables(model: keras.Model) -> list[_types.KerasVariable]:
+    """Returns all variables of a model that an update may use."""
     states = [s for s in (model.loss_scale_state, model.noise_scale_state) if s is not None]
     own = [v for s in states for v in s.variables()]
     return [*model.variables, *model.optimizer.variables, *model.metrics_variables, *own]

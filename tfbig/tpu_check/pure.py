@@ -1,20 +1,29 @@
-"""The program of a core as a function without variables: they are arguments, and results.
+"""A core's program as a function without variables: they are arguments and results instead.
 
-TensorFlow lowers a program for a TPU that is not there only if it is one. So its operations are
-copied, one after the other: what reads a variable gets the value that it has by then, what
-assigns one changes that value, and loops and conditionals hand such values in and out.
+TensorFlow can only lower a program for an absent TPU if the program is such a function. So this
+module copies its operations one by one: reading a variable gives the value that it has at that
+point, assigning to it changes that value, and loops and conditionals carry such values in and out.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
 from tfbig import errors
 from tfbig.tpu_check import conversion
+from tfbig.tpu_check._types import Array
 from tfbig.tpu_check.differences import COLLECTIVES
+from tfbig.tpu_check.program import Program
 
 __all__ = ("Argument", "PureFunction", "Result")
+
+# A program between its exchanges: it yields each exchange and its inputs, is sent the exchange's
+# outputs, and returns the program's results.
+Steps: TypeAlias = Generator[
+    tuple[tf.Operation, list[conversion.Value]], list[conversion.Value] | None, list[tf.Tensor]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +31,19 @@ class Argument:
     """An argument of a core's program.
 
     Attributes:
-        name: str, path of the variable, or what TensorFlow calls the input.
-        kind: "data"; "variable"; or "core", what is the same in each update and differs between
-            the cores, such as their numbers.
-        spec: `tf.TensorSpec`, of one core.
-        values: list of arrays, one for each core: the initial values of a variable. None for
-            data, and for a variable that is none of the model's.
-        index: int, of data: which part of the batch. None for the rest.
+        name: Path of the variable, or TensorFlow's name of the input.
+        kind: "data"; "variable"; or "core", a value that is the same in every update and differs
+            between the cores, such as a core's number.
+        spec: Shape and dtype on one core.
+        values: One array per core: the initial values of a variable. None for data, and for a
+            variable that does not belong to the model.
+        index: For data, which part of the batch it is. None for the rest.
     """
 
     name: str
     kind: str
     spec: tf.TensorSpec
-    values: list | None = None
+    values: list[Array] | None = None
     index: int | None = None
 
 
@@ -43,8 +52,8 @@ class Result:
     """A result of a core's program.
 
     Attributes:
-        name: str, path of the variable, or name of the value in the logs.
-        argument: int, index of the argument that it replaces in the next update; None for logs.
+        name: Path of the variable, or name of the value in the logs.
+        argument: Index of the argument that it replaces in the next update; None for logs.
     """
 
     name: str
@@ -52,17 +61,17 @@ class Result:
 
 
 class PureFunction:
-    """The program of a core, from values to values.
+    """A core's program, from values to values.
 
     Args:
-        program: `Program`.
+        program: The program.
 
     Attributes:
-        arguments: list of `Argument`.
-        results: list of `Result`: what is logged, then the variables that are assigned.
+        arguments: The arguments, in order.
+        results: The logged values, then the variables that are assigned.
     """
 
-    def __init__(self, program):
+    def __init__(self, program: Program) -> None:
         self.arguments = [_argument(program, op) for op in program.inputs]
         self._program = program
         self._inputs = [op.outputs[0] for op in program.inputs]
@@ -73,14 +82,14 @@ class PureFunction:
         self.results = [Result(name, None) for name in program.logs]
         self.results += [Result(self.arguments[i].name, i) for i in self._assigned]
 
-    def __call__(self, *values):
+    def __call__(self, *values: tf.Tensor) -> list[tf.Tensor]:
         """Adds the program's operations to the current graph.
 
         Args:
-            *values: tensors, one for each argument.
+            *values: One tensor per argument.
 
         Returns:
-            List of tensors, one for each result.
+            One tensor per result.
         """
         steps = self.steps(*values)
         try:
@@ -88,29 +97,30 @@ class PureFunction:
             while True:
                 op, inputs = steps.send(conversion.copied(op, inputs))
         except StopIteration as done:
-            return done.value
+            results: list[tf.Tensor] = done.value
+            return results
 
-    def together(self, copies):
-        """The programs of all cores in one graph, where exchanges are sums of what each gives.
+    def together(self, copies: Sequence[Sequence[tf.Tensor]]) -> list[list[tf.Tensor]]:
+        """Adds the programs of all cores to one graph, in which an exchange is a sum.
 
         Args:
-            copies: list of lists of tensors: the arguments of each core.
+            copies: The arguments of each core.
 
         Returns:
-            List of lists of tensors: the results of each core.
+            The results of each core.
 
         Raises:
-            UnsupportedModelError: If the cores exchange something else than sums, or inside of
-                a loop or a conditional.
+            UnsupportedModelError: If the cores exchange anything but sums, or exchange inside a
+                loop or a conditional.
         """
         for place in self._program.places:
             if place.op.type in COLLECTIVES and place.enclosing:
                 raise errors.UnsupportedModelError(
-                    "Only what is exchanged outside of loops and conditionals can be imitated. "
+                    "Only exchanges outside loops and conditionals can be simulated. "
                     f"Received: {self._program.describe(place.op)}."
                 )
         cores = [self.steps(*values) for values in copies]
-        sent: list[Any] = [None] * len(cores)
+        sent: list[list[conversion.Value] | None] = [None] * len(cores)
         while True:
             waiting, results = [], []
             for core, value in zip(cores, sent, strict=True):
@@ -123,15 +133,22 @@ class PureFunction:
             op = waiting[0][0]
             if op.type != "CrossReplicaSum":
                 raise errors.UnsupportedModelError(
-                    f"Only sums can be imitated. Received: {self._program.describe(op)}."
+                    f"Only sums can be simulated. Received: {self._program.describe(op)}."
                 )
             total = tf.add_n([inputs[0] for _, inputs in waiting])
             sent = [[total]] * len(cores)
 
-    def steps(self, *values):
-        """A generator that yields each exchange and its inputs, is sent its outputs, and returns
-        the results: the program between its exchanges."""
-        known = {}
+    def steps(self, *values: tf.Tensor) -> Steps:
+        """Runs the program up to each exchange, which it leaves to the caller.
+
+        Args:
+            *values: One tensor per argument.
+
+        Returns:
+            A generator that yields each exchange and its inputs, is sent the exchange's outputs,
+            and returns the results.
+        """
+        known: dict[str, conversion.Value] = {}
         for tensor, value in zip(self._inputs, values, strict=True):
             is_variable = tensor.dtype == tf.resource
             known[tensor.name] = conversion.Variable(value) if is_variable else value
@@ -140,30 +157,31 @@ class PureFunction:
             outputs = (
                 (yield op, inputs) if op.type in COLLECTIVES else conversion.converted(op, inputs)
             )
-            known.update(zip((t.name for t in op.outputs), outputs, strict=True))
+            known.update(zip((t.name for t in op.outputs), outputs or (), strict=True))
         variables = [known[self._inputs[i].name].value for i in self._assigned]
         return [conversion.value_of(t, known) for t in self._logged] + variables
 
 
-def _argument(program, op):
-    """The argument that an input of a program becomes."""
+def _argument(program: Program, op: tf.Operation) -> Argument:
+    """Returns the argument that an input of a program becomes."""
     tensor = op.outputs[0]
     if tensor.dtype == tf.resource:
-        return _argument_of_variable(program, op)
+        return _variable_argument(program, op)
     source = op.inputs[0]
     spec = tf.TensorSpec(tensor.shape, tensor.dtype)
     if source.name in program.data:
         return Argument(source.op.name, "data", spec, index=program.data.index(source.name))
-    values = [program.constant(t) for t in op.inputs]
-    if any(v is None for v in values):
+    constants = [program.constant(t) for t in op.inputs]
+    values = [v for v in constants if v is not None]
+    if len(values) < len(constants):
         raise errors.UnsupportedModelError(
-            "What cores are given besides data and variables must be known before the program "
-            f"runs. Received: {program.describe(source.op)}."
+            "The inputs of a core, other than data and variables, must be known before the "
+            f"program runs. Received: {program.describe(source.op)}."
         )
     return Argument(op.name, "core", spec, values)
 
 
-def _argument_of_variable(program, op):
+def _variable_argument(program: Program, op: tf.Operation) -> Argument:
     variable = program.variable_of(op)
     if variable is not None:
         copies = tf.distribute.get_strategy().experimental_local_results(variable.value)

@@ -1,4 +1,4 @@
-"""A TPU slice: so many chips of a kind, in a grid."""
+"""A TPU slice: chips of one kind, connected in a grid."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ __all__ = ("CHIPS", "Slice")
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU chip. To TensorFlow each is one core.
+    """A kind of TPU chip. TensorFlow sees each chip as one core.
 
     Attributes:
-        name: str, as in names of topologies.
-        hbm: int, bytes of its memory.
-        dimensions: int, of the grid in which chips are connected.
-        source: str, address of the page that says so.
+        name: As in the names of topologies.
+        hbm: Bytes of its memory.
+        dimensions: Number of dimensions of the grid that connects the chips.
+        source: Address of the page that documents it.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # The pages say GB. Read as powers of ten, no more is promised than there is.
+        # The pages say GB. Powers of ten promise no more than there is.
         Chip("v5e", 16 * 10**9, 2, "https://cloud.google.com/tpu/docs/v5e"),
         Chip("v5p", 95 * 10**9, 3, "https://cloud.google.com/tpu/docs/v5p"),
         Chip("v6e", 32 * 10**9, 2, "https://cloud.google.com/tpu/docs/v6e"),
@@ -39,22 +39,22 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips of a kind, in a grid.
+    """Chips of one kind, connected in a grid.
 
     Attributes:
-        chip: `Chip`.
-        shape: tuple of ints, chips along each dimension.
+        chip: The kind of chip.
+        shape: Number of chips along each dimension.
     """
 
     chip: Chip
-    shape: tuple
+    shape: tuple[int, ...]
 
     @classmethod
-    def parse(cls, name):
-        """The slice of a name such as "v5e:2x2" or "v5p:2x2x1".
+    def parse(cls, name: str) -> "Slice":
+        """Returns the slice with a name such as "v5e:2x2" or "v5p:2x2x1".
 
         Raises:
-            InvalidOptionError: If there is none of this name.
+            InvalidOptionError: If there is no such slice.
 
         Example:
 
@@ -62,7 +62,7 @@ class Slice:
         8
         """
         match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", str(name))
-        chip = match and CHIPS.get(match[1])
+        chip = CHIPS.get(match[1]) if match else None
         shape = tuple(map(int, match[2].split("x"))) if match else ()
         if not chip or len(shape) != chip.dimensions or not all(shape):
             examples = ", ".join(f"{c.name}:{'x'.join('2' * c.dimensions)}" for c in CHIPS.values())
@@ -72,14 +72,14 @@ class Slice:
         return cls(chip, shape)
 
     @property
-    def cores(self):
-        """int, how many cores there are."""
+    def cores(self) -> int:
+        """The number of cores."""
         return math.prod(self.shape)
 
     @property
-    def mesh_shape(self):
-        """The four numbers of a `tf.tpu.experimental.Topology`: x, y, z, cores of a chip."""
+    def mesh_shape(self) -> tuple[int, ...]:
+        """The numbers of a `tf.tpu.experimental.Topology`: x, y, z, cores per chip."""
         return (*self.shape, *(1,) * (3 - len(self.shape)), 1)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"

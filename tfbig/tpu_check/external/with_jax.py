@@ -1,29 +1,31 @@
-"""Compiles a lowered program for TPUs that are not there, or runs it on the CPU.
+"""Compiles a lowered program for absent TPUs, or runs it on the CPU.
 
     with_jax.py compile DIRECTORY TOPOLOGY CORES
     with_jax.py run DIRECTORY CORES INPUTS OUTPUTS
 
-To be run where JAX and libtpu are installed. Reads `module.bin` and `signature.json` in the
-directory. `compile` writes `optimized.hlo` and `memory.json`. `run` reads the arguments of all
-cores from INPUTS, an .npz file of arrays `(cores, ...)` named by index, and writes the results
-into OUTPUTS.
+Runs where JAX and libtpu are installed. Reads `module.bin` and `signature.json` in the directory.
+`compile` writes `optimized.hlo` and `memory.json`. `run` reads the arguments of all cores from
+INPUTS, an .npz file of arrays of shape `(cores, ...)` named by index, and writes the results to
+OUTPUTS in the same form.
 """
 
 import json
 import os
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 # Before JAX starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_X64"] = "1"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # There is no machine of Google's to be asked.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # There is no Google Cloud machine to ask.
 if sys.argv[1] == "run":
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[3]}"
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from jax._src import compiler
 from jax._src.interpreters import mlir
 from jax._src.lib import xla_client
@@ -31,15 +33,23 @@ from jax._src.lib.mlir import ir
 from jax.experimental import topologies
 from jax.extend.mlir.dialects import stablehlo
 
+# `Any`: JAX is installed where this program runs, not where mypy does, and these are private.
+Module: TypeAlias = Any
+Device: TypeAlias = Any
+CompileOptions: TypeAlias = Any
 
-def read_module(directory):
+# `Any`: of any dtype.
+Array: TypeAlias = npt.NDArray[Any]
+
+
+def read_module(directory: pathlib.Path) -> Module:
     return stablehlo.deserialize_portable_artifact(
         ir.Context.current, (directory / "module.bin").read_bytes()
     )
 
 
-def donate(module, signature):
-    """Has variables overwritten by what is assigned to them, as TensorFlow does on TPUs."""
+def donate(module: Module, signature: Mapping[str, Any]) -> None:  # `Any`: of JSON.
+    """Lets assignments overwrite variables, as TensorFlow does on TPUs."""
     (main,) = (
         op for op in module.body.operations if getattr(op, "name", None) and op.name.value == "main"
     )
@@ -52,8 +62,8 @@ def donate(module, signature):
     main.arg_attrs = ir.ArrayAttr.get(attributes)
 
 
-def options_for(devices):
-    """One program, a replica of it on each device, and nothing partitioned."""
+def options_for(devices: Sequence[Device]) -> CompileOptions:
+    """Returns options for one program with a replica on each device, and no partitioning."""
     options = compiler.get_compile_options(
         len(devices), 1, device_assignment=[device.id for device in devices]
     )
@@ -62,9 +72,9 @@ def options_for(devices):
     return options
 
 
-def compile_module(directory, topology, cores):
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    devices = described.devices[: int(cores)]
+def compile_module(directory: pathlib.Path, topology: str, cores: str) -> None:
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    devices = description.devices[: int(cores)]
     signature = json.loads((directory / "signature.json").read_text())
     with mlir.make_ir_context():
         module = read_module(directory)
@@ -86,7 +96,7 @@ def compile_module(directory, topology, cores):
     (directory / "memory.json").write_text(json.dumps(sizes))
 
 
-def run_module(directory, cores, inputs, outputs):
+def run_module(directory: pathlib.Path, cores: str, inputs: str, outputs: str) -> None:
     devices = jax.devices("cpu")[: int(cores)]
     with mlir.make_ir_context():
         executable = devices[0].client.compile_and_load(
@@ -94,26 +104,27 @@ def run_module(directory, cores, inputs, outputs):
             executable_devices=xla_client.DeviceList(tuple(devices)),
             compile_options=options_for(devices),
         )
-    # Said to be the same everywhere, which nobody looks at: each device has an array of its own.
+    # JAX is told that the arrays are replicated, and does not check: each device has its own.
     mesh = jax.sharding.Mesh(devices, ["cores"])
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def on_devices(values):
+    def on_devices(values: Array) -> jax.Array:
         copies = [jax.device_put(v, d) for v, d in zip(values, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(copies[0].shape, everywhere, copies)
 
-    def known(array):
-        # A file of numpy forgets what bfloat16 is, the one kind that numpy does not know here.
+    def with_dtype(array: Array) -> Array:
+        # A numpy file loses the dtype bfloat16, the only one here that numpy lacks.
         return array.view(jax.numpy.bfloat16) if array.dtype.kind == "V" else array
 
-    given = np.load(inputs)
-    arguments = [on_devices(known(given[str(i)])) for i in range(len(given.files))]
+    stored = np.load(inputs)
+    arguments = [on_devices(with_dtype(stored[str(i)])) for i in range(len(stored.files))]
     results = executable.execute_sharded(arguments).disassemble_into_single_device_arrays()
+    # `Any`: `savez` has other keyword arguments, too.
     arrays: dict[str, Any] = {str(i): np.stack(copies) for i, copies in enumerate(results)}
     np.savez(outputs, **arrays)
 
 
-def main(command, directory, *arguments):
+def main(command: str, directory: str, *arguments: str) -> None:
     if command == "compile":
         compile_module(pathlib.Path(directory), *arguments)
     else:
