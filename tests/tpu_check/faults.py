@@ -1,4 +1,4 @@
-"""Faults of an exchange, planted in tests of what finds them."""
+"""Faults in an exchange, planted to test that the checks find them."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from tfbig._update import exchange
 
 
 def changed_exchange(monkeypatch, change):
-    """Replaces what `exchange.exchange` returns by `change(share, batch)` of it."""
+    """Replaces the result `batch` of `exchange.exchange` with `change(share, batch)`."""
     original = exchange.exchange
 
     def changed(share, *args):
@@ -16,7 +16,7 @@ def changed_exchange(monkeypatch, change):
 
 
 def double_sum(monkeypatch):
-    """Gradients are summed once more."""
+    """Sums gradients a second time."""
 
     def again(share, batch):
         return dataclasses.replace(batch, gradients=exchange.all_reduce_sum(batch.gradients))

@@ -1,4 +1,4 @@
-"""`python -m tfbig.tpu_check`, as a user calls it."""
+"""`python -m tfbig.tpu_check`, as users call it."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def directory(tmp_path, monkeypatch):
     (tmp_path / "my_model.py").write_text(MODEL)
     (tmp_path / "broken.py").write_text("import no_such_module")
     monkeypatch.chdir(tmp_path)
-    # What naming a file adds is taken back.
+    # Undoes what loading a file adds.
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
     for name in ("my_model", "broken"):
@@ -83,7 +83,7 @@ def run(directory, capsys):
 
 
 def rows(output):
-    """The lines of the report by their first word."""
+    """Returns the lines of the report by their titles."""
     return {line[:10].strip(): line[10:] for line in output.splitlines()}
 
 
@@ -101,16 +101,16 @@ def test_report(run):
     assert report["traced"].endswith("Nothing was compiled or run")
     assert "runs on" not in out
     assert report["checks"] == "passed"
-    # Gradients of 90 numbers, five scalars.
+    # The gradients of 90 numbers, and five scalars.
     assert report["exchange"] == "3 CrossReplicaSum, 380 B from each core per update"
     assert report["memory"] == "model variables          360 B (90 numbers)"
-    # Two moments of 90 numbers; iterations, int64; the learning rate.
+    # Two moments of 90 numbers; `iterations`, an int64; the learning rate.
     assert "optimizer                732 B" in out
     assert "of 16 GB of HBM" in out
     assert "https://cloud.google.com/tpu/docs/v5e" in out
 
 
-def test_a_fault_is_told_with_its_layer(run):
+def test_a_fault_is_reported_with_its_layer(run):
     code, out, _ = run("my_model.py:python", "--batch_size=64")
     assert code == 1
     assert rows(out)["checks"] == "1 failed"
@@ -166,7 +166,7 @@ def test_shapes_of_a_sample(run):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_wrong_arguments_get_one_line(run, arguments, code, text):
+def test_invalid_arguments_give_one_line(run, arguments, code, text):
     got, out, err = run(*arguments)
     assert (got, out) == (code, "")
     assert text in err
@@ -174,7 +174,7 @@ def test_wrong_arguments_get_one_line(run, arguments, code, text):
     assert err.count("\n") == 1
 
 
-def test_run_of_what_was_traced(run):
+def test_running_the_traced_program(run):
     code, out, _ = run("my_model.py:build", "--batch_size=16", "--run=traced",
                        "--gradient_accumulation_steps=2")  # fmt: skip
     assert code == 0
@@ -185,7 +185,7 @@ def test_run_of_what_was_traced(run):
     assert "all cores skip the update, weights unchanged bit for bit" in out
 
 
-def test_what_cannot_be_compared_is_not_right(run):
+def test_an_impossible_comparison_is_not_correct(run):
     code, out, _ = run("my_model.py:noisy", "--batch_size=16", "--run=traced",
                        "--gradient_accumulation_steps=2")  # fmt: skip
     assert code == 1
@@ -193,18 +193,18 @@ def test_what_cannot_be_compared_is_not_right(run):
     assert "correct" not in out
 
 
-def test_a_run_that_fails_is_one_line(run):
+def test_a_failing_run_gives_one_line(run):
     code, out, _ = run("my_model.py:strict", "--batch_size=16", "--run=traced")
     assert code == 1
     assert rows(out)["checks"] == "passed"
     assert rows(out)["run"].startswith("failed: InvalidArgumentError: ")
 
 
-def test_an_environment_that_cannot_be_made(run, directory):
+def test_an_environment_that_cannot_be_created(run, directory):
     code, out, err = run("my_model.py:build", "--batch_size=16", "--compile",
                          f"--environments={directory / 'broken.py'}")  # fmt: skip
     assert code == 1
-    # What was found before is told.
+    # Earlier results are still reported.
     assert rows(out)["checks"] == "passed"
     assert "broken.py cannot be created" in err
 
@@ -216,7 +216,7 @@ def test_help(run):
     assert "Exit code" in out
 
 
-def test_as_a_program_of_more_cores_than_there_are_devices(directory):
+def test_a_process_makes_as_many_devices_as_cores(directory):
     command = [sys.executable, "-m", "tfbig.tpu_check", "--topology=v6e:2x4", "my_model.py:build"]
     result = subprocess.run(
         [*command, "--batch_size=64"],

@@ -1,4 +1,4 @@
-"""What the compiler for TPUs says: how it is read, asked for, and told. Nothing is compiled."""
+"""The TPU compiler's output: requesting, parsing and reporting it. Nothing is compiled."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tfbig.tpu_check import environments, hlo, lowering, report
 
 SLICE = tpu_check.Slice.parse("v5e:2x2")
 
-# As XLA prints it, shortened.
+# XLA's format, abridged.
 HLO = """HloModule a, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %region_0.1 (a: f32[], b: f32[]) -> f32[] {
@@ -54,7 +54,7 @@ ENTRY %main.7 (x: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_and_where_they_stand():
+def test_collectives_and_their_positions():
     found = {c.name: c for c in hlo.collectives(HLO)}
     assert sorted(found) == ["all-gather-start.1", "all-reduce.1", "all-reduce.3"]
     one = found["all-reduce.1"]
@@ -73,7 +73,7 @@ def test_collectives_and_where_they_stand():
         ("f32[2]{0} all-reduce-start(", 1, 8),
     ],
 )
-def test_operands_of_what_begins_are_not_counted(instruction, arrays, size):
+def test_operands_of_asynchronous_collectives_are_not_counted(instruction, arrays, size):
     (found,) = hlo.collectives(f"ENTRY %main (x: f32[2]) -> f32[2] {{\n  %a = {instruction}%x)\n}}")
     assert (found.arrays, found.bytes) == (arrays, size)
 
@@ -83,12 +83,12 @@ def memory(**sizes):
     return lowering.Memory(**sizes)
 
 
-def test_memory_that_results_share_with_arguments_is_counted_once():
+def test_memory_shared_by_results_and_arguments_counts_once():
     sizes = memory(arguments=10, results=7, shared=6, temporaries=100, code=1000)
     assert sizes.total == 1111
 
 
-def test_report_of_what_was_compiled():
+def test_report_of_a_compiled_program():
     outcome = lowering.Compiled(
         None,
         memory(arguments=2 * 10**9, temporaries=6 * 10**9),
@@ -109,7 +109,7 @@ def test_an_exchange_in_a_loop_is_an_error():
     assert "is inside a conditional" in "\n".join(report.compiled(outcome, SLICE))
 
 
-def test_report_of_what_was_refused():
+def test_report_of_a_rejected_program():
     outcome = lowering.Compiled("UNIMPLEMENTED: no such thing")
     assert outcome.errors() == ["the compiler rejects it: UNIMPLEMENTED: no such thing"]
     (line,) = report.compiled(outcome, SLICE)
@@ -121,7 +121,7 @@ def test_report_of_what_was_refused():
     [(0, 64, None), (1, 64, 1), (7, 64, 4), (64, 64, 64), (999, 48, 48), (40, 48, 32), (1, 1, 1)],
 )
 def test_the_largest_micro_batch_that_fits(limit, share, largest):
-    """Each sample takes a part of the memory; above twice the limit the compiler refuses."""
+    """Memory grows with samples; the compiler rejects more than twice the limit."""
 
     def compiled_with(size):
         tried.append(size)
@@ -137,15 +137,15 @@ def test_the_largest_micro_batch_that_fits(limit, share, largest):
     assert len(tried) == len(set(tried)) <= 3
     text = "\n".join(report.largest(found, share, SLICE))
     assert (f"up to {largest}," if largest else "no micro-batch") in text
-    # What is known is not compiled again.
+    # Known sizes are not compiled again.
     before = len(tried)
     lowering.largest_that_fits(compiled_with, share, SLICE, found)
     assert len(tried) == before
 
 
 @pytest.mark.parametrize(("known", "limit", "largest"), [(24, 30, 16), (128, 64, 64)])
-def test_what_is_known_is_told_as_what_was_tried(known, limit, largest):
-    """A size between those that are tried is left out; one above the share is the share."""
+def test_known_sizes_are_reported_like_tried_ones(known, limit, largest):
+    """A known size that is no candidate is left out; one above the share counts as the share."""
 
     def compiled_with(size):
         tried.append(size)
@@ -161,11 +161,11 @@ def test_what_is_known_is_told_as_what_was_tried(known, limit, largest):
 
 @pytest.fixture
 def external(tmp_path, monkeypatch):
-    """A function that runs a program, given as text, as one of another environment."""
+    """Returns a function that runs the text of a program as if in another environment."""
     monkeypatch.setattr(environments, "_EXTERNAL", tmp_path)
     monkeypatch.setattr(environments.Environments, "python", lambda self, program: sys.executable)
     monkeypatch.setattr(environments.time, "sleep", lambda seconds: None)
-    # The locks of this test are not those of another.
+    # No other test shares this test's locks.
     monkeypatch.setattr(environments.tempfile, "gettempdir", lambda: str(tmp_path))
 
     def run(text, *arguments, **options):
@@ -175,19 +175,19 @@ def external(tmp_path, monkeypatch):
     return run
 
 
-def test_the_cause_of_a_failure_is_told(external):
+def test_the_cause_of_a_failure_is_reported(external):
     with pytest.raises(environments.ExternalError, match=r"ValueError: no such op 'X'") as caught:
         external("print('noise')\nraise ValueError(\"no such op 'X'\")")
     assert "Traceback" in caught.value.output
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_program_that_hangs_is_ended(external):
+def test_a_hanging_program_is_killed(external):
     with pytest.raises(environments.ExternalError, match="more than 1 s"):
         external("import time; time.sleep(60)", timeout=1)
 
 
-def test_it_is_tried_again_while_libtpu_is_in_use(external, tmp_path):
+def test_retries_while_libtpu_is_in_use(external, tmp_path):
     text = (
         "import pathlib, sys\npath = pathlib.Path(sys.argv[1])\n"
         "path.write_text(path.read_text() + 'x' if path.exists() else 'x')\n"
@@ -198,7 +198,7 @@ def test_it_is_tried_again_while_libtpu_is_in_use(external, tmp_path):
 
 
 @pytest.mark.parametrize("is_in_use", [True, False])
-def test_libtpu_in_use_is_no_refusal(tmp_path, is_in_use):
+def test_libtpu_in_use_is_not_a_rejection(tmp_path, is_in_use):
     class Failing:
         def run(self, *_):
             said = "The TPU is already in use by process 7" if is_in_use else "no such op"
@@ -212,7 +212,7 @@ def test_libtpu_in_use_is_no_refusal(tmp_path, is_in_use):
         assert lowered.compile(SLICE).message == "ABORTED"
 
 
-def test_bfloat16_is_kept_in_files(tmp_path):
+def test_files_preserve_bfloat16(tmp_path):
     class Copying:
         def run(self, program, command, directory, cores, inputs, outputs):
             outputs.write_bytes(inputs.read_bytes())
@@ -223,13 +223,13 @@ def test_bfloat16_is_kept_in_files(tmp_path):
     np.testing.assert_array_equal(got, given)
 
 
-def test_another_failure_is_not_tried_again(external, tmp_path):
+def test_other_failures_are_not_retried(external, tmp_path):
     with pytest.raises(environments.ExternalError):
         external("import sys; open(sys.argv[1], 'a').write('x'); 1 / 0", tmp_path / "tries")
     assert (tmp_path / "tries").read_text() == "x"
 
 
-def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
+def test_an_environment_that_cannot_be_created(tmp_path, monkeypatch):
     def install(command, **_):
         done = "pip" in command
         return subprocess.CompletedProcess(command, done, "", "ERROR: no such version\nhint")
@@ -240,11 +240,11 @@ def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
         environments.UnavailableError, match="cannot be created: ERROR: no such versi"
     ):
         made.python("with_jax")
-    # Nothing is left that a second attempt would take for whole.
+    # A second attempt must not find a partial installation.
     assert not (tmp_path / "new" / "jax").exists()
 
 
-def test_an_environment_is_made_once(tmp_path, monkeypatch):
+def test_an_environment_is_created_once(tmp_path, monkeypatch):
     commands = []
 
     def install(command, **_):
@@ -258,11 +258,11 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     assert made.python("with_jax") == made.python("with_jax") == tmp_path / "jax/bin/python"
     assert len(commands) == 2
     assert "libtpu==0.0.42.1" in commands[1]
-    # Another version: made anew.
+    # A different version is installed anew.
     monkeypatch.setitem(environments.PROGRAMS, "with_jax", ("jax==0.11",))
     made.python("with_jax")
     assert len(commands) == 4
-    # Its interpreter is gone, as after an update of Python.
+    # The interpreter is gone, as after an upgrade of Python.
     (tmp_path / "jax/bin/python").unlink()
     (tmp_path / "jax/bin/python").symlink_to(tmp_path / "none")
     made.python("with_jax")
@@ -275,7 +275,7 @@ def test_an_interpreter_that_does_not_start(tmp_path, external, monkeypatch):
         external("")
 
 
-def test_an_environment_that_is_made_needs_no_lock(tmp_path):
+def test_an_existing_environment_needs_no_lock(tmp_path):
     (tmp_path / "jax/bin").mkdir(parents=True)
     (tmp_path / "jax/bin/python").touch()
     (tmp_path / "jax/installed.txt").write_text("\n".join(environments.PROGRAMS["with_jax"]))
@@ -283,7 +283,7 @@ def test_an_environment_that_is_made_needs_no_lock(tmp_path):
     assert not (tmp_path / "lock").exists()
 
 
-def test_the_lock_of_another_user_is_only_read(external, tmp_path, monkeypatch):
+def test_another_user_s_lock_is_only_read(external, tmp_path, monkeypatch):
     lock, opened = tmp_path / "tfbig_tpu_check.lock", os.open
     lock.touch()
 
@@ -303,7 +303,7 @@ def test_a_lock_that_cannot_be_opened(external, tmp_path):
         external("")
 
 
-def test_a_directory_that_cannot_be_made(tmp_path):
+def test_a_directory_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.TfbigError, match="cannot be created"):
         environments.Environments(tmp_path / "file" / "new").python("with_jax")

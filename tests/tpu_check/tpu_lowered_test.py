@@ -1,6 +1,6 @@
 """Updates lowered by TensorFlow's kernels for TPUs, compiled by libtpu, and run on the CPU.
 
-The environments are those that a user's `tpu_check` makes, in the same place.
+It uses the environments that `tpu_check` creates for users.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from tfbig import tpu_check
 from tfbig.tpu_check import __main__ as tpu_check_command
 from tfbig.tpu_check import environments, lowering, numbers
 
-# Compiling takes half a minute where nothing else runs.
+# Compiling takes half a minute on an idle machine.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MODELS = ("cnn", "decoder")
@@ -25,7 +25,7 @@ UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @pytest.fixture(scope="module")
 def made():
-    """The environments; where they cannot be had, the test is skipped and says why."""
+    """Returns the environments; skips the test, with a reason, if they cannot be created."""
     found = environments.Environments(tpu_check_command._ENVIRONMENTS.default)
     try:
         for program in environments.PROGRAMS:
@@ -48,7 +48,7 @@ def check(made):
 
 
 def size(text, name):
-    """The bytes that a report tells after a word."""
+    """Returns the bytes that a report gives after a word."""
     number, unit = re.search(rf"{name} ([\d.]+) (\w+)", text).groups()
     return float(number) * UNITS[unit]
 
@@ -64,8 +64,8 @@ def test_one_exchange_is_compiled(check, model, topology):
     assert "is inside a" not in out
 
 
-# Micro-batches of which activations are many times the 128 MB of fast memory, which temporaries
-# leave out; and how many bytes of data a sample has, as one copy of the data is made.
+# Micro-batches whose activations are many times the 128 MB of fast memory, which temporaries
+# exclude; and the bytes of data per sample, because the program copies the data once.
 @pytest.mark.parametrize(("model", "micro_batch", "data"), [("decoder", 32, 0), ("cnn", 8192, 256)])
 def test_temporaries_are_those_of_a_micro_batch(check, model, micro_batch, data):
     def temporaries(steps, micro_batch):
@@ -76,7 +76,7 @@ def test_temporaries_are_those_of_a_micro_batch(check, model, micro_batch, data)
         return size(out, "temporaries")
 
     found = {k: temporaries(k, micro_batch) - k * micro_batch * data for k in (2, 8, 32)}
-    # What is left of the data, tokens, is small.
+    # The remaining data, tokens, are small.
     assert found[8] == pytest.approx(found[2], rel=0.05)
     assert found[32] == pytest.approx(found[2], rel=0.05)
     # The control: eight micro-batches at once.
@@ -113,7 +113,7 @@ def test_a_wrong_number_is_found(made, tmp_path, monkeypatch, fault):
     assert bool(found.apart) == (fault == "no_exchange")
 
 
-def test_an_exchange_in_the_loop_is_found_in_what_was_compiled(made, tmp_path):
+def test_an_exchange_in_the_loop_is_found_in_the_compiled_program(made, tmp_path):
     inner = (lambda: layers.Dense(8, "tanh"), lambda: tpu_numbers_test.Centred(name="own"))
     model, batch = tpu_numbers_test.built(tpu_numbers_test.build(inner))
     outcome = lowered(model, batch, made, tmp_path).compile(tpu_check.Slice.parse("v5e:2x2"))

@@ -1,4 +1,4 @@
-"""An update of four cores, imitated in one graph, beside the whole batch; planted faults."""
+"""An update by four cores, simulated in one graph, against the whole batch; planted faults."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ def strategy():
 
 
 def build(inner=(), inputs=((6,), "float32"), loss="mse"):
-    """A function that makes a compiled Keras model; `inner` are functions that make layers."""
+    """Returns a function that makes a compiled model; `inner` are functions that make layers."""
 
     def make():
         shape, dtype = inputs
@@ -46,7 +46,7 @@ def imitate(model, batch, *several):
 
 
 def built(make, **options):
-    """An extended model, made for four cores, and its batch."""
+    """Returns an extended model for four cores, and its batch."""
     options = options or {"gradient_accumulation_steps": 4}
     return build_function.build_model(make, strategy(), BATCH, options)
 
@@ -61,11 +61,11 @@ def compared(make, run=imitate):
 
 
 class Centred(layers.Layer):
-    """Takes the mean over the cores from each sample, so exchanges in each forward pass."""
+    """Subtracts the mean over the cores, so that it exchanges in every forward pass."""
 
     def call(self, x):
         context = tf.distribute.get_replica_context()
-        # There is none while Keras builds the model.
+        # There is no replica context while Keras builds the model.
         return x - (context.all_reduce("MEAN", x) if context else x)
 
     def compute_output_shape(self, shape):
@@ -94,10 +94,10 @@ DENSE = (lambda: layers.Dense(8, "tanh"),)
     ],
     ids=["dense", "state", "noise", "regularized", "tokens", "images"],
 )
-def test_an_update_of_all_cores_is_that_of_the_whole_batch(make):
+def test_an_update_by_all_cores_equals_that_of_the_whole_batch(make):
     found = compared(make)
     assert found.is_right, found
-    assert found.differences[0].size < 1e-5  # Rounding of float32, of changes near 1.
+    assert found.differences[0].size < 1e-5  # Rounding in float32 of changes near 1.
     assert (found.apart, found.skipped, found.random) == ([], [], [])
 
 
@@ -130,7 +130,7 @@ def test_a_wrong_number_is_found(monkeypatch, fault):
     FAULTS[fault](monkeypatch)
     found = compared(build(DENSE))
     assert not found.is_right
-    # No rounding: of the update, a multiple or a part.
+    # Not rounding, but a multiple or a fraction of the update.
     assert found.differences[0].size > 0.1
     assert bool(found.apart) == (fault == "no_exchange")
 
@@ -149,7 +149,7 @@ def test_cores_that_decide_for_themselves_are_found(monkeypatch):
     assert any("skipped updates of the cores: [0, 0, 0, 1]" in line for line in found.skipped)
 
 
-def test_an_update_that_is_left_out_without_cause_is_found(monkeypatch):
+def test_an_update_skipped_without_cause_is_found(monkeypatch):
     monkeypatch.setattr(apply, "_finite_flags", lambda gradients: tf.zeros(len(gradients), bool))
     found = compared(build(DENSE))
     assert found.differences[0].size < 1e-5
@@ -157,7 +157,7 @@ def test_an_update_that_is_left_out_without_cause_is_found(monkeypatch):
     assert "without NaN" in found.skipped[0]
 
 
-def test_a_weight_that_is_nan_is_found_where_nothing_is_skipped(monkeypatch):
+def test_a_nan_weight_is_found_if_nothing_is_skipped(monkeypatch):
     monkeypatch.setattr(apply, "_finite_flags", lambda gradients: tf.ones(len(gradients), bool))
     found = compared(build(DENSE))
     assert found.differences[0].size < 1e-5
@@ -165,12 +165,12 @@ def test_a_weight_that_is_nan_is_found_where_nothing_is_skipped(monkeypatch):
     assert any("kernel has changed" in line for line in found.skipped)
 
 
-def test_a_layer_that_exchanges_in_the_loop_cannot_be_imitated():
+def test_a_layer_that_exchanges_in_the_loop_cannot_be_simulated():
     with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"layer 'own' \(Centred\)"):
         compared(build((lambda: Centred(name="own"),)))
 
 
-def test_what_random_numbers_make_different_is_said():
+def test_differences_by_random_numbers_are_reported():
     class Noisy(layers.Layer):
         def __init__(self):
             super().__init__(name="noisy")
@@ -182,11 +182,11 @@ def test_what_random_numbers_make_different_is_said():
     found = compared(build((Noisy,)))
     assert found.random == ["Noisy 'noisy'"]
     assert found.differences[0].size > 1e-3
-    # Nothing that could be told.
+    # Neither can be claimed.
     assert (found.is_right, found.is_wrong) == (False, False)
     first, *_ = report.compared(found, "traced", CORES)
     assert first.startswith("not compared: random numbers of Noisy 'noisy' cannot be turned off")
-    # Random numbers are no reason for this.
+    # Random numbers do not explain this.
     apart = dataclasses.replace(found, apart=["kernel"])
     assert apart.is_wrong
     assert next(report.compared(apart, "traced", CORES)).startswith("WRONG: ")
@@ -239,12 +239,12 @@ def test_arguments_and_results():
     assert logged == ["loss", "loss_scale", "mae", "skipped_updates"]
     assigned = {r.name: r.argument for r in function.results if r.argument is not None}
     assert function.arguments[assigned[kernel.path]].name == kernel.path
-    # Nothing assigns the rate.
+    # Nothing assigns the learning rate.
     assert not any("learning_rate" in name for name in assigned)
     assert {v.path for v in model.trainable_variables} <= set(assigned)
 
 
-def test_a_pure_function_holds_no_variables():
+def test_a_pure_function_has_no_variables():
     model, batch = built(build(DENSE), loss_scale=4.0)
     with strategy().scope():
         function = tpu_check.PureFunction(tpu_check.trace(model, batch.share(CORES)))
@@ -264,7 +264,7 @@ def test_rows_of_a_sample_are_drawn():
     assert len(np.unique(y)) > 1
 
 
-def test_a_sample_of_zeros_says_shapes_alone():
+def test_a_sample_of_zeros_only_gives_shapes():
     sample = (np.zeros((2, 3), "float32"), np.zeros(2, "int32"))
     x, y = tpu_check.Batch.of_sample(sample, BATCH).values()
     assert (x.dtype, y.dtype) == ("float32", "int32")
@@ -272,12 +272,12 @@ def test_a_sample_of_zeros_says_shapes_alone():
     assert set(y) == {0, 1}
 
 
-def test_weights_of_samples_need_targets():
+def test_sample_weights_need_targets():
     assert tpu_check.Batch.of_sample((np.zeros((2, 3), "float32"),), BATCH).weighted() is None
 
 
 @pytest.mark.parametrize(("size", "text"), [(2, "Use 4."), (6, "Use 4 or 8.")])
-def test_a_batch_that_does_not_divide(size, text):
+def test_a_batch_that_the_cores_do_not_divide(size, text):
     batch = tpu_check.Batch.of_sample((np.zeros((2, 3)), np.zeros(2)), size)
     with pytest.raises(tfbig.errors.InvalidOptionError) as caught:
         batch.share(CORES)
@@ -307,7 +307,7 @@ def floating_ids():
 
 
 def buckets():
-    """Makes the same bucket of NaN as of other numbers."""
+    """Puts NaN in the same bucket as other numbers."""
     return keras.Sequential(
         [
             keras.Input((4,)),
@@ -338,7 +338,7 @@ def dictionary():
 
 
 class OwnStep(tfbig.Model):
-    """Unpacks two parts, and does not scale its loss."""
+    """Unpacks exactly two parts, and does not scale its loss."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -415,13 +415,13 @@ def overlap():
         "own_step",
     ],
 )
-def test_what_is_right_is_not_called_wrong(make, has_nan):
+def test_correct_updates_are_not_called_wrong(make, has_nan):
     found = compared(make)
     assert found.is_right, found
     assert (found.skipped is not None) == has_nan
 
 
-def test_a_step_that_would_be_replaced_is_refused():
+def test_a_train_step_that_tfbig_would_replace_is_an_error():
     class Own(keras.Sequential):
         def train_step(self, data):
             return super().train_step(data)
@@ -431,7 +431,7 @@ def test_a_step_that_would_be_replaced_is_refused():
         tpu_check.trace(model, batch.share(CORES))
 
 
-def test_a_function_of_the_old_kind_is_named():
+def test_a_legacy_function_is_named():
     model, batch = built(
         compiled(
             lambda: keras.Sequential([keras.Input((8, 4)), layers.Dense(5)]),
@@ -456,6 +456,6 @@ def test_a_function_of_the_old_kind_is_named():
     ],
     ids=["array", "dataset", "number", "lists", "lengths"],
 )
-def test_samples_that_are_none(sample, received):
+def test_invalid_samples(sample, received):
     with pytest.raises(tfbig.errors.InvalidOptionError, match=received):
         tpu_check.Batch.of_sample(sample, BATCH)

@@ -1,4 +1,4 @@
-"""An update as TPUs would get it: traced under a made-up slice, and faults that are found in it."""
+"""An update traced for a made-up slice, and faults that the checks find in it."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ SHARE = 8  # Samples of a core.
 
 @functools.cache
 def strategy():
-    """Four cores, as many as `conftest` has made logical CPU devices."""
+    """Four cores, as many as `conftest` makes logical CPU devices."""
     return tpu_check.made_up_strategy(tpu_check.Slice.parse("v5e:2x2"))
 
 
 def net(*inner, shape=(3,), dtype="float32", optimizer=None, cls=tfbig.Sequential, **options):
-    """A compiled model with a last layer of one unit; `inner` are functions that make layers."""
+    """Returns a compiled model that ends in one unit; `inner` are functions that make layers."""
     options = {"gradient_accumulation_steps": 4} | options
     with strategy().scope():
         made = [layer() for layer in inner]
@@ -49,7 +49,7 @@ def found(model):
 
 
 def summed(program):
-    """Shapes of what the cores sum, sorted."""
+    """Returns the shapes of what the cores sum, sorted."""
     return sorted(tuple(place.op.inputs[0].shape) for place in checks.collectives(program))
 
 
@@ -68,7 +68,7 @@ def test_too_few_devices():
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:2", "v5e:2x2x2", "v5p:2x2", "v9:2x2", "v5e:0x2", ""])
-def test_a_topology_that_there_is_not(name):
+def test_an_unknown_topology(name):
     with pytest.raises(tfbig.errors.InvalidOptionError, match="such as v5e:2x2, v5p:2x2x2"):
         tpu_check.Slice.parse(name)
 
@@ -98,7 +98,7 @@ def test_a_topology_that_there_is_not(name):
         "noise_scale",
     ],
 )
-def test_nothing_is_wrong_with_a_step_of_tfbig(inner, options):
+def test_tfbig_s_own_update_passes(inner, options):
     assert found(net(*inner, **options)) == []
 
 
@@ -110,21 +110,21 @@ def test_nothing_is_wrong_with_a_step_of_tfbig(inner, options):
     ],
     ids=["embedding", "masked"],
 )
-def test_nothing_is_wrong_with_a_model_of_tokens(inner):
+def test_a_model_of_tokens_passes(inner):
     model = net(*inner, shape=(5,), dtype="int32", loss_scale="dynamic")
     assert found(model) == []
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
 @pytest.mark.parametrize("loss_scale", [None, "dynamic"])
-def test_each_gradient_is_summed_once_and_outside_of_loops(steps, loss_scale):
+def test_each_gradient_is_summed_once_outside_loops(steps, loss_scale):
     model = net(layers.BatchNormalization, gradient_accumulation_steps=steps, loss_scale=loss_scale)
     program = traced(model)
-    # Gradients of scale, offset, kernel and bias; scalars; two moving statistics; the two sums
-    # of the metric.
+    # Gradients of scale, offset, kernel and bias; scalars; two moving statistics; the metric's
+    # two sums.
     assert summed(program) == sorted([(3,), (3,), (3, 1), (1,), (5,), (3,), (3,), (), ()])
     assert all(not (p.loops or p.conditionals) for p in checks.collectives(program))
-    # Else the check of what is inside of loops would say nothing.
+    # Without a loop, the check above would prove nothing.
     assert any(place.loops for place in program.places)
     assigned = [p for p in program.places if p.op.type.startswith("Assign")]
     assert any(place.conditionals for place in assigned) == (loss_scale is not None)
@@ -134,7 +134,7 @@ def test_each_gradient_is_summed_once_and_outside_of_loops(steps, loss_scale):
 
 
 class Layer(layers.Layer):
-    """A layer of a function that leaves shapes as they are."""
+    """A layer that applies a function which preserves shapes."""
 
     def __init__(self, function, name):
         super().__init__(name=name)
@@ -144,7 +144,7 @@ class Layer(layers.Layer):
         return self.function(x)
 
     def compute_output_shape(self, shape):
-        # Else Keras would call it outside of the strategy, to see.
+        # Without this Keras would call the layer outside the strategy to find out.
         return shape
 
 
@@ -153,17 +153,17 @@ def planted(function, **options):
 
 
 def only(errors, kind, *texts):
-    """Checks that all errors are of a kind and that the first one holds the texts."""
+    """Asserts that all errors are of one kind and that the first contains the texts."""
     assert errors
     assert {type(e) for e in errors} == {kind}
     for text in texts:
         assert text in str(errors[0])
 
 
-def test_exchange_inside_of_the_loop():
+def test_exchange_inside_the_loop():
     def mean(x):
         context = tf.distribute.get_replica_context()
-        # There is none while Keras builds the model.
+        # There is no replica context while Keras builds the model.
         return x - (context.all_reduce("MEAN", x) if context else x)
 
     only(
@@ -175,8 +175,8 @@ def test_exchange_inside_of_the_loop():
     )
 
 
-def test_exchange_inside_of_a_conditional(monkeypatch):
-    # Without it TensorFlow sends `iterations` of the first core to all.
+def test_exchange_inside_a_conditional(monkeypatch):
+    # Without it, TensorFlow sends the first core's `iterations` to all cores.
     monkeypatch.setattr(_keras.variables, "assigned_locally", lambda _: contextlib.nullcontext())
     errors = found(net(loss_scale="dynamic"))
     assert any("inside a conditional" in str(e) for e in errors)
@@ -261,7 +261,7 @@ def test_strings_that_keras_casts_for_a_layer():
     assert "(Cast) in no layer, for layer 'first' (Dense)" in str(error)
 
 
-def test_an_operation_that_the_compiler_does_not_know():
+def test_an_operation_unknown_to_the_compiler():
     model = net(lambda: layers.IntegerLookup(vocabulary=[3, 4]), shape=(1,), dtype="int64")
     only(
         found(model),
@@ -270,7 +270,7 @@ def test_an_operation_that_the_compiler_does_not_know():
     )
 
 
-def test_augmentation_that_the_compiler_does_not_know():
+def test_an_augmentation_unknown_to_the_compiler():
     model = net(lambda: layers.RandomRotation(0.1), layers.Flatten, shape=(4, 4, 3))
     only(
         found(model),
@@ -285,7 +285,7 @@ def synchronized(**options):
 
 
 @pytest.mark.parametrize("loss_scale", [None, "dynamic"])
-def test_statistics_that_a_layer_exchanges_are_averaged_again(loss_scale):
+def test_a_layer_may_exchange_statistics_that_are_averaged_later(loss_scale):
     assert found(synchronized(gradient_accumulation_steps=2, loss_scale=loss_scale)) == []
 
 
@@ -296,7 +296,7 @@ def test_double_sum_beside_a_layer_that_exchanges(monkeypatch):
     assert len(errors) == 4  # Kernel, bias, scale and offset.
 
 
-def test_assertions_may_hold_strings():
+def test_assertions_may_contain_strings():
     def asserted(x):
         with tf.control_dependencies([tf.debugging.assert_less(x, 9.0, "too large")]):
             return tf.identity(x)
@@ -318,7 +318,7 @@ def test_dynamic_shape():
     )
 
 
-def test_check_raises_the_first():
+def test_check_raises_the_first_finding():
     with pytest.raises(tpu_check.ProgramError, match="cannot call Python"):
         tpu_check.check(traced(planted(tanh)))
 

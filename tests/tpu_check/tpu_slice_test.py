@@ -1,4 +1,4 @@
-"""`scripts/tpu/slice`, with a gcloud that writes down what it is called with."""
+"""`scripts/tpu/slice`, with a fake gcloud that records its arguments."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "tpu" / "slice"
 
-# Fails the first `preemptions` times that it is to train, and says then that the slice is gone.
+# Fails to train the first PREEMPTIONS times, and then reports the state of the slice.
 GCLOUD = """#!/usr/bin/env bash
 echo "$@" | tr '\\n' ' ' >> "$CALLS"; echo >> "$CALLS"
 case "$*" in
@@ -79,7 +79,7 @@ def test_train(run, accelerator, name):
     assert "'--task=digits' '--epochs=2 3'" in call
 
 
-def test_preempted_training_goes_on(run):
+def test_preempted_training_resumes(run):
     done, calls = run("train", PREEMPTIONS="2", STATE="PREEMPTED")
     assert done.returncode == 0
     again = ["train", "describe", "delete", "create", "scp", "ssh"]
@@ -87,14 +87,14 @@ def test_preempted_training_goes_on(run):
     assert "restart 2 goes on from the backup" in done.stderr
 
 
-def test_restarts_end(run):
+def test_restarts_are_limited(run):
     done, calls = run("train", PREEMPTIONS="9", STATE="PREEMPTED", MAX_RESTARTS="1")
     assert done.returncode == 255
     assert verbs(calls).count("train") == 2
     assert "preempted 2 times" in done.stderr
 
 
-def test_failed_training_is_not_repeated(run):
+def test_failed_training_is_not_restarted(run):
     done, calls = run("train", PREEMPTIONS="1", CODE="3")
     assert (done.returncode, verbs(calls)) == (3, ["train", "describe"])
     assert "exit code 3, and the slice was not preempted" in done.stderr
@@ -110,7 +110,7 @@ def test_failed_training_is_not_repeated(run):
         (["create"], {"ACCELERATOR_TYPE": "v5e"}, "must end in a number"),
     ],
 )
-def test_wrong_arguments(run, arguments, environment, message):
+def test_invalid_arguments(run, arguments, environment, message):
     done, calls = run(*arguments, **environment)
     assert (done.returncode, calls) == (2, [])
     assert message in done.stderr
