@@ -1,4 +1,4 @@
-"""The launcher: who is started and how, what is printed, and that nothing is left running.
+"""The launcher: what it starts and how, what it prints, and that nothing keeps running.
 
 The programs that it starts are plain Python, so each start takes a fraction of a second.
 """
@@ -18,14 +18,14 @@ import pytest
 from tests import job
 from tfbig import launch as launcher
 
-# Far more than anything here takes, far less than a worker that is left would run.
+# Far longer than any test takes, far shorter than a leftover worker would run.
 LIMIT = 20
 
 PREAMBLE = """
     import json, os, signal, subprocess, sys, time
     index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 """
-# A process is known to be gone when it holds the presence file open no more.
+# A process is gone when it no longer holds the presence file open.
 PRESENT = """
     presence = open(sys.argv[1], "w")
     def say(word):
@@ -43,7 +43,7 @@ STUBBORN = """
 
 @pytest.fixture
 def program(tmp_path):
-    """Writes the program of a test."""
+    """Returns a function that writes the program of a test."""
 
     def write(*parts):
         path = tmp_path / "program.py"
@@ -54,7 +54,7 @@ def program(tmp_path):
 
 
 class Presence:
-    """A named pipe that processes write to, and hold open while they live."""
+    """A named pipe that processes write to, and hold open while they run."""
 
     def __init__(self, path):
         os.mkfifo(path)
@@ -103,7 +103,7 @@ def launch(*args, timeout=LIMIT, **kwargs):
 
 @contextlib.contextmanager
 def launching(*args, **kwargs):
-    """A launcher that runs; it is killed if the test fails."""
+    """Runs a launcher, which is killed if the test fails."""
     process = job.start(command(*args, **kwargs))
     try:
         yield process
@@ -115,7 +115,7 @@ def launching(*args, **kwargs):
 
 
 def by_worker(text):
-    """The lines of each worker; every line must be of one."""
+    """Returns the lines of each worker; every line must come from a worker."""
     lines = collections.defaultdict(list)
     for line in text.splitlines():
         match = re.fullmatch(r"\[worker (\d)\] (.*)", line)
@@ -125,7 +125,7 @@ def by_worker(text):
 
 
 def of_launcher(text):
-    """The lines that no worker wrote."""
+    """Returns the lines that no worker wrote."""
     return [line for line in text.splitlines() if not line.startswith("[worker ")]
 
 
@@ -150,7 +150,7 @@ def test_each_worker_has_the_same_cluster_and_its_own_index(program):
 def test_it_runs_as_a_module(program):
     script = program("print(index)")
     line = [sys.executable, "-W", "error", "-m", "tfbig.launch", "--workers", 1, script]
-    # Here Python imports tfbig, and so TensorFlow, before the launcher.
+    # Python imports tfbig, and thus TensorFlow, before the launcher.
     done = job.finish(job.start(line), timeout=60)
     assert (done.returncode, done.stdout) == (0, "[worker 0] 0\n"), done.stderr
 
@@ -174,12 +174,12 @@ def test_arguments_after_the_script_are_the_script_s(program):
         (None, ("--per_worker_devices", 2), ["0,1", "2,3"]),
         ("7,5,GPU-1a2b", ("--per_worker_devices", 1), ["7", "5"]),
         ("4, 5,6,7", ("--per_worker_devices", 2), ["4,5", "6,7"]),
-        # All hidden, and so for each worker.
+        # All devices are hidden, for each worker too.
         ("-1", ("--per_worker_devices", 1), ["-1", "-1"]),
         ("", ("--per_worker_devices", 1), ["-1", "-1"]),
     ],
 )
-def test_devices_are_divided_if_asked_for(program, visible, options, expected):
+def test_devices_are_divided_on_request(program, visible, options, expected):
     script = program("print(json.dumps(os.environ.get('CUDA_VISIBLE_DEVICES')))")
     before = ["env", "-u", "CUDA_VISIBLE_DEVICES"]
     before += [] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
@@ -206,7 +206,7 @@ WRONG = {
 
 
 def refused(done, message):
-    """Asserts exit code 2 and one line, below the usage, that says why."""
+    """Asserts exit code 2 and one line with the reason, after the usage."""
     assert done.returncode == 2
     assert done.stdout == ""
     usage, *_, last = done.stderr.splitlines()
@@ -217,7 +217,7 @@ def refused(done, message):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_refused(program, case):
+def test_invalid_arguments_are_errors(program, case):
     arguments, message = WRONG[case]
     line = [sys.executable, job.LAUNCH, *arguments, program("print('started')")]
     refused(job.finish(job.start(line), LIMIT), message)
@@ -228,7 +228,7 @@ def test_the_script_must_be_a_file(tmp_path):
         refused(launch(path), f"script must be a Python file. Received: {path}")
 
 
-def test_too_few_devices_are_refused(program):
+def test_too_few_devices_are_an_error(program):
     before = ["env", "CUDA_VISIBLE_DEVICES=0,1,2"]
     options = ["--per_worker_devices", 2]
     done = launch(program("print('started')"), options=options, before=before)
@@ -238,7 +238,7 @@ def test_too_few_devices_are_refused(program):
 # --- What is printed ---------------------------------------------------------
 
 
-def test_output_is_labelled_and_errors_stay_apart(program):
+def test_output_is_labeled_and_errors_stay_separate(program):
     done = launch(
         program("""
             print("out", index)
@@ -253,16 +253,16 @@ def test_output_is_labelled_and_errors_stay_apart(program):
     assert done.stdout.endswith("no end\n")
 
 
-def test_no_line_is_torn(program):
+def test_lines_are_not_interleaved(program):
     script = program("""
         for i in range(500):
             for stream in (1, 2):
                 line = f"{stream} {i} {'x' * (i % 300)} end\\n".encode()
-                # In two parts, as a program with a buffer of its own may.
+                # In two parts, like a program with its own buffer.
                 os.write(stream, line[: i % 7])
                 os.write(stream, line[i % 7 :])
     """)
-    # Both to one place, as in a terminal.
+    # Both streams to one place, as in a terminal.
     done = launch(script, workers=4, before=["sh", "-c", 'exec "$@" 2>&1', "sh"])
     assert done.returncode == 0
     got = by_worker(done.stdout)
@@ -274,13 +274,13 @@ def test_no_line_is_torn(program):
             ]
 
 
-def test_all_is_printed_to_a_reader_who_is_slow(program, presence):
-    # More than the pipe to the reader holds, and less than that and the worker's pipe.
+def test_a_slow_reader_gets_everything(program, presence):
+    # More than the pipe to the reader holds, but less than it and the worker's pipe together.
     script = program(PRESENT, "say('up'); print(('x' * 99 + '\\n') * 1000, end='')")
     with launching(script, presence.path, workers=1) as process:
         presence.wait_for("up 0")
         presence.wait_until_all_are_gone()
-        time.sleep(1.5)  # The launcher waits 1 s for what is still to be read.
+        time.sleep(1.5)  # The launcher waits 1 s for unread output.
         assert process.poll() is None
         out, err = process.communicate(timeout=LIMIT)
     assert by_worker(out) == {0: ["x" * 99] * 1000}
@@ -293,7 +293,7 @@ def test_a_reader_who_leaves_ends_the_job(program):
         process.stdout.readline()
         process.stdout.close()
         err = process.stderr.read()
-        # As without a launcher: Python's exit code after a BrokenPipeError.
+        # Python's exit code after a BrokenPipeError, as without a launcher.
         assert process.wait(timeout=LIMIT) == 1
     assert "BrokenPipeError" in err
     (line,) = of_launcher(err)
@@ -313,7 +313,7 @@ FAILURES = {
     KILL.format("SIGTERM"): (143, "worker 1 was killed by SIGTERM"),
 }
 if sys.platform == "linux":
-    # It has no name.
+    # This signal has no name.
     FAILURES[KILL.format("SIGRTMIN + 1")] = (163, "worker 1 was killed by signal 35")
 
 
@@ -335,7 +335,7 @@ def test_the_first_failure_ends_the_job_with_its_exit_code(program, presence, en
     assert of_launcher(done.stderr) == [f"tfbig.launch: {what}; all workers have ended"]
 
 
-def test_the_others_have_time_to_end_by_themselves(program, presence):
+def test_the_others_have_time_to_exit(program, presence):
     script = program(
         PRESENT,
         """
@@ -356,7 +356,7 @@ def test_the_others_have_time_to_end_by_themselves(program, presence):
     assert by_worker(done.stdout) == {0: ["saved"]}
 
 
-def test_workers_that_do_not_end_are_killed(program, presence):
+def test_workers_that_do_not_exit_are_killed(program, presence):
     script = program(
         PRESENT,
         """
@@ -379,14 +379,14 @@ def test_workers_that_do_not_end_are_killed(program, presence):
 @pytest.mark.parametrize(
     ("end", "code"), [("sys.exit(0)", 0), ("sys.exit(3)", 3), (KILL.format("SIGKILL"), 137)]
 )
-def test_processes_of_workers_are_ended_too(program, presence, end, code):
+def test_children_of_workers_are_killed_too(program, presence, end, code):
     done = launch(program(PRESENT, CHILD, "say('up')", end), presence.path)
     assert done.returncode == code
     presence.wait_until_all_are_gone()
     assert "up" in presence.said
 
 
-def test_a_process_that_left_its_worker_does_not_hold_the_launcher(program, presence):
+def test_a_process_that_left_its_worker_does_not_block_the_launcher(program, presence):
     script = program(
         PRESENT,
         "child = subprocess.Popen(['sleep', '60'], start_new_session=True)",
@@ -396,7 +396,7 @@ def test_a_process_that_left_its_worker_does_not_hold_the_launcher(program, pres
     done = launch(script, presence.path, workers=1)
     assert (done.returncode, done.stdout) == (0, "[worker 0] last\n")
     presence.wait_until_all_are_gone()
-    # It goes on until here: it is not of the job any more.
+    # It runs until here, because it no longer belongs to the job.
     os.kill(int(presence.said.split()[0]), signal.SIGKILL)
 
 
@@ -404,7 +404,7 @@ def test_a_process_that_left_its_worker_does_not_hold_the_launcher(program, pres
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
-def test_workers_end_with_a_launcher_that_is_killed(program, presence):
+def test_workers_die_with_a_killed_launcher(program, presence):
     with launching(program(PRESENT, STUBBORN), presence.path) as process:
         presence.wait_for("up 0", "up 1")
         process.kill()
@@ -430,7 +430,7 @@ def test_a_signal_ends_the_job(program, presence, number):
         out, err = process.communicate(timeout=LIMIT)
         presence.wait_until_all_are_gone()
     assert process.returncode == code
-    # The workers were asked before, and were not started again.
+    # The workers were asked to end first, and were not restarted.
     presence.wait_for(f"{said} 0", f"{said} 1")
     assert presence.said.count("up 0") == 1
     assert (out, err) == ("", f"tfbig.launch: {what}; all workers have ended\n")
@@ -476,7 +476,7 @@ def test_a_signal_after_a_failure_prevents_the_restart(program, presence):
     assert err == "tfbig.launch: interrupted; all workers have ended\n"
 
 
-def test_nohup_is_honoured(program, presence):
+def test_nohup_is_honored(program, presence):
     before = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
     script = program(PRESENT, STUBBORN)
     options = ["--grace_period", 0.1]
@@ -498,7 +498,7 @@ FAILS_AT_FIRST = """
         print(os.environ["TF_CONFIG"], file=file)
     starts = len(open(sys.argv[1] + str(index)).readlines())
     if index == 0 and starts <= int(sys.argv[2]):
-        # Not before the other has been here too.
+        # Wait until the other worker has started, too.
         while True:
             try:
                 if len(open(sys.argv[1] + "1").readlines()) == starts: break
@@ -513,7 +513,7 @@ FAILS_AT_FIRST = """
     ("failures", "restarts", "code", "left"),
     [(1, 3, 0, [3]), (2, 2, 0, [2, 1]), (9, 1, 7, [1, 0]), (1, 0, 7, [None])],
 )
-def test_the_job_is_started_again(program, tmp_path, failures, restarts, code, left):
+def test_the_job_is_restarted(program, tmp_path, failures, restarts, code, left):
     script = program(FAILS_AT_FIRST)
     done = launch(script, tmp_path / "start", failures, options=["--max_restarts", restarts])
     assert done.returncode == code
@@ -528,14 +528,14 @@ def test_the_job_is_started_again(program, tmp_path, failures, restarts, code, l
     ]
     assert starts[0] == starts[1]
     assert len(starts[0]) == min(failures, restarts) + 1
-    # Fresh ports: the old ones may still be taken.
+    # New ports, because the old ones may still be in use.
     assert len({tuple(addresses) for addresses in starts[0]}) == len(starts[0])
 
 
 @pytest.mark.parametrize(
     ("visible", "own"), [("3,5", ["3", "5", "3"]), ("-1", ["-1", "-1", "-1"])], ids=str
 )
-def test_independent_workers_have_a_gpu_each_in_turn(visible, own, monkeypatch):
+def test_independent_workers_get_gpus_in_turn(visible, own, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("TF_CONFIG", "{}")
     environments = [launcher._independent_environment(i, None) for i in range(3)]

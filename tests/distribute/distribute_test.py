@@ -31,7 +31,7 @@ DESCRIPTION += ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURMD_NODE
 
 @pytest.fixture(autouse=True)
 def describe(monkeypatch):
-    """Sets the variables that describe the job; at first there are none."""
+    """Returns a function that sets the variables which describe the job; at first none is set."""
     for name in DESCRIPTION:
         monkeypatch.delenv(name, raising=False)
 
@@ -64,19 +64,19 @@ def test_tf_config_describes_the_job(describe):
     assert (resolver.task_type, resolver.task_id, resolver.rpc_layer) == ("worker", 1, "grpc")
 
 
-def test_an_index_may_be_a_string(describe):
+def test_a_task_index_may_be_a_string(describe):
     describe(TF_CONFIG=json.dumps(config(task={"type": "worker", "index": "1"})))
     cluster = _cluster.find()
     assert (cluster.task_index, cluster.own_task) == (1, "worker 1")
 
 
-def test_tf_config_wins_over_slurm(describe):
+def test_tf_config_takes_precedence_over_slurm(describe):
     describe(TF_CONFIG=json.dumps(config()), **SLURM)
     assert _cluster.find().source == "TF_CONFIG"
 
 
 @pytest.mark.parametrize("text", [None, "", "  ", "{}", '{"cluster": {}}', '{"cluster": null}'])
-def test_without_a_cluster_there_is_none(describe, text):
+def test_no_cluster_is_found_without_a_description(describe, text):
     if text is not None:
         describe(TF_CONFIG=text)
     assert _cluster.find() is None
@@ -132,7 +132,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_tf_config_is_refused(describe, case):
+def test_a_malformed_tf_config_is_an_error(describe, case):
     value, rule, received = MALFORMED[case]
     describe(TF_CONFIG=value if case == "not JSON" else json.dumps(value))
     for use in (_cluster.find, tfbig.distribute.get_strategy):
@@ -164,19 +164,19 @@ def test_slurm_describes_the_job(describe):
 
 
 def test_slurm_numbers_tasks_in_the_order_of_its_nodes(describe):
-    # Not in that of their names, in which node10 is before node9.
+    # Not alphabetically, which would put node10 before node9.
     nodes = {"SLURM_STEP_NODELIST": "node[9-10],a", "SLURM_STEP_TASKS_PER_NODE": "1,2,1"}
     describe(**SLURM | nodes, SLURMD_NODENAME="node10")
     expected = ["node9:10123", "node10:10123", "node10:10124", "a:10123"]
     assert _cluster.find().addresses == {"worker": expected}
 
 
-def test_a_step_of_one_task_is_no_job_of_several(describe):
+def test_a_step_of_one_task_is_not_a_multi_worker_job(describe):
     describe(**SLURM | {"SLURM_STEP_NUM_TASKS": "1"})
     assert _cluster.find() is None
 
 
-def test_jobs_on_one_node_do_not_meet(describe):
+def test_jobs_on_one_node_use_different_ports(describe):
     ports = set()
     for number in range(20120, 20130):
         describe(**SLURM | {"SLURM_JOB_ID": str(number)})
@@ -200,7 +200,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_incomplete_slurm_variables_are_refused(describe, case):
+def test_incomplete_slurm_variables_are_an_error(describe, case):
     change, part = BROKEN[case]
     describe(**{k: v for k, v in (SLURM | change).items() if v is not None})
     with pytest.raises(errors.ClusterError, match="SLURM's variables do not describe") as info:
@@ -209,7 +209,7 @@ def test_incomplete_slurm_variables_are_refused(describe, case):
     assert "Start the program with srun" in str(info.value)
 
 
-def test_tasks_dealt_out_in_turn_are_refused(describe):
+def test_cyclic_distribution_of_tasks_is_an_error(describe):
     describe(**SLURM | {"SLURM_PROCID": "1"}, SLURMD_NODENAME="node2")
     with pytest.raises(errors.ClusterError, match="task 1 on node2, not on node1") as info:
         _cluster.find()
@@ -220,7 +220,7 @@ def test_tasks_dealt_out_in_turn_are_refused(describe):
 
 
 def free_ports(count):
-    """Ports that nothing listens at."""
+    """Returns ports on which nothing listens."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
@@ -237,7 +237,7 @@ def cluster_of(ports, index=0, job="worker"):
 
 
 def in_threads(*functions):
-    """Runs them at once; returns what each raised or None, in 10 s."""
+    """Runs functions concurrently for up to 10 s; returns what each raised, or None."""
     raised = [TimeoutError()] * len(functions)
 
     def run(i):
@@ -264,8 +264,8 @@ def test_workers_wait_for_each_other():
             time.sleep(delay)
             started.append(index)
             _cluster.wait_for_workers(cluster_of(ports, index), timeout=5)
-            assert len(started) == 3, "went on before all were up"
-            # As TensorFlow's server, which takes over the port: another may still look for it.
+            assert len(started) == 3, "continued before all were up"
+            # Like TensorFlow's server, which takes over the port: others may still look for it.
             with socket.create_server(("127.0.0.1", ports[index])):
                 time.sleep(0.5)
 
@@ -276,7 +276,7 @@ def test_workers_wait_for_each_other():
 
 
 @pytest.mark.parametrize("job", ["chief", "worker"])
-def test_a_worker_that_does_not_come_up_is_named(job):
+def test_a_worker_that_does_not_start_is_named(job):
     ports = free_ports(3)
     start = time.monotonic()
     with (
@@ -291,7 +291,7 @@ def test_a_worker_that_does_not_come_up_is_named(job):
     assert str(ports[1]) not in str(info.value)
 
 
-def test_machines_that_do_not_answer_take_no_more_than_the_time(monkeypatch):
+def test_unresponsive_machines_do_not_exceed_the_timeout(monkeypatch):
     now = [0.0]
 
     def pass_(seconds):
@@ -306,13 +306,13 @@ def test_machines_that_do_not_answer_take_no_more_than_the_time(monkeypatch):
     monkeypatch.setattr(_cluster, "time", clock)
     with pytest.raises(errors.WorkerUnavailableError, match=r"worker 6 at .* did not start"):
         _cluster.wait_for_workers(cluster_of(free_ports(7)), timeout=0.3)
-    # The first attempt takes all of it; each of the others 0.01 s, and there is one pause.
+    # The first attempt takes the whole timeout, each of the others 0.01 s; there is one pause.
     assert now[0] == pytest.approx(0.3 + 5 * 0.01 + 0.1)
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 64, "a..b"])
 def test_a_host_without_an_address_is_named(host, monkeypatch):
-    # Asks no name server; a name that is not valid is found out before.
+    # No name server is asked; invalid names fail before that.
     monkeypatch.setattr(socket, "getaddrinfo", looked_up)
     cluster = _cluster.Cluster(
         {"worker": [f"127.0.0.1:{free_ports(1)[0]}", f"{host}:2222"]}, "worker", 0, "a test"
@@ -349,7 +349,7 @@ def test_the_own_port_is_free_after_the_wait():
 
 @contextlib.contextmanager
 def logged():
-    """The lines of tfbig's log."""
+    """Collects the lines of tfbig's log."""
     lines = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -364,7 +364,7 @@ def logged():
         logger.removeHandler(handler)
 
 
-def test_what_was_chosen_is_shown_without_any_setting():
+def test_the_choice_is_logged_by_default():
     program = "import tfbig; tfbig.distribute.get_strategy('default')"
     done = job.finish(job.start([sys.executable, "-c", program]), 60)
     assert done.returncode == 0
@@ -386,7 +386,7 @@ ONE_DEVICE = "tfbig: OneDeviceStrategy, 1 replica(s), as requested"
         ("one_device", {"devices": "/cpu:0", "timeout": 0, "port": 65535}, ONE_DEVICE),
     ],
 )
-def test_one_line_of_the_log_says_what_and_why(kind, options, line):
+def test_one_line_logs_the_choice_and_the_reason(kind, options, line):
     with logged() as lines:
         strategy = tfbig.distribute.get_strategy(kind, **options)
     assert lines == [line]
@@ -402,8 +402,8 @@ def test_a_job_of_one_worker_has_the_default_strategy(describe):
 
 
 @pytest.mark.parametrize("devices", [2, ["CPU:0", "CPU:1"], ("/device:CPU:0", "cpu:1")])
-def test_mirrored_replicas_are_on_the_devices_given(devices, monkeypatch):
-    # A second MirroredStrategy would collide with that of other tests.
+def test_mirrored_replicas_use_the_given_devices(devices, monkeypatch):
+    # A second MirroredStrategy would collide with the one of other tests.
     mirrored, made = make_strategy("mirrored_2"), []
     monkeypatch.setattr(
         tf.distribute, "MirroredStrategy", lambda names: made.append(names) or mirrored
@@ -415,7 +415,7 @@ def test_mirrored_replicas_are_on_the_devices_given(devices, monkeypatch):
     assert lines == ["tfbig: MirroredStrategy, 2 replica(s), as requested"]
 
 
-def test_logical_cpus_are_made_where_tensorflow_has_not_started():
+def test_logical_cpus_are_made_before_tensorflow_starts():
     done = run_python("""
         import tensorflow as tf, tfbig
         print(tfbig.distribute.get_strategy("mirrored", devices=3).num_replicas_in_sync)
@@ -468,7 +468,7 @@ INVALID = [
 
 
 @pytest.mark.parametrize(("rule", "options"), INVALID, ids=repr)
-def test_invalid_arguments_are_refused(rule, options):
+def test_invalid_arguments_are_errors(rule, options):
     with pytest.raises(errors.InvalidOptionError) as info:
         tfbig.distribute.get_strategy(**options)
     assert str(info.value).startswith(rule)
@@ -476,7 +476,7 @@ def test_invalid_arguments_are_refused(rule, options):
     assert f"{name}={options[name]!r}." in str(info.value)
 
 
-def test_more_replicas_than_logical_cpus_need_a_fresh_start():
+def test_more_logical_cpus_need_a_new_process():
     tf.constant(1.0)  # TensorFlow has started.
     with pytest.raises(errors.InvalidOptionError, match="TensorFlow has started") as info:
         tfbig.distribute.get_strategy("mirrored", devices=5)
@@ -495,23 +495,23 @@ def test_several_workers_need_a_description():
 
 @pytest.fixture
 def made(monkeypatch):
-    """The resolvers of all strategies over several workers; none is really made."""
+    """Records the resolvers of strategies over several workers, without making the strategies."""
     resolvers = []
 
     def make(resolver):
         resolvers.append(resolver)
-        # As TensorFlow's server does.
+        # TensorFlow's server does this.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return tf.distribute.get_strategy()
 
     monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", make)
-    # It would stay with the strategy of this process.
+    # It would stay with this process's strategy.
     monkeypatch.setattr("tfbig.distribute._stuck_workers.watch", lambda *_: None)
     return resolvers
 
 
 @pytest.mark.parametrize("kind", ["auto", "multi_worker"])
-def test_several_workers_are_waited_for(describe, made, kind):
+def test_several_workers_wait_for_each_other(describe, made, kind):
     ports = free_ports(2)
     cluster = {"worker": [f"127.0.0.1:{p}" for p in ports]}
     describe(TF_CONFIG=json.dumps(config(cluster)))
@@ -527,22 +527,22 @@ def test_several_workers_are_waited_for(describe, made, kind):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_the_port_of_slurm_can_be_given(describe, made):
+def test_the_port_under_slurm_can_be_set(describe, made):
     describe(**SLURM | {"SLURM_PROCID": "0"})
     (port,) = free_ports(1)
     with pytest.raises(errors.WorkerUnavailableError, match=f"worker 1 at node1:{port + 1}"):
-        # 0 s: no name server is asked for node1.
+        # With 0 s, no name server is asked for node1.
         tfbig.distribute.get_strategy(port=port, timeout=0)
     assert made == []
 
 
-def test_a_job_of_one_worker_is_made_if_asked_for(describe, made):
+def test_a_job_of_one_worker_is_made_on_request(describe, made):
     describe(TF_CONFIG=json.dumps(config({"worker": WORKERS[:1]})))
     tfbig.distribute.get_strategy("multi_worker", timeout=0)
     assert [r.cluster_spec().as_dict() for r in made] == [{"worker": WORKERS[:1]}]
 
 
-def test_a_strategy_that_comes_too_late_is_explained(describe, monkeypatch):
+def test_a_strategy_made_too_late_is_explained(describe, monkeypatch):
     def too_late(resolver):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise RuntimeError("Collective ops must be configured at program startup")
@@ -559,20 +559,20 @@ def test_a_strategy_that_comes_too_late_is_explained(describe, monkeypatch):
 @pytest.mark.parametrize(
     ("job", "index", "chief"), [("chief", 0, True), ("worker", 0, False), ("worker", 1, False)]
 )
-def test_the_chief_is_the_chief_where_there_is_one(job, index, chief):
+def test_the_job_s_chief_is_the_chief(job, index, chief):
     jobs = {"worker": ["b:1", "c:1"], "chief": ["a:1"]}
     strategy = of_resolver(_cluster.Cluster(jobs, job, index, "a test").resolver())
     assert tfbig.distribute.is_chief(strategy) is chief
 
 
 @pytest.mark.parametrize(("index", "chief"), [(0, True), (1, False)])
-def test_the_first_worker_is_the_chief_else(index, chief):
+def test_without_a_chief_the_first_worker_is_the_chief(index, chief):
     strategy = of_resolver(cluster_of([1, 2], index).resolver())
     assert tfbig.distribute.is_chief(strategy) is chief
 
 
 def of_resolver(resolver):
-    """All that `is_chief` looks at of a strategy."""
+    """Returns the part of a strategy that `is_chief` looks at."""
     return types.SimpleNamespace(cluster_resolver=resolver)
 
 
@@ -591,7 +591,7 @@ def test_tensorflow_without_tpus_says_what_to_install():
 
 @pytest.fixture
 def built_for_tpus(monkeypatch):
-    """As if TensorFlow had what a TPU needs; returns a function that sets what connecting does."""
+    """Pretends to support TPUs; returns a function that sets the error of connecting."""
     monkeypatch.setattr(_tpu, "_REQUIRED_OPERATIONS", ("MatMul",))
     monkeypatch.delenv("TPU_NAME", raising=False)
     asked = []
@@ -610,7 +610,7 @@ def built_for_tpus(monkeypatch):
 @pytest.mark.parametrize(
     "error", [ValueError("of name"), OSError("of host"), tf.errors.NotFoundError(None, None, "op")]
 )
-def test_tpu_that_is_not_there(error, built_for_tpus, monkeypatch):
+def test_a_missing_tpu(error, built_for_tpus, monkeypatch):
     asked = built_for_tpus(error)
     with pytest.raises(errors.ClusterError, match="No TPU was found on this machine"):
         tfbig.distribute.get_strategy("tpu")
@@ -620,7 +620,7 @@ def test_tpu_that_is_not_there(error, built_for_tpus, monkeypatch):
     with pytest.raises(errors.ClusterError, match="under the name 'pod'"):
         tfbig.distribute.get_strategy("tpu")
     assert asked == ["local", "mine", "pod"]
-    # There is one by its name, so it is what is asked for.
+    # A TPU has been named, so "auto" asks for it.
     with pytest.raises(errors.ClusterError, match="under the name 'pod'"):
         tfbig.distribute.get_strategy()
     monkeypatch.setattr(_tpu, "_REQUIRED_OPERATIONS", ("NoSuchOperation",))

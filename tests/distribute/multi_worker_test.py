@@ -1,4 +1,4 @@
-"""The same promise over several workers: processes of this machine, over loopback."""
+"""The same exactness over several workers: processes on this machine, over loopback."""
 
 import csv
 import itertools
@@ -15,8 +15,8 @@ from tests.jobs.chief import WithMetric
 from tests.update import exactness_test as suite
 from tfbig import launch
 
-# Each feature once, with one of the cuts, optimizers and batches in turn: workers see
-# the batches that the replicas of one process see, and these are crossed elsewhere.
+# Each feature once, with the splits, optimizers and batches in turn: workers see the same
+# batches as the replicas of one process, for which other tests cross all of them.
 COMBINATIONS = [
     "/".join(row)
     for row in zip(
@@ -43,7 +43,7 @@ CORE = [
     )
 ]
 
-# Which rows of a table are one, each worker finds out alone.
+# Each worker finds out on its own which rows of a table are the same.
 LOOK_UPS = [
     "position_table_of_any_length/K3/muon/37by12",
     "constant_look_up/K3/rmsprop/14by3",
@@ -75,7 +75,7 @@ def test_workers_train_as_plain_keras_on_one_device(workers, combinations, tmp_p
     for combination, deviation in chief["deviations"].items():
         suite.report(deviation, combination=combination, workers=workers)
         assert deviation < suite.TOLERANCE, combination
-    # Not close: the same to the bit.
+    # Not just close, but equal bit for bit.
     for other in others:
         assert other["digests"] == chief["digests"]
 
@@ -100,7 +100,7 @@ def test_compiled_and_eager_steps_train_as_plain_keras(tmp_path):
     ],
 )
 def test_a_non_finite_value_on_one_worker_is_skipped_by_all(precision, steps, replica, tmp_path):
-    # Plain Keras waits for ever here: one worker skips, the other goes to the exchange.
+    # Plain Keras hangs here: one worker skips, the other waits in the exchange.
     done = job.run("non_finite", tmp_path, precision, steps, replica, timeout=60)
     assert done.returncode == 0, done.stderr
     updates, others = job.results(tmp_path)
@@ -150,10 +150,10 @@ def test_workers_that_build_different_models_say_which_variable_differs(what, tm
         )
 
 
-def test_a_worker_that_makes_a_variable_more_does_not_wait_for_ever(tmp_path):
+def test_a_worker_that_creates_an_extra_variable_does_not_hang(tmp_path):
     done = job.run("disagreement", tmp_path, "a variable at the end", timeout=60)
     reason = r"worker 1 creates an extra variable, last \(2,\), while worker 0 waits for fit"
-    # The one that waits in fit raises; the other cannot, as TensorFlow holds it, but says so.
+    # The worker that waits in fit raises. TensorFlow blocks the other one, which prints the reason.
     (message,) = job.results(tmp_path)
     assert re.search(reason, message)
     assert re.search(rf"\[worker 1\] tfbig: .*{reason}", done.stderr)
@@ -161,14 +161,14 @@ def test_a_worker_that_makes_a_variable_more_does_not_wait_for_ever(tmp_path):
 
 @pytest.fixture(scope="module")
 def chief_job(tmp_path_factory):
-    """The directory and the results of `jobs/chief.py` on two workers."""
+    """Returns the directory and the results of `jobs/chief.py` on two workers."""
     directory = tmp_path_factory.mktemp("chief")
     done = job.run("chief", directory, timeout=120)
     assert done.returncode == 0, done.stderr
     return directory, job.results(directory)
 
 
-def test_history_evaluation_and_prediction_are_those_of_all_samples_on_every_worker(chief_job):
+def test_history_evaluation_and_prediction_cover_all_samples_on_every_worker(chief_job):
     _, (chief, other) = chief_job
     assert chief == other
     # EarlyStopping ends both after the second epoch.
@@ -180,7 +180,7 @@ def test_history_evaluation_and_prediction_are_those_of_all_samples_on_every_wor
 
 
 @pytest.mark.usefixtures("float64")
-def test_what_the_chief_saves_is_the_model_of_all_workers(chief_job):
+def test_the_chief_saves_the_model_of_all_workers(chief_job):
     directory, (chief, _) = chief_job
     names = {p.name for p in directory.iterdir()}
     assert names == {"backup", "0.json", "1.json", "best.keras", "last.keras", "log.csv", "own.csv"}
@@ -199,7 +199,7 @@ def test_what_the_chief_saves_is_the_model_of_all_workers(chief_job):
 
 
 def train_digits(directory, *options):
-    # One after the other: two jobs at once would share two cores.
+    # One after the other, because two jobs at once would share the machine's cores.
     done = job.finish(
         job.start(
             [
@@ -220,17 +220,17 @@ def train_digits(directory, *options):
         return done.stdout, list(csv.DictReader(file))
 
 
-def test_the_main_job_ends_the_same_on_two_workers_as_on_one(tmp_path):
+def test_the_main_job_ends_the_same_on_one_and_on_two_workers(tmp_path):
     _, one = train_digits(tmp_path / "one")
     out, two = train_digits(tmp_path / "two", job.LAUNCH, "--workers", "2")
     assert re.search(r"\[worker 0\] replicas +2", out)
     assert "[worker 1] replicas" not in out
     assert float(two[-1]["val_accuracy"]) >= 0.97
-    # float32: sums in another order, 120 updates long.
+    # 120 updates in float32, whose sums have a different order.
     assert abs(float(two[-1]["loss"]) - float(one[-1]["loss"])) < 1e-5
 
 
-def test_a_worker_that_never_comes_up_is_named(tmp_path):
+def test_a_worker_that_never_starts_is_named(tmp_path):
     addresses = [f"127.0.0.1:{port}" for port in launch._free_ports(2)]
     for index in (0, 1):
         task = {"type": "worker", "index": index}
