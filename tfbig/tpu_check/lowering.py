@@ -184,8 +184,8 @@ def largest_that_fits(
         known: Earlier results, by micro-batch size.
 
     Returns:
-        The results of the sizes that were compiled, besides what is known at most the logarithm
-        of the number of candidates; by micro-batch size.
+        The results of the candidates that were compiled or known, by micro-batch size. A binary
+        search compiles at most the logarithm of their number.
     """
     sizes = sorted({2**i for i in range(share.bit_length()) if 2**i < share} | {share})
     # A micro-batch is at most a core's share.
