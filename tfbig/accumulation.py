@@ -3,7 +3,7 @@
 import warnings
 
 from tfbig import _keras, errors
-from tfbig._update import automatic_size, capacity, cutting, exchange, train_step
+from tfbig._update import automatic_size, batch_split, capacity, exchange, train_step
 
 __all__ = ("GradientAccumulationMixin",)
 
@@ -74,10 +74,10 @@ class GradientAccumulationMixin(train_step.TrainStep):
     2
     """
 
-    _batch_cut = cutting.Cut(gradient_accumulation_steps=1)
+    _given_split = batch_split.BatchSplit(gradient_accumulation_steps=1)
     _automatic_size: automatic_size.AutomaticSize | None = None
     _memory_budget: int | None = None
-    _cut_of_evaluation: cutting.Cut | None = None
+    _split_of_last_training: batch_split.BatchSplit | None = None
     _warned_of: tuple | None = None
 
     def __init__(
@@ -89,19 +89,19 @@ class GradientAccumulationMixin(train_step.TrainStep):
         **kwargs,
     ):
         budget = capacity.checked_budget(memory_budget)
-        cut, automatic = _cut_of(gradient_accumulation_steps, micro_batch_size)
+        split, automatic = _split_of(gradient_accumulation_steps, micro_batch_size)
         super().__init__(*args, **kwargs)
-        self._batch_cut, self._automatic_size = cut, automatic
+        self._given_split, self._automatic_size = split, automatic
         self._memory_budget = budget
 
     @property
     def gradient_accumulation_steps(self):
         """Micro-batches per replica and update; None if their size is given."""
-        return None if self._automatic_size else self._batch_cut.gradient_accumulation_steps
+        return None if self._automatic_size else self._given_split.gradient_accumulation_steps
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value):
-        self._set_cut(*_cut_of(value, None))
+        self._set_split(*_split_of(value, None))
 
     @property
     def micro_batch_size(self):
@@ -110,12 +110,14 @@ class GradientAccumulationMixin(train_step.TrainStep):
         With "auto", None before the first update.
         """
         return (
-            self._automatic_size.size if self._automatic_size else self._batch_cut.micro_batch_size
+            self._automatic_size.size
+            if self._automatic_size
+            else self._given_split.micro_batch_size
         )
 
     @micro_batch_size.setter
     def micro_batch_size(self, value):
-        self._set_cut(*_cut_of(None, value))
+        self._set_split(*_split_of(None, value))
 
     @property
     def memory_budget(self):
@@ -128,9 +130,9 @@ class GradientAccumulationMixin(train_step.TrainStep):
         if self._automatic_size:
             self.micro_batch_size = "auto"
 
-    def _set_cut(self, cut, automatic):
-        self._batch_cut, self._automatic_size = cut, automatic
-        self._cut_of_evaluation = None
+    def _set_split(self, split, automatic):
+        self._given_split, self._automatic_size = split, automatic
+        self._split_of_last_training = None
         self._rebuild_step()
 
     def _options(self):
@@ -140,16 +142,16 @@ class GradientAccumulationMixin(train_step.TrainStep):
             "memory_budget": self.memory_budget,
         }
 
-    def _cut(self):
-        return self._automatic_size.cut if self._automatic_size else self._batch_cut
+    def _batch_split(self):
+        return self._automatic_size.split if self._automatic_size else self._given_split
 
-    def _evaluation_cut(self):
+    def _evaluation_split(self):
         # No more samples at a time than in training. A number of micro-batches
         # says nothing about a batch of another size, so what it came to in the
-        # last training is taken; before any, the batch is not cut.
+        # last training is taken; before any, the batch is not split.
         if self.micro_batch_size is not None:
-            return self._cut()
-        return self._cut_of_evaluation or cutting.Cut(gradient_accumulation_steps=1)
+            return self._batch_split()
+        return self._split_of_last_training or batch_split.BatchSplit(gradient_accumulation_steps=1)
 
     def _prepare_training(self, batch_size):
         if self._automatic_size:
@@ -158,7 +160,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
                 super()._prepare_training(batch_size)
             needs_two = self.log_gradient_noise_scale and exchange.replicas_of(self) == 1
             self._automatic_size.begin(self._automatic_share(batch_size), needs_two)
-            self._prepare_cut("micro_batch_size='auto'")
+            self._check_split("micro_batch_size='auto'")
             return
         super()._prepare_training(batch_size)
         if self.memory_budget is not None:
@@ -167,14 +169,14 @@ class GradientAccumulationMixin(train_step.TrainStep):
                 f"memory_budget={self.memory_budget} with micro_batch_size="
                 f"{self.micro_batch_size}. Leave it out, or let the size be found."
             )
-        steps, cut = self.gradient_accumulation_steps, self._batch_cut
+        steps, split = self.gradient_accumulation_steps, self._given_split
         if not (steps is None or steps == 1 or batch_size is None):
             share = -(-batch_size // exchange.replicas_of(self))
-            cut = cutting.Cut(micro_batch_size=-(-share // min(steps, share)))
+            split = batch_split.BatchSplit(micro_batch_size=-(-share // min(steps, share)))
             if steps > share:
                 self._warn_of_few_samples(batch_size, share)
-        if cut != self._cut_of_evaluation:
-            self._cut_of_evaluation = cut
+        if split != self._split_of_last_training:
+            self._split_of_last_training = split
             self.test_function = None
 
     def _automatic_share(self, batch_size):
@@ -219,10 +221,10 @@ class GradientAccumulationMixin(train_step.TrainStep):
         )
 
 
-def _cut_of(steps, size):
-    """The `Cut` of an update, and the `AutomaticSize` that replaces it, or None."""
+def _split_of(steps, size):
+    """The `BatchSplit` of an update, and the `AutomaticSize` that replaces it, or None."""
     if steps is None and size is None:
         steps = 1
     if isinstance(size, str) and size == "auto" and steps is None:
-        return cutting.Cut(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
-    return cutting.Cut(steps, size), None
+        return batch_split.BatchSplit(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
+    return batch_split.BatchSplit(steps, size), None

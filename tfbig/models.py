@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from tfbig import _keras, errors
-from tfbig._update import cutting, step_options, train_step
+from tfbig._update import batch_split, step_options, train_step
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 
@@ -211,7 +211,7 @@ def _extended_model(model, options):
         )
     train_step.check_strategy()
     if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
-        cutting.Cut(options["gradient_accumulation_steps"], options["micro_batch_size"])
+        batch_split.BatchSplit(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
     reached = None
     cls = _extended_class(type(model))

@@ -6,13 +6,13 @@ from tfbig._update import exchange
 
 
 def changed_exchange(monkeypatch, change):
-    """Replaces what `exchange.exchange` returns by `change(share, batch)` of it."""
-    original = exchange.exchange
+    """Replaces what `exchange.all_reduce_accumulated` returns by `change(share, batch)` of it."""
+    original = exchange.all_reduce_accumulated
 
     def changed(share, *args):
         return change(share, original(share, *args))
 
-    monkeypatch.setattr(exchange, "exchange", changed)
+    monkeypatch.setattr(exchange, "all_reduce_accumulated", changed)
 
 
 def double_sum(monkeypatch):

@@ -24,7 +24,7 @@ class Update:
             clipping, or None.
         samples: int32 scalar, samples of the effective batch.
         logs: logs of the last micro-batch.
-        moments: see `Accumulated`.
+        moments: see `AccumulatedGradients`.
         stop: float scalar, how many replicas ask to stop; or None.
     """
 
@@ -87,7 +87,7 @@ def apply_gradients(
     check_optimizer(optimizer)
     exchange_dtype = exchange.checked_dtype(exchange_dtype)
     own_step.applies(loss_scale, log_grad_norm, exchange_dtype)
-    batch = exchange.exchange(accumulated, exchange_dtype)
+    batch = exchange.all_reduce_accumulated(accumulated, exchange_dtype)
     loss = tf.math.divide_no_nan(batch.loss, batch.weight)
     values = tf.nest.map_structure(lambda v: tf.math.divide_no_nan(v, batch.weight), batch.values)
     # Two divisions: the scale is a power of two as a rule, and dividing by it
@@ -117,7 +117,7 @@ def apply_gradients(
 
 def without_gradients(accumulated):
     """The `Update` of an evaluation: losses and metrics, no optimizer."""
-    batch = exchange.exchange(accumulated)
+    batch = exchange.all_reduce_accumulated(accumulated)
     with _keras.variables.exchanged_already([c.variable for c in batch.state]):
         _assign_state(batch.state, None, None)
     return Update(

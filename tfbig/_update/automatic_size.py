@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfbig import _keras, _log, errors
 from tfbig._keras import memory
-from tfbig._update import capacity, cutting, exchange, fit_context
+from tfbig._update import batch_split, capacity, exchange, fit_context
 from tfbig.distribute import _workers
 
 __all__ = ("AutomaticSize", "TrainFunction")
@@ -50,11 +50,11 @@ class AutomaticSize:
     computation: str = ""
 
     @property
-    def cut(self):
-        """The `Cut` that holds now; before the size is found, none."""
+    def split(self):
+        """The `BatchSplit` that holds now; before the size is found, none."""
         if self.size is None:
-            return cutting.Cut(gradient_accumulation_steps=1)
-        return cutting.Cut(micro_batch_size=self.size)
+            return batch_split.BatchSplit(gradient_accumulation_steps=1)
+        return batch_split.BatchSplit(micro_batch_size=self.size)
 
     @property
     def is_bound(self):
@@ -241,15 +241,15 @@ class TrainFunction:
         return self.strategy.run(on_replica, args=(data, *args))
 
     def _count_program(self, data):
-        return self._run(lambda d: self.model._counts(d, self.automatic.cut), data)
+        return self._run(lambda d: self.model._counts(d, self.automatic.split), data)
 
     def _accumulate_program(self, data, counts=None):
         def step(data, counts):
-            cut, exchanged = self.automatic.cut, {}
+            split, exchanged = self.automatic.split, {}
             if self.workers.count > 1:
                 exchanged = {"counts": exchange.exchange_counts(counts)}
             # Its tensors go to the other program, the rest stays here.
-            self.share = self.model._accumulate(data, cut, **exchanged)
+            self.share = self.model._accumulate(data, split, **exchanged)
             return self.share.tensors()
 
         return self._run(step, data, counts)
@@ -262,9 +262,9 @@ class TrainFunction:
                 samples = tf.where(replica % len(self.devices) == 0, samples, 0)
             data = _keras.data.samples_of(data, 0, samples)
             # As one micro-batch of several; nothing is exchanged.
-            cut = cutting.Cut(micro_batch_size=2**30)
-            counts = self.model._counts(data, cut)
-            return self.model._accumulate(data, cut, counts=counts).tensors()
+            split = batch_split.BatchSplit(micro_batch_size=2**30)
+            counts = self.model._counts(data, split)
+            return self.model._accumulate(data, split, counts=counts).tensors()
 
         return self._run(step, data)
 

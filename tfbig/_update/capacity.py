@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfbig import errors
 from tfbig._keras import memory
-from tfbig._update import accumulators, cutting
+from tfbig._update import accumulators, batch_split
 
 __all__ = (
     "RUN_ERRORS",
@@ -40,7 +40,7 @@ def checked_budget(value):
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return cutting.positive_integer(
+    return batch_split.positive_integer(
         "memory_budget", value, "Pass the bytes that a replica may take, such as 8 * 2**30."
     )
 

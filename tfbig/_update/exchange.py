@@ -42,7 +42,7 @@ def exchange_counts(counts):
 
 
 @dataclasses.dataclass
-class StateChange:
+class VariableUpdate:
     """What the micro-batches of a replica made of one non-trainable variable.
 
     Attributes:
@@ -60,7 +60,7 @@ class StateChange:
 
 
 @dataclasses.dataclass
-class Accumulated:
+class AccumulatedGradients:
     """A replica's share of the effective batch, or, exchanged, all of it.
 
     Attributes:
@@ -75,7 +75,7 @@ class Accumulated:
         weight: float scalar, sum of the weights of the micro-batches: samples, or another unit
             that gradients, loss and values share.
         samples: int32 scalar.
-        state: list of `StateChange`.
+        state: list of `VariableUpdate`.
         logs: structure of the last micro-batch's logs; exchanged, their mean over
             the replicas.
         moments: float vector, sums over the micro-batches of what the gradient noise scale
@@ -190,7 +190,7 @@ def _sum_in(dtype, gradients, weight, is_checked):
 def checked_data(data):
     """The data, refused if it holds no sample.
 
-    A replica's share may be empty, the batch of all replicas may not; `exchange`
+    A replica's share may be empty, the batch of all replicas may not; `all_reduce_accumulated`
     looks at that.
     """
     if replicas() > 1:
@@ -215,7 +215,7 @@ def _cast(gradient, dtype):
     return tf.cast(gradient, dtype)
 
 
-def exchange(share, exchange_dtype=None):
+def all_reduce_accumulated(share, exchange_dtype=None):
     """Sums what the replicas accumulated, in one exchange.
 
     Moving statistics (floating-point state) become the mean over the replicas
@@ -223,12 +223,12 @@ def exchange(share, exchange_dtype=None):
     metric's sum is shared out, so that every replica knows all of it.
 
     Args:
-        share: `Accumulated` of this replica, in replica context.
+        share: `AccumulatedGradients` of this replica, in replica context.
         exchange_dtype: str, what gradients are cast to for the exchange, or None. Then what
             they are divided by is exchanged before them.
 
     Returns:
-        `Accumulated` of the effective batch, the same on every replica.
+        `AccumulatedGradients` of the effective batch, the same on every replica.
     """
     if replicas() == 1:
         return _with_rows_added_up(share)

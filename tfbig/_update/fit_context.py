@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfbig import _keras, errors
 from tfbig.distribute import _workers
 
-__all__ = ("arguments_of", "described", "prepared")
+__all__ = ("arguments_of", "described", "prepare_fit")
 
 
 def arguments_of(fit, args, kwargs):
@@ -33,7 +33,7 @@ def arguments_of(fit, args, kwargs):
 
 
 @contextlib.contextmanager
-def prepared(model, arguments, options):
+def prepare_fit(model, arguments, options):
     """Within it, `fit` may run.
 
     A callback with a method `around_fit(model, arguments)`, which returns a context

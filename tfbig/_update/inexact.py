@@ -14,19 +14,19 @@ _DIVIDED_BY = {
 }
 
 
-def refuse_stateful_layers(model: keras.Model, cut: object) -> None:
+def refuse_stateful_layers(model: keras.Model, split: object) -> None:
     """Raises for layers that go on with the state of the batch before.
 
     Args:
         model: `keras.Model`, built.
-        cut: what cuts its batches, for the message.
+        split: what splits its batches, for the message.
     """
     names = [x.name for x in _keras.layers.all_layers(model) if getattr(x, "stateful", False)]
     if names:
         raise errors.UnsupportedModelError(
             "A layer that goes on with the state of the batch before (stateful=True) has one state "
-            "for each sample of the whole batch, so the batch must not be cut. Received: "
-            f"{', '.join(names)} with {cut} on {model.distribute_strategy.num_replicas_in_sync} "
+            "for each sample of the whole batch, so the batch must not be split. Received: "
+            f"{', '.join(names)} with {split} on {model.distribute_strategy.num_replicas_in_sync} "
             "replica(s). Use gradient_accumulation_steps=1 on one replica, or stateful=False."
         )
 
@@ -35,13 +35,13 @@ def refuse_divided_loss(model: keras.Model) -> None:
     """Raises for a model of which it is known that no cut has the loss of the whole batch."""
     for cls in type(model).__mro__:
         divisor = _DIVIDED_BY.get(_keras.saving.registered_name(cls))
-        # A subclass may compute a loss that can be cut.
+        # A subclass may compute a loss that can be split.
         if divisor and vars(cls).get("compute_loss") is type(model).compute_loss:
             raise errors.UnsupportedModelError(
                 f"The loss of {cls.__name__} divides by {divisor}, so micro-batches and replicas "
-                "would have another loss than the whole batch. Received: a batch that is cut. Use "
-                "gradient_accumulation_steps=1 on one replica, or a subclass with a `compute_loss` "
-                "that divides by a constant."
+                "would have another loss than the whole batch. Received: a batch that is split. "
+                "Use gradient_accumulation_steps=1 on one replica, or a subclass with a "
+                "`compute_loss` that divides by a constant."
             )
 
 

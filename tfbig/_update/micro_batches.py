@@ -11,7 +11,7 @@ from tfbig import _keras, errors
 from tfbig._update import (
     accumulators,
     batch_dependence,
-    cutting,
+    batch_split,
     denominators,
     exchange,
     noise_scale,
@@ -42,7 +42,7 @@ class Loss:
 
 
 @dataclasses.dataclass
-class Traits:
+class LossTrace:
     """What tracing a micro-batch once, without effect, tells.
 
     Attributes:
@@ -69,12 +69,12 @@ class Traits:
 
 
 class MicroBatches:
-    """A replica's share of the effective batch, cut, with its loss function.
+    """A replica's share of the effective batch, split, with its loss function.
 
     Args:
         loss_fn: Function of a micro-batch, returning a `Loss`.
         data: Structure of tensors `(samples, ...)`: the replica's share.
-        cut: `Cut`.
+        split: `BatchSplit`.
         variables: Trainable variables whose gradients are wanted; may be empty.
         metric_variables: Variables that belong to metrics.
         compiled: Whether XLA compiles the loop.
@@ -90,7 +90,7 @@ class MicroBatches:
         self,
         loss_fn,
         data,
-        cut,
+        split,
         variables,
         metric_variables=(),
         compiled=False,
@@ -101,7 +101,7 @@ class MicroBatches:
     ):
         self.loss_fn = loss_fn
         self.data = exchange.checked_data(data)
-        self.cut = cut
+        self.split = split
         self.variables = list(variables)
         self.metric_ids = {id(v) for v in metric_variables}
         # Then the loop is a part of a program that has static shapes throughout.
@@ -117,12 +117,12 @@ class MicroBatches:
             self.dtype = accumulators.wider(self.dtype, variable.dtype)
         # One micro-batch on one replica: Keras's own reductions are those of
         # the whole batch.
-        self.is_whole = cut.is_whole and exchange.replicas() == 1 and counted is None
-        if unrolled and cut.gradient_accumulation_steps is None:
+        self.is_whole = split.is_whole and exchange.replicas() == 1 and counted is None
+        if unrolled and split.gradient_accumulation_steps is None:
             raise errors.UnsupportedModelError(
                 "A model with synchronized layers, whose micro-batches exchange with other "
                 "replicas, needs a fixed number of them. Received: "
-                f"micro_batch_size={cut.micro_batch_size}. Use gradient_accumulation_steps."
+                f"micro_batch_size={split.micro_batch_size}. Use gradient_accumulation_steps."
             )
         if unrolled and counted is not None:
             raise errors.UnsupportedModelError(
@@ -130,7 +130,7 @@ class MicroBatches:
                 "fills a smaller one would be a part of the statistics. Received: data whose last "
                 "batch may be smaller. Use drop_remainder=True, or leave samples out."
             )
-        self.traits = self._trace(trace_scope)
+        self.trace = self._trace(trace_scope)
 
     def _trace(self, trace_scope):
         probes: list = []
@@ -163,7 +163,7 @@ class MicroBatches:
         rows: list = [(table_rows.Rows.KEPT,) if t else () for t in is_table]
         if any(is_table) and not self.is_whole:
             rows = self._rows(probe, probes)
-        return Traits(
+        return LossTrace(
             kinds=counter.kinds,
             state=assigned,
             rows=rows,
@@ -217,7 +217,7 @@ class MicroBatches:
         if self.compiled:
             return
         for variable, gradient, is_known in zip(
-            self.variables, gradients, self.traits.is_known, strict=True
+            self.variables, gradients, self.trace.is_known, strict=True
         ):
             if isinstance(gradient, tf.IndexedSlices) and not is_known:
                 table_rows.warn_of_added_rows(variable.path, "a gradient of its own")
@@ -245,7 +245,7 @@ class MicroBatches:
             if any(variable is v for v in self.variables):
                 raise errors.UnsupportedModelError(
                     "The forward pass must not assign a trainable variable when the batch is "
-                    "cut: every micro-batch would see other weights. Received: "
+                    "split: every micro-batch would see other weights. Received: "
                     f"{variable.path}. Use gradient_accumulation_steps=1 on one replica."
                 )
 
@@ -255,8 +255,8 @@ class MicroBatches:
         def run():
             if self.is_whole:
                 return step(self.data, self.samples, carry)
-            return cutting.fold(
-                self.cut,
+            return batch_split.fold(
+                self.split,
                 self.data,
                 step,
                 carry,
@@ -274,16 +274,16 @@ class MicroBatches:
             return compiled()
         return tf.cond(self.samples > 0, compiled, lambda: carry)
 
-    def _alike(self):
+    def _uniform_micro_batch_size(self):
         """Whether all micro-batches are of one size, and which, or else one; scalars.
 
         Then they weigh one each, and gradients are added up without a multiplication, which is
         a pass over all of them. None, None where that is not worth asking: XLA multiplies and
         adds in one pass.
         """
-        if self.is_whole or self.compiled or self.counted is not None or self.traits.has_weight:
+        if self.is_whole or self.compiled or self.counted is not None or self.trace.has_weight:
             return None, None
-        (large, larges), (small, smalls) = self.cut.segments(self.samples)
+        (large, larges), (small, smalls) = self.split.segments(self.samples)
         alike = tf.equal(larges, 0) | tf.equal(smalls, 0)
         return alike, tf.where(alike, tf.where(tf.equal(larges, 0), small, large), 1)
 
@@ -294,7 +294,7 @@ class MicroBatches:
         the micro-batches, forward only; TensorFlow prunes from it all that the
         denominators do not depend on.
         """
-        if self.is_whole or not {"sum", "counted"} & set(self.traits.kinds):
+        if self.is_whole or not {"sum", "counted"} & set(self.trace.kinds):
             return None
         counts = [tf.cast(self.samples, self.dtype)]
 
@@ -305,7 +305,7 @@ class MicroBatches:
                 self.loss_fn(micro_batch)
             return [a + tf.cast(b, self.dtype) for a, b in zip(carry, counter.counted, strict=True)]
 
-        if number := self.traits.kinds.count("counted"):
+        if number := self.trace.kinds.count("counted"):
             counts += self._run(count, [tf.zeros((), self.dtype)] * number)
         return tf.stack(counts)
 
@@ -317,24 +317,22 @@ class MicroBatches:
             counts: `counts()` of all replicas, summed; by default they are exchanged here.
 
         Returns:
-            This replica's `Accumulated`.
+            This replica's `AccumulatedGradients`.
         """
         if loss_scale is not None:
             loss_scale = tf.convert_to_tensor(loss_scale)
         if isinstance(counts, str):
             counts = exchange.exchange_counts(self.counts())
         whole = None if counts is None else denominators.Denominators(counts)
-        state = self.traits.state
+        state = self.trace.state
         before = [tf.convert_to_tensor(v.value) for v in state]
-        connected = set(self.traits.connected)
-        alike, unit = self._alike()
+        connected = set(self.trace.connected)
+        alike, unit = self._uniform_micro_batch_size()
 
         def step(micro_batch, size, carry):
             weight = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
             reducer = (
-                None
-                if self.is_whole
-                else denominators.LossReducer(whole, weight, self.traits.kinds)
+                None if self.is_whole else denominators.LossReducer(whole, weight, self.trace.kinds)
             )
             with tf.GradientTape() as tape:
                 with (
@@ -357,7 +355,7 @@ class MicroBatches:
                 moments += noise_scale.moments(
                     gradients, size, loss_scale, self.dtype, self.compiled
                 )
-            if self.traits.has_weight:
+            if self.trace.has_weight:
                 weight = tf.cast(result.weight, self.dtype)
             elif alike is not None:
                 weight = tf.where(alike, tf.ones_like(weight), weight)
@@ -387,33 +385,33 @@ class MicroBatches:
             {
                 "gradients": [
                     accumulators.start(v, rows)
-                    for v, rows in zip(self.variables, self.traits.rows, strict=True)
+                    for v, rows in zip(self.variables, self.trace.rows, strict=True)
                 ],
                 "loss": zero,
-                "values": keras.tree.map_structure(lambda _: zero, self.traits.values),
+                "values": keras.tree.map_structure(lambda _: zero, self.trace.values),
                 "weight": zero,
                 "state": before,
                 "logs": keras.tree.map_structure(
-                    lambda spec: tf.zeros(spec.shape, spec.dtype), self.traits.logs
+                    lambda spec: tf.zeros(spec.shape, spec.dtype), self.trace.logs
                 ),
                 "moments": tf.zeros([3 if self.measures_noise else 0], self.dtype),
             },
         )
-        share = exchange.Accumulated(
+        share = exchange.AccumulatedGradients(
             variables=self.variables,
             gradients=[
-                accumulators.result(total["gradients"][i], v, self.traits.rows[i])
+                accumulators.result(total["gradients"][i], v, self.trace.rows[i])
                 if i in connected
                 else None
                 for i, v in enumerate(self.variables)
             ],
-            rows=self.traits.rows,
+            rows=self.trace.rows,
             loss=total["loss"],
             values=total["values"],
             weight=total["weight"],
             samples=self.samples,
             state=[
-                exchange.StateChange(v, old, new, id(v) in self.metric_ids)
+                exchange.VariableUpdate(v, old, new, id(v) in self.metric_ids)
                 for v, old, new in zip(state, before, total["state"], strict=True)
             ],
             logs=total["logs"],
@@ -504,7 +502,7 @@ def accumulate_gradients(
 
     Raises:
         InvalidOptionError: If an option is not valid.
-        UnsupportedModelError: If the loss cannot be cut exactly.
+        UnsupportedModelError: If the loss cannot be split exactly.
 
     Example:
 
@@ -527,8 +525,8 @@ def accumulate_gradients(
         )
     if gradient_accumulation_steps is None and micro_batch_size is None:
         gradient_accumulation_steps = 1
-    cut = cutting.Cut(gradient_accumulation_steps, micro_batch_size)
-    own_step.accumulates(cut, loss_scale)
+    split = batch_split.BatchSplit(gradient_accumulation_steps, micro_batch_size)
+    own_step.accumulates(split, loss_scale)
 
     def wrapped(micro_batch):
         result = loss_fn(micro_batch)
@@ -538,7 +536,7 @@ def accumulate_gradients(
     return MicroBatches(
         wrapped,
         data,
-        cut,
+        split,
         variables,
         compiled=compiled,
     ).accumulate(None if loss_scale is None else loss_scale.loss_scale.value)

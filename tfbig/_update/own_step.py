@@ -37,10 +37,10 @@ def uses_all():
     _use("everything")
 
 
-def accumulates(cut, loss_scale):
+def accumulates(split, loss_scale):
     """Records what `accumulate_gradients` is given."""
     _use(
-        *(() if cut.is_whole else _CUTS),
+        *(() if split.is_whole else _CUTS),
         *(() if loss_scale is None else ("scaled",)),
     )
 

@@ -1,4 +1,4 @@
-"""The rows of a table's gradient: which of them the whole batch has, however it is cut.
+"""The rows of a table's gradient: which of them the whole batch has, however it is split.
 
 The gradient of a table that is looked up is a `tf.IndexedSlices`, a row for each look-up. Keras's
 optimizers square each row for itself, so it matters which look-ups share one. In the whole batch

@@ -1,6 +1,6 @@
 """The only `train_step`, and its two halves.
 
-global batch ── strategy ──> replica's share ── cut ──> micro-batches
+global batch ── strategy ──> replica's share ── split ──> micro-batches
   for each micro-batch:   forward, loss x scale, backward,
                           add to float32 accumulators, metrics
   one exchange:           gradients + loss sums + weights + replica-local state
@@ -19,7 +19,7 @@ import tensorflow as tf
 from tfbig import _keras, errors
 from tfbig._update import (
     apply,
-    cutting,
+    batch_split,
     exchange,
     fit_context,
     inexact,
@@ -64,16 +64,16 @@ class TrainStep(step_options.StepOptions):
     """The step of both mixins: overrides `train_step` and `test_step`.
 
     Not part of the public interface; `GradientAccumulationMixin` says how the
-    batch is cut, `DynamicLossScalingMixin` whether the loss is scaled.
+    batch is split, `DynamicLossScalingMixin` whether the loss is scaled.
     """
 
-    def _cut(self):
-        """Hook: the `Cut` of an update."""
-        return cutting.Cut(gradient_accumulation_steps=1)
+    def _batch_split(self):
+        """Hook: the `BatchSplit` of an update."""
+        return batch_split.BatchSplit(gradient_accumulation_steps=1)
 
-    def _evaluation_cut(self):
-        """Hook: the `Cut` of a batch that is evaluated."""
-        return self._cut()
+    def _evaluation_split(self):
+        """Hook: the `BatchSplit` of a batch that is evaluated."""
+        return self._batch_split()
 
     def loss_denominator(self, x, y, y_pred, sample_weight):
         """What a scalar loss of a micro-batch was divided by.
@@ -169,11 +169,11 @@ class TrainStep(step_options.StepOptions):
     def _check_before_run(self):
         _keras.layers.check_scope(self)
         if exchange.replicas_of(self) > 1:
-            inexact.refuse_stateful_layers(self, self._cut())
+            inexact.refuse_stateful_layers(self, self._batch_split())
 
     def _prepare_training(self, batch_size):
-        cut = self._cut()
-        is_one = not self._is_cut(cut, batch_size)
+        split = self._batch_split()
+        is_one = not self._may_be_split(split, batch_size)
         if is_one and self.log_gradient_noise_scale and exchange.replicas_of(self) == 1:
             raise errors.InvalidOptionError(
                 "`log_gradient_noise_scale` compares micro-batches, or replicas, with the whole "
@@ -181,16 +181,18 @@ class TrainStep(step_options.StepOptions):
                 f"{batch_size}. Use gradient_accumulation_steps=2 or more."
             )
         if not is_one or exchange.replicas_of(self) > 1:
-            self._prepare_cut(cut)
+            self._check_split(split)
 
-    def _is_cut(self, cut, batch_size):
+    def _may_be_split(self, split, batch_size):
         """Whether a batch may come to more than one micro-batch on a replica."""
-        size = cut.micro_batch_size
-        return not (cut.is_whole or batch_size == 1 or (size and batch_size and size >= batch_size))
+        size = split.micro_batch_size
+        return not (
+            split.is_whole or batch_size == 1 or (size and batch_size and size >= batch_size)
+        )
 
-    def _prepare_cut(self, cut):
-        """Refuses, or says once, what is not the same for a batch that is cut."""
-        inexact.refuse_stateful_layers(self, cut)
+    def _check_split(self, split):
+        """Refuses, or says once, what is not the same for a batch that is split."""
+        inexact.refuse_stateful_layers(self, split)
         if not self._has_said_what_is_inexact:
             self._has_said_what_is_inexact = True
             inexact.warn_of_what_is_not_exact(self)
@@ -212,9 +214,9 @@ class TrainStep(step_options.StepOptions):
         super().make_train_function(force)
 
     def make_test_function(self, force=False):
-        cut = self._evaluation_cut()
-        if self._is_cut(cut, self._batch_size):
-            inexact.refuse_stateful_layers(self, cut)
+        split = self._evaluation_split()
+        if self._may_be_split(split, self._batch_size):
+            inexact.refuse_stateful_layers(self, split)
         super().make_test_function(force)
 
     def check_train_step(self):
@@ -243,7 +245,7 @@ class TrainStep(step_options.StepOptions):
 
     def fit(self, *args, **kwargs):
         arguments = fit_context.arguments_of(super().fit, args, kwargs)
-        with fit_context.prepared(self, arguments, self._options()) as arguments:
+        with fit_context.prepare_fit(self, arguments, self._options()) as arguments:
             try:
                 return super().fit(**arguments)
             finally:
@@ -258,20 +260,20 @@ class TrainStep(step_options.StepOptions):
         if not self.optimizer.built:
             with tf.init_scope():
                 self.optimizer.build(self.trainable_variables)
-        is_plain = self._is_plain(self._cut(), data)
+        is_plain = self._is_plain(self._batch_split(), data)
         if is_plain and self.loss_scale_state is None and self._is_default:
             return self._plain(super().train_step, data)
-        return self._apply(self._accumulate(data, self._cut()))
+        return self._apply(self._accumulate(data, self._batch_split()))
 
-    def _accumulate(self, data, cut, **counts):
-        """The first half of an update: this replica's share, `Accumulated`; assigns nothing."""
+    def _accumulate(self, data, split, **counts):
+        """The first half of an update: `AccumulatedGradients` of this replica; assigns nothing."""
         scale = self.loss_scale_state
         scale = None if scale is None else scale.loss_scale.value
-        return self._share(data, cut, training=True).accumulate(scale, **counts)
+        return self._share(data, split, training=True).accumulate(scale, **counts)
 
-    def _counts(self, data, cut):
+    def _counts(self, data, split):
         """What `_accumulate` takes as `counts`, before it is exchanged."""
-        return self._share(data, cut, training=True).counts()
+        return self._share(data, split, training=True).counts()
 
     def _apply(self, share):
         """The second half: exchanges, applies or skips, and returns the logs."""
@@ -306,15 +308,15 @@ class TrainStep(step_options.StepOptions):
     @_keras.trainer.returns_global_logs
     def test_step(self, data):
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
-        if self._is_plain(self._evaluation_cut(), data):
+        if self._is_plain(self._evaluation_split(), data):
             return self._plain(super().test_step, data)
-        share = self._share(data, self._evaluation_cut(), training=False).accumulate()
+        share = self._share(data, self._evaluation_split(), training=False).accumulate()
         return self._logs(apply.without_gradients(share))
 
-    def _is_plain(self, cut, data=None):
+    def _is_plain(self, split, data=None):
         # Then Keras's own step does it, number for number.
         is_padded = isinstance(data, _keras.padding.PaddedBatch)
-        return cut.is_whole and exchange.replicas() == 1 and not is_padded
+        return split.is_whole and exchange.replicas() == 1 and not is_padded
 
     def _plain(self, step, data):
         """Runs a step of Keras, compiled by XLA if asked for."""
@@ -327,9 +329,9 @@ class TrainStep(step_options.StepOptions):
         ):
             return step(data)
 
-    def _share(self, data, cut, training):
+    def _share(self, data, split, training):
         """This replica's share of a batch, as `MicroBatches`."""
-        if not self._is_plain(cut, data):
+        if not self._is_plain(split, data):
             inexact.refuse_divided_loss(self)
         synchronized = training and _keras.layers.has_synchronized_layers(self)
         # An exchange may stand neither in a loop nor in an XLA program.
@@ -354,7 +356,7 @@ class TrainStep(step_options.StepOptions):
         return micro_batches.MicroBatches(
             loss_fn,
             data,
-            cut,
+            split,
             self.trainable_variables if training else [],
             metric_variables=self.metrics_variables,
             compiled=compiled,
@@ -377,10 +379,10 @@ class TrainStep(step_options.StepOptions):
         # The losses in the logs of a micro-batch are those before this update.
         own = {k: v for k, v in update.logs.items() if k not in _keras.losses.loss_names(self)}
         results = _keras.losses.metrics_results(self, exchange.replicas())
-        if own.keys() - results.keys() and not self._is_plain(self._cut()):
+        if own.keys() - results.keys() and not self._is_plain(self._batch_split()):
             warnings.warn(
                 "`compute_metrics` should return results of the model's metrics only, when a "
-                "batch is cut. A value of its own is that of the last micro-batch, averaged "
+                "batch is split. A value of its own is that of the last micro-batch, averaged "
                 f"over the replicas. Received: {sorted(own.keys() - results.keys())}. Make a "
                 "keras.metrics.Metric of it, an attribute of the model, with the same name.",
                 stacklevel=2,

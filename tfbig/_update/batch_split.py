@@ -1,4 +1,4 @@
-"""Cutting a replica's share of the effective batch into micro-batches."""
+"""How a replica's share of the effective batch is split into micro-batches."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tfbig import _keras, errors
 
-__all__ = ("Cut", "fold")
+__all__ = ("BatchSplit", "fold")
 
 
 def positive_integer(name, value, remedy):
@@ -19,7 +19,7 @@ def positive_integer(name, value, remedy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class BatchSplit:
     """How many micro-batches, or how large.
 
     Exactly one of the two is given.
@@ -27,7 +27,7 @@ class Cut:
     Args:
         gradient_accumulation_steps: Micro-batches per replica and update. Their
             sizes differ by at most one sample. A share of fewer samples than
-            this is cut into single samples.
+            this is split into single samples.
         micro_batch_size: Samples per micro-batch and replica. The last may be
             smaller.
     """
@@ -66,11 +66,11 @@ class Cut:
 
     @property
     def is_whole(self):
-        """Whether a share is never cut."""
+        """Whether a share is never split."""
         return self.gradient_accumulation_steps == 1
 
     def segments(self, samples):
-        """The cut of `samples` samples as two runs of micro-batches of equal size.
+        """The split of `samples` samples into two runs of micro-batches of equal size.
 
         Returns:
             `((size, count), (size, count))`; int32 scalars, or ints for an int.
@@ -91,14 +91,14 @@ class Cut:
         return (size(small + 1), larger), (size(small), at_most(count - larger, samples))
 
 
-def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=None):
+def fold(split, data, step, carry, *, static_sizes=False, unrolled=False, counted=None):
     """Calls `carry = step(micro_batch, size, carry)` for each micro-batch.
 
     One `tf.while_loop`, whatever the number of micro-batches. Micro-batches run
     strictly one after another: two at a time would need the memory of two.
 
     Args:
-        cut: A `Cut`.
+        split: A `BatchSplit`.
         data: Nested structure of tensors, `(samples, ...)` each. May hold no sample.
         step: Function of `(micro_batch, size, carry)`.
         carry: Structure of tensors.
@@ -108,13 +108,13 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=
             ops that may not stand in a loop. Needs `gradient_accumulation_steps`
             and as many samples.
         counted: int32 scalar, how many of the samples count, the first of them; needs
-            `static_sizes`. None for all. What is left when so many are cut into
+            `static_sizes`. None for all. What is left when so many are split into
             micro-batches of these sizes goes one by one: a micro-batch of another size
             would be another program.
     """
     samples = _keras.data.batch_size(data)
     if unrolled:
-        steps = cut.gradient_accumulation_steps
+        steps = split.gradient_accumulation_steps
         tf.debugging.assert_greater_equal(
             samples,
             steps,
@@ -143,7 +143,7 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=
 
     if counted is not None:
         begin = 0
-        counts = {size: count for size, count in cut.segments(samples) if count}
+        counts = {size: count for size, count in split.segments(samples) if count}
         counts[1] = samples
         for size, count in counts.items():
             # How many there are may change from batch to batch, their size may not.
@@ -152,16 +152,16 @@ def fold(cut, data, step, carry, *, static_sizes=False, unrolled=False, counted=
             begin += count * size
         return carry
 
-    (large, larges), (small, smalls) = cut.segments(samples)
+    (large, larges), (small, smalls) = split.segments(samples)
     if static_sizes:
         # Inside the loop the sizes are computed anew from shapes, which XLA
         # knows; a value from outside would not be a constant there.
         def first(k):
-            (large, _), _ = cut.segments(_keras.data.batch_size(data))
+            (large, _), _ = split.segments(_keras.data.batch_size(data))
             return k * large, large
 
         def second(k):
-            (large, larges), (small, _) = cut.segments(_keras.data.batch_size(data))
+            (large, larges), (small, _) = split.segments(_keras.data.batch_size(data))
             return large * larges + k * small, small
 
         return loop(loop(carry, larges, first), smalls, second)
