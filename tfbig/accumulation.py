@@ -3,7 +3,7 @@
 import warnings
 
 from tfbig import _keras, errors
-from tfbig._update import automatic_size, batch_split, capacity, exchange, train_step
+from tfbig._update import automatic_size, batch_split, capacity, replicas, train_step
 
 __all__ = ("GradientAccumulationMixin",)
 
@@ -158,7 +158,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
             if batch_size == 1:
                 # That is one micro-batch, whatever fits.
                 super()._prepare_training(batch_size)
-            needs_two = self.log_gradient_noise_scale and exchange.replicas_of(self) == 1
+            needs_two = self.log_gradient_noise_scale and replicas.count_of(self) == 1
             self._automatic_size.begin(self._automatic_share(batch_size), needs_two)
             self._check_split("micro_batch_size='auto'")
             return
@@ -171,7 +171,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
             )
         steps, split = self.gradient_accumulation_steps, self._given_split
         if not (steps is None or steps == 1 or batch_size is None):
-            share = -(-batch_size // exchange.replicas_of(self))
+            share = -(-batch_size // replicas.count_of(self))
             split = batch_split.BatchSplit(micro_batch_size=-(-share // min(steps, share)))
             if steps > share:
                 self._warn_of_few_samples(batch_size, share)
@@ -201,7 +201,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
             )
         # A dataset does not tell what it was batched by before a `map`. Its batches do, and one
         # that is larger than those before is tried anew.
-        return None if batch_size is None else -(-batch_size // exchange.replicas_of(self))
+        return None if batch_size is None else -(-batch_size // replicas.count_of(self))
 
     def _make_train_function(self):
         if not self._automatic_size:

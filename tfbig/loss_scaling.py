@@ -329,9 +329,8 @@ def _settings(option, model):
     """`(DynamicLossScale or None, whether it is fixed)` for an option."""
     if option == "auto":
         # A class that is extended goes on to be scaled as it was: by Keras.
-        is_wanted = _keras.layers.computes_in_float16(
-            model
-        ) and not train_step.has_step_of_extended_class(type(model))
+        is_extended = type(model)._owner_of_extended_train_step() is not None
+        is_wanted = _keras.layers.computes_in_float16(model) and not is_extended
         option = "dynamic" if is_wanted else None
     if option == "dynamic":
         return DynamicLossScale(), False

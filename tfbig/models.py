@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from tfbig import _keras, errors
-from tfbig._update import batch_split, step_options, train_step
+from tfbig._update import batch_split, step_options, train_step, training_checks
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 
@@ -209,14 +209,14 @@ def _extended_model(model, options):
         raise errors.InvalidOptionError(
             f"Unknown options for `extend`: {sorted(unknown)}. Known are {sorted(known)}."
         )
-    train_step.check_strategy()
+    training_checks.check_strategy()
     if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
         batch_split.BatchSplit(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
     reached = None
     cls = _extended_class(type(model))
     # A step of the class's own goes on to be scaled by Keras.
-    is_own = train_step.has_step_of_extended_class(cls)
+    is_own = cls._owner_of_extended_train_step() is not None
     if isinstance(optimizer, _keras.optimizer.LossScaleOptimizer) and not is_own:
         if optimizer.built and "loss_scale" not in options:
             reached = optimizer

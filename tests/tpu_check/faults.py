@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tfbig._update import exchange
+from tfbig._update import exchange, replicas
 
 
 def changed_exchange(monkeypatch, change):
@@ -19,6 +19,6 @@ def double_sum(monkeypatch):
     """Gradients are summed once more."""
 
     def again(share, batch):
-        return dataclasses.replace(batch, gradients=exchange.all_reduce_sum(batch.gradients))
+        return dataclasses.replace(batch, gradients=replicas.all_reduce_sum(batch.gradients))
 
     changed_exchange(monkeypatch, again)

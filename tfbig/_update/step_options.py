@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from tfbig import _keras
-from tfbig._update import exchange, noise_scale, recomputation
+from tfbig._update import half_precision_exchange, noise_scale, recomputation
 
 __all__ = ("StepOptions", "option_names", "set_options")
 
@@ -61,7 +61,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         **kwargs,
     ):
         recompute = recomputation.check(recompute)
-        exchange_dtype = exchange.checked_dtype(exchange_dtype)
+        exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
         self._log_grad_norm = bool(log_grad_norm)
         # Before: a constructor may compile, as those of KerasHub do.
         self._log_gradient_noise_scale = bool(log_gradient_noise_scale)
@@ -104,7 +104,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
 
     @exchange_dtype.setter
     def exchange_dtype(self, value):
-        self._exchange_dtype = exchange.checked_dtype(value)
+        self._exchange_dtype = half_precision_exchange.checked_dtype(value)
         self._rebuild_step()
 
     @property
