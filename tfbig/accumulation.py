@@ -1,11 +1,52 @@
 """Gradient accumulation inside one `train_step`."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from tfbig import _keras, errors
-from tfbig._update import automatic_size, batch_split, capacity, replicas, train_step
+from tfbig._update import automatic_size, capacity, replicas, train_step
+from tfbig._update.batch_split import BatchSplit
+from tfbig._update.option import Option
 
 __all__ = ("GradientAccumulationMixin",)
+
+# The two options that say how a batch is split, in the order of `_split_of`.
+_CUT = ("gradient_accumulation_steps", "micro_batch_size")
+
+_PASSED_ON = "{name}=self.{name} to tfbig.accumulate_gradients"
+
+
+def _checked_steps(value: Any) -> int | None:
+    if value is None:
+        return None
+    return BatchSplit(gradient_accumulation_steps=value).gradient_accumulation_steps
+
+
+def _checked_size(value: Any) -> int | str | None:
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    return BatchSplit(micro_batch_size=value).micro_batch_size
+
+
+def _steps(model: "GradientAccumulationMixin") -> int | None:
+    return None if model._automatic_size else model._given_split.gradient_accumulation_steps
+
+
+def _size(model: "GradientAccumulationMixin") -> int | None:
+    if model._automatic_size:
+        return model._automatic_size.size
+    return model._given_split.micro_batch_size
+
+
+def _restart(model: "GradientAccumulationMixin") -> None:
+    model._split_of_last_training = None
+    model._rebuild_step()
+
+
+def _search_again(model: "GradientAccumulationMixin") -> None:
+    if model._automatic_size:
+        model.micro_batch_size = "auto"
 
 
 class GradientAccumulationMixin(train_step.TrainStep):
@@ -74,73 +115,50 @@ class GradientAccumulationMixin(train_step.TrainStep):
     2
     """
 
-    _given_split = batch_split.BatchSplit(gradient_accumulation_steps=1)
+    gradient_accumulation_steps = Option(
+        default=None,
+        check=_checked_steps,
+        plain=1,
+        doc="Micro-batches per replica and update; None if their size is given.",
+        value=_steps,
+        changed=_restart,
+        asks=lambda _, steps: steps not in (None, 1),
+        passed_on=_PASSED_ON.format(name="gradient_accumulation_steps"),
+        is_tuned=True,
+    )
+    micro_batch_size = Option(
+        default=None,
+        check=_checked_size,
+        doc=(
+            "Samples per replica and forward pass; None if their number is given.\n\n"
+            'With "auto", None before the first update.'
+        ),
+        value=lambda model: "auto" if model._automatic_size else _size(model),
+        shown=_size,
+        changed=_restart,
+        passed_on=_PASSED_ON.format(name="micro_batch_size"),
+        is_tuned=True,
+    )
+    memory_budget = Option(
+        default=None,
+        check=capacity.checked_budget,
+        doc='Bytes that a replica may take with `micro_batch_size="auto"`, or None.',
+        changed=_search_again,
+        is_tuned=True,
+    )
+
+    _given_split = BatchSplit(gradient_accumulation_steps=1)
     _automatic_size: automatic_size.AutomaticSize | None = None
-    _memory_budget: int | None = None
-    _split_of_last_training: batch_split.BatchSplit | None = None
-    _warned_of: tuple | None = None
+    _split_of_last_training: BatchSplit | None = None
+    _warned_of: tuple[int, int] | None = None
 
-    def __init__(
-        self,
-        *args,
-        gradient_accumulation_steps=None,
-        micro_batch_size=None,
-        memory_budget=None,
-        **kwargs,
-    ):
-        budget = capacity.checked_budget(memory_budget)
-        split, automatic = _split_of(gradient_accumulation_steps, micro_batch_size)
-        super().__init__(*args, **kwargs)
-        self._given_split, self._automatic_size = split, automatic
-        self._memory_budget = budget
-
-    @property
-    def gradient_accumulation_steps(self):
-        """Micro-batches per replica and update; None if their size is given."""
-        return None if self._automatic_size else self._given_split.gradient_accumulation_steps
-
-    @gradient_accumulation_steps.setter
-    def gradient_accumulation_steps(self, value):
-        self._set_split(*_split_of(value, None))
-
-    @property
-    def micro_batch_size(self):
-        """Samples per replica and forward pass; None if their number is given.
-
-        With "auto", None before the first update.
-        """
-        return (
-            self._automatic_size.size
-            if self._automatic_size
-            else self._given_split.micro_batch_size
-        )
-
-    @micro_batch_size.setter
-    def micro_batch_size(self, value):
-        self._set_split(*_split_of(None, value))
-
-    @property
-    def memory_budget(self):
-        """Bytes that a replica may take with `micro_batch_size="auto"`, or None."""
-        return self._memory_budget
-
-    @memory_budget.setter
-    def memory_budget(self, value):
-        self._memory_budget = capacity.checked_budget(value)
-        if self._automatic_size:
-            self.micro_batch_size = "auto"
-
-    def _set_split(self, split, automatic):
-        self._given_split, self._automatic_size = split, automatic
-        self._split_of_last_training = None
-        self._rebuild_step()
-
-    def _options(self):
-        return super()._options() | {
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "micro_batch_size": "auto" if self._automatic_size else self.micro_batch_size,
-            "memory_budget": self.memory_budget,
-        }
+    def _keep_options(self, given: Mapping[str, Any]) -> None:
+        # Together they say how a batch is cut: to set one is to unset the other.
+        if any(name in given for name in _CUT):
+            split, automatic = _split_of(*(given.get(name) for name in _CUT))
+            object.__setattr__(self, "_given_split", split)
+            object.__setattr__(self, "_automatic_size", automatic)
+        super()._keep_options({k: v for k, v in given.items() if k not in _CUT})
 
     def _batch_split(self):
         return self._automatic_size.split if self._automatic_size else self._given_split
@@ -151,7 +169,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
         # last training is taken; before any, the batch is not split.
         if self.micro_batch_size is not None:
             return self._batch_split()
-        return self._split_of_last_training or batch_split.BatchSplit(gradient_accumulation_steps=1)
+        return self._split_of_last_training or BatchSplit(gradient_accumulation_steps=1)
 
     def _prepare_training(self, batch_size):
         if self._automatic_size:
@@ -172,7 +190,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
         steps, split = self.gradient_accumulation_steps, self._given_split
         if not (steps is None or steps == 1 or batch_size is None):
             share = -(-batch_size // replicas.count_of(self))
-            split = batch_split.BatchSplit(micro_batch_size=-(-share // min(steps, share)))
+            split = BatchSplit(micro_batch_size=-(-share // min(steps, share)))
             if steps > share:
                 self._warn_of_few_samples(batch_size, share)
         if split != self._split_of_last_training:
@@ -226,5 +244,5 @@ def _split_of(steps, size):
     if steps is None and size is None:
         steps = 1
     if isinstance(size, str) and size == "auto" and steps is None:
-        return batch_split.BatchSplit(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
-    return batch_split.BatchSplit(steps, size), None
+        return BatchSplit(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
+    return BatchSplit(steps, size), None

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from tfbig import _keras, errors
 from tfbig._update import train_step
+from tfbig._update.option import Option
 
 __all__ = ("DynamicLossScale", "DynamicLossScalingMixin")
 
@@ -226,6 +227,31 @@ class LossScaleState(_keras.saving.SavedState):
         )
 
 
+def _checked(option):
+    """Returns the `loss_scale` option, or raises if it is not one."""
+    if isinstance(option, dict):
+        option = keras.saving.deserialize_keras_object(option)
+    valid = option is None or option in ("auto", "dynamic") or isinstance(option, DynamicLossScale)
+    if not valid and not is_positive_float32(option):
+        raise errors.InvalidOptionError(
+            f"`loss_scale` must be 'auto', 'dynamic', a finite number > 0, None or a "
+            f"tfbig.DynamicLossScale. Received: loss_scale={option!r}. A number must be {_RANGE}."
+        )
+    return option
+
+
+def _scale_now(model):
+    if model.loss_scale_state is not None:
+        return float(model.loss_scale_state.loss_scale.numpy())
+    return model._scale_settings and model._scale_settings.initial_scale
+
+
+def _restart(model):
+    if model.compiled:
+        model._reset_loss_scale()
+        model._rebuild_step()
+
+
 class DynamicLossScalingMixin(train_step.TrainStep):
     """Loss scaling for a `keras.Model`, decided by all replicas together.
 
@@ -259,29 +285,23 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     32768.0
     """
 
-    _loss_scale = "auto"
-
-    def __init__(self, *args, loss_scale="auto", **kwargs):
-        # Before: a constructor may compile, as those of KerasHub do.
-        self._loss_scale = _checked(loss_scale)
-        super().__init__(*args, **kwargs)
-
-    @property
-    def loss_scale(self):
-        """The scale that holds now, a float; None without scaling.
-
-        Can be set to what the constructor takes, which starts anew.
-        """
-        if self.loss_scale_state is not None:
-            return float(self.loss_scale_state.loss_scale.numpy())
-        return self._scale_settings and self._scale_settings.initial_scale
-
-    @loss_scale.setter
-    def loss_scale(self, value):
-        self._loss_scale = _checked(value)
-        if self.compiled:
-            self._reset_loss_scale()
-            self._rebuild_step()
+    loss_scale = Option(
+        default="auto",
+        check=_checked,
+        doc=(
+            "The scale that holds now, a float; None without scaling.\n\n"
+            "Can be set to what the constructor takes, which starts anew."
+        ),
+        shown=_scale_now,
+        changed=_restart,
+        asks=lambda model, _: model.loss_scale_state is not None,
+        passed_on=(
+            "loss_scale=self.loss_scale_state to tfbig.accumulate_gradients and to "
+            "tfbig.apply_gradients"
+        ),
+        logs=("loss_scale", "skipped_updates"),
+        is_tuned=True,
+    )
 
     @property
     def skipped_updates(self):
@@ -291,7 +311,7 @@ class DynamicLossScalingMixin(train_step.TrainStep):
 
     @property
     def _scale_settings(self):
-        return _settings(self._loss_scale, self)[0]
+        return _settings(self)[0]
 
     def _finish_compile(self):
         super()._finish_compile()
@@ -303,30 +323,15 @@ class DynamicLossScalingMixin(train_step.TrainStep):
             return function
         return state.watched(function, self.steps_per_execution, self.trainable_variables)
 
-    def _options(self):
-        return super()._options() | {"loss_scale": self._loss_scale}
-
     def _reset_loss_scale(self):
-        settings, is_fixed = _settings(self._loss_scale, self)
+        settings, is_fixed = _settings(self)
         with self.distribute_strategy.scope():
             self.loss_scale_state = settings and LossScaleState(settings, is_fixed)
 
 
-def _checked(option):
-    """Returns the `loss_scale` option, or raises if it is not one."""
-    if isinstance(option, dict):
-        option = keras.saving.deserialize_keras_object(option)
-    valid = option is None or option in ("auto", "dynamic") or isinstance(option, DynamicLossScale)
-    if not valid and not is_positive_float32(option):
-        raise errors.InvalidOptionError(
-            f"`loss_scale` must be 'auto', 'dynamic', a finite number > 0, None or a "
-            f"tfbig.DynamicLossScale. Received: loss_scale={option!r}. A number must be {_RANGE}."
-        )
-    return option
-
-
-def _settings(option, model):
-    """`(DynamicLossScale or None, whether it is fixed)` for an option."""
+def _settings(model):
+    """`(DynamicLossScale or None, whether it is fixed)` for a model."""
+    option = DynamicLossScalingMixin.loss_scale.value(model)
     if option == "auto":
         # A class that is extended goes on to be scaled as it was: by Keras.
         is_extended = type(model)._owner_of_extended_train_step() is not None

@@ -1,15 +1,37 @@
 """`Model`, `Sequential` and `extend`: Keras models with both mixins."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 
-from tfbig import _keras, errors
-from tfbig._update import batch_split, step_options, train_step, training_checks
+from tfbig import _keras, _types, errors
+from tfbig._update import step_options, train_step, training_checks
+from tfbig._update.batch_split import BatchSplit
+from tfbig._update.option import declared, signature
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 
 __all__ = ("Model", "Sequential", "extend")
+
+_OPTIONS = declared(GradientAccumulationMixin) | declared(DynamicLossScalingMixin)
+
+
+class ModelArguments(step_options.Options, total=False):
+    """Keyword arguments of `Model`: the options, and those of `keras.Model`."""
+
+    inputs: _types.Structure
+    outputs: _types.Structure
+    name: str | None
+    trainable: bool
+    dtype: Any  # A str, a dtype policy, or a config of one.
+
+
+class SequentialArguments(step_options.Options, total=False):
+    """Keyword arguments of `Sequential`: the options, and those of `keras.Sequential`."""
+
+    layers: list[_types.Layer] | None
+    trainable: bool
+    name: str | None
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
@@ -38,7 +60,7 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
     (8, None)
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Unpack[ModelArguments]):
         # Keras would put Functional among the bases of this class itself, for the whole process,
         # and models that are not functional could not be made any more.
         if _keras.saving.is_functional(args, kwargs) and not isinstance(
@@ -47,8 +69,11 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
             self.__class__ = _functional_class(type(self))
         super().__init__(*args, **kwargs)
 
+    # What a notebook and the API reference show; an editor reads `ModelArguments`.
+    vars(__init__)["__signature__"] = signature(_OPTIONS)
 
-def _functional_class(cls):
+
+def _functional_class(cls: type[Model]) -> type[Model]:
     """The subclass of a subclass of `Model` that is made from inputs and outputs."""
     if cls not in _FUNCTIONAL:
         made = type(
@@ -92,6 +117,11 @@ class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Seque
     >>> model.gradient_accumulation_steps
     4
     """
+
+    def __init__(self, *args: Any, **kwargs: Unpack[SequentialArguments]):
+        super().__init__(*args, **kwargs)
+
+    vars(__init__)["__signature__"] = signature(_OPTIONS)
 
 
 def extend(model_or_class, **options):
@@ -203,15 +233,15 @@ class Extended(train_step.TrainStep):
 
 
 def _extended_model(model, options):
-    known = step_options.option_names(Model)
-    unknown = set(options) - known
+    known = declared(Model)
+    unknown = options.keys() - known.keys()
     if unknown:
         raise errors.InvalidOptionError(
             f"Unknown options for `extend`: {sorted(unknown)}. Known are {sorted(known)}."
         )
     training_checks.check_strategy()
     if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
-        batch_split.BatchSplit(options["gradient_accumulation_steps"], options["micro_batch_size"])
+        BatchSplit(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
     reached = None
     cls = _extended_class(type(model))

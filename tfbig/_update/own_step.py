@@ -10,19 +10,11 @@ import warnings
 import tensorflow as tf
 
 from tfbig import _keras, errors
+from tfbig._update import option
 
-__all__ = ("accumulates", "applies", "checked", "given", "uses_all", "warn_of_jit_compile")
+__all__ = ("accumulates", "applies", "checked", "uses_all", "warn_of_jit_compile")
 
 _CUTS = ("gradient_accumulation_steps", "micro_batch_size")
-
-# Options that the two halves of an update take, each with what passes it on.
-_OF_THE_HALVES = {
-    **dict.fromkeys(_CUTS, "{name}=self.{name} to tfbig.accumulate_gradients"),
-    "loss_scale": "loss_scale=self.loss_scale_state to tfbig.accumulate_gradients and to "
-    "tfbig.apply_gradients",
-    "log_grad_norm": "log_grad_norm=True to tfbig.apply_gradients",
-    "exchange_dtype": "exchange_dtype=self.exchange_dtype to tfbig.apply_gradients",
-}
 
 
 def _use(*names):
@@ -65,21 +57,11 @@ def warn_of_jit_compile(model):
         )
 
 
-def given(model):
-    """The options of a model that ask for something, by name."""
-    options = {k: v for k, v in model._options().items() if v not in (None, False)}
-    if options.get("gradient_accumulation_steps") == 1:
-        del options["gradient_accumulation_steps"]
-    if model.loss_scale_state is None:
-        options.pop("loss_scale", None)
-    return options
-
-
 def _unused(model, uses):
     if "everything" in uses:
         return {}
     used = uses | ({"loss_scale"} if {"scaled", "unscaled"} <= uses else set())
-    return {name: value for name, value in given(model).items() if name not in used}
+    return {name: value for name, value in model._asked_options().items() if name not in used}
 
 
 def checked(model, step):
@@ -115,8 +97,9 @@ def _undo(model):
 
 def _error(model, unused):
     said = ", ".join(f"{name}={value!r}" for name, value in unused.items())
-    remedies = [_OF_THE_HALVES[n].format(name=n) for n in unused if n in _OF_THE_HALVES]
-    halves = f", or pass {', '.join(remedies)}" if len(remedies) == len(unused) else ""
+    options = option.declared(type(model))
+    remedies = [options[name].passed_on for name in unused]
+    halves = "" if None in remedies else f", or pass {', '.join(remedies)}"
     keras_scales = ""
     if "loss_scale" in unused:
         keras_scales = " With loss_scale=None, Keras's LossScaleOptimizer scales in float16."

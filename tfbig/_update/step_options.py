@@ -1,41 +1,58 @@
 """Options of the step: how the gradient is computed, exchanged and looked at."""
 
 import functools
-import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import keras
 
 from tfbig import _keras
 from tfbig._update import half_precision_exchange, noise_scale, recomputation
+from tfbig._update.option import Option, declared
 
-__all__ = ("StepOptions", "option_names", "set_options")
+__all__ = ("Options", "StepOptions", "make_plain", "set_options")
 
 
-def option_names(cls):
-    """Names of the options that tfbig's mixins add to a class."""
-    return {
-        name
-        for c in cls.__mro__
-        if c.__module__.startswith("tfbig.")
-        and issubclass(c, StepOptions)
-        and "__init__" in vars(c)
-        for name in inspect.getfullargspec(c.__init__).kwonlyargs
-    }
+class Options(TypedDict, total=False):
+    """The options of a model with both mixins, for editors.
+
+    What each means, and everything else about it, is in its declaration.
+    """
+
+    gradient_accumulation_steps: int | None
+    micro_batch_size: int | str | None
+    memory_budget: int | None
+    loss_scale: Any  # A str, a float, None or a `tfbig.DynamicLossScale`, which imports this.
+    log_grad_norm: bool
+    log_gradient_noise_scale: bool
+    recompute: Any  # True, a list of layers or of names, a function of a layer, or None.
+    exchange_dtype: str | None
 
 
 @functools.cache
-def _settable(cls):
-    """Names of the options of a class that are properties of tfbig."""
-    found = {name: getattr(cls, name, None) for name in option_names(cls)}
-    return {k for k, v in found.items() if isinstance(v, property) and v.fset is not None}
+def _settable(cls: type) -> frozenset[str]:
+    """Names of the options whose property a class has not replaced."""
+    return frozenset(k for k, v in declared(cls).items() if getattr(cls, k) is v)
 
 
-def set_options(model, options):
-    """Sets constructor options as properties."""
+def set_options(model: keras.Model, options: Mapping[str, Any]) -> None:
+    """Sets options of a model as properties; None means not given, where that is the default."""
+    known = declared(type(model))
     for name, value in options.items():
-        if value is not None or name == "loss_scale":
+        if value is not None or known[name].default is not None:
             setattr(model, name, value)
+
+
+def make_plain(model: keras.Model) -> None:
+    """Gives a model the options with which it trains as plain Keras does."""
+    for name, option in declared(type(model)).items():
+        setattr(model, name, option.plain)
+
+
+def _set_noise_scale(model: Any) -> None:
+    if model.compiled:
+        model._reset_noise_scale()
+    model._rebuild_step()
 
 
 class StepOptions(_keras.trainer.TrainerOverrides):
@@ -44,115 +61,99 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     Not part of the public interface; `GradientAccumulationMixin` documents them.
     """
 
-    _log_grad_norm = False
-    _log_gradient_noise_scale = False
-    _recompute: Any = None
-    _exchange_dtype: str | None = None
+    log_grad_norm = Option(
+        default=False,
+        check=bool,
+        plain=False,
+        doc="Whether logs hold the global norm of the gradient, before clipping.",
+        needs_own_step=True,
+        passed_on="log_grad_norm=True to tfbig.apply_gradients",
+        logs=("grad_norm",),
+    )
+    log_gradient_noise_scale = Option(
+        default=False,
+        check=bool,
+        plain=False,
+        doc="Whether logs hold the gradient noise scale, in samples.",
+        changed=_set_noise_scale,
+        needs_own_step=True,
+        logs=("gradient_noise_scale",),
+    )
+    recompute = Option(
+        default=None,
+        check=recomputation.check,
+        doc="True, the layers, or the predicate, of what is recomputed; None for nothing.",
+        fits=recomputation.layers_of,
+        saved=recomputation.serialized,
+        needs_own_step=True,
+        is_tuned=True,
+    )
+    exchange_dtype = Option(
+        default=None,
+        check=half_precision_exchange.checked_dtype,
+        doc="What gradients are cast to while replicas exchange them; None for nothing.",
+        passed_on="exchange_dtype=self.exchange_dtype to tfbig.apply_gradients",
+    )
+
     # `NoiseScale`; None where it is not logged.
-    noise_scale_state: Any = None
+    noise_scale_state: noise_scale.NoiseScale | None = None
 
-    def __init__(
-        self,
-        *args,
-        log_grad_norm=False,
-        log_gradient_noise_scale=False,
-        recompute=None,
-        exchange_dtype=None,
-        **kwargs,
-    ):
-        recompute = recomputation.check(recompute)
-        exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
-        self._log_grad_norm = bool(log_grad_norm)
-        # Before: a constructor may compile, as those of KerasHub do.
-        self._log_gradient_noise_scale = bool(log_gradient_noise_scale)
-        self._exchange_dtype = exchange_dtype
+    def __init__(self, *args: Any, **kwargs: Any):
+        options = declared(type(self))
+        given = {name: kwargs.pop(name) for name in options.keys() & kwargs.keys()}
+        # Before Keras's constructor, which may compile, as those of KerasHub do.
+        self._keep_options({name: options[name].check(value) for name, value in given.items()})
         super().__init__(*args, **kwargs)
-        self._set_recompute(recompute)
+        if self.built:
+            for name in given:
+                options[name].fits(self, options[name].value(self))
 
-    @property
-    def log_grad_norm(self):
-        """Whether logs hold the global norm of the gradient, before clipping."""
-        return self._log_grad_norm
+    def _keep_options(self, given: Mapping[str, Any]) -> None:
+        """Keeps checked options, which were given together."""
+        options = declared(type(self))
+        for name, value in given.items():
+            options[name].keep(self, value)
 
-    @log_grad_norm.setter
-    def log_grad_norm(self, value):
-        self._log_grad_norm = bool(value)
-        self._rebuild_step()
-
-    @property
-    def log_gradient_noise_scale(self):
-        """Whether logs hold the gradient noise scale, in samples."""
-        return self._log_gradient_noise_scale
-
-    @log_gradient_noise_scale.setter
-    def log_gradient_noise_scale(self, value):
-        self._log_gradient_noise_scale = bool(value)
-        if self.compiled:
-            self._reset_noise_scale()
-        self._rebuild_step()
-
-    def _reset_noise_scale(self):
+    def _reset_noise_scale(self) -> None:
         with self.distribute_strategy.scope():
             self.noise_scale_state = (
-                noise_scale.NoiseScale() if self._log_gradient_noise_scale else None
+                noise_scale.NoiseScale() if self.log_gradient_noise_scale else None
             )
 
     @property
-    def exchange_dtype(self):
-        """What gradients are cast to while replicas exchange them; None for nothing."""
-        return self._exchange_dtype
+    def _needs_own_step(self) -> bool:
+        """Whether an option asks for what Keras's own step does not do."""
+        options = declared(type(self)).values()
+        return any(option.needs_own_step and option.is_asked(self) for option in options)
 
-    @exchange_dtype.setter
-    def exchange_dtype(self, value):
-        self._exchange_dtype = half_precision_exchange.checked_dtype(value)
-        self._rebuild_step()
+    def _options(self) -> dict[str, Any]:
+        """The options as they are saved and handed on."""
+        return {name: option.saved(self) for name, option in declared(type(self)).items()}
 
-    @property
-    def recompute(self):
-        """True, the layers, or the predicate, of what is computed again; None for nothing."""
-        return self._recompute
+    def _asked_options(self) -> dict[str, Any]:
+        """The options that ask for anything, as they are saved."""
+        options = declared(type(self)).items()
+        return {name: option.saved(self) for name, option in options if option.is_asked(self)}
 
-    @recompute.setter
-    def recompute(self, value):
-        self._set_recompute(recomputation.check(value))
-        self._rebuild_step()
-
-    def _set_recompute(self, value):
-        if self.built:
-            recomputation.layers_of(self, value)
-        # Keras would take the layers of a list for further layers of the model.
-        object.__setattr__(self, "_recompute", value)
-
-    @property
-    def _is_default(self):
-        """Whether no option asks for more than Keras's own step does."""
-        return not (self._log_grad_norm or self._log_gradient_noise_scale or self._recompute)
-
-    def _options(self):
-        return {
-            "log_grad_norm": self._log_grad_norm,
-            "log_gradient_noise_scale": self._log_gradient_noise_scale,
-            "recompute": recomputation.serialized(self, self._recompute),
-            "exchange_dtype": self._exchange_dtype,
-        }
-
-    def __setattr__(self, name, value):
-        # Keras passes over a value that is there already; here a property may show a number that
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Keras ignores a value that is there already; here a property may show a number that
         # was found, and be set to it.
-        if name in _settable(type(self)):  # type: ignore[arg-type]
+        if name in _settable(type(self)):
             getattr(type(self), name).fset(self, value)
         else:
             super().__setattr__(name, value)
 
     get_config = _keras.saving.ConfigWith(lambda: StepOptions, "_option_config")
 
-    def _option_config(self):
+    def _option_config(self) -> dict[str, Any]:
         return {k: keras.saving.serialize_keras_object(v) for k, v in self._options().items()}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> keras.Model:
         config = dict(config)
-        options = {name: config.pop(name) for name in option_names(cls) & set(config)}
+        options = {name: config.pop(name) for name in declared(cls).keys() & config.keys()}
         extra = {} if custom_objects is None else {"custom_objects": custom_objects}
         model = super().from_config(config, **extra)
         set_options(model, options)

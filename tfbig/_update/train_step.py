@@ -23,6 +23,7 @@ from tfbig._update import (
     empty_batch,
     exchange,
     inexact,
+    option,
     own_step,
     recomputation,
     replicas,
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
     from tfbig.loss_scaling import LossScaleState
 
 __all__ = ("TrainStep",)
-
-
-# What the logs of an update hold beside Keras's own.
-_ADDED_LOGS = ("loss_scale", "skipped_updates", "grad_norm", "gradient_noise_scale")
 
 
 class TrainStep(training_checks.TrainingChecks):
@@ -110,8 +107,8 @@ class TrainStep(training_checks.TrainingChecks):
             with tf.init_scope():
                 self.optimizer.build(self.trainable_variables)
         split = self._batch_split()
-        adds_nothing = self.loss_scale_state is None and self._is_default
-        if adds_nothing and self._is_step_of_keras(split, data):
+        needs_own_step = self.loss_scale_state is not None or self._needs_own_step
+        if not needs_own_step and self._is_step_of_keras(split, data):
             return self._run_keras_step(super().train_step, data)
         micro_batches = self._micro_batches(data, split, training=True)
         local_gradients = self._accumulate(micro_batches, micro_batches.exchanged_counts())
@@ -269,5 +266,6 @@ class TrainStep(training_checks.TrainingChecks):
     def _flatten_metrics_in_order(self, logs: _types.Logs) -> _types.Structure:
         # A list has no names: a program that unpacks what Keras returns must find that.
         own = {m.name for outer in self.metrics for m in getattr(outer, "metrics", [outer])}
-        added = set() if self._has_own_step else set(_ADDED_LOGS) - own
+        options = () if self._has_own_step else option.declared(type(self)).values()
+        added = {name for o in options for name in o.logs} - own
         return super()._flatten_metrics_in_order({k: v for k, v in logs.items() if k not in added})

@@ -175,7 +175,7 @@ class TrainingChecks(step_options.StepOptions):
         owner = self._owner_of_extended_train_step()
         if owner is None:
             return
-        given, number = own_step.given(self), replicas.count_of(self)
+        given, number = self._asked_options(), replicas.count_of(self)
         if given or number > 1:
             options = ", ".join(f"{k}={v!r}" for k, v in given.items())
             raise errors.UnsupportedModelError(

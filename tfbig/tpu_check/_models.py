@@ -15,16 +15,6 @@ from tfbig.tpu_check.build_function import UsageError
 __all__ = ("Comparison", "built", "compared", "made_exact")
 
 
-# Options of a model that trains as Keras does.
-_PLAIN = {
-    "gradient_accumulation_steps": 1,
-    "loss_scale": None,
-    "log_grad_norm": False,
-    "log_gradient_noise_scale": False,
-    "recompute": None,
-    "exchange_dtype": None,
-}
-
 # So that float16 does not overflow, and the scale is none that could be left out.
 _SCALE_OF_FLOAT16 = 16.0
 
@@ -183,8 +173,7 @@ def _wanted(built, model, batch, data):
     whole, _ = built(None)
     if isinstance(whole, train_step.TrainStep):
         # Then its step is Keras's own.
-        for name in _PLAIN.keys() & step_options.option_names(type(whole)):
-            setattr(whole, name, _PLAIN[name])
+        step_options.make_plain(whole)
     _keras.trainer.build_for(whole, batch.specs)
     with model.distribute_strategy.scope():
         _keras.trainer.build_for(model, batch.specs)
