@@ -1,6 +1,7 @@
 """tfbig: one update is one update of the whole effective batch, on any hardware."""
 
 import importlib as _importlib
+from types import ModuleType as _ModuleType
 
 from tfbig import _backend as _backend  # First: it looks before Keras is imported.
 from tfbig import callbacks, distribute, errors
@@ -13,7 +14,7 @@ from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
 from tfbig.models import Model, Sequential, extend
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> _ModuleType:
     # KerasTuner and Optuna are imported by who searches.
     if name == "tuners":
         return _importlib.import_module("tfbig.tuners")

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import automatic_size, capacity, replicas, train_step
 from tfbig._update.batch_split import BatchSplit
 from tfbig._update.option import Option
@@ -12,7 +12,7 @@ from tfbig._update.option import Option
 __all__ = ("GradientAccumulationMixin",)
 
 # The two options that say how a batch is split, in the order of `_split_of`.
-_CUT = ("gradient_accumulation_steps", "micro_batch_size")
+_SPLIT = ("gradient_accumulation_steps", "micro_batch_size")
 
 _PASSED_ON = "{name}=self.{name} to tfbig.accumulate_gradients"
 
@@ -59,41 +59,38 @@ class GradientAccumulationMixin(train_step.TrainStep):
     that is applied is that of the whole effective batch, up to the order of
     floating-point sums.
 
-    To be placed before the Keras class: `class M(tfbig.GradientAccumulationMixin,
+    Place the mixin before the Keras class: `class M(tfbig.GradientAccumulationMixin,
     keras.Model)`.
 
     Args:
-        gradient_accumulation_steps: int >= 1, micro-batches per replica and
-            update. A share of fewer samples is cut into single samples.
-        micro_batch_size: int >= 1, samples per replica and forward pass; or "auto",
-            the most that fit. At most one of the two; neither means
-            `gradient_accumulation_steps=1`. "auto" tries with the first batch, forward
-            and backward, without effect: one sample, two, four ... and then between.
-            All replicas take the same number. If memory runs out later, the update is
-            done again with half of it. The number that was found is what
-            `model.micro_batch_size` returns; it changes weights by rounding only.
-        memory_budget: int, bytes that a replica may take with "auto": for variables,
-            gradients and activations. Defaults to None: until the device says that
-            its memory is exhausted, and on the CPU, which does not say so, to half of
-            the host's free memory, divided by the replicas.
-        log_grad_norm: bool, whether the logs hold `grad_norm`, the global norm of
-            the gradient before clipping. Defaults to False.
-        recompute: True, or a list of layers or of their names, or a function that says
-            of a layer whether it is meant: the layers whose activations are not kept
-            for the backward pass but computed again in it, from the same values and the
-            same random numbers. Gradients are the same; memory is saved for the time of
-            another forward pass. True means the outermost layers that have variables,
-            such as the blocks of a transformer, and looks into models inside of the
-            model. Worth most for layers of many operations. Defaults to None.
-        exchange_dtype: "bfloat16" or "float16": what gradients are cast to while
-            replicas exchange them, divided by the batch's weight before. Halves what is
-            sent, and rounds to 3 or 4 digits; what overflows is skipped with loss
-            scaling, an error without. Defaults to None: as they are, and exact.
-        log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in
-            samples: the batch size at which the gradient has as much noise as signal.
-            Much larger batches save few updates. An average over the last hundred
-            updates; needs two micro-batches or replicas, so "auto" takes at most half of the
-            batch on one replica. Defaults to False.
+        gradient_accumulation_steps: int >= 1, micro-batches per replica and update. A replica
+            with fewer samples uses micro-batches of one sample.
+        micro_batch_size: int >= 1, samples per replica and forward pass; or "auto" for the
+            largest size that fits. Give at most one of the two; neither means
+            `gradient_accumulation_steps=1`. "auto" runs forward and backward passes on the first
+            batch, without training: one sample, two, four ..., then sizes in between. All
+            replicas use the same size. If memory runs out later, the update is repeated with
+            half the size. `model.micro_batch_size` returns the size that was found; it affects
+            weights by rounding only.
+        memory_budget: int, bytes that "auto" may use on a replica for variables, gradients and
+            activations. Defaults to None: as much as the device has; on the CPU, half of the
+            host's free memory divided by the number of replicas.
+        log_grad_norm: bool, whether the logs hold `grad_norm`, the global norm of the gradient
+            before clipping. Defaults to False.
+        recompute: The layers whose activations are recomputed in the backward pass instead of
+            kept, with the same values and random numbers: True, a list of layers or of their
+            names, or a function that takes a layer and returns a bool. Gradients stay the same;
+            memory is saved at the cost of another forward pass. True means the outermost layers
+            that have variables, such as the blocks of a transformer, including those of nested
+            models. Most useful for layers of many operations. Defaults to None.
+        exchange_dtype: "bfloat16" or "float16": the dtype that gradients are cast to while
+            replicas exchange them, after division by the weight of the batch. Halves the traffic
+            and rounds to 3 or 4 digits. An overflow skips the update with loss scaling, and
+            raises without it. Defaults to None: no cast, and exact.
+        log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in samples:
+            the batch size at which the gradient has as much noise as signal. Much larger batches
+            save few updates. Averaged over the last hundred updates. Needs two micro-batches or
+            replicas, so on one replica "auto" uses at most half of the batch. Defaults to False.
             Reference: McCandlish et al. 2018, appendix A.
 
     Raises:
@@ -115,7 +112,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
     2
     """
 
-    gradient_accumulation_steps = Option(
+    gradient_accumulation_steps: Option[int | None] = Option(
         default=None,
         check=_checked_steps,
         plain=1,
@@ -126,7 +123,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
         passed_on=_PASSED_ON.format(name="gradient_accumulation_steps"),
         is_tuned=True,
     )
-    micro_batch_size = Option(
+    micro_batch_size: Option[int | None] = Option(
         default=None,
         check=_checked_size,
         doc=(
@@ -139,7 +136,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
         passed_on=_PASSED_ON.format(name="micro_batch_size"),
         is_tuned=True,
     )
-    memory_budget = Option(
+    memory_budget: Option[int | None] = Option(
         default=None,
         check=capacity.checked_budget,
         doc='Bytes that a replica may take with `micro_batch_size="auto"`, or None.',
@@ -150,28 +147,28 @@ class GradientAccumulationMixin(train_step.TrainStep):
     _given_split = BatchSplit(gradient_accumulation_steps=1)
     _automatic_size: automatic_size.AutomaticSize | None = None
     _split_of_last_training: BatchSplit | None = None
-    _warned_of: tuple[int, int] | None = None
+    _warned_of: tuple[int | None, int] | None = None
 
     def _keep_options(self, given: Mapping[str, Any]) -> None:
-        # Together they say how a batch is cut: to set one is to unset the other.
-        if any(name in given for name in _CUT):
-            split, automatic = _split_of(*(given.get(name) for name in _CUT))
+        # Together they say how a batch is split: to set one is to unset the other.
+        if any(name in given for name in _SPLIT):
+            split, automatic = _split_of(*(given.get(name) for name in _SPLIT))
             object.__setattr__(self, "_given_split", split)
             object.__setattr__(self, "_automatic_size", automatic)
-        super()._keep_options({k: v for k, v in given.items() if k not in _CUT})
+        super()._keep_options({k: v for k, v in given.items() if k not in _SPLIT})
 
-    def _batch_split(self):
+    def _batch_split(self) -> BatchSplit:
         return self._automatic_size.split if self._automatic_size else self._given_split
 
-    def _evaluation_split(self):
-        # No more samples at a time than in training. A number of micro-batches
-        # says nothing about a batch of another size, so what it came to in the
-        # last training is taken; before any, the batch is not split.
+    def _evaluation_split(self) -> BatchSplit:
+        # No more samples at a time than in training. A number of micro-batches says nothing about
+        # a batch of another size, so evaluation uses the size that the last training came to;
+        # before any training the batch is not split.
         if self.micro_batch_size is not None:
             return self._batch_split()
         return self._split_of_last_training or BatchSplit(gradient_accumulation_steps=1)
 
-    def _prepare_training(self, batch_size):
+    def _prepare_training(self, batch_size: int | None) -> None:
         if self._automatic_size:
             if batch_size == 1:
                 # That is one micro-batch, whatever fits.
@@ -197,8 +194,8 @@ class GradientAccumulationMixin(train_step.TrainStep):
             self._split_of_last_training = split
             self.test_function = None
 
-    def _automatic_share(self, batch_size):
-        """Samples of a replica's share, for `micro_batch_size="auto"`; None if batches tell."""
+    def _automatic_share(self, batch_size: int | None) -> int | None:
+        """Samples per replica for `micro_batch_size="auto"`; None if only the batches tell."""
         if batch_size is None and _keras.data.is_generated(_keras.trainer.data_of_fit(self)):
             raise errors.InvalidOptionError(
                 "`micro_batch_size='auto'` needs a batch size that is known before training. "
@@ -208,25 +205,26 @@ class GradientAccumulationMixin(train_step.TrainStep):
             )
         if _keras.devices.is_tpu(self.distribute_strategy):
             raise errors.UnsupportedStrategyError(
-                "`micro_batch_size='auto'` has not been built for TPUs, which compile a program "
-                "for each size. Pass a number of samples: `python -m tfbig.tpu_check "
-                "--find_micro_batch_size` tells the largest that the compiler fits into memory."
+                "`micro_batch_size='auto'` is not supported on TPUs, which compile a program for "
+                "each size. Pass a number of samples: `python -m tfbig.tpu_check "
+                "--find_micro_batch_size` finds the largest that fits into memory."
             )
         if getattr(type(self), "train_step", None) is not train_step.TrainStep.train_step:
             raise errors.UnsupportedModelError(
                 "`micro_batch_size='auto'` runs the halves of tfbig's own `train_step`. Received: "
                 f"{type(self).__name__} with a `train_step` of its own. Pass a number of samples."
             )
-        # A dataset does not tell what it was batched by before a `map`. Its batches do, and one
-        # that is larger than those before is tried anew.
+        # A dataset does not say how it was batched before a `map`. Its batches do, and a batch
+        # larger than all before it starts the search again.
         return None if batch_size is None else -(-batch_size // replicas.count_of(self))
 
-    def _make_train_function(self):
+    def _make_train_function(self) -> _types.AnyFunction:
         if not self._automatic_size:
-            return super()._make_train_function()
+            function: _types.AnyFunction = super()._make_train_function()
+            return function
         return automatic_size.TrainFunction(self, self._automatic_size, self.memory_budget)
 
-    def _warn_of_few_samples(self, batch_size, share):
+    def _warn_of_few_samples(self, batch_size: int, share: int) -> None:
         steps = self.gradient_accumulation_steps
         if self._warned_of == (steps, share):
             return
@@ -239,10 +237,12 @@ class GradientAccumulationMixin(train_step.TrainStep):
         )
 
 
-def _split_of(steps, size):
-    """The `BatchSplit` of an update, and the `AutomaticSize` that replaces it, or None."""
+def _split_of(
+    steps: int | None, size: int | str | None
+) -> tuple[BatchSplit, automatic_size.AutomaticSize | None]:
+    """How an update is split, and the `AutomaticSize` that replaces it, or None."""
     if steps is None and size is None:
         steps = 1
     if isinstance(size, str) and size == "auto" and steps is None:
         return BatchSplit(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
-    return BatchSplit(steps, size), None
+    return BatchSplit(steps, size), None  # type: ignore[arg-type]  # "auto" with steps raises.

@@ -1,11 +1,13 @@
 """Dynamic loss scaling: `DynamicLossScale` and its mixin."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import train_step
 from tfbig._update.option import Option
 
@@ -19,22 +21,20 @@ class DynamicLossScale:
 
     The loss is multiplied by the scale before the backward pass, the gradient
     divided by it after. A gradient with a non-finite value makes all replicas
-    skip the update and multiplies the scale by `backoff_factor`;
-    `growth_interval` finite updates in a row multiply it by `growth_factor`.
+    skip the update and multiplies the scale by `backoff_factor`; `growth_interval` finite updates
+    in a row multiply it by `growth_factor`.
 
     Args:
-        initial_scale: float, the scale at the start. Defaults to 2**15.
-        growth_factor: float > 1. Defaults to 2.
-        backoff_factor: float between 0 and 1. Defaults to 0.5.
-        growth_interval: int >= 1, finite updates in a row before the scale
-            grows. Defaults to 2000.
-        min_scale: float > 0, the floor. Defaults to 1.
-        max_scale: float, the ceiling. Defaults to 2**24.
-        hysteresis: int >= 1, skipped updates that it takes to back off: with 2,
-            the first skip since the last growth leaves the scale as it is.
-            Defaults to 1.
-        max_consecutive_skips: int >= 1, skipped updates in a row that end
-            training with a `LossScaleError`. Defaults to 100.
+        initial_scale: The scale at the start. Defaults to 2**15.
+        growth_factor: > 1. Defaults to 2.
+        backoff_factor: Between 0 and 1. Defaults to 0.5.
+        growth_interval: >= 1, finite updates in a row before the scale grows. Defaults to 2000.
+        min_scale: > 0, the floor. Defaults to 1.
+        max_scale: The ceiling. Defaults to 2**24.
+        hysteresis: >= 1, the number of skipped updates before the scale backs off: with 2, the
+            first skip since the scale last grew leaves it unchanged. Defaults to 1.
+        max_consecutive_skips: >= 1, skipped updates in a row after which training raises
+            `LossScaleError`. Defaults to 100.
 
     Raises:
         InvalidOptionError: If a value is out of its range.
@@ -58,8 +58,8 @@ class DynamicLossScale:
     hysteresis: int = 1
     max_consecutive_skips: int = 100
 
-    def __post_init__(self):
-        def require(valid, name, rule):
+    def __post_init__(self) -> None:
+        def require(valid: bool, name: str, rule: str) -> None:
             if not valid:
                 raise errors.InvalidOptionError(
                     f"`{name}` must be {rule}. Received: {name}={getattr(self, name)!r}."
@@ -80,21 +80,22 @@ class DynamicLossScale:
             f"between min_scale={self.min_scale} and max_scale={self.max_scale}",
         )
 
-    def get_config(self):
+    def get_config(self) -> _types.Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: _types.Config) -> Self:
         return cls(**config)
 
 
 _RANGE = "between 2**-126 and 2**126, which float32 holds"
 
 
-def is_positive_float32(value):
+def is_positive_float32(value: object) -> bool:
     """Whether `value` is a number, not a bool, in the range of positive float32."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 2.0**-126 <= value <= 2.0**126
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 2.0**-126 <= value <= 2.0**126
 
 
 class LossScaleState(_keras.saving.SavedState):
@@ -103,17 +104,16 @@ class LossScaleState(_keras.saving.SavedState):
     Saved with the model, not among its weights; the same on every replica.
 
     Attributes:
-        settings: `DynamicLossScale`.
-        is_fixed: bool, whether the scale never moves.
+        settings: How the scale moves.
+        is_fixed: Whether the scale never moves.
         loss_scale: float32 variable, what the next loss is multiplied by.
-        finite_updates: int64 variable, finite updates since the scale changed
-            or an update was skipped.
+        finite_updates: int64 variable, finite updates since the scale last changed or an update
+            was skipped.
         remaining_hysteresis: int64 variable, skips until the scale backs off.
         skipped_updates: int64 variable, all skips so far.
         consecutive_skips: int64 variable, skips since the last finite update.
-        first_non_finite: int64 variable, index among the trainable variables of
-            the first with a non-finite gradient in the last skipped update; -1
-            before.
+        first_non_finite: int64 variable, index among the trainable variables of the first one
+            whose gradient was not finite in the last skipped update; -1 if there was none.
     """
 
     _names = (
@@ -125,7 +125,7 @@ class LossScaleState(_keras.saving.SavedState):
         "first_non_finite",
     )
 
-    def __init__(self, settings, is_fixed=False):
+    def __init__(self, settings: DynamicLossScale, is_fixed: bool = False):
         self.settings = settings
         self.is_fixed = is_fixed
         initial = {
@@ -143,19 +143,19 @@ class LossScaleState(_keras.saving.SavedState):
             )
             setattr(self, name, variable)
 
-    def logs(self):
+    def logs(self) -> _types.Logs:
+        """What the logs of `fit` hold of it."""
         return {
             "loss_scale": tf.convert_to_tensor(self.loss_scale.value),
             "skipped_updates": tf.convert_to_tensor(self.skipped_updates.value),
         }
 
-    def update(self, finite, flags):
+    def update(self, finite: _types.Tensor, flags: _types.Tensor) -> None:
         """Moves the scale and the counters after an update.
 
         Args:
             finite: bool scalar, whether the update was applied.
-            flags: bool vector, for each trainable variable whether its gradient
-                was finite.
+            flags: bool vector, whether the gradient of each trainable variable was finite.
         """
         settings = self.settings
         skipped = tf.cast(~finite, tf.int64)
@@ -189,22 +189,27 @@ class LossScaleState(_keras.saving.SavedState):
         with tf.control_dependencies([] if tf.executing_eagerly() else written):
             tf.debugging.assert_less(consecutive, limit, _keras.trainer.TOO_MANY_SKIPS)
 
-    def watched(self, function, updates, variables):
-        """A train function after which the counters are looked at.
+    def watched(
+        self,
+        function: _types.AnyFunction,
+        updates: int,
+        variables: list[_types.KerasVariable],
+    ) -> _types.AnyFunction:
+        """A train function that checks the counters on the host.
 
-        Of assertions a TPU's program has none. Looking at counters waits for the update, so that
-        is done once in `max_consecutive_skips` updates.
+        TPU programs drop assertions. Reading a counter waits for the update, so it is read once
+        in `max_consecutive_skips` updates.
 
         Args:
-            function: function of an iterator.
-            updates: int, what it does of them in a call.
-            variables: list of trainable variables.
+            function: Function of an iterator.
+            updates: Number of updates that a call makes.
+            variables: The trainable variables.
         """
         limit, since = self.settings.max_consecutive_skips, 0
 
-        def watched(iterator):
+        def watched(iterator: Iterator[_types.Structure]) -> _types.Logs:
             nonlocal since
-            logs = function(iterator)
+            logs: _types.Logs = function(iterator)
             since += updates
             if since >= limit:
                 since = 0
@@ -214,8 +219,8 @@ class LossScaleState(_keras.saving.SavedState):
 
         return watched
 
-    def error(self, variables):
-        """The `LossScaleError` that says what happened, and where."""
+    def error(self, variables: list[_types.KerasVariable]) -> errors.LossScaleError:
+        """The error that says what happened, and where."""
         index = int(self.first_non_finite.numpy())
         name = variables[index].path if 0 <= index < len(variables) else "unknown"
         return errors.LossScaleError(
@@ -227,7 +232,7 @@ class LossScaleState(_keras.saving.SavedState):
         )
 
 
-def _checked(option):
+def _checked(option: Any) -> str | float | DynamicLossScale | None:
     """Returns the `loss_scale` option, or raises if it is not one."""
     if isinstance(option, dict):
         option = keras.saving.deserialize_keras_object(option)
@@ -237,16 +242,18 @@ def _checked(option):
             f"`loss_scale` must be 'auto', 'dynamic', a finite number > 0, None or a "
             f"tfbig.DynamicLossScale. Received: loss_scale={option!r}. A number must be {_RANGE}."
         )
-    return option
+    checked: str | float | DynamicLossScale | None = option
+    return checked
 
 
-def _scale_now(model):
+def _scale_now(model: "DynamicLossScalingMixin") -> float | None:
     if model.loss_scale_state is not None:
         return float(model.loss_scale_state.loss_scale.numpy())
-    return model._scale_settings and model._scale_settings.initial_scale
+    settings = model._scale_settings
+    return None if settings is None else settings.initial_scale
 
 
-def _restart(model):
+def _restart(model: "DynamicLossScalingMixin") -> None:
     if model.compiled:
         model._reset_loss_scale()
         model._rebuild_step()
@@ -259,21 +266,22 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     the same update: neither weights nor `optimizer.iterations` move, nor a
     learning-rate schedule.
 
-    To be placed before the Keras class: `class M(tfbig.DynamicLossScalingMixin,
-    keras.Model)`.
+    Place the mixin before the Keras class: `class M(tfbig.DynamicLossScalingMixin, keras.Model)`.
 
     Args:
-        loss_scale: "auto": dynamic where the model, or a layer of it, computes in
-            float16, else none; none also for a class that is extended and has a
-            `train_step` of its own, whose loss Keras goes on to scale. "dynamic":
-            `DynamicLossScale()`. A positive number: a fixed scale, with which non-finite
-            updates are skipped too.
-            None: no scaling, nothing is checked; a `train_step` of one's own is then scaled
-            by Keras, if at all. Or a `DynamicLossScale`.
-            Defaults to "auto".
+        loss_scale: Defaults to "auto".
+
+            - "auto": dynamic if the model or one of its layers computes in float16, otherwise
+              none. None also for an extended class with a `train_step` of its own, whose loss
+              Keras keeps scaling.
+            - "dynamic": `DynamicLossScale()`.
+            - A positive number: a fixed scale; non-finite updates are skipped too.
+            - A `DynamicLossScale`.
+            - None: no scaling, and nothing is checked. Keras then scales the loss of a
+              `train_step` of your own, if anything does.
 
     Attributes:
-        skipped_updates: int, updates skipped so far.
+        skipped_updates: Number of updates skipped so far.
 
     Example:
 
@@ -285,7 +293,7 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     32768.0
     """
 
-    loss_scale = Option(
+    loss_scale: Option[float | None] = Option(
         default="auto",
         check=_checked,
         doc=(
@@ -304,36 +312,40 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     )
 
     @property
-    def skipped_updates(self):
-        """Number of updates skipped so far, an int."""
+    def skipped_updates(self) -> int:
+        """Number of updates skipped so far."""
         state = self.loss_scale_state
         return 0 if state is None else int(state.skipped_updates.numpy())
 
     @property
-    def _scale_settings(self):
+    def _scale_settings(self) -> DynamicLossScale | None:
         return _settings(self)[0]
 
-    def _finish_compile(self):
+    def _finish_compile(self) -> None:
         super()._finish_compile()
         self._reset_loss_scale()
 
-    def _make_train_function(self):
-        function, state = super()._make_train_function(), self.loss_scale_state
+    def _make_train_function(self) -> _types.AnyFunction:
+        function: _types.AnyFunction = super()._make_train_function()
+        state = self.loss_scale_state
         if state is None or not _keras.devices.is_tpu(self.distribute_strategy):
             return function
-        return state.watched(function, self.steps_per_execution, self.trainable_variables)
+        watched: _types.AnyFunction = state.watched(
+            function, self.steps_per_execution, self.trainable_variables
+        )
+        return watched
 
-    def _reset_loss_scale(self):
+    def _reset_loss_scale(self) -> None:
         settings, is_fixed = _settings(self)
         with self.distribute_strategy.scope():
-            self.loss_scale_state = settings and LossScaleState(settings, is_fixed)
+            self.loss_scale_state = None if settings is None else LossScaleState(settings, is_fixed)
 
 
-def _settings(model):
+def _settings(model: DynamicLossScalingMixin) -> tuple[DynamicLossScale | None, bool]:
     """`(DynamicLossScale or None, whether it is fixed)` for a model."""
     option = DynamicLossScalingMixin.loss_scale.value(model)
     if option == "auto":
-        # A class that is extended goes on to be scaled as it was: by Keras.
+        # Keras keeps scaling the loss of an extended class's own step.
         is_extended = type(model)._owner_of_extended_train_step() is not None
         is_wanted = _keras.layers.computes_in_float16(model) and not is_extended
         option = "dynamic" if is_wanted else None

@@ -1,6 +1,7 @@
 """`Model`, `Sequential` and `extend`: Keras models with both mixins."""
 
-from typing import Any, Unpack
+from collections.abc import Mapping
+from typing import Any, TypeVar, Unpack, overload
 
 import keras
 
@@ -35,22 +36,15 @@ class SequentialArguments(step_options.Options, total=False):
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
-class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
+class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):  # type: ignore[misc]
     """`keras.Model` with gradient accumulation and dynamic loss scaling.
 
-    Made as a `keras.Model` is: from inputs and outputs, or by subclassing. The
-    options are keyword arguments of the constructor and properties.
+    Made the way a `keras.Model` is: from inputs and outputs, or by subclassing. Each option is a
+    keyword argument of the constructor, and a property that can be set later.
 
     Args:
-        gradient_accumulation_steps: See `GradientAccumulationMixin`.
-        micro_batch_size: See `GradientAccumulationMixin`.
-        memory_budget: See `GradientAccumulationMixin`.
-        loss_scale: See `DynamicLossScalingMixin`.
-        log_grad_norm: See `GradientAccumulationMixin`.
-        recompute: See `GradientAccumulationMixin`.
-        exchange_dtype: See `GradientAccumulationMixin`.
-        log_gradient_noise_scale: See `GradientAccumulationMixin`.
-        **kwargs: Those of `keras.Model`.
+        **kwargs: Arguments of `keras.Model`, and the options that
+            `GradientAccumulationMixin` and `DynamicLossScalingMixin` document.
 
     Example:
 
@@ -61,8 +55,8 @@ class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):
     """
 
     def __init__(self, *args: Any, **kwargs: Unpack[ModelArguments]):
-        # Keras would put Functional among the bases of this class itself, for the whole process,
-        # and models that are not functional could not be made any more.
+        # Keras would add Functional to the bases of this class itself, for the whole process;
+        # models that are not functional could then no longer be made.
         if _keras.saving.is_functional(args, kwargs) and not isinstance(
             self, _keras.saving.Functional
         ):
@@ -91,25 +85,18 @@ def _functional_class(cls: type[Model]) -> type[Model]:
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
-class FunctionalModel(Model, _keras.saving.Functional):
+class FunctionalModel(Model, _keras.saving.Functional):  # type: ignore[misc]
     """What `tfbig.Model(inputs, outputs)` makes."""
 
 
 @keras.saving.register_keras_serializable(package="tfbig")
-class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Sequential):
+class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Sequential):  # type: ignore[misc]
     """`keras.Sequential` with gradient accumulation and dynamic loss scaling.
 
     Args:
         layers: As for `keras.Sequential`.
-        gradient_accumulation_steps: See `GradientAccumulationMixin`.
-        micro_batch_size: See `GradientAccumulationMixin`.
-        memory_budget: See `GradientAccumulationMixin`.
-        loss_scale: See `DynamicLossScalingMixin`.
-        log_grad_norm: See `GradientAccumulationMixin`.
-        recompute: See `GradientAccumulationMixin`.
-        exchange_dtype: See `GradientAccumulationMixin`.
-        log_gradient_noise_scale: See `GradientAccumulationMixin`.
-        **kwargs: Those of `keras.Sequential`.
+        **kwargs: Arguments of `keras.Sequential`, and the options that
+            `GradientAccumulationMixin` and `DynamicLossScalingMixin` document.
 
     Example:
 
@@ -124,29 +111,39 @@ class Sequential(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Seque
     vars(__init__)["__signature__"] = signature(_OPTIONS)
 
 
-def extend(model_or_class, **options):
-    """Adds both mixins to a Keras class or to a model that exists.
+_Class = TypeVar("_Class", bound=type[keras.Model])
 
-    A `compile` of the class's own stays as it is, with its arguments and defaults. So do a
-    `test_step`, and a `train_step`, which trains as before, on one replica and without options.
-    With options or on several replicas `fit` raises `UnsupportedModelError`, since such a step
-    knows nothing of them. In float16, Keras goes on to scale its loss.
+
+@overload
+def extend(model_or_class: _Class) -> _Class: ...
+
+
+@overload
+def extend(model_or_class: keras.Model, **options: Unpack[step_options.Options]) -> Model: ...
+
+
+def extend(model_or_class: Any, **options: Unpack[step_options.Options]) -> Any:
+    """Adds both mixins to a Keras class or to an existing model.
+
+    If the class has a `compile` of its own, it keeps its arguments and defaults. A `test_step` or
+    `train_step` of its own is kept too; such a `train_step` trains as before, on one replica and
+    without options. With options or on several replicas `fit` raises `UnsupportedModelError`,
+    since the step ignores them. In float16, Keras keeps scaling its loss.
 
     Args:
-        model_or_class: A subclass of `keras.Model`; or a model, built or not,
-            compiled or not. It is left as it is.
-        **options: Those of `tfbig.Model`. Only for a model; a class takes them in
-            its constructor.
+        model_or_class: A subclass of `keras.Model`; or a model, built or not, compiled or not. It
+            is left unchanged.
+        **options: Options of `tfbig.Model`, for a model only; a class takes them in its
+            constructor.
 
     Returns:
-        For a class, a subclass with the mixins, the same each time. For a model,
-        a model with the same layers, variables, compile settings and optimizer.
-        A `LossScaleOptimizer` around the optimizer is taken off, unless the class has a
-        `train_step` of its own; its settings become the loss scale, if none is given.
+        For a class, a subclass with the mixins, the same one each time. For a model, a model with
+        the same layers, variables, compile settings and optimizer. If the optimizer is wrapped in
+        a `LossScaleOptimizer`, the wrapper is removed and its settings become the loss scale,
+        unless one is given or the class has a `train_step` of its own.
 
     Raises:
-        InvalidOptionError: If the argument is not a Keras model, or an option is
-            not valid.
+        InvalidOptionError: If the argument is not a Keras model, or an option is not valid.
 
     Example:
 
@@ -168,21 +165,21 @@ def extend(model_or_class, **options):
             "`extend` takes a keras.Model or a subclass of it. Received: an object of type "
             f"{type(model_or_class).__name__}."
         )
-    return _extended_model(model_or_class, options)
+    return _extended_model(model_or_class, dict(options))
 
 
 # Subclass of `Model` -> its subclass that is functional.
-_FUNCTIONAL: dict[type, Any] = {Model: FunctionalModel}
+_FUNCTIONAL: dict[type, type[Model]] = {Model: FunctionalModel}
 
 # Keras class -> its subclass with the mixins.
-_EXTENDED: dict[type, Any] = {
+_EXTENDED: dict[type, type[train_step.TrainStep]] = {
     keras.Model: Model,
     keras.Sequential: Sequential,
     _keras.saving.Functional: FunctionalModel,
 }
 
 
-def _extended_class(cls):
+def _extended_class(cls: type[keras.Model]) -> type[train_step.TrainStep]:
     mixins = [
         m for m in (GradientAccumulationMixin, DynamicLossScalingMixin) if not issubclass(cls, m)
     ]
@@ -205,7 +202,7 @@ class Extended(train_step.TrainStep):
 
     _extends: type
 
-    def _option_config(self):
+    def _option_config(self) -> _types.Config:
         cls = self._extends
         extends = {
             "module": cls.__module__,
@@ -215,7 +212,9 @@ class Extended(train_step.TrainStep):
         return super()._option_config() | {"extends": extends}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> keras.Model:
         config = dict(config)
         extends = config.pop("extends")
         if cls is not Extended:
@@ -232,7 +231,7 @@ class Extended(train_step.TrainStep):
         return _extended_class(base).from_config(config | {"extends": extends})
 
 
-def _extended_model(model, options):
+def _extended_model(model: keras.Model, options: dict[str, Any]) -> train_step.TrainStep:
     known = declared(Model)
     unknown = options.keys() - known.keys()
     if unknown:
@@ -256,19 +255,20 @@ def _extended_model(model, options):
             growth_interval=optimizer.dynamic_growth_steps,
             max_scale=max(initial, DynamicLossScale().max_scale),
         )
-        options = {"loss_scale": scale} | options
+        options = {"loss_scale": scale, **options}
         optimizer = optimizer.inner_optimizer
-    extended = _keras.saving.with_class(model, cls)
+    extended: train_step.TrainStep = _keras.saving.with_class(model, cls)
     step_options.set_options(extended, options)
     _keras.compiling.recompile(extended, optimizer)
-    if reached is not None:
-        extended.loss_scale_state.loss_scale.assign(reached.dynamic_scale)
-        extended.loss_scale_state.finite_updates.assign(reached.step_counter)
+    state = extended.loss_scale_state
+    if reached is not None and state is not None:
+        state.loss_scale.assign(reached.dynamic_scale)
+        state.finite_updates.assign(reached.step_counter)
     return extended
 
 
-def _keep_options(original, clone):
-    """Gives a clone of `keras.models.clone_model` the class and the options back."""
+def _keep_options(original: keras.Model, clone: keras.Model) -> keras.Model:
+    """Gives a clone that `keras.models.clone_model` made the class and options of the original."""
     if not isinstance(original, train_step.TrainStep):
         return clone
     if not isinstance(clone, train_step.TrainStep):

@@ -2,11 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import keras
 
 __all__ = ("Option", "declared", "signature")
+
+# What the property returns.
+T = TypeVar("T")
 
 
 def _is_given(_model: keras.Model, value: Any) -> bool:
@@ -25,7 +28,7 @@ def _fits_any(_model: keras.Model, _value: Any) -> None:
     pass
 
 
-class Option(property):
+class Option(property, Generic[T]):
     """An option of a model: an argument of its constructor, a property, and part of its config.
 
     Declared as an attribute of the mixin that takes it. Everything else follows from the
@@ -86,6 +89,18 @@ class Option(property):
         self._saved = saved
         self._changed = changed
 
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+
+        @overload
+        def __get__(self, instance: object, owner: type | None = None) -> T: ...
+
+        def __get__(self, instance: object, owner: type | None = None) -> Any: ...
+
+        def __set__(self, instance: object, value: Any) -> None: ...
+
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
@@ -114,19 +129,19 @@ class Option(property):
         self._changed(model)
 
 
-def declared(cls: type) -> dict[str, Option]:
+def declared(cls: type) -> dict[str, Option[Any]]:
     """The options that tfbig's mixins declare for a class, by name.
 
     Those too whose property the class has replaced with something of its own.
     """
-    options = {}
+    options: dict[str, Option[Any]] = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("tfbig."):
             options |= {k: v for k, v in vars(base).items() if isinstance(v, Option)}
     return options
 
 
-def signature(options: Mapping[str, Option]) -> inspect.Signature:
+def signature(options: Mapping[str, Option[Any]]) -> inspect.Signature:
     """The signature of a constructor that takes options beside the arguments of Keras."""
     kinds = inspect.Parameter
     return inspect.Signature(

@@ -1,4 +1,4 @@
-"""A `train_step` that a user wrote: what it uses of tfbig, and which options have no effect in it.
+"""A `train_step` that the user wrote: what it uses of tfbig, and which options it ignores.
 
 What it uses is what it calls while it is traced, so an option without effect is refused before the
 first update.
@@ -6,39 +6,46 @@ first update.
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import option
+from tfbig._update.batch_split import BatchSplit
+
+if TYPE_CHECKING:
+    from tfbig._update.step_options import StepOptions
 
 __all__ = ("accumulates", "applies", "checked", "uses_all", "warn_of_jit_compile")
 
-_CUTS = ("gradient_accumulation_steps", "micro_batch_size")
+_SPLITS = ("gradient_accumulation_steps", "micro_batch_size")
 
 
-def _use(*names):
-    """Records what is used by the step that is being traced, if it is a user's."""
+def _use(*names: str) -> None:
+    """Records what the step that is being traced uses, if a user wrote it."""
     uses = _keras.thread.current("uses")
     if uses is not None:
         uses.update(names)
 
 
-def uses_all():
-    """Records that tfbig's `train_step` is called."""
+def uses_all() -> None:
+    """Records that the step calls tfbig's `train_step`."""
     _use("everything")
 
 
-def accumulates(split, loss_scale):
-    """Records what `accumulate_gradients` is given."""
+def accumulates(split: BatchSplit, loss_scale: object) -> None:
+    """Records what the step passes to `accumulate_gradients`."""
     _use(
-        *(() if split.is_whole else _CUTS),
+        *(() if split.is_whole else _SPLITS),
         *(() if loss_scale is None else ("scaled",)),
     )
 
 
-def applies(loss_scale, log_grad_norm, exchange_dtype):
-    """Records what `apply_gradients` is given."""
+def applies(loss_scale: object, log_grad_norm: bool, exchange_dtype: str | None) -> None:
+    """Records what the step passes to `apply_gradients`."""
     passed = {
         "unscaled": loss_scale is not None,
         "log_grad_norm": log_grad_norm,
@@ -47,8 +54,8 @@ def applies(loss_scale, log_grad_norm, exchange_dtype):
     _use(*(name for name, is_passed in passed.items() if is_passed))
 
 
-def warn_of_jit_compile(model):
-    """Warns of `jit_compile=True`, which is not passed on to a step of a user."""
+def warn_of_jit_compile(model: keras.Model) -> None:
+    """Warns of `jit_compile=True`, which a user's own step does not see."""
     if model._compile_config is not None and model._compile_config.config["jit_compile"] is True:
         warnings.warn(
             f"jit_compile=True has no effect in the `train_step` of {type(model).__name__}, which "
@@ -57,25 +64,28 @@ def warn_of_jit_compile(model):
         )
 
 
-def _unused(model, uses):
+def _unused(model: "StepOptions", uses: set[str]) -> dict[str, Any]:
+    """The options that the step ignores, with their values."""
     if "everything" in uses:
         return {}
     used = uses | ({"loss_scale"} if {"scaled", "unscaled"} <= uses else set())
     return {name: value for name, value in model._asked_options().items() if name not in used}
 
 
-def checked(model, step):
-    """The `train_step` of a user, which raises if it leaves an option without effect."""
+def checked(model: "StepOptions", step: _types.AnyFunction) -> _types.AnyFunction:
+    """A user's `train_step` that raises if it leaves an option without effect."""
 
-    # Kept: a tf.function of the user's is traced once, for however many functions that train.
-    uses = vars(model).setdefault("_uses_of_own_step", set())
+    # Kept with the model: a tf.function of the user's is traced only once, however many train
+    # functions call it.
+    kept: dict[str, Any] = model.__dict__
+    uses: set[str] = kept.setdefault("_uses_of_own_step", set())
 
     @functools.wraps(step)
-    def checked_step(data):
+    def checked_step(data: _types.Structure) -> _types.Logs:
         is_eager = tf.executing_eagerly() and _unused(model, uses)
         undo = _undo(model) if is_eager else None
         with _keras.thread.holding("uses", uses):
-            logs = step(data)
+            logs: _types.Logs = step(data)
         unused = _unused(model, uses)
         if unused:
             if undo is not None:
@@ -86,8 +96,8 @@ def checked(model, step):
     return checked_step
 
 
-def _undo(model):
-    """What takes back an update that ran before it was known what it uses."""
+def _undo(model: keras.Model) -> Callable[[], None]:
+    """A function that takes back an update which ran before it was known what it uses."""
     variables = list(model.variables)
     for _, optimizer in _keras.optimizer.optimizers_of(model):
         variables += optimizer.variables
@@ -95,11 +105,11 @@ def _undo(model):
     return lambda: _keras.variables.assign_all(variables, values)
 
 
-def _error(model, unused):
+def _error(model: "StepOptions", unused: dict[str, Any]) -> errors.UnsupportedModelError:
     said = ", ".join(f"{name}={value!r}" for name, value in unused.items())
     options = option.declared(type(model))
-    remedies = [options[name].passed_on for name in unused]
-    halves = "" if None in remedies else f", or pass {', '.join(remedies)}"
+    remedies = [options[name].passed_on or "" for name in unused]
+    halves = f", or pass {', '.join(remedies)}" if all(remedies) else ""
     keras_scales = ""
     if "loss_scale" in unused:
         keras_scales = " With loss_scale=None, Keras's LossScaleOptimizer scales in float16."

@@ -12,7 +12,7 @@ from tfbig import _keras, errors
 if TYPE_CHECKING:
     from tfbig import _types
 
-__all__ = ("Recompute", "check", "layers_of", "serialized")
+__all__ = ("Recompute", "check", "check_fits", "layers_of", "serialized")
 
 # All blocks, layers or their names, a predicate of layers, or nothing.
 Recompute: TypeAlias = (
@@ -65,6 +65,11 @@ def layers_of(model: keras.Model, recompute: Recompute) -> list[_types.Layer]:
     for layer in chosen:
         _keras.recomputation.check_can_recompute(layer)
     return chosen
+
+
+def check_fits(model: keras.Model, recompute: Recompute) -> None:
+    """Raises if a model cannot recompute these layers; see `layers_of`."""
+    layers_of(model, recompute)
 
 
 def serialized(model: keras.Model, recompute: Recompute) -> Literal[True] | list[str] | None:

@@ -61,7 +61,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     Not part of the public interface; `GradientAccumulationMixin` documents them.
     """
 
-    log_grad_norm = Option(
+    log_grad_norm: Option[bool] = Option(
         default=False,
         check=bool,
         plain=False,
@@ -70,7 +70,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         passed_on="log_grad_norm=True to tfbig.apply_gradients",
         logs=("grad_norm",),
     )
-    log_gradient_noise_scale = Option(
+    log_gradient_noise_scale: Option[bool] = Option(
         default=False,
         check=bool,
         plain=False,
@@ -79,16 +79,17 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         needs_own_step=True,
         logs=("gradient_noise_scale",),
     )
-    recompute = Option(
+    # What `recomputation.check` returns.
+    recompute: Option[Any] = Option(
         default=None,
         check=recomputation.check,
         doc="True, the layers, or the predicate, of what is recomputed; None for nothing.",
-        fits=recomputation.layers_of,
+        fits=recomputation.check_fits,
         saved=recomputation.serialized,
         needs_own_step=True,
         is_tuned=True,
     )
-    exchange_dtype = Option(
+    exchange_dtype: Option[str | None] = Option(
         default=None,
         check=half_precision_exchange.checked_dtype,
         doc="What gradients are cast to while replicas exchange them; None for nothing.",
@@ -138,7 +139,8 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     def __setattr__(self, name: str, value: Any) -> None:
         # Keras ignores a value that is there already; here a property may show a number that
         # was found, and be set to it.
-        if name in _settable(type(self)):
+        # mypy takes a class for its instance, which has a `__hash__` of its own.
+        if name in _settable(type(self)):  # type: ignore[arg-type]
             getattr(type(self), name).fset(self, value)
         else:
             super().__setattr__(name, value)

@@ -1,0 +1,69 @@
+"""An option is declared once; what a declaration does not give must not be forgotten."""
+
+import typing
+
+import keras
+import pytest
+
+import tfbig
+from tfbig._update import option, step_options
+
+MIXINS = (tfbig.GradientAccumulationMixin, tfbig.DynamicLossScalingMixin)
+
+
+def test_editors_know_every_option():
+    assert typing.get_type_hints(step_options.Options).keys() == option.declared(tfbig.Model).keys()
+
+
+@pytest.mark.parametrize("mixin", MIXINS, ids=lambda cls: cls.__name__)
+def test_every_option_is_documented(mixin):
+    arguments = mixin.__doc__.split("Args:")[1].split("Example:")[0]
+    inherited = option.declared(tfbig.DynamicLossScalingMixin).keys() - {"loss_scale"}
+    own = option.declared(mixin).keys()
+    for name in own if mixin is tfbig.GradientAccumulationMixin else own - inherited:
+        assert f"\n        {name}: " in arguments, name
+    assert all(v.__doc__ for v in option.declared(mixin).values())
+
+
+def test_a_new_option_needs_no_more_than_its_declaration():
+    def checked(value):
+        if value not in (None, "yes"):
+            raise tfbig.errors.InvalidOptionError(f"Received: greeting={value!r}.")
+        return value
+
+    # As a class of tfbig is: declarations of others are attributes like any.
+    mixin = type(
+        "Greeting",
+        (tfbig.GradientAccumulationMixin,),
+        {
+            "__module__": "tfbig.greeting",
+            "greeting": option.Option(
+                default=None, check=checked, doc="Whether.", passed_on="greeting=True to greet"
+            ),
+        },
+    )
+
+    @keras.saving.register_keras_serializable("option_test")
+    class Net(mixin, keras.Sequential):
+        pass
+
+    class OwnStep(Net):
+        def train_step(self, data):
+            return {"loss": 0.0}
+
+    layers = [keras.Input((4,)), keras.layers.Dense(1)]
+    model = Net(layers, greeting="yes", micro_batch_size=2)
+    assert model.greeting == "yes"
+    assert Net(layers).greeting is None
+    assert Net.from_config(model.get_config()).greeting == "yes"
+    assert keras.models.clone_model(model).greeting == "yes"
+    model.greeting = None
+    assert model.get_config()["greeting"] is None
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="greeting=3"):
+        Net(layers, greeting=3)
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="greeting=3"):
+        model.greeting = 3
+    own = OwnStep(layers, greeting="yes")
+    own.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"greeting='yes'.*greeting=True"):
+        own.train_on_batch(keras.ops.ones((2, 4)), keras.ops.ones((2, 1)))
