@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from tfbig import _keras, _types, errors
-from tfbig._update import automatic_size, capacity, cutting, exchange, train_step
+from tfbig._update import automatic_size, capacity, replicas, train_step
+from tfbig._update.batch_split import BatchSplit
 from tfbig._update.option import Option
 
 __all__ = ("GradientAccumulationMixin",)
 
-# The two options that say how a batch is cut, in the order of `_cut_of`.
-_CUT = ("gradient_accumulation_steps", "micro_batch_size")
+# The two options that say how a batch is split, in the order of `_split_of`.
+_SPLIT = ("gradient_accumulation_steps", "micro_batch_size")
 
 _PASSED_ON = "{name}=self.{name} to tfbig.accumulate_gradients"
 
@@ -19,27 +20,27 @@ _PASSED_ON = "{name}=self.{name} to tfbig.accumulate_gradients"
 def _checked_steps(value: Any) -> int | None:
     if value is None:
         return None
-    return cutting.Cut(gradient_accumulation_steps=value).gradient_accumulation_steps
+    return BatchSplit(gradient_accumulation_steps=value).gradient_accumulation_steps
 
 
 def _checked_size(value: Any) -> int | str | None:
     if value is None or (isinstance(value, str) and value == "auto"):
         return value
-    return cutting.Cut(micro_batch_size=value).micro_batch_size
+    return BatchSplit(micro_batch_size=value).micro_batch_size
 
 
 def _steps(model: "GradientAccumulationMixin") -> int | None:
-    return None if model._automatic_size else model._batch_cut.gradient_accumulation_steps
+    return None if model._automatic_size else model._given_split.gradient_accumulation_steps
 
 
 def _size(model: "GradientAccumulationMixin") -> int | None:
     if model._automatic_size:
         return model._automatic_size.size
-    return model._batch_cut.micro_batch_size
+    return model._given_split.micro_batch_size
 
 
 def _restart(model: "GradientAccumulationMixin") -> None:
-    model._cut_of_evaluation = None
+    model._split_of_last_training = None
     model._rebuild_step()
 
 
@@ -143,38 +144,38 @@ class GradientAccumulationMixin(train_step.TrainStep):
         is_tuned=True,
     )
 
-    _batch_cut = cutting.Cut(gradient_accumulation_steps=1)
+    _given_split = BatchSplit(gradient_accumulation_steps=1)
     _automatic_size: automatic_size.AutomaticSize | None = None
-    _cut_of_evaluation: cutting.Cut | None = None
+    _split_of_last_training: BatchSplit | None = None
     _warned_of: tuple[int | None, int] | None = None
 
     def _keep_options(self, given: Mapping[str, Any]) -> None:
-        # Together they say how a batch is cut: to set one is to unset the other.
-        if any(name in given for name in _CUT):
-            cut, automatic = _cut_of(*(given.get(name) for name in _CUT))
-            object.__setattr__(self, "_batch_cut", cut)
+        # Together they say how a batch is split: to set one is to unset the other.
+        if any(name in given for name in _SPLIT):
+            split, automatic = _split_of(*(given.get(name) for name in _SPLIT))
+            object.__setattr__(self, "_given_split", split)
             object.__setattr__(self, "_automatic_size", automatic)
-        super()._keep_options({k: v for k, v in given.items() if k not in _CUT})
+        super()._keep_options({k: v for k, v in given.items() if k not in _SPLIT})
 
-    def _cut(self) -> cutting.Cut:
-        return self._automatic_size.cut if self._automatic_size else self._batch_cut
+    def _batch_split(self) -> BatchSplit:
+        return self._automatic_size.split if self._automatic_size else self._given_split
 
-    def _evaluation_cut(self) -> cutting.Cut:
+    def _evaluation_split(self) -> BatchSplit:
         # No more samples at a time than in training. A number of micro-batches says nothing about
         # a batch of another size, so evaluation uses the size that the last training came to;
-        # before any training the batch is not cut.
+        # before any training the batch is not split.
         if self.micro_batch_size is not None:
-            return self._cut()
-        return self._cut_of_evaluation or cutting.Cut(gradient_accumulation_steps=1)
+            return self._batch_split()
+        return self._split_of_last_training or BatchSplit(gradient_accumulation_steps=1)
 
     def _prepare_training(self, batch_size: int | None) -> None:
         if self._automatic_size:
             if batch_size == 1:
                 # That is one micro-batch, whatever fits.
                 super()._prepare_training(batch_size)
-            needs_two = self.log_gradient_noise_scale and exchange.replicas_of(self) == 1
+            needs_two = self.log_gradient_noise_scale and replicas.count_of(self) == 1
             self._automatic_size.begin(self._automatic_share(batch_size), needs_two)
-            self._prepare_cut("micro_batch_size='auto'")
+            self._check_split("micro_batch_size='auto'")
             return
         super()._prepare_training(batch_size)
         if self.memory_budget is not None:
@@ -183,14 +184,14 @@ class GradientAccumulationMixin(train_step.TrainStep):
                 f"memory_budget={self.memory_budget} with micro_batch_size="
                 f"{self.micro_batch_size}. Leave it out, or let the size be found."
             )
-        steps, cut = self.gradient_accumulation_steps, self._batch_cut
+        steps, split = self.gradient_accumulation_steps, self._given_split
         if not (steps is None or steps == 1 or batch_size is None):
-            share = -(-batch_size // exchange.replicas_of(self))
-            cut = cutting.Cut(micro_batch_size=-(-share // min(steps, share)))
+            share = -(-batch_size // replicas.count_of(self))
+            split = BatchSplit(micro_batch_size=-(-share // min(steps, share)))
             if steps > share:
                 self._warn_of_few_samples(batch_size, share)
-        if cut != self._cut_of_evaluation:
-            self._cut_of_evaluation = cut
+        if split != self._split_of_last_training:
+            self._split_of_last_training = split
             self.test_function = None
 
     def _automatic_share(self, batch_size: int | None) -> int | None:
@@ -217,7 +218,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
             )
         # A dataset does not say how it was batched before a `map`. Its batches do, and a batch
         # larger than all before it starts the search again.
-        return None if batch_size is None else -(-batch_size // exchange.replicas_of(self))
+        return None if batch_size is None else -(-batch_size // replicas.count_of(self))
 
     def _make_train_function(self) -> _types.AnyFunction:
         if not self._automatic_size:
@@ -238,12 +239,12 @@ class GradientAccumulationMixin(train_step.TrainStep):
         )
 
 
-def _cut_of(
+def _split_of(
     steps: int | None, size: int | str | None
-) -> tuple[cutting.Cut, automatic_size.AutomaticSize | None]:
-    """How an update is cut, and the `AutomaticSize` that replaces it, or None."""
+) -> tuple[BatchSplit, automatic_size.AutomaticSize | None]:
+    """How an update is split, and the `AutomaticSize` that replaces it, or None."""
     if steps is None and size is None:
         steps = 1
     if isinstance(size, str) and size == "auto" and steps is None:
-        return cutting.Cut(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
-    return cutting.Cut(steps, size), None  # type: ignore[arg-type]  # "auto" with steps raises.
+        return BatchSplit(gradient_accumulation_steps=1), automatic_size.AutomaticSize()
+    return BatchSplit(steps, size), None  # type: ignore[arg-type]  # "auto" with steps raises.

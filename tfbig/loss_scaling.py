@@ -338,7 +338,7 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     def _reset_loss_scale(self) -> None:
         settings, is_fixed = _settings(self)
         with self.distribute_strategy.scope():
-            self.loss_scale_state = settings and LossScaleState(settings, is_fixed)
+            self.loss_scale_state = None if settings is None else LossScaleState(settings, is_fixed)
 
 
 def _settings(model: DynamicLossScalingMixin) -> tuple[DynamicLossScale | None, bool]:
@@ -346,9 +346,8 @@ def _settings(model: DynamicLossScalingMixin) -> tuple[DynamicLossScale | None, 
     option = DynamicLossScalingMixin.loss_scale.value(model)
     if option == "auto":
         # Keras keeps scaling the loss of an extended class's own step.
-        is_wanted = _keras.layers.computes_in_float16(
-            model
-        ) and not train_step.has_step_of_extended_class(type(model))
+        is_extended = type(model)._owner_of_extended_train_step() is not None
+        is_wanted = _keras.layers.computes_in_float16(model) and not is_extended
         option = "dynamic" if is_wanted else None
     if option == "dynamic":
         return DynamicLossScale(), False

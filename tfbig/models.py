@@ -6,7 +6,8 @@ from typing import Any, TypeVar, Unpack, overload
 import keras
 
 from tfbig import _keras, _types, errors
-from tfbig._update import cutting, step_options, train_step
+from tfbig._update import step_options, train_step, training_checks
+from tfbig._update.batch_split import BatchSplit
 from tfbig._update.option import declared, signature
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.loss_scaling import DynamicLossScale, DynamicLossScalingMixin
@@ -237,14 +238,14 @@ def _extended_model(model: keras.Model, options: dict[str, Any]) -> train_step.T
         raise errors.InvalidOptionError(
             f"Unknown options for `extend`: {sorted(unknown)}. Known are {sorted(known)}."
         )
-    train_step.check_strategy()
+    training_checks.check_strategy()
     if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
-        cutting.Cut(options["gradient_accumulation_steps"], options["micro_batch_size"])
+        BatchSplit(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
     reached = None
     cls = _extended_class(type(model))
     # A step of the class's own goes on to be scaled by Keras.
-    is_own = train_step.has_step_of_extended_class(cls)
+    is_own = cls._owner_of_extended_train_step() is not None
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not is_own:
         if optimizer.built and "loss_scale" not in options:
             reached = optimizer
@@ -259,9 +260,10 @@ def _extended_model(model: keras.Model, options: dict[str, Any]) -> train_step.T
     extended: train_step.TrainStep = _keras.saving.with_class(model, cls)
     step_options.set_options(extended, options)
     _keras.compiling.recompile(extended, optimizer)
-    if reached is not None:
-        extended.loss_scale_state.loss_scale.assign(reached.dynamic_scale)
-        extended.loss_scale_state.finite_updates.assign(reached.step_counter)
+    state = extended.loss_scale_state
+    if reached is not None and state is not None:
+        state.loss_scale.assign(reached.dynamic_scale)
+        state.finite_updates.assign(reached.step_counter)
     return extended
 
 

@@ -12,7 +12,7 @@ from keras import layers
 import tfbig
 from tests.tpu_check import faults
 from tfbig import tpu_check
-from tfbig._update import apply, exchange
+from tfbig._update import apply, replicas
 from tfbig.tpu_check import build_function, comparison, numbers, report
 
 CORES, BATCH = 4, 32
@@ -114,7 +114,7 @@ def loss_divided_twice(monkeypatch):
 
 
 def no_exchange(monkeypatch):
-    monkeypatch.setattr(exchange, "all_reduce_sum", list)
+    monkeypatch.setattr(replicas, "all_reduce_sum", list)
 
 
 FAULTS = {

@@ -13,7 +13,7 @@ from keras import layers
 import tfbig
 from tests.tpu_check import faults
 from tfbig import _keras, tpu_check
-from tfbig._update import apply, exchange
+from tfbig._update import apply, replicas
 from tfbig.tpu_check import checks
 
 SHARE = 8  # Samples of a core.
@@ -191,7 +191,7 @@ def test_double_sum(monkeypatch):
 
 
 def test_no_exchange(monkeypatch):
-    monkeypatch.setattr(exchange, "all_reduce_sum", list)
+    monkeypatch.setattr(replicas, "all_reduce_sum", list)
     errors = found(net(optimizer=lambda: keras.optimizers.SGD(0.1, momentum=0.9)))
     only(errors, tpu_check.DriftError, "was not exchanged")
     text = " ".join(map(str, errors))

@@ -149,7 +149,7 @@ def test_stateful_layers_that_are_cut_are_refused(strategy, options):
 
 def test_evaluation_of_stateful_layers_that_is_cut_is_refused():
     model = recurrent(micro_batch_size=2)
-    with pytest.raises(tfbig.errors.UnsupportedModelError, match="must not be cut"):
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="must not be split"):
         model.evaluate(*SEQUENCES, batch_size=6, verbose=0)
 
 

@@ -161,7 +161,7 @@ def update_metrics(
 def metrics_results(model: keras.Model, replicas: int) -> _Results:
     """Results of the metrics for the samples of all replicas. In replica context.
 
-    Each replica holds an equal part of every sum; see `exchange.exchange`.
+    Each replica holds an equal part of every sum; see `exchange.all_reduce_accumulated`.
     """
     if replicas == 1:
         return dict(model.get_metrics_result())

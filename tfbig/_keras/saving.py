@@ -23,7 +23,7 @@ from tfbig._keras.variables import native
 _Store: TypeAlias = Any
 
 # A class that Keras exports under no public name.
-Functional = _functional.Functional
+Functional: TypeAlias = _functional.Functional
 
 # Whether the arguments of a model's constructor are those of a functional model.
 are_functional_arguments = _model.functional_init_arguments

@@ -1,16 +1,26 @@
-"""What the gradient of one variable is added up in.
+"""Accumulators: what the gradient of a variable is added up in.
 
 float32 or wider. A dense gradient has one buffer. The gradient of a table that is
 looked up is a `tf.IndexedSlices`, a row for each look-up, and has a buffer for each
 way of looking up; `table_rows` says which rows the whole batch has.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tensorflow as tf
 
 from tfbig._update import table_rows
 from tfbig._update.table_rows import Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import keras
+
+    from tfbig import _types
 
 __all__ = (
     "add",
@@ -21,28 +31,38 @@ __all__ = (
     "squared_norm",
     "start",
     "values",
-    "wider",
+    "widest",
 )
 
+# What a loop carries for one look-up of a table, by name.
+# Any: tensors and tensor arrays.
+_Part: TypeAlias = dict[str, Any]
 
-def dtype_for(dtype):
+# A tensor, or a list of `_Part`.
+Accumulator: TypeAlias = "_types.Tensor | list[_Part]"
+
+
+def dtype_for(dtype: _types.DType | str) -> _types.DType:
     """float32, or the given dtype if it is wider."""
     dtype = tf.as_dtype(dtype)
     return dtype if dtype.size > tf.float32.size else tf.float32
 
 
-def wider(dtype, other):
-    """The wider one of an accumulator dtype and that for another dtype."""
-    other = dtype_for(other)
-    return other if other.size > dtype.size else dtype
+def widest(dtype: _types.DType | str, variables: Iterable[keras.Variable]) -> _types.DType:
+    """The widest of the accumulator dtypes for a dtype and for variables."""
+    found = dtype_for(dtype)
+    for variable in variables:
+        other = dtype_for(variable.dtype)
+        found = other if other.size > found.size else found
+    return found
 
 
-def size_of(variables):
+def size_of(variables: Iterable[keras.Variable]) -> int:
     """Bytes of the accumulators of dense gradients of these variables."""
     return sum(math.prod(v.shape) * dtype_for(v.dtype).size for v in variables)
 
 
-def start(variable, rows=()):
+def start(variable: keras.Variable, rows: Sequence[Rows] = ()) -> Accumulator:
     """An empty accumulator: a structure of tensors that a loop can carry.
 
     Args:
@@ -55,14 +75,14 @@ def start(variable, rows=()):
     return [_start_part(kind, dtype, variable.shape[1:]) for kind in rows]
 
 
-def _start_part(kind, dtype, shape):
+def _start_part(kind: Rows, dtype: _types.DType, shape: Sequence[int]) -> _Part:
     if kind is Rows.SHARED:
         return {
             "indices": _of_any_length(tf.zeros([0], tf.int64)),
             "values": _of_any_length(tf.zeros([0, *shape], dtype)),
         }
 
-    def array(dtype, shape):
+    def array(dtype: _types.DType, shape: list[int | None]) -> tf.TensorArray:
         return tf.TensorArray(
             dtype, size=0, dynamic_size=True, element_shape=shape, infer_shape=False
         )
@@ -74,39 +94,50 @@ def _start_part(kind, dtype, shape):
     }
 
 
-def _index_name(kind):
+def _index_name(kind: Rows) -> str:
     return "positions" if kind is Rows.SHARED_OF_ANY_LENGTH else "indices"
 
 
-def _of_any_length(tensor):
+def _of_any_length(tensor: _types.Tensor) -> _types.Tensor:
     # A loop keeps the shape of what it carries.
     return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
 
 
-def add(totals, gradients, weight, are_alike=None, is_first=None):
-    """A list of accumulators with `weight * gradient` added to each.
+def add(
+    totals: list[Accumulator],
+    gradients: list[_types.Gradient | None],
+    weight: _types.Tensor,
+    are_alike: _types.Tensor | None = None,
+    is_first: _types.Tensor | None = None,
+) -> list[Accumulator]:
+    """The accumulators with `weight * gradient` added to each.
 
     Args:
-        totals: list of accumulators.
-        gradients: list of tensors, `tf.IndexedSlices` or None.
+        totals: the accumulators.
+        gradients: the gradient for each; None adds nothing.
         weight: float scalar.
-        are_alike: bool scalar: whether the weights of all gradients of the sum are one. Each
-            pass over dense gradients that it saves is a part of the time of small
+        are_alike: bool scalar: whether the weights of all gradients of the sum are one. This
+            saves passes over dense gradients, which take a good part of the time of small
             micro-batches. None if that is not known.
         is_first: bool scalar: whether nothing has been added yet.
     """
     pairs = list(zip(totals, gradients, strict=True))
-    dense = [i for i, (_, g) in enumerate(pairs) if isinstance(g, tf.Tensor)]
+    # The accumulator of a dense gradient is a tensor.
+    dense: dict[int, tuple[_types.Tensor, _types.Tensor]] = {
+        i: (total, g) for i, (total, g) in enumerate(pairs) if isinstance(g, tf.Tensor)
+    }
     sums = [t if isinstance(g, tf.Tensor) else _add_slices(t, g, weight) for t, g in pairs]
 
-    def summed(function):
+    def summed(
+        function: Callable[[_types.Tensor, _types.Tensor], _types.Tensor],
+    ) -> list[_types.Tensor]:
         # Of inputs of unknown length, TensorFlow may not know the shape of a gradient.
         return [
             tf.ensure_shape(function(total, tf.cast(gradient, total.dtype)), total.shape)
-            for total, gradient in (pairs[i] for i in dense)
+            for total, gradient in dense.values()
         ]
 
-    def weighted():
+    def weighted() -> list[_types.Tensor]:
         return summed(lambda total, gradient: total + tf.cast(weight, total.dtype) * gradient)
 
     if are_alike is None or not dense:
@@ -121,7 +152,9 @@ def add(totals, gradients, weight, are_alike=None, is_first=None):
     return sums
 
 
-def _add_slices(total, gradient, weight):
+def _add_slices(
+    total: Accumulator, gradient: tf.IndexedSlices | None, weight: _types.Tensor
+) -> Accumulator:
     """The accumulator with weighted slices, or None, added."""
     if gradient is None:
         return total
@@ -138,12 +171,14 @@ def _add_slices(total, gradient, weight):
     return sums
 
 
-def _add_part(part, values, indices, weight):
+def _add_part(
+    part: _Part, values: _types.Tensor, indices: _types.Tensor, weight: _types.Tensor | float
+) -> _Part:
     dtype = part["values"].dtype
     values = tf.cast(weight, dtype) * tf.cast(values, dtype)
     indices = tf.cast(indices, tf.int64)
     if "count" not in part:
-        # The first micro-batch tells how many there are.
+        # The first micro-batch tells how many rows there are.
         is_first = tf.equal(tf.size(part["indices"]), 0)
         sums = tf.cond(is_first, lambda: values, lambda: part["values"] + values)
         return {"indices": indices, "values": tf.ensure_shape(sums, [None, *sums.shape[1:]])}
@@ -155,8 +190,10 @@ def _add_part(part, values, indices, weight):
     }
 
 
-def result(total, variable, rows=()):
-    """The gradient that was added up: a tensor, or `tf.IndexedSlices` of keys."""
+def result(
+    total: Accumulator, variable: keras.Variable, rows: Sequence[Rows] = ()
+) -> _types.Gradient:
+    """The accumulated gradient: a tensor, or `tf.IndexedSlices` whose indices are keys."""
     if not rows:
         return total
     size = variable.shape[0]
@@ -171,31 +208,33 @@ def result(total, variable, rows=()):
     return tf.IndexedSlices(values[0], keys[0], tf.constant(variable.shape.as_list(), tf.int64))
 
 
-def _concatenated(part, variable):
+def _concatenated(part: _Part, variable: keras.Variable) -> _Part:
     if tf.executing_eagerly() and part["count"] == 0:
-        # There, TensorFlow cannot concatenate no arrays.
+        # Eagerly, TensorFlow cannot concatenate an empty array.
         no_values = tf.zeros([0, *variable.shape[1:]], part["values"].dtype)
         part = _add_part(part, no_values, tf.zeros([0], tf.int64), 1)
     return {name: array.concat() for name, array in part.items() if name != "count"}
 
 
-def values(gradient):
+def values(gradient: _types.Gradient) -> _types.Tensor:
     """The values of a gradient, dense or of rows."""
     return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
-def map_values(function, gradient):
+def map_values(
+    function: Callable[[_types.Tensor], _types.Tensor], gradient: _types.Gradient | None
+) -> _types.Gradient | None:
     """A gradient with `function` of its values; None for None."""
     if not isinstance(gradient, tf.IndexedSlices):
         return None if gradient is None else function(gradient)
     return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
 
 
-def squared_norm(gradient, factor, compiled):
+def squared_norm(gradient: _types.Gradient, factor: _types.Tensor, compiled: bool) -> _types.Tensor:
     """The sum of the squares of `factor * gradient`, float32 or wider.
 
     Args:
-        gradient: tensor or `tf.IndexedSlices`, whose rows may be of the same index.
+        gradient: dense, or with several rows of the same index.
         factor: float scalar.
         compiled: whether XLA compiles it.
     """
@@ -203,7 +242,7 @@ def squared_norm(gradient, factor, compiled):
     if isinstance(gradient, tf.IndexedSlices):
         values, indices, size = gradient.values, gradient.indices, gradient.dense_shape[0]
         if not compiled:
-            # As many rows as there are different ones; XLA must know how many.
+            # Only as many rows as there are distinct ones; XLA must know their number.
             unique, indices = tf.unique(indices)
             size = tf.size(unique)
         gradient = tf.math.unsorted_segment_sum(tf.cast(values, dtype), indices, size)

@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfbig._update import dependence_rules
-from tfbig._update.dependence_rules import (
+from tfbig._update.dependence import (
     CONSTANT,
     DISTINCT,
     SPARSE_INDICES,

@@ -1,13 +1,22 @@
 """How many samples fit into memory."""
 
+from __future__ import annotations
+
 import functools
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import tensorflow as tf
 
 from tfbig import errors
 from tfbig._keras import memory
-from tfbig._update import accumulators, cutting
+from tfbig._update import accumulators, batch_split
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import keras
 
 __all__ = (
     "RUN_ERRORS",
@@ -18,34 +27,37 @@ __all__ = (
     "is_out_of_memory",
 )
 
-# What running a program may raise when memory runs out, and for other reasons.
+# What a program may raise when memory runs out; it may have other reasons.
 RUN_ERRORS = (tf.errors.OpError, MemoryError)
 
-# Part of the budget, or of the samples that fit, that is used: memory is fragmented, and other
-# batches may need more than the one that was tried.
+# The part of the budget, or of the samples that fit, to use: memory fragments, and other batches
+# may need more than the one that was tried.
 MARGIN = 0.9
 
 # Part of the host's memory that CPU devices may take without a budget.
 _PART_OF_HOST = 0.5
 
+# Runs a number of samples, on the first replica alone or on all; what it returns is not used.
+_Run: TypeAlias = Callable[[int, bool], object]
+
 _REMEDY = (
-    "Try recompute=True, a half precision policy, an optimizer of fewer variables, or a smaller "
+    "Try recompute=True, a half precision policy, an optimizer with fewer variables, or a smaller "
     "model."
 )
 
 
-def checked_budget(value):
+def checked_budget(value: object) -> int | None:
     """Returns the option `memory_budget`, checked."""
     if value is None:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return cutting.positive_integer(
+    return batch_split.positive_integer(
         "memory_budget", value, "Pass the bytes that a replica may take, such as 8 * 2**30."
     )
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of `RUN_ERRORS` says that memory ran out."""
     # Libraries below TensorFlow have their own ways to say it, and so has Python.
     return isinstance(error, tf.errors.ResourceExhaustedError | MemoryError) or (
@@ -54,7 +66,7 @@ def is_out_of_memory(error):
     )
 
 
-def first_line(error):
+def first_line(error: Exception) -> str:
     """The line of an error that says what happened."""
     text = getattr(error, "message", None) or str(error)
     lines = [x.strip() for x in text.splitlines() if x.strip()]
@@ -62,8 +74,8 @@ def first_line(error):
     return (told or lines or ["out of memory"])[0][:200]
 
 
-def does_not_fit(reason):
-    """What to say where one sample does not fit."""
+def does_not_fit(reason: str) -> str:
+    """The error message when not even one sample fits."""
     return f"A micro-batch of one sample does not fit into memory: {reason}. {_REMEDY}"
 
 
@@ -71,46 +83,46 @@ class Capacity:
     """Finds how many samples of a computation fit into the memory of devices.
 
     Args:
-        devices: list of names, those of the replicas of this process.
-        memory_budget: int, bytes of a replica; or None: until TensorFlow says that memory is
+        devices: names, those of the replicas of this process.
+        memory_budget: bytes of a replica; or None: until TensorFlow says that memory is
             exhausted, or on the CPU, which does not, a part of what the host has.
     """
 
-    def __init__(self, devices, memory_budget):
+    def __init__(self, devices: Sequence[str], memory_budget: int | None) -> None:
         self.meter = memory.Meter(devices)
-        # Replicas that share memory are not all at their peak at once, or they are: what one
-        # takes is measured while the others have nothing to do.
+        # Replicas that share memory may or may not peak at the same time, so what one of them takes
+        # is measured while the others are idle.
         self.is_shared = self.meter.is_cpu and len(devices) > 1
         self.memory_budget = memory_budget
-        self.budget = memory_budget
+        self.budget: float | None = memory_budget
         if memory_budget is None and self.meter.is_cpu:
             host = memory.available()
             self.budget = None if host is None else _PART_OF_HOST * host / len(devices)
         self.reason = ""
 
-    def largest(self, model, run, share, warm_up=False):
-        """The number of samples to run, less a margin; at most `share`, if all of it fits.
+    def largest(self, model: keras.Model, run: _Run, most: int, warm_up: bool = False) -> int:
+        """The number of samples to run, less a margin; at most `most`, if all of it fits.
 
         Args:
-            model: `keras.Model`, built, with its optimizer.
+            model: a built model, with its optimizer.
             run: function of a number of samples and of whether the first replica runs them
                 alone, which raises an error of TensorFlow where memory runs out.
-            share: int, the most that is wanted.
+            most: the most that is wanted.
             warm_up: whether the first run with each number takes memory of its own.
 
         Raises:
             OutOfMemoryError: If not one sample fits.
         """
-        fixed = 0 if self.memory_budget is None else self._fixed(model)
+        fixed = self._fixed(model)
 
-        def fits(size):
+        def fits(size: int) -> bool:
             return self._fits(functools.partial(run, size), fixed, warm_up or size == 1)
 
         good, size = 0, 1
-        while good < share and fits(size):
-            good, size = size, min(2 * size, share)
-        if good == share:
-            return share
+        while good < most and fits(size):
+            good, size = size, min(2 * size, most)
+        if good == most:
+            return most
         if good == 0:
             raise errors.OutOfMemoryError(does_not_fit(self.reason))
         bad = size
@@ -119,7 +131,7 @@ class Capacity:
             good, bad = (size, bad) if fits(size) else (good, size)
         return good if self.budget is not None else max(1, math.floor(MARGIN * good))
 
-    def _fits(self, run, fixed, warm_up):
+    def _fits(self, run: Callable[[bool], object], fixed: int, warm_up: bool) -> bool:
         try:
             if self.budget is None or self.is_shared:
                 run(False)
@@ -139,11 +151,13 @@ class Capacity:
             f"the budget is {memory.readable(self.budget)}, of which a tenth is kept free, so "
             f"{memory.readable(missing)} are missing"
         )
-        return missing <= 0
+        return bool(missing <= 0)
 
-    def _fixed(self, model):
-        """Bytes of variables; refuses a budget that does not hold the model itself."""
-        fixed = memory.size_of([*model.variables, *model.optimizer.variables])
+    def _fixed(self, model: keras.Model) -> int:
+        """Bytes of variables, with a budget; refuses one that does not hold the model itself."""
+        if self.memory_budget is None:
+            return 0
+        fixed: int = memory.size_of([*model.variables, *model.optimizer.variables])
         # The sums of gradients, and those of a micro-batch.
         gradients = 2 * accumulators.size_of(model.trainable_variables)
         if fixed + gradients > self.memory_budget:

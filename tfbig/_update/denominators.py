@@ -17,19 +17,30 @@ pass; a first pass over the forward part yields them (`LossCounter`), of which
 TensorFlow runs only what the denominators depend on.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
 import keras
 import tensorflow as tf
 
 from tfbig import _keras, errors
 
+if TYPE_CHECKING:
+    from tfbig import _types
+
 __all__ = ("Denominators", "LossCounter", "LossReducer")
+
+# Keras's value of a loss with a given reduction.
+_Reduced: TypeAlias = "Callable[[str | None], _types.Tensor]"
 
 
 class Denominators:
     """What the losses of an effective batch are divided by.
 
     Args:
-        counts: float vector, what `exchange_counts` returned.
+        counts: float vector, what `MicroBatches.exchanged_counts` returned.
 
     Attributes:
         weight: float scalar, `W`: its samples.
@@ -37,11 +48,19 @@ class Denominators:
             its own, in the order of the calls.
     """
 
-    def __init__(self, counts):
+    def __init__(self, counts: _types.Tensor) -> None:
+        self.weight: _types.Tensor
+        self.counted: list[_types.Tensor]
         self.weight, *self.counted = tf.unstack(counts)
 
 
-def _denominator(values, sample_weight, mask, reduction, dtype):
+def _denominator(
+    values: _types.Tensor,
+    sample_weight: _types.Tensor | None,
+    mask: _types.Tensor | None,
+    reduction: str,
+    dtype: _types.DType | str,
+) -> _types.Tensor:
     """`D` of one Keras loss on one micro-batch, from its weighted values."""
     if reduction == "mean_with_sample_weight":
         weight = _keras.losses.merge_mask(sample_weight, mask, dtype=dtype, reduction=reduction)
@@ -62,8 +81,18 @@ class _Interceptor:
     "sum" if it is one, "counted" if only the call itself knows it.
     """
 
-    def __call__(self, reduce_values, values, sample_weight, mask, reduction, dtype):
-        def reduced(reduction, values=values):
+    def __call__(
+        self,
+        reduce_values: _types.AnyFunction,
+        values: _types.Tensor,
+        sample_weight: _types.Tensor | None,
+        mask: _types.Tensor | None,
+        reduction: str | None,
+        dtype: _types.DType | str,
+    ) -> _types.Tensor:
+        """The value of a call of a Keras loss, which would be `reduce_values(values, ...)`."""
+
+        def reduced(reduction: str | None) -> _types.Tensor:
             return reduce_values(
                 values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
             )
@@ -74,8 +103,8 @@ class _Interceptor:
             if sample_weight is not None:
                 raise errors.UnsupportedModelError(
                     "A loss that returns a scalar cannot be weighted by `sample_weight` or "
-                    "`class_weight` and cut into micro-batches or replicas: the weights would "
-                    "multiply a mean over samples. Return one value per sample, of shape "
+                    "`class_weight` and split into micro-batches or over replicas: the weights "
+                    "would multiply a mean over samples. Return one value per sample, of shape "
                     f"(batch,). Received: values of shape {values.shape}, "
                     f"sample_weight of shape {sample_weight.shape}."
                 )
@@ -87,23 +116,25 @@ class _Interceptor:
         if reduction == "sum":
             return self.reduce("sum", reduced, None)
         if mask is None and not weighted:
-            return self.reduce("mean", lambda r: reduced(reduction), None)
+            return self.reduce("mean", lambda _: reduced(reduction), None)
 
-        def denominator():
+        def denominator() -> _types.Tensor:
             return _denominator(reduced(None), sample_weight, mask, reduction, dtype)
 
         return self.reduce("counted", reduced, denominator)
 
-    def added(self, loss):
+    def added(self, loss: _types.Tensor) -> _types.Tensor:
         """The value of a loss of `add_loss` that is no scalar; Keras adds its entries up."""
         kind = "sum" if self.has_samples(loss) else "scalar"
         return self.reduce(kind, lambda _: keras.ops.sum(loss), None)
 
-    def has_samples(self, loss):
+    def has_samples(self, loss: _types.Tensor) -> bool:
         """Whether a loss of `add_loss` has a value for each sample."""
         raise NotImplementedError
 
-    def reduce(self, kind, reduced, denominator):
+    def reduce(
+        self, kind: str, reduced: _Reduced, denominator: Callable[[], _types.Tensor] | None
+    ) -> _types.Tensor:
         """The value of one call.
 
         Args:
@@ -118,18 +149,20 @@ class LossCounter(_Interceptor):
     """Collects the kinds and the denominators of Keras losses.
 
     Args:
-        samples: int, samples of the micro-batch; None if their number is not known.
+        samples: samples of the micro-batch; None if their number is not known.
     """
 
-    def __init__(self, samples=None):
+    def __init__(self, samples: int | None = None) -> None:
         self.samples = samples
-        self.kinds = []
-        self.counted = []
+        self.kinds: list[str] = []
+        self.counted: list[_types.Tensor] = []
 
-    def has_samples(self, loss):
-        return loss.shape[0] == self.samples
+    def has_samples(self, loss: _types.Tensor) -> bool:
+        return bool(loss.shape[0] == self.samples)
 
-    def reduce(self, kind, reduced, denominator):
+    def reduce(
+        self, kind: str, reduced: _Reduced, denominator: Callable[[], _types.Tensor] | None
+    ) -> _types.Tensor:
         self.kinds.append(kind)
         if denominator is not None:
             self.counted.append(denominator())
@@ -140,26 +173,32 @@ class LossReducer(_Interceptor):
     """Divides Keras losses of a micro-batch by the denominators of the batch.
 
     Args:
-        denominators: `Denominators` of the effective batch, or None where all
+        denominators: those of the effective batch, or None where all
             losses are means over samples.
         weight: float scalar, `w_k`.
-        kinds: list of the kinds of the losses, in the order of the calls. Sizes that are
+        kinds: kinds of the losses, in the order of the calls. Sizes that are
             constant in an XLA program do not tell whether they count samples.
     """
 
-    def __init__(self, denominators, weight, kinds):
+    def __init__(
+        self, denominators: Denominators | None, weight: _types.Tensor, kinds: list[str]
+    ) -> None:
         self.kinds = list(kinds)
         self.weight = weight
         self.denominators = denominators
         self.remaining = list(denominators.counted) if denominators else []
 
-    def has_samples(self, loss):
+    def has_samples(self, loss: _types.Tensor) -> bool:
         return self.kinds[0] == "sum"
 
-    def reduce(self, kind, reduced, denominator):
+    def reduce(
+        self, kind: str, reduced: _Reduced, denominator: Callable[[], _types.Tensor] | None
+    ) -> _types.Tensor:
         self.kinds.pop(0)
         if kind in ("mean", "scalar"):
             return reduced("sum_over_batch_size")
+        # Such losses need the denominators, so they are there.
+        assert self.denominators is not None
         value = reduced("sum")
         if kind == "counted":
             value = tf.math.divide_no_nan(value, tf.cast(self.remaining.pop(0), value.dtype))

@@ -1,10 +1,13 @@
 """What has to hold before `fit` begins: workers that agree, seeds, callbacks."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import inspect
 import json
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -13,14 +16,21 @@ import tensorflow as tf
 from tfbig import _keras, errors
 from tfbig.distribute import _workers
 
-__all__ = ("arguments_of", "described", "prepared")
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from tfbig import _types
+
+__all__ = ("arguments_of", "described", "prepare_fit")
 
 
-def arguments_of(fit, args, kwargs):
+# Any: what users pass to `fit`.
+def arguments_of(
+    fit: _types.AnyFunction, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The arguments of a call of `fit` by name.
 
-    A class that is extended may have a `fit` of its own that hands on what it does
-    not know.
+    The `fit` of an extended class may pass on what it does not know.
     """
     parameters = list(inspect.signature(fit).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -33,17 +43,19 @@ def arguments_of(fit, args, kwargs):
 
 
 @contextlib.contextmanager
-def prepared(model, arguments, options):
-    """Within it, `fit` may run.
+def prepare_fit(
+    model: keras.Model, arguments: dict[str, Any], options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A context in which `fit` may run.
 
     A callback with a method `around_fit(model, arguments)`, which returns a context
-    manager, is entered here, and left when training ends in whatever way. It is called
-    after all others, and what its `before_others()` returns before them.
+    manager, is entered here and left however training ends. Keras calls it after all other
+    callbacks, and what its `before_others()` returns before them.
 
     Args:
-        model: `keras.Model`.
-        arguments: dictionary, the arguments of `fit` by name.
-        options: dictionary, the options of the model.
+        model: the model.
+        arguments: the arguments of `fit` by name.
+        options: the options of the model.
 
     Yields:
         The arguments to call `fit` with.
@@ -57,15 +69,15 @@ def prepared(model, arguments, options):
             if not workers.is_chief and arguments.get("verbose", "auto") == "auto":
                 arguments["verbose"] = 0
             if _keras.shuffling.global_seed() is None:
-                # Workers that shuffle each in its own way would share no batch.
+                # Workers that shuffle in different orders would not share a batch.
                 seed = workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0]
                 stack.enter_context(_keras.shuffling.reseeded_shuffling(int(seed)))
         callbacks = _callbacks(arguments.get("callbacks"))
         around = [c for c in callbacks if hasattr(c, "around_fit")]
         if len(around) > 1:
-            # Each would move the data to where training goes on.
+            # Each would move the data to where training resumes.
             raise errors.InvalidOptionError(
-                "`callbacks` must hold only one that restores a training. Received: "
+                "`callbacks` must hold only one that restores training. Received: "
                 f"{', '.join(type(c).__name__ for c in around)}."
             )
         for callback in around:
@@ -76,16 +88,18 @@ def prepared(model, arguments, options):
         yield arguments
 
 
-def _callbacks(argument):
+def _callbacks(argument: object) -> list[_types.Callback]:
     """The callbacks that `fit` was given, one by one."""
     if isinstance(argument, keras.callbacks.CallbackList):
-        return argument.callbacks
-    return keras.tree.flatten(argument or [])
+        return list(argument.callbacks)
+    return list(keras.tree.flatten(argument or []))
 
 
-def _fingerprint(model, arguments, options):
-    """What must be the same on all workers, as a dictionary of str."""
-    found = {
+def _fingerprint(
+    model: keras.Model, arguments: dict[str, Any], options: dict[str, Any]
+) -> dict[str, str]:
+    """What must be the same on all workers, each thing as a text."""
+    found: dict[str, Any] = {
         "variables": [
             f"{'x'.join(map(str, v.shape))} {v.dtype}{'' if v.trainable else ' (fixed)'}"
             for v in model.weights
@@ -110,12 +124,12 @@ def _fingerprint(model, arguments, options):
     return {k: json.dumps(v, default=_described, sort_keys=True) for k, v in found.items()}
 
 
-def described(layers):
+def described(layers: Iterable[_types.Layer]) -> list[list[Any]]:
     """Class and settings of each layer."""
     return [[type(layer).__name__, _settings(layer)] for layer in layers]
 
 
-def _settings(layer):
+def _settings(layer: _types.Layer) -> dict[str, bool | int | float | str]:
     """The settings of a layer that are numbers or texts.
 
     Without its name, which counts up, and its seed, which may be drawn.
@@ -130,8 +144,8 @@ def _settings(layer):
     }
 
 
-def _described(value):
-    """A value of which addresses and samples are left out."""
+def _described(value: object) -> bool | int | float | str | None:
+    """A value without its address in memory and its samples."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if dataclasses.is_dataclass(value):
@@ -141,8 +155,8 @@ def _described(value):
     return type(value).__name__
 
 
-def _warn_of_same_samples(data):
-    """Warns of data of which workers would not each read their own samples."""
+def _warn_of_same_samples(data: object) -> None:
+    """Warns of data from which workers would not each read samples of their own."""
     if not isinstance(data, tf.data.Dataset):
         return
     policies = tf.data.experimental.AutoShardPolicy
@@ -151,7 +165,7 @@ def _warn_of_same_samples(data):
     if policy == policies.OFF and not _keras.datasets.is_sharded(data):
         message = (
             "The dataset would hand every worker the same samples: its auto_shard_policy is OFF "
-            "and there is no `shard` in it. Leave the policy at DATA, or call dataset.shard("
+            "and it has no `shard`. Leave the policy at DATA, or call dataset.shard("
             "workers, index)."
         )
     elif (
@@ -163,8 +177,8 @@ def _warn_of_same_samples(data):
         and _keras.datasets.shuffles_without_seed(data)
     ):
         message = (
-            "The dataset is shuffled without a seed, so in another order on each worker: of what "
-            "they share out, some samples come twice and others not at all. Call "
+            "The dataset is shuffled without a seed, so each worker shuffles it in an order of its "
+            "own, and takes some samples that others take too, while others are never used. Call "
             "dataset.shuffle(n, seed=0), or tf.random.set_seed before."
         )
     if message is not None:

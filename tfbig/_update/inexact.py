@@ -1,4 +1,4 @@
-"""What is not the same for a cut batch, whatever tfbig does: refused, or said once."""
+"""What a split batch cannot compute exactly, whatever tfbig does: refused, or warned of once."""
 
 import warnings
 
@@ -14,39 +14,39 @@ _DIVIDED_BY = {
 }
 
 
-def refuse_stateful_layers(model: keras.Model, cut: object) -> None:
-    """Raises for layers that go on with the state of the batch before.
+def refuse_stateful_layers(model: keras.Model, split: object) -> None:
+    """Raises for layers that continue from the state of the previous batch.
 
     Args:
-        model: `keras.Model`, built.
-        cut: what cuts its batches, for the message.
+        model: a built model.
+        split: how its batches are split, for the message.
     """
     names = [x.name for x in _keras.layers.all_layers(model) if getattr(x, "stateful", False)]
     if names:
         raise errors.UnsupportedModelError(
-            "A layer that goes on with the state of the batch before (stateful=True) has one state "
-            "for each sample of the whole batch, so the batch must not be cut. Received: "
-            f"{', '.join(names)} with {cut} on {model.distribute_strategy.num_replicas_in_sync} "
+            "A layer that continues from the state of the previous batch (stateful=True) has one "
+            "state for each sample of the whole batch, so the batch must not be split. Received: "
+            f"{', '.join(names)} with {split} on {model.distribute_strategy.num_replicas_in_sync} "
             "replica(s). Use gradient_accumulation_steps=1 on one replica, or stateful=False."
         )
 
 
 def refuse_divided_loss(model: keras.Model) -> None:
-    """Raises for a model of which it is known that no cut has the loss of the whole batch."""
+    """Raises for a model whose loss is known to change with the split of the batch."""
     for cls in type(model).__mro__:
         divisor = _DIVIDED_BY.get(_keras.saving.registered_name(cls))
-        # A subclass may compute a loss that can be cut.
+        # A subclass may compute a loss that can be split.
         if divisor and vars(cls).get("compute_loss") is type(model).compute_loss:
             raise errors.UnsupportedModelError(
-                f"The loss of {cls.__name__} divides by {divisor}, so micro-batches and replicas "
-                "would have another loss than the whole batch. Received: a batch that is cut. Use "
-                "gradient_accumulation_steps=1 on one replica, or a subclass with a `compute_loss` "
-                "that divides by a constant."
+                f"The loss of {cls.__name__} divides by {divisor}, so that of micro-batches and "
+                "replicas would differ from that of the whole batch. Received: a split batch. Use "
+                "gradient_accumulation_steps=1 on one replica, or a subclass with a "
+                "`compute_loss` that divides by a constant."
             )
 
 
 def warn_of_what_is_not_exact(model: keras.Model) -> None:
-    """Warns of layers and losses whose update of a cut batch is another one."""
+    """Warns of layers and losses whose update changes when the batch is split."""
     for message in _messages(model):
         warnings.warn(f'{message} See docs/contract.md, "What is not exact".', stacklevel=2)
 
@@ -67,16 +67,16 @@ def _messages(model: keras.Model) -> list[str]:
     losses = _keras.losses.losses_that_couple_samples(model)
     if losses:
         found.append(
-            f"A loss couples the samples of a batch, so that of the micro-batches is another one "
-            f"than that of the whole batch. Received: {', '.join(losses)}. Use larger "
+            "A loss couples the samples of a batch, so the loss of micro-batches differs from "
+            f"that of the whole batch. Received: {', '.join(losses)}. Use larger "
             "micro-batches, or Dice and Tversky with the axes of a sample, such as axis=(1, 2, 3)."
         )
     tables = [x.name for x in layers if isinstance(x, keras.layers.Embedding) and x.trainable]
     if tables and model.jit_compile:
         found.append(
-            "With jit_compile=True, the rows that an embedding's gradient has for one index are "
-            "added up before the optimizer squares them; Keras squares each row. SGD without "
-            f"clipping makes the same update of both. Received: {', '.join(tables)}. Use "
+            "With jit_compile=True, the rows of an embedding's gradient that share an index are "
+            "added up before the optimizer squares them; Keras squares each row. Only SGD without "
+            f"clipping makes the same update either way. Received: {', '.join(tables)}. Use "
             "jit_compile=False."
         )
     return found

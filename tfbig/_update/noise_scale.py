@@ -1,4 +1,4 @@
-"""The gradient noise scale: which batch size is worth having.
+"""The gradient noise scale: the batch size beyond which larger batches pay off less.
 
 A micro-batch of `n` samples has the gradient `g`, an estimate of the true gradient `G` of
 which each sample adds noise of the covariance `S`:
@@ -13,25 +13,44 @@ larger ones save few updates, smaller ones little work.
 Reference: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", appendix A.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import keras
 import tensorflow as tf
 
 from tfbig import _keras
 from tfbig._update import accumulators
 
-__all__ = ("NoiseScale", "moments")
+if TYPE_CHECKING:
+    from tfbig import _types
+    from tfbig._update.apply import Update
 
-# Of what is known so far, after each update. Both estimates are noisy and their ratio is
-# biased, so the ratio of averages is taken.
+__all__ = ("NoiseScale", "moments", "no_moments")
+
+# Of the averages so far, at each update. Both estimates are noisy and their ratio is biased, so
+# the ratio of their averages is taken.
 DECAY = 0.99
 
 
-def moments(gradients, size, loss_scale, dtype, compiled):
-    """What a micro-batch adds: `[|g|^2, 1 / n, 1]`.
+def no_moments(dtype: _types.DType, is_measured: bool) -> _types.Tensor:
+    """The sum of the moments of no micro-batches; of no elements unless they are measured."""
+    return tf.zeros([3 if is_measured else 0], dtype)
+
+
+def moments(
+    gradients: list[_types.Gradient | None],
+    size: _types.Tensor,
+    loss_scale: _types.Tensor | None,
+    dtype: _types.DType,
+    compiled: bool,
+) -> _types.Tensor:
+    """What a micro-batch adds to the sum of moments: `[|g|^2, 1 / n, 1]`.
 
     Args:
-        gradients: list of its gradients, None among them.
-        size: int32 scalar, its samples.
+        gradients: its gradients; None where the loss does not depend on a variable.
+        size: int32 scalar, its number of samples.
         loss_scale: float32 scalar by which the gradients are multiplied, or None.
         dtype: dtype of the result.
         compiled: whether XLA compiles it.
@@ -52,7 +71,7 @@ class NoiseScale(_keras.saving.SavedState):
 
     _names = ("squared_gradient", "variance")
 
-    def __init__(self):
+    def __init__(self) -> None:
         for name in self._names:
             variable = keras.Variable(
                 0.0,
@@ -63,13 +82,13 @@ class NoiseScale(_keras.saving.SavedState):
             )
             setattr(self, name, variable)
 
-    def update(self, update):
+    def update(self, update: Update) -> _types.Tensor:
         """Takes an `Update` into account; returns the noise scale, a float32 scalar.
 
-        A skipped update, or one of a single micro-batch, tells nothing. NaN before any that
-        does; inf where the noise hides the gradient.
+        A skipped update, or one of a single micro-batch, is left out. NaN before the first that
+        counts; inf where the noise hides the gradient.
         """
-        squares, inverses, count = tf.unstack(tf.cast(update.moments, tf.float32))
+        squares, inverses, count = tf.unstack(tf.cast(update.noise_moments, tf.float32))
         whole = tf.cast(update.gradient_norm, tf.float32) ** 2
         samples = tf.cast(update.samples, tf.float32)
         variance = tf.math.divide_no_nan(
@@ -82,7 +101,7 @@ class NoiseScale(_keras.saving.SavedState):
             is_known &= update.is_finite
         new = {}
         for name, estimate in estimates.items():
-            # From zero on: what that lacks at first, the ratio does not show.
+            # Both averages start at zero; the bias cancels in their ratio.
             old = tf.convert_to_tensor(getattr(self, name).value)
             new[name] = tf.where(is_known, old + (1 - DECAY) * (estimate - old), old)
             _keras.variables.native(getattr(self, name)).assign(new[name])

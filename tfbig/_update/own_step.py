@@ -13,14 +13,15 @@ import keras
 import tensorflow as tf
 
 from tfbig import _keras, _types, errors
-from tfbig._update import cutting, option
+from tfbig._update import option
+from tfbig._update.batch_split import BatchSplit
 
 if TYPE_CHECKING:
     from tfbig._update.step_options import StepOptions
 
 __all__ = ("accumulates", "applies", "checked", "uses_all", "warn_of_jit_compile")
 
-_CUTS = ("gradient_accumulation_steps", "micro_batch_size")
+_SPLITS = ("gradient_accumulation_steps", "micro_batch_size")
 
 
 def _use(*names: str) -> None:
@@ -35,10 +36,10 @@ def uses_all() -> None:
     _use("everything")
 
 
-def accumulates(cut: cutting.Cut, loss_scale: object) -> None:
+def accumulates(split: BatchSplit, loss_scale: object) -> None:
     """Records what the step passes to `accumulate_gradients`."""
     _use(
-        *(() if cut.is_whole else _CUTS),
+        *(() if split.is_whole else _SPLITS),
         *(() if loss_scale is None else ("scaled",)),
     )
 

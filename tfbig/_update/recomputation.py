@@ -1,16 +1,29 @@
-"""Which layers of a model compute their activations again in the backward pass."""
+"""Which layers of a model recompute their activations in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import keras
 
 from tfbig import _keras, errors
 
-__all__ = ("check", "layers_of", "serialized")
+if TYPE_CHECKING:
+    from tfbig import _types
+
+__all__ = ("Recompute", "check", "check_fits", "layers_of", "serialized")
+
+# All blocks, layers or their names, a predicate of layers, or nothing.
+Recompute: TypeAlias = (
+    "Literal[True] | list[str | _types.Layer] | Callable[[_types.Layer], bool] | None"
+)
 
 
-def check(recompute):
-    """Returns the option, checked as far as it can be without the model; None for none."""
+def check(recompute: object) -> Recompute:
+    """Returns the option, checked as far as possible without the model; None for no layers."""
     if recompute is None or isinstance(recompute, bool):
-        return recompute or None
+        return True if recompute else None
     if callable(recompute) and not isinstance(recompute, keras.Layer):
         return recompute
     if isinstance(recompute, list | tuple) and all(
@@ -18,16 +31,16 @@ def check(recompute):
     ):
         return list(recompute) or None
     raise errors.InvalidOptionError(
-        "`recompute` must be True, a list of layers or of their names, or a function that says "
-        f"of a layer whether it is meant. Received: recompute={recompute!r}."
+        "`recompute` must be True, a list of layers or of their names, or a function that returns "
+        f"whether to recompute a layer. Received: recompute={recompute!r}."
     )
 
 
-def layers_of(model, recompute):
-    """The outermost of the layers that are meant.
+def layers_of(model: keras.Model, recompute: Recompute) -> list[_types.Layer]:
+    """The layers to recompute, without those inside of others.
 
     Args:
-        model: `keras.Model`, built.
+        model: a built model.
         recompute: what `check` returned.
 
     Raises:
@@ -44,8 +57,8 @@ def layers_of(model, recompute):
         chosen = [x for x in _keras.layers.all_layers(model) if _is_call(x) and recompute(x)]
     if not chosen:
         raise errors.InvalidOptionError(
-            f"`recompute` must mean one layer at least. Received: recompute={recompute!r}, which "
-            f"means none of {_names(model)}."
+            "`recompute` must match at least one layer. Received: "
+            f"recompute={recompute!r}, which matches none of {_names(model)}."
         )
     inside = {id(x) for layer in chosen for x in _keras.layers.all_layers(layer)}
     chosen = [x for x in chosen if id(x) not in inside]
@@ -54,7 +67,12 @@ def layers_of(model, recompute):
     return chosen
 
 
-def serialized(model, recompute):
+def check_fits(model: keras.Model, recompute: Recompute) -> None:
+    """Raises if a model cannot recompute these layers; see `layers_of`."""
+    layers_of(model, recompute)
+
+
+def serialized(model: keras.Model, recompute: Recompute) -> Literal[True] | list[str] | None:
     """The option as JSON can hold it: a function becomes the names of the layers it chose."""
     if recompute is None or recompute is True:
         return recompute
@@ -63,13 +81,13 @@ def serialized(model, recompute):
     return [x if isinstance(x, str) else x.name for x in recompute]
 
 
-def _is_call(layer):
+def _is_call(layer: _types.Layer) -> bool:
     return not isinstance(layer, keras.layers.InputLayer)
 
 
-def _blocks(model):
+def _blocks(model: keras.Model) -> list[_types.Layer]:
     """The layers of a model, and of the models inside it, that have variables or layers."""
-    found = []
+    found: list[_types.Layer] = []
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             found += _blocks(layer)
@@ -81,9 +99,9 @@ def _blocks(model):
     return found
 
 
-def _named(model, wanted):
+def _named(model: keras.Model, wanted: list[str | _types.Layer]) -> list[_types.Layer]:
     layers = [x for x in _keras.layers.all_layers(model) if _is_call(x)]
-    chosen = []
+    chosen: list[_types.Layer] = []
     for want in wanted:
         found = [x for x in layers if x is want or want in (x.name, x.path)]
         if not found:
@@ -96,5 +114,5 @@ def _named(model, wanted):
     return chosen
 
 
-def _names(model):
+def _names(model: keras.Model) -> str:
     return ", ".join(x.name for x in model.layers if _is_call(x)) or "no layers"

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import keras
 
 from tfbig import _keras
-from tfbig._update import exchange, noise_scale, recomputation
+from tfbig._update import half_precision_exchange, noise_scale, recomputation
 from tfbig._update.option import Option, declared
 
 __all__ = ("Options", "StepOptions", "make_plain", "set_options")
@@ -84,14 +84,14 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         default=None,
         check=recomputation.check,
         doc="True, the layers, or the predicate, of what is recomputed; None for nothing.",
-        fits=recomputation.layers_of,
+        fits=recomputation.check_fits,
         saved=recomputation.serialized,
         needs_own_step=True,
         is_tuned=True,
     )
     exchange_dtype: Option[str | None] = Option(
         default=None,
-        check=exchange.checked_dtype,
+        check=half_precision_exchange.checked_dtype,
         doc="What gradients are cast to while replicas exchange them; None for nothing.",
         passed_on="exchange_dtype=self.exchange_dtype to tfbig.apply_gradients",
     )

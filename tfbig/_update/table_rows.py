@@ -1,4 +1,4 @@
-"""The rows of a table's gradient: which of them the whole batch has, however it is cut.
+"""The rows of a table's gradient: which of them the whole batch has, however it is split.
 
 The gradient of a table that is looked up is a `tf.IndexedSlices`, a row for each look-up. Keras's
 optimizers square each row for itself, so it matters which look-ups share one. In the whole batch
@@ -161,8 +161,8 @@ def warn_of_added_rows(path: str, operation: str) -> None:
     """Says that the rows of a table's gradient are added up."""
     warnings.warn(
         f"The look-ups of {path!r} cannot be followed ({operation}), so the rows of its gradient "
-        "are added up. For optimizers that square gradients, such as Adam, "
-        "that is not the update of the whole batch in Keras, which squares each look-up. Compute "
-        "the indices from each sample alone, or from none.",
+        "are added up. Optimizers that square gradients, such as Adam, then make another update "
+        "than Keras for the whole batch, where each look-up is squared. Compute the indices from "
+        "each sample alone, or from no sample.",
         stacklevel=2,
     )

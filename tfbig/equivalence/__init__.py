@@ -139,10 +139,10 @@ def _compute_dtypes(model: keras.Model) -> set[str]:
 
 
 def _describe(model: train_step.TrainStep, samples: _types.Tensor) -> str:
-    cut, replicas = model._cut(), model.distribute_strategy.num_replicas_in_sync
+    split, replicas = model._batch_split(), model.distribute_strategy.num_replicas_in_sync
     parts = (
-        f"{cut.gradient_accumulation_steps} micro-batch(es)"
-        if cut.micro_batch_size is None
-        else f"micro-batches of {cut.micro_batch_size}"
+        f"{split.gradient_accumulation_steps} micro-batch(es)"
+        if split.micro_batch_size is None
+        else f"micro-batches of {split.micro_batch_size}"
     )
     return f"{int(samples)} samples on {replicas} replica(s) in {parts}"

@@ -1,0 +1,118 @@
+"""How a replica's share of the effective batch is split into micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+
+import tensorflow as tf
+
+from tfbig import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tfbig import _types
+
+__all__ = ("BatchSplit", "Size", "positive_integer")
+
+# A number of samples or micro-batches: an int where shapes are static, else an int32 scalar.
+Size: TypeAlias = "int | _types.Tensor"
+
+
+def positive_integer(name: str, value: object, remedy: str) -> int:
+    """Returns `value`, or raises if it is not an integer >= 1."""
+    number = value.__index__() if isinstance(value, SupportsIndex) else 0
+    if isinstance(value, bool) or number < 1:
+        raise errors.InvalidOptionError(
+            f"`{name}` must be an integer >= 1. Received: {name}={value!r}. {remedy}"
+        )
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSplit:
+    """How many micro-batches, or how large.
+
+    Exactly one of the two is given.
+
+    Args:
+        gradient_accumulation_steps: Micro-batches per replica and update. Their
+            sizes differ by at most one sample. A share of fewer samples than
+            this is split into single samples.
+        micro_batch_size: Samples per micro-batch and replica. The last may be
+            smaller.
+    """
+
+    gradient_accumulation_steps: int | None = None
+    micro_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        # As given by the user.
+        steps: object = self.gradient_accumulation_steps
+        size: object = self.micro_batch_size
+        if (steps is None) == (size is None):
+            raise errors.InvalidOptionError(
+                "Exactly one of `gradient_accumulation_steps` and `micro_batch_size` must be "
+                f"given. Received: gradient_accumulation_steps={steps!r}, "
+                f"micro_batch_size={size!r}."
+            )
+        if steps is not None:
+            steps = positive_integer(
+                "gradient_accumulation_steps", steps, "Use 1 to turn accumulation off."
+            )
+            object.__setattr__(self, "gradient_accumulation_steps", steps)
+        elif size == "auto":
+            raise errors.InvalidOptionError(
+                "`micro_batch_size` must be a number of samples here; only models take 'auto'. "
+                "Received: micro_batch_size='auto'. Pass `model.micro_batch_size`, for example."
+            )
+        else:
+            size = positive_integer(
+                "micro_batch_size", size, "Pass the samples that fit into memory."
+            )
+            object.__setattr__(self, "micro_batch_size", size)
+
+    def __str__(self) -> str:
+        if self.micro_batch_size is not None:
+            return f"micro_batch_size={self.micro_batch_size}"
+        return f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a share is never split."""
+        return self.gradient_accumulation_steps == 1
+
+    def may_split(self, batch_size: int | None) -> bool:
+        """Whether a batch may come to more than one micro-batch on a replica.
+
+        Args:
+            batch_size: samples of the batch; None if not known.
+        """
+        if self.is_whole or batch_size == 1:
+            return False
+        size = self.micro_batch_size
+        return size is None or batch_size is None or size < batch_size
+
+    def segments(self, samples: Size) -> tuple[tuple[Size, Size], tuple[Size, Size]]:
+        """`samples` samples as two runs of micro-batches of equal size.
+
+        Returns:
+            `((size, count), (size, count))`; int32 scalars, or ints for an int.
+            The first micro-batches have the first size, the rest the second.
+        """
+        is_static = isinstance(samples, int)
+        at_most: Callable[[Size, Size], Size] = min if is_static else tf.minimum
+        at_least: Callable[[Size, Size], Size] = max if is_static else tf.maximum
+
+        def size(value: Size) -> Size:
+            # Clamped to [1, samples]: XLA compiles also what does not run.
+            return at_most(at_least(value, 1), samples)
+
+        if self.micro_batch_size is not None:
+            large, rest = self.micro_batch_size, samples % self.micro_batch_size
+            return (size(large), samples // large), (size(rest), at_most(rest, 1))
+        assert self.gradient_accumulation_steps is not None
+        count = at_least(at_most(self.gradient_accumulation_steps, samples), 1)
+        small, larger = samples // count, samples % count
+        return (size(small + 1), larger), (size(small), at_most(count - larger, samples))

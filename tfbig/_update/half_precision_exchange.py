@@ -1,0 +1,83 @@
+"""Gradients that are exchanged in half precision: the option `exchange_dtype`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
+
+from tfbig import _keras, errors
+from tfbig._update import accumulators, replicas
+
+if TYPE_CHECKING:
+    from tfbig import _types
+
+__all__ = ("checked_dtype", "sum_gradients")
+
+
+def checked_dtype(value: object) -> str | None:
+    """Returns the option `exchange_dtype`, checked: "float16", "bfloat16" or None."""
+    if value is None:
+        return None
+    try:
+        name = tf.as_dtype(value).name
+    except TypeError:
+        name = None
+    if name not in ("float16", "bfloat16"):
+        raise errors.InvalidOptionError(
+            "`exchange_dtype` must be 'bfloat16', 'float16' or None, which exchanges gradients as "
+            f"they are. Received: exchange_dtype={value!r}."
+        )
+    return str(name)
+
+
+def sum_gradients(
+    dtype: str,
+    gradients: list[_types.Gradient],
+    weight: _types.Tensor,
+    is_checked: bool,
+) -> list[_types.Gradient]:
+    """Sums gradients over the replicas in half precision.
+
+    They are divided by the weight before the exchange, since sums over many samples might
+    overflow, and multiplied by it afterwards.
+
+    Args:
+        dtype: "float16" or "bfloat16".
+        gradients: gradients, float32 or wider.
+        weight: float scalar, the weight of the whole batch.
+        is_checked: whether to assert that the sums are finite.
+    """
+    narrow = [accumulators.map_values(lambda v: _narrowed(v, weight, dtype), g) for g in gradients]
+    # Rows are gathered, not added, and TensorFlow does not gather bfloat16.
+    sent = [_rows_as(tf.float16, g) for g in narrow]
+    sums = [_rows_as(dtype, g) for g in replicas.all_reduce_sum(sent)]
+    if is_checked:
+        sums = _asserted_finite(sums)
+    return [_widened(s, weight, g.dtype) for s, g in zip(sums, gradients, strict=True)]
+
+
+def _narrowed(values: _types.Tensor, weight: _types.Tensor, dtype: str) -> _types.Tensor:
+    return tf.cast(tf.math.divide_no_nan(values, tf.cast(weight, values.dtype)), dtype)
+
+
+def _widened(
+    gradient: _types.Gradient, weight: _types.Tensor, dtype: _types.DType
+) -> _types.Gradient:
+    return accumulators.map_values(
+        lambda values: tf.cast(values, dtype) * tf.cast(weight, dtype), gradient
+    )
+
+
+def _rows_as(dtype: _types.DType | str, gradient: _types.Gradient) -> _types.Gradient:
+    """The bits of a table's rows as another dtype; other gradients unchanged."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return accumulators.map_values(lambda values: tf.bitcast(values, dtype), gradient)
+
+
+def _asserted_finite(sums: list[_types.Gradient]) -> list[_types.Gradient]:
+    finite = [tf.reduce_all(tf.math.is_finite(accumulators.values(g))) for g in sums]
+    assertion = tf.debugging.Assert(tf.reduce_all(finite), [_keras.graph_errors.OVERFLOW])
+    with tf.control_dependencies([assertion]):
+        return [accumulators.map_values(tf.identity, g) for g in sums]

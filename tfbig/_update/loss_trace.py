@@ -1,0 +1,245 @@
+"""What a loss function does, found by tracing it once without effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, errors
+from tfbig._update import batch_dependence, denominators, replicas, table_rows
+from tfbig._update.table_rows import Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from tfbig import _types
+    from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
+
+__all__ = ("LossTrace", "LossTracer")
+
+
+@dataclasses.dataclass
+class LossTrace:
+    """What tracing the loss of a micro-batch tells.
+
+    Attributes:
+        kinds: kinds of the Keras losses, in the order of the calls.
+        state: variables that the forward pass assigns.
+        rows: for each trainable variable the `Rows` of the parts of its gradient; none
+            where it is added up densely.
+        has_rows: for each of them, whether its gradient was seen to have rows.
+        connected: indices of trainable variables that have a gradient, as far as
+            known: without eager execution, tracing the loop adds to them.
+        values: structure of specs of the further values.
+        logs: structure of specs of the logs.
+        has_weight: whether the loss function says the weight of a micro-batch.
+    """
+
+    kinds: list[str]
+    state: list[keras.Variable]
+    rows: list[tuple[Rows, ...]]
+    has_rows: list[bool]
+    connected: set[int]
+    values: _types.Structure
+    logs: _types.Structure
+    has_weight: bool
+
+
+@dataclasses.dataclass
+class _Probe:
+    """What one trace of the loss function found."""
+
+    data: _types.Structure
+    result: MicroBatchLoss
+    kinds: list[str]
+    assigned: list[keras.Variable]
+    gradients: list[_types.Gradient | None]
+
+
+class LossTracer:
+    """Traces the loss function of micro-batches, and refuses what cannot be split.
+
+    Args:
+        loss_fn: function of a micro-batch.
+        data: structure of tensors `(samples, ...)`: the replica's share of the batch.
+        samples: int32 scalar, samples of the share.
+        variables: trainable variables whose gradients are wanted.
+        is_whole: whether the share is the whole batch, in one micro-batch.
+        compiled: whether XLA compiles the micro-batches.
+        scope: makes the context in which the loss function is traced.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        data: _types.Structure,
+        samples: _types.Tensor,
+        variables: list[keras.Variable],
+        *,
+        is_whole: bool,
+        compiled: bool,
+        scope: Callable[[], AbstractContextManager[Any]],  # Any: what it yields is not used.
+    ) -> None:
+        self.loss_fn = loss_fn
+        self.data = data
+        self.samples = samples
+        self.variables = variables
+        self.is_whole = is_whole
+        self.compiled = compiled
+        self.scope = scope
+        self._probes: list[_Probe] = []
+
+    def trace(self) -> LossTrace:
+        """Traces the loss function, and where needed its gradient."""
+        if tf.executing_eagerly():
+            self._probe(self._few_samples())
+        else:
+            self._probe_in_graph()
+        probe = self._probes[-1]
+        self._check(probe)
+        has_rows = [isinstance(g, tf.IndexedSlices) for g in probe.gradients]
+        # The rows of one micro-batch on one replica are those of the whole batch.
+        rows: list[tuple[Rows, ...]] = [(Rows.KEPT,) if has else () for has in has_rows]
+        if any(has_rows) and not self.is_whole:
+            rows = self._rows()
+        return LossTrace(
+            kinds=probe.kinds,
+            state=probe.assigned,
+            rows=rows,
+            has_rows=has_rows,
+            connected={i for i, g in enumerate(probe.gradients) if g is not None},
+            values=keras.tree.map_structure(_spec, probe.result.values),
+            logs=keras.tree.map_structure(_spec, probe.result.logs),
+            has_weight=probe.result.weight is not None and not self.is_whole,
+        )
+
+    def _probe(self, data: _types.Structure) -> None:
+        samples = _keras.batches.batch_size(data)
+        counter = denominators.LossCounter(samples if isinstance(samples, int) else None)
+        with (
+            self.scope(),
+            tf.GradientTape() as tape,
+            _keras.losses.intercepted_losses(counter),
+            _keras.variables.VariableValues() as values,
+        ):
+            result = self.loss_fn(data)
+        gradients: list[_types.Gradient | None] = [None] * len(self.variables)
+        if tf.executing_eagerly() or (not self.compiled and _looks_up_rows()):
+            gradients = tape.gradient(
+                result.loss, [_keras.variables.native(v) for v in self.variables]
+            )
+        self._probes.append(_Probe(data, result, counter.kinds, values.assigned, gradients))
+
+    def _probe_in_graph(self) -> None:
+        """Traces the loss of a micro-batch of any number of samples."""
+        specs = keras.tree.map_structure(_spec_of_batch, self.data)
+        tf.function(self._probe, autograph=False).get_concrete_function(specs)
+
+    def _few_samples(self) -> _types.Structure:
+        # Two, so that a size of one counts no samples.
+        if self.samples > 0:
+            return _keras.batches.slice_samples(self.data, 0, tf.minimum(self.samples, 2))
+        return keras.tree.map_structure(
+            lambda v: v if v is None else tf.zeros([2, *v.shape[1:]], v.dtype), self.data
+        )
+
+    def _check(self, probe: _Probe) -> None:
+        _keras.losses.check_is_scalar(probe.result.loss)
+        if self.is_whole:
+            return
+        if probe.result.weight is not None and any(k != "scalar" for k in probe.kinds):
+            raise errors.UnsupportedModelError(
+                "`loss_denominator` is for losses that come back as scalars; Keras losses know "
+                "their own denominators. Received: both (reductions: "
+                f"{sorted(set(probe.kinds))}). Remove the hook, or compute the whole loss in "
+                "`compute_loss` from losses with reduction=None."
+            )
+        for variable in probe.assigned:
+            if any(variable is v for v in self.variables):
+                raise errors.UnsupportedModelError(
+                    "The forward pass must not assign a trainable variable when the batch is "
+                    "split: every micro-batch would see other weights. Received: "
+                    f"{variable.path}. Use gradient_accumulation_steps=1 on one replica."
+                )
+
+    def _rows(self) -> list[tuple[Rows, ...]]:
+        """The `Rows` of each variable's gradient; none where it is added up densely."""
+        is_eager = tf.executing_eagerly()
+        if is_eager:
+            # Only a graph tells where indices come from.
+            self._probe_in_graph()
+        probe = self._probes[-1]
+        dependences = batch_dependence.Dependences(
+            probe.data,
+            # A tensor from outside is the same for all micro-batches, but may not be for all
+            # replicas.
+            captured=lambda t: tf.is_tensor(t) and (_is_eager(t) or replicas.count() == 1),
+            assigned=[_keras.variables.native(v).handle for v in probe.assigned],
+        )
+        return [
+            self._rows_of(variable, gradient, dependences, is_eager)
+            for variable, gradient in zip(self.variables, probe.gradients, strict=True)
+        ]
+
+    def _rows_of(
+        self,
+        variable: keras.Variable,
+        gradient: _types.Gradient | None,
+        dependences: batch_dependence.Dependences,
+        is_eager: bool,
+    ) -> tuple[Rows, ...]:
+        if not isinstance(gradient, tf.IndexedSlices):
+            return ()
+        rows = table_rows.classify(gradient, dependences)
+        if is_eager and not isinstance(rows, batch_dependence.Mixed) and len(rows) > 1:
+            # Without a graph, the parts of a gradient cannot be told apart.
+            rows = batch_dependence.Mixed("run_eagerly=True")
+        if isinstance(rows, batch_dependence.Mixed):
+            table_rows.warn_of_added_rows(variable.path, rows.operation)
+            return ()
+        return rows
+
+
+# The operations whose gradient is a `tf.IndexedSlices`, or which may hold one of them.
+_LOOK_UPS = frozenset(
+    [
+        *("Gather", "GatherNd", "GatherV2", "ResourceGather", "ResourceGatherNd"),
+        *("Case", "If", "PartitionedCall", "StatefulPartitionedCall"),
+        *("StatelessCase", "StatelessIf"),
+    ]
+)
+
+
+def _looks_up_rows() -> bool:
+    """Whether rows of a variable were looked up in the graph being traced.
+
+    Only such variables have sparse gradients, and only for them is it worth tracing a backward
+    pass that does not run.
+    """
+    operations = tf.compat.v1.get_default_graph().get_operations()
+    return any(op.type in _LOOK_UPS for op in operations)
+
+
+def _is_eager(tensor: _types.Tensor) -> bool:
+    return hasattr(tensor, "numpy")
+
+
+def _spec(value: object) -> tf.TypeSpec | None:
+    if value is None:
+        return None
+    return tf.type_spec_from_value(tf.convert_to_tensor(value) if _is_number(value) else value)
+
+
+def _spec_of_batch(value: object) -> tf.TypeSpec | None:
+    """The specification of a batch of any number of samples."""
+    if isinstance(value, tf.Tensor):
+        return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
+    return _spec(value)
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, tf.Tensor | tf.RaggedTensor | tf.SparseTensor)

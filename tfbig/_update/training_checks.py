@@ -1,0 +1,200 @@
+"""What must hold before a step runs, from `compile` to the first batch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, errors
+from tfbig._update import (
+    apply,
+    fit_context,
+    inexact,
+    own_step,
+    replicas,
+    step_options,
+)
+from tfbig._update.batch_split import BatchSplit
+
+if TYPE_CHECKING:
+    from tfbig import _types
+
+__all__ = ("TrainingChecks", "check_strategy")
+
+# The step of a user or of Keras: takes data, returns logs.
+_Step: TypeAlias = "Callable[[_types.Structure], _types.Logs]"
+
+
+def check_strategy() -> None:
+    """Refuses the current strategy if it is not supported."""
+    strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
+    if strategy is not None and not isinstance(strategy, _keras.devices.STRATEGIES):
+        raise errors.UnsupportedStrategyError(
+            "tfbig supports the default strategy, OneDeviceStrategy, MirroredStrategy, "
+            "MultiWorkerMirroredStrategy and TPUStrategy. Received: "
+            f"{type(strategy).__name__}. Use tfbig.distribute.get_strategy()."
+        )
+
+
+class TrainingChecks(step_options.StepOptions):
+    """Checks a model before it trains or evaluates; `TrainStep` is its only direct subclass."""
+
+    _has_warned_of_inexact_parts = False
+
+    def _batch_split(self) -> BatchSplit:
+        """Hook: how the batch of an update is split."""
+        return BatchSplit(gradient_accumulation_steps=1)
+
+    def _evaluation_split(self) -> BatchSplit:
+        """Hook: how a batch that is evaluated is split."""
+        return self._batch_split()
+
+    @property
+    def _scale_settings(self) -> Any:  # Any: the mixin that has settings narrows it.
+        """Hook: settings of the loss scale; None without."""
+        return None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # Any: whatever the Keras class takes.
+        check_strategy()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _has_own_step(self) -> bool:
+        """Hook: whether a `train_step` runs that is not tfbig's."""
+        raise NotImplementedError
+
+    @classmethod
+    def _owner_of_extended_train_step(cls) -> type | None:
+        """Hook: the extended class whose `train_step` runs, which knows nothing of tfbig."""
+        raise NotImplementedError
+
+    def _run_keras_step(self, step: _Step, data: _types.Structure) -> _types.Logs:
+        """Hook: runs a step that knows nothing of tfbig."""
+        raise NotImplementedError
+
+    # --- compile ---------------------------------------------------------------
+
+    def _prepare_compile(self, settings: dict[str, Any]) -> None:  # Any: arguments of `compile`.
+        optimizer = settings["optimizer"] = keras.optimizers.get(settings["optimizer"])
+        if not self._has_own_step:
+            apply.check_optimizer(optimizer)
+        if not self._has_own_step or self._scale_settings is not None:
+            # tfbig scales the loss itself, or not at all.
+            settings["auto_scale_loss"] = False
+        if _keras.devices.is_tpu(self.distribute_strategy):
+            # A TPU's programs are compiled anyway; Keras's own compilation fails there.
+            settings["jit_compile"] = False
+
+    def _finish_compile(self) -> None:
+        _keras.losses.check_losses(self)
+        is_scaled = hasattr(self, "loss_scale") or isinstance(
+            self.optimizer, keras.optimizers.LossScaleOptimizer
+        )
+        if not is_scaled and _keras.layers.computes_in_float16(self):
+            warnings.warn(
+                "The model computes in float16 without loss scaling, so small gradients become "
+                "zero. Add tfbig.DynamicLossScalingMixin, or use mixed_bfloat16.",
+                stacklevel=3,
+            )
+        self.seed_states = _keras.saving.SeedStates(self)
+        self._reset_noise_scale()
+        if self.optimizer is not None:
+            _keras.saving.track_for_checkpoint(self, "optimizer", self.optimizer)
+
+    # --- fit -------------------------------------------------------------------
+
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:  # Any: those of Keras.
+        arguments = fit_context.arguments_of(super().fit, args, kwargs)
+        with fit_context.prepare_fit(self, arguments, self._options()) as arguments:
+            try:
+                return super().fit(**arguments)
+            finally:
+                # Of a callback that was not told that training ended.
+                self.input_clock = None
+
+    def _build_for(self, specs: _types.Structure) -> None:
+        if not self._has_own_step:
+            super()._build_for(specs)
+        elif self._distribute_strategy is not None:
+            # Its step may take the data otherwise than `call` does, which may be missing.
+            with contextlib.suppress(RuntimeError):
+                super()._build_for(specs)
+        elif self._owner_of_extended_train_step() is None:
+            # Nor need it use this optimizer, of which Keras saves what is built.
+            with (
+                contextlib.suppress(RuntimeError),
+                _keras.optimizer.temporary_optimizer(self, None),
+            ):
+                super()._build_for(specs)
+
+    def _check_before_run(self) -> None:
+        _keras.layers.check_scope(self)
+        if replicas.count_of(self) > 1:
+            inexact.refuse_stateful_layers(self, self._batch_split())
+
+    def make_train_function(self, force: bool = False) -> None:
+        self.check_train_step()
+        super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> None:
+        split = self._evaluation_split()
+        if split.may_split(self._batch_size):
+            inexact.refuse_stateful_layers(self, split)
+        super().make_test_function(force)
+
+    def _prepare_training(self, batch_size: int | None) -> None:
+        split, number = self._batch_split(), replicas.count_of(self)
+        is_split = split.may_split(batch_size)
+        if self.log_gradient_noise_scale and not is_split and number == 1:
+            raise errors.InvalidOptionError(
+                "`log_gradient_noise_scale` compares micro-batches, or replicas, with the whole "
+                f"batch, and needs two of them. Received: one micro-batch for a batch of "
+                f"{batch_size}. Use gradient_accumulation_steps=2 or more."
+            )
+        if is_split or number > 1:
+            self._check_split(split)
+
+    def _check_split(self, split: object) -> None:
+        """Refuses what no split batch can compute, and warns once of what is not exact.
+
+        Args:
+            split: how the batch is split, for the message.
+        """
+        inexact.refuse_stateful_layers(self, split)
+        if not self._has_warned_of_inexact_parts:
+            self._has_warned_of_inexact_parts = True
+            inexact.warn_of_what_is_not_exact(self)
+
+    # --- A `train_step` that is not tfbig's --------------------------------------
+
+    def check_train_step(self) -> None:
+        """Raises for options that the `train_step` of an extended class knows nothing of."""
+        owner = self._owner_of_extended_train_step()
+        if owner is None:
+            return
+        given, number = self._asked_options(), replicas.count_of(self)
+        if given or number > 1:
+            options = ", ".join(f"{k}={v!r}" for k, v in given.items())
+            raise errors.UnsupportedModelError(
+                f"{owner.__name__} has a `train_step` of its "
+                f"own, which tfbig's would replace. Received: {options or 'no options'}, {number} "
+                "replica(s). Write it in a subclass of tfbig.Model from "
+                "tfbig.accumulate_gradients and tfbig.apply_gradients, or leave the options out, "
+                "on one replica."
+            )
+
+    def _checked_train_step(self) -> _Step:
+        step: _Step = super()._checked_train_step()
+        if self._owner_of_extended_train_step() is not None:
+            return functools.partial(self._run_keras_step, step)
+        if not self._has_own_step:
+            return step
+        own_step.warn_of_jit_compile(self)
+        checked: _Step = own_step.checked(self, step)
+        return checked
