@@ -1,7 +1,14 @@
 """The data of the digits task."""
 
+from __future__ import annotations
 
-def load():
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def load() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """1,797 scanned digits of 8x8 pixels, which scikit-learn ships.
 
     Returns:
@@ -13,7 +20,7 @@ def load():
 
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype(keras.config.floatx()).reshape(-1, 8, 8, 1)
-    # Always the same split, whatever the seed, so that runs can be compared.
+    # The same split for every seed, so that runs can be compared.
     x, x_validation, y, y_validation = train_test_split(
         x, y, test_size=0.2, stratify=y, random_state=0
     )

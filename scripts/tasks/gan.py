@@ -7,8 +7,8 @@ Two networks, two optimizers, and a `train_step` of its own on `tfbig.accumulate
 import command_line
 import digits_data
 import numpy as np
-import run_curves
 from absl import flags
+from training import curves
 
 from tasks import task
 
@@ -50,7 +50,7 @@ def load(settings):
         noise = np.random.default_rng(0).random(held_out.shape)
         scores = f"of scanned digits {score.of(held_out):.2f}, of noise {score.of(noise):.2f}"
         lines = ["", f"score {scores}"]
-        if run_curves.can_draw():
+        if curves.can_draw():
             images = _generated(model, seen[:64])
             _draw(images, path / "samples.png")
             lines.append(f"samples.png holds {len(images)} generated digits")

@@ -175,7 +175,7 @@ def test_an_interruption_takes_a_backup(is_written, tmp_path):
     saved = int(re.search(r"(\d+) of 270 updates are saved", line)[1])
     model = keras.saving.load_model(tmp_path / "model.keras")
     assert int(model.optimizer.iterations.numpy()) == saved >= UPDATES
-    how = "goes on from the last backup" if is_written else "begins anew"
+    how = "continues from the last backup" if is_written else "starts over"
     assert f"--resume {how}" in line
     if not is_written:
         (tmp_path / "backup").unlink()
@@ -183,10 +183,10 @@ def test_an_interruption_takes_a_backup(is_written, tmp_path):
     again = run(TRAIN, *arguments)
     assert again.returncode == 2
     (line,) = again.stderr.splitlines()
-    assert "was interrupted. Go on with it by --resume" in line
+    assert "was interrupted. Resume it with --resume" in line
     resumed = run(TRAIN, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert ("training begins anew" in resumed.stderr) == (not is_written)
+    assert ("training starts over" in resumed.stderr) == (not is_written)
     assert ("Epoch 1/" in resumed.stdout) == (not is_written)
     assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
     assert [row["epoch"] for row in history(tmp_path)] == list("012345")
@@ -197,7 +197,8 @@ def test_an_interruption_takes_a_backup(is_written, tmp_path):
 INTERRUPTED_TWICE = """
 import signal, sys
 sys.path.insert(0, sys.argv[1])
-import keras, numpy as np, run_interruption, tfbig
+import keras, numpy as np, tfbig
+from training import interruption
 signals = [signal.SIGINT] * 2
 class Interrupted(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
@@ -207,7 +208,7 @@ model = tfbig.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
 model.compile("sgd", "mse")
 callbacks = [Interrupted(), tfbig.callbacks.BackupAndRestore(sys.argv[2])]
 try:
-    with run_interruption.with_backup("train.py"):
+    with interruption.with_backup("train.py"):
         model.fit(np.ones((8, 1)), np.ones((8, 1)), verbose=0, callbacks=callbacks)
 except KeyboardInterrupt:
     print(len(signals), "left;", signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
@@ -280,7 +281,7 @@ def test_an_interruption_before_anything_is_restored_leaves_the_model(tmp_path):
     assert done.returncode == 130, done.stderr
     assert (directory / "model.keras").read_bytes() == before
     (line,) = done.stderr.strip().splitlines()
-    assert "nothing is trained since; --resume goes on from the last backup" in line
+    assert "no update since the last session; --resume continues from the last backup" in line
 
 
 ENDS = {
@@ -445,7 +446,7 @@ def test_a_damaged_backup_is_named(tmp_path):
     done = run(TRAIN, *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "was interrupted. Go on with it by --resume" in line
+    assert "was interrupted. Resume it with --resume" in line
     done = run(TRAIN, *arguments, "--resume")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

@@ -1,42 +1,46 @@
-"""Ctrl-C in a training: with a backup, or at once."""
+"""What Ctrl-C does to training: end it with a backup, or at once."""
+
+from __future__ import annotations
 
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
+from types import FrameType
 
 
 @contextlib.contextmanager
-def with_backup(program):
-    """Within it, Ctrl-C ends a training with a backup after the running update.
+def with_backup(program: str) -> Iterator[None]:
+    """Inside it, Ctrl-C ends training with a backup after the running update.
 
-    It is asked for by SIGTERM, to which `tfbig.callbacks.BackupAndRestore` listens during `fit`.
-    Where it does not, and the second time, Ctrl-C ends the training at once.
+    It raises SIGTERM, for which `tfbig.callbacks.BackupAndRestore` listens during `fit`. If nothing
+    listens, and the second time, Ctrl-C ends training at once.
 
     Args:
-        program: str, its name for messages.
+        program: Its name for messages.
 
     Raises:
         KeyboardInterrupt: In either case.
     """
     interrupt, terminate = (signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM))
-    if interrupt is not signal.default_int_handler:  # Such as of a job in the background.
+    if interrupt is not signal.default_int_handler:  # As in a job in the background.
         yield
         return
     is_asked = False
 
-    def ask(number, frame):
+    def ask(number: int, frame: FrameType | None) -> None:
         nonlocal is_asked
         signal.signal(signal.SIGINT, interrupt)
         if signal.getsignal(signal.SIGTERM) is unheard:
             raise KeyboardInterrupt
         is_asked = True
-        # Not by print, in which the signal may have arrived.
+        # Not `print`, which the signal may have interrupted.
         text = f"\n{program}: a backup comes after the running update; Ctrl-C again ends at once\n"
         os.write(2, text.encode())
         signal.raise_signal(signal.SIGTERM)
 
-    def unheard(number, frame):
-        # `fit` passes on what it did not get to: after a second Ctrl-C what was asked for here.
+    def unheard(number: int, frame: FrameType | None) -> None:
+        # `fit` passes on a signal that it did not handle: after a second Ctrl-C the one from here.
         if not is_asked:
             signal.signal(signal.SIGTERM, terminate or signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)

@@ -1,61 +1,72 @@
 """The history of a run: the logs of each epoch, and history.csv."""
 
+from __future__ import annotations
+
 import csv
 import math
+import pathlib
 import time
+from typing import Any
 
 import command_line
 import keras
 
 
-class Recorder(keras.callbacks.Callback):
+class Recorder(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
     """Keeps what the table and the curves need, and writes history.csv.
 
     Args:
-        path: Where to. None: nowhere.
-        all_epochs: int, epochs of the whole run.
-        measure: str, a name that is in the logs of each epoch.
-        goes_on: bool, whether the file holds the epochs so far.
+        path: Of history.csv. None: it is not written.
+        all_epochs: Epochs of the whole run.
+        measure: A name that is in the logs of each epoch.
+        resumes: Whether the file holds the epochs so far.
 
     Attributes:
-        epochs: list of dict, the logs of each epoch and its number, "epoch"; None before the
-            first. Those before a backup are missing where there is no file.
-        scales: list of (updates tried, loss scale, skipped updates).
-        seconds: list of float, of training, without validation, per epoch.
+        epochs: The logs of each epoch and its number, "epoch". Without the file, the epochs before
+            a backup are missing.
+        has_begun: Whether `epochs` is that of this run: from its first epoch on.
+        scales: Triples of updates tried, loss scale and skipped updates.
+        seconds: Of training, without validation, per epoch.
 
     Raises:
         UsageError: If the epochs so far cannot be read.
     """
 
-    def __init__(self, path, all_epochs, measure, goes_on):
+    def __init__(
+        self, path: pathlib.Path | None, all_epochs: int, measure: str, resumes: bool
+    ) -> None:
         super().__init__()
         self.path, self.all_epochs = path, all_epochs
-        self._before = _read(path, measure) if path and goes_on else []
-        self.epochs = None
-        self.scales = []
-        self.seconds = []
+        self._before = _read(path, measure) if path and resumes else []
+        self.epochs: list[dict[str, Any]] = []
+        self.has_begun = False
+        self.scales: list[tuple[int, float, int]] = []
+        self.seconds: list[float] = []
 
-    def on_epoch_begin(self, epoch, logs=None):
-        if self.epochs is None:
-            # What came after the backup is done again.
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if not self.has_begun:
+            # Epochs after the backup are trained again.
             self.epochs = [logs for logs in self._before if logs["epoch"] < epoch]
-        self._began, self._ended = time.perf_counter(), None
+            self.has_begun = True
+        self._began = time.perf_counter()
+        self._ended: float | None = None
 
-    def on_train_end(self, logs=None):
-        if self.epochs is None:  # All were complete.
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if not self.has_begun:  # No epoch was left.
             self.epochs = self._before
+            self.has_begun = True
 
-    def is_complete(self):
+    def is_complete(self) -> bool:
         """Whether the last epoch is there."""
         return bool(self.epochs) and self.epochs[-1]["epoch"] == self.all_epochs - 1
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any]) -> None:
         self._ended = time.perf_counter()
         if "loss_scale" in logs:
             skipped = int(logs["skipped_updates"])
             self.scales.append((updates(self.model) + skipped, float(logs["loss_scale"]), skipped))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         self.epochs.append({"epoch": epoch} | {k: float(v) for k, v in logs.items()})
         if self._ended is not None:
             self.seconds.append(self._ended - self._began)
@@ -63,14 +74,14 @@ class Recorder(keras.callbacks.Callback):
             _write(self.path, self.epochs)
 
 
-def updates(model):
+def updates(model: keras.Model) -> int:
     """Updates of a model so far."""
     # int() of a Keras variable fails under MirroredStrategy (Keras 3.15).
     return int(model.optimizer.iterations.numpy())
 
 
-def _read(path, measure):
-    """The epochs in history.csv; none where there is no file."""
+def _read(path: pathlib.Path, measure: str) -> list[dict[str, Any]]:
+    """The epochs in history.csv; none if there is no file."""
     if not path.exists():
         return []
     try:
@@ -85,13 +96,13 @@ def _read(path, measure):
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
         raise command_line.UsageError(
             f"{path} holds the epochs so far, and cannot be read ({type(e).__name__}: {e}). Move "
-            "it away to go on without them."
+            "it away to resume without them."
         ) from None
     return epochs
 
 
-def _write(path, epochs):
-    # Whole, and in one step: a run may be killed at any time, and go on.
+def _write(path: pathlib.Path, epochs: list[dict[str, Any]]) -> None:
+    # In one step, since a run may be killed at any time.
     temporary = path.with_suffix(".tmp")
     names = dict.fromkeys(name for logs in epochs for name in sorted(logs.keys() - {"epoch"}))
     with temporary.open("w", newline="", encoding="utf-8") as file:
