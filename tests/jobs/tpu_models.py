@@ -7,7 +7,7 @@ import keras
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts"))
 
-import benchmark_models
+from benchmarks import models
 from tasks import digits, speech
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -22,9 +22,9 @@ def cnn():
 
 def decoder():
     """The GPT-like one of `scripts/benchmark.py`."""
-    model = keras.Model(*benchmark_models.gpt())
+    model = keras.Model(*models.gpt())
     model.compile(keras.optimizers.AdamW(1e-3, global_clipnorm=1.0), LOSS)
-    return model, benchmark_models.data("gpt", 64)
+    return model, models.data("gpt", 64)
 
 
 def words():

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -246,18 +247,18 @@ def test_benchmark_measures_every_row(tmp_path):
 def fake_peers(directory, monkeypatch, **answers):
     """Environments whose Python answers with an expression of `task` and `run`, from 0."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    import benchmark_peers
+    from benchmarks import peers
 
     for peer, answer in answers.items():
         environment = directory / f".venv-{peer}"
         (environment / "bin").mkdir(parents=True)
-        installed = "\n".join(benchmark_peers.requirements(peer))
+        installed = "\n".join(peers.requirements(peer))
         (environment / "installed.txt").write_text(installed)
         python = environment / "bin" / "python"
         python.write_text(
             f"#!{sys.executable} -S\n"
             "import json, os, pathlib, sys\n"
-            "task = json.loads(sys.argv[2])\n"
+            "task = json.loads(sys.argv[-1])\n"
             "name = 'runs-{gradient_accumulation_steps}'.format(**task)\n"
             "runs = pathlib.Path(__file__).with_name(name)\n"
             "run = len(runs.read_text()) if runs.exists() else 0\n"
@@ -276,6 +277,7 @@ def test_benchmark_measures_rows_in_turn(tmp_path):
         BENCHMARK,
         *("--in_turn", "--models=mlp", "--rows=built_in,tfbig", "--batch_size=8"),
         *("--gradient_accumulation_steps=2", "--steps=3", f"--json={path}"),
+        f"--markdown={tmp_path / 'rows.md'}",
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
@@ -284,6 +286,10 @@ def test_benchmark_measures_rows_in_turn(tmp_path):
     assert first["ratio"] == 1.0
     assert second["ratio"] > 0
     assert f"{8 / second['seconds']:.1f}" in done.stdout
+    rows = (tmp_path / "rows.md").read_text()
+    for row in (first, second):
+        rate, ratio = f"{8 / row['seconds']:.1f}", f"{row['ratio']:.3f}"
+        assert f"| mlp | 2 | {row['row']} | {rate} | {ratio} |" in rows
 
 
 def test_benchmark_takes_the_median_of_runs_that_are_interleaved(tmp_path, monkeypatch):
@@ -396,7 +402,59 @@ def test_over_a_network_an_update_is_one_exchange(tmp_path):
     assert rows["tfbig", 4]["samples_per_second_ratio"] > 1.5
 
 
+def test_benchmark_writes_markdown_that_says_how_to_repeat_it(tmp_path, monkeypatch):
+    path = tmp_path / "table.md"
+    arguments = ("--models=gpt", "--rows=", "--peers=jax", "--gradient_accumulation_steps=1,4")
+    directory = fake_peers(tmp_path, monkeypatch, jax="{}")
+    done = run(BENCHMARK, *arguments, "--runs=2", directory, f"--markdown={path}")
+    assert done.returncode == 0, done.stderr
+    head, _, table, _, memory, *_ = path.read_text().split("\n\n")
+    facts = dict(line.removeprefix("- ").split(": ", 1) for line in head.splitlines())
+    assert list(facts) == ["Command", "Date", "Commit", "Machine", "Versions"]
+    assert facts["Command"].startswith(f"`python scripts/benchmark.py {arguments[0]} --rows= ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["Date"])
+    if (SCRIPTS.parent / ".git").exists():
+        assert re.match("`[0-9a-f]{40}`", facts["Commit"])
+    assert re.search(r"\d cores, [\d.]+ GiB of memory", facts["Machine"])
+    names = ("Python", "tensorflow", "keras", "tfbig", "jax", "jaxlib", "numpy")
+    assert all(re.search(rf"\b{name} \d", facts["Versions"]) for name in names)
+
+    heads, ruler, *lines = ([c.strip() for c in row[1:-1].split("|")] for row in table.split("\n"))
+    assert heads[:4] == ["model", "K", "row", "samples/s"]
+    assert ruler[:4] == ["---", "---:", "---", "---:"]
+    assert [line[:4] for line in lines] == [
+        ["gpt", k, "Keras on JAX, built-in accumulation", "256.0"] for k in ("1", "4")
+    ]
+    # The same numbers as on the screen.
+    for line in lines:
+        assert all(cell in done.stdout for cell in line)
+    assert memory.splitlines()[0] == "| model | row | K=1 | K=4 |"
+
+
+def test_other_modes_of_benchmark_have_tables_for_markdown(tmp_path):
+    from benchmarks import markdown, network, provenance, tuners
+
+    speed = {"samples_per_second": 2.0, "samples_per_second_min": 1.0}
+    speed |= {"samples_per_second_max": 3.0, "samples_per_second_ratio": 1.0}
+    sent = {"bytes_per_sample": 7.0, "bytes_per_sample_ratio": 1.0}
+    exchanged = {"gradient_accumulation_steps": 4, "row": "tfbig", **speed, **sent}
+    searched = [{"row": "TPE", "problem": name, "best": [1.0, 2.0]} for name in tuners.PROBLEMS]
+    searched.append({"row": "TPE", "milliseconds": dict.fromkeys(tuners.MOMENTS, 0.5)})
+    tables = [network.table([exchanged]), *tuners.tables(searched)]
+    origin = provenance.Provenance("command", "date", "commit", "machine", {"Python": "3"})
+    markdown.write(tmp_path / "tables.md", origin, tables, ["a | b"])
+    text = (tmp_path / "tables.md").read_text()
+    for row in (
+        "| 4 | tfbig | 2.0 | 1.0-3.0 | 1.00 | 7 | 1.000 |",
+        "| TPE | 1.500 (  1.000 to   2.000) | 1.500 (  1.000 to   2.000) |",
+        "| TPE | 0.5 | 0.5 | 0.5 | 0.5 |",
+        "- a \\| b",
+    ):
+        assert row in text
+
+
 NOT_MEASURED = {
+    "--markdown=/tmp": "--markdown must be a file",
     "--json=/tmp": "--json must be a file",
     "--json=": "--json must be a file",
     "--json=/proc/rows.json": "--json=/proc cannot be written to",

@@ -3,11 +3,11 @@
 import collections
 import types
 
-import benchmark_models
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from benchmarks import models
 from keras import layers
 
 import tfbig
@@ -364,11 +364,11 @@ def test_layer_that_cannot_be_recomputed_is_named(layer, message):
 def test_activations_take_less_memory():
     def peak(size, recompute):
         keras.utils.set_random_seed(0)
-        inputs, outputs = benchmark_models.gpt()
+        inputs, outputs = models.gpt()
         model = tfbig.Model(inputs, outputs, micro_batch_size=size, recompute=recompute)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("sgd", loss, jit_compile=False)
-        x, y = benchmark_models.data("gpt", 2 * size)
+        x, y = models.data("gpt", 2 * size)
 
         def update():
             return model.fit(x, y, batch_size=2 * size, verbose=0)

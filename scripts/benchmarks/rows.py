@@ -1,5 +1,7 @@
 """The rows of benchmark.py: what each is called, and the processes that measure them."""
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import json
@@ -8,8 +10,10 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from typing import Any
 
-import benchmark_peers
+from benchmarks import peers
+from benchmarks.process import Task
 
 ROWS = {
     "whole": "plain, whole batch",
@@ -23,19 +27,19 @@ ROWS = {
     "jax": "Keras on JAX, built-in accumulation",
 }
 OF_TFBIG = ("tfbig", "jit", "recompute")
-# These are the whole batch where it is one micro-batch.
+# With one micro-batch these equal "whole".
 _OF_SEVERAL = ("built_in", "built_in_jit", "micro")
 _SKIPPED = {("cnn", "jit"): "XLA on CPU runs convolutions in a loop very slowly"}
 
-_DIRECTORY = pathlib.Path(__file__).parent
+_SCRIPTS = pathlib.Path(__file__).parents[1]
 
 
 class FailedError(Exception):
-    """A row has not been measured; the text says why, in a line."""
+    """A row was not measured; the message says why, in one line."""
 
 
 class DifferentModelsError(Exception):
-    """What was measured is not the same model in two rows."""
+    """Two rows measured different models."""
 
 
 @dataclasses.dataclass
@@ -43,44 +47,43 @@ class Row:
     """A line of the table.
 
     Attributes:
-        task: benchmark_process.Task.
-        runs: list of dict, what each process measured.
-        skipped: str or None, why it is not measured.
-        error: str or None, why it could not be measured.
+        task: What its processes measure.
+        runs: What each process measured.
+        skipped: Why it is not measured, or None.
+        error: Why it could not be measured, or None.
     """
 
-    task: object
-    runs: list = dataclasses.field(default_factory=list)
+    task: Task
+    runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     skipped: str | None = None
     error: str | None = None
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.task.row
 
     @property
-    def title(self):
+    def title(self) -> str:
         if self.name == "whole" and self.task.gradient_accumulation_steps == 1:
             return "plain"
         return ROWS[self.name]
 
     @property
-    def group(self):
-        """What the rows that are compared with each other have in common."""
+    def group(self) -> tuple[str, int]:
+        """Model and number of micro-batches: rows with the same ones are compared."""
         return self.task.model, self.task.gradient_accumulation_steps
 
-    def summary(self):
-        """Medians of the runs as a dictionary; empty if there are none."""
+    def summary(self) -> dict[str, Any]:
+        """Medians of the runs; empty if there are none."""
         if self.error or not self.runs:
             return {}
         seconds = [statistics.median(run["seconds"]) for run in self.runs]
         samples = self.task.batch_size
 
-        def median(name):
+        def median(name: str) -> float:
             return statistics.median(run[name] for run in self.runs)
 
-        # What a first update takes that a later one does not: tracing, compiling, filling
-        # caches.
+        # The first update also traces, compiles and fills caches.
         start = [
             run["first_update_seconds"] - own for run, own in zip(self.runs, seconds, strict=True)
         ]
@@ -99,8 +102,8 @@ class Row:
         }
 
 
-def make(tasks):
-    """The rows of tasks, without those that are another one."""
+def make(tasks: list[Task]) -> list[Row]:
+    """The rows of tasks, without those that repeat another one."""
     return [
         Row(task, skipped=_SKIPPED.get((task.model, task.row)))
         for task in tasks
@@ -108,23 +111,29 @@ def make(tasks):
     ]
 
 
-def _limit_cores(threads):
-    # JAX has no setting, and takes a thread for each core that it may use. So all get as many
-    # cores as threads, where the system can do that: Linux.
+def _limit_cores(threads: int) -> None:
+    # JAX has no setting and starts a thread for each core that it may use. So every row gets as
+    # many cores as threads, where the system allows it: on Linux.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def _start(task, interpreter, timeout):
+def _run(task: Task, interpreter: pathlib.Path | str, timeout: float) -> dict[str, Any]:
     """Measures a task in a process; returns what it answered."""
-    program = "benchmark_torch.py" if task.row == "torch" else "benchmark_keras.py"
+    module = "benchmarks.with_torch" if task.row == "torch" else "benchmarks.with_keras"
     threads = str(task.threads)
+    path = [str(_SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": threads,
+        "NPROC": threads,  # XLA for CPU reads it, and documents it nowhere.
+    }
     try:
         # Kills the process when the time is over, or when this one is told to end.
         done = subprocess.run(
-            [str(interpreter), str(_DIRECTORY / program), json.dumps(dataclasses.asdict(task))],
-            # XLA for CPU reads NPROC, and documents it nowhere.
-            env=os.environ | {"OMP_NUM_THREADS": threads, "NPROC": threads},
+            # -P: a directory `benchmarks` of the user must not be imported instead.
+            [str(interpreter), "-P", "-m", module, json.dumps(dataclasses.asdict(task))],
+            env=os.environ | variables,
             preexec_fn=lambda: _limit_cores(task.threads),
             capture_output=True,
             text=True,
@@ -142,9 +151,9 @@ def _start(task, interpreter, timeout):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _check_parameters(rows):
-    """Raises DifferentModelsError unless all rows of a model have as many parameters."""
-    counts = collections.defaultdict(dict)
+def _check_parameters(rows: list[Row]) -> None:
+    """Raises DifferentModelsError unless all rows of a model have the same number of parameters."""
+    counts: dict[str, dict[int, str]] = collections.defaultdict(dict)
     for row in rows:
         if row.runs:
             counts[row.task.model].setdefault(row.runs[-1]["parameters"], row.title)
@@ -154,27 +163,29 @@ def _check_parameters(rows):
             raise DifferentModelsError(f"{model} is not the same model everywhere: {said}")
 
 
-def measure(rows, runs, timeout, peers_directory):
+def measure(
+    rows: list[Row], runs: int, timeout: float, peers_directory: pathlib.Path | str
+) -> None:
     """Measures rows, each run of each in a process of its own, the rows in turn.
 
-    A row that fails keeps the reason, and is not tried again.
+    A row that fails keeps the reason and is not retried.
 
     Args:
-        rows: list of Row, to which the runs are added.
-        runs: int, for each row.
-        timeout: float, seconds of a process.
-        peers_directory: Path, where the environments of peers are.
+        rows: The runs are added to them.
+        runs: Processes for each row.
+        timeout: Seconds after which a process is killed.
+        peers_directory: Where the environments of peers are.
 
     Raises:
         DifferentModelsError: If a model has more parameters in one row than in another.
     """
     interpreters = {}
-    for peer in benchmark_peers.PEERS:
+    for peer in peers.PEERS:
         own = [row for row in rows if row.name == peer]
         try:
             if own:
-                interpreters[peer] = benchmark_peers.python(peer, peers_directory)
-        except benchmark_peers.UnavailableError as e:
+                interpreters[peer] = peers.python(peer, peers_directory)
+        except peers.UnavailableError as e:
             for row in own:
                 row.error = str(e)
     for i in range(runs):
@@ -185,7 +196,7 @@ def measure(rows, runs, timeout, peers_directory):
             print(f"run {i + 1}/{runs}: {model}, K={k}, {row.title}", file=sys.stderr, flush=True)
             try:
                 interpreter = interpreters.get(row.name, sys.executable)
-                row.runs.append(_start(row.task, interpreter, timeout))
+                row.runs.append(_run(row.task, interpreter, timeout))
             except FailedError as e:
                 row.error = " ".join(str(e).split())
                 continue

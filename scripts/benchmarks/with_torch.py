@@ -1,47 +1,53 @@
 """Measures a model of benchmark.py in PyTorch with Hugging Face Accelerate, in this process.
 
-The models are those of `benchmark_models.py`, layer by layer.
+The models are those of `models.py`, layer by layer. Started as `python -m benchmarks.with_torch`,
+with `scripts` on the path, in an environment without TensorFlow.
 """
 
-import benchmark_models as sizes
-import benchmark_process
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import models as sizes
+from benchmarks import process
 
-def mlp(units=sizes.NARROW, depth=4):
+
+def mlp(units: int = sizes.NARROW, depth: int = 4) -> nn.Module:
     hidden = [layer for _ in range(depth) for layer in (nn.Linear(units, units), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(units, sizes.CLASSES))
 
 
-def wide():
+def wide() -> nn.Module:
     return mlp(sizes.WIDE)
 
 
 class Mean(nn.Module):
-    """Over some axes."""
+    """The mean over some axes."""
 
-    def __init__(self, *axes):
+    def __init__(self, *axes: int) -> None:
         super().__init__()
         self.axes = axes
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean(self.axes)
 
 
-def cnn():
+def cnn() -> nn.Module:
     layers, channels = [], sizes.COLOURS
     for filters in sizes.FILTERS:
         layers += [nn.Conv2d(channels, filters, 3, padding="same"), nn.ReLU(), nn.MaxPool2d(2)]
         channels = filters
-    layers.pop()  # There is no pooling after the last one.
+    layers.pop()  # The last convolution has no pooling.
     return nn.Sequential(*layers, Mean(2, 3), nn.Linear(channels, sizes.CLASSES))
 
 
 class Block(nn.Module):
-    def __init__(self, causal):
+    """A pre-LN transformer block, without dropout."""
+
+    def __init__(self, causal: bool) -> None:
         super().__init__()
         width = sizes.WIDTH
         self.causal = causal
@@ -53,7 +59,7 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, length, width = x.shape
         y = self.queries_keys_values(self.norm1(x))
         y = y.view(n, length, 3, sizes.HEADS, width // sizes.HEADS).permute(2, 0, 3, 1, 4)
@@ -63,42 +69,46 @@ class Block(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    def __init__(self, length):
+    """Adds a learned vector for each position."""
+
+    def __init__(self, length: int) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(0.05 * torch.randn(length, sizes.WIDTH))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.embeddings
 
 
-def _blocks(causal, blocks=sizes.BLOCKS):
-    blocks = [Block(causal) for _ in range(blocks)]
+def _blocks(causal: bool, count: int = sizes.BLOCKS) -> nn.Module:
+    blocks = [Block(causal) for _ in range(count)]
     return nn.Sequential(*blocks, nn.LayerNorm(sizes.WIDTH, sizes.EPSILON))
 
 
-def gpt(blocks=sizes.BLOCKS):
+def gpt(blocks: int = sizes.BLOCKS) -> nn.Module:
     return nn.Sequential(
         nn.Embedding(sizes.TOKENS, sizes.WIDTH),
         PositionEmbedding(sizes.LENGTH),
-        _blocks(causal=True, blocks=blocks),
+        _blocks(causal=True, count=blocks),
         nn.Linear(sizes.WIDTH, sizes.TOKENS),
     )
 
 
-def deep():
+def deep() -> nn.Module:
     return gpt(sizes.DEEP)
 
 
 class Patches(nn.Module):
-    def __init__(self):
+    """Embeds the patches of an image."""
+
+    def __init__(self) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(sizes.COLOURS, sizes.WIDTH, sizes.PATCH, sizes.PATCH)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.convolution(x).flatten(2).transpose(1, 2)
 
 
-def vit():
+def vit() -> nn.Module:
     return nn.Sequential(
         Patches(),
         PositionEmbedding((sizes.PIXELS // sizes.PATCH) ** 2),
@@ -108,24 +118,32 @@ def vit():
     )
 
 
-MODELS = {"mlp": mlp, "wide": wide, "cnn": cnn, "gpt": gpt, "vit": vit, "deep": deep}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "wide": wide,
+    "cnn": cnn,
+    "gpt": gpt,
+    "vit": vit,
+    "deep": deep,
+}
 
 
-def measure(task):
+def measure(task: process.Task) -> None:
+    """Trains and prints the measurement."""
     torch.manual_seed(0)
     torch.set_num_threads(task.threads)
     x, y = map(torch.from_numpy, sizes.data(task.model, task.batch_size))
     if task.model in ("cnn", "vit"):
         x = x.permute(0, 3, 1, 2).contiguous()  # Channels first, as is usual in PyTorch.
-    # Slices of tensors: a DataLoader would add time of its own for each sample.
+    # Slices of tensors, since a DataLoader would add time for each sample.
     batches = list(zip(x.split(task.micro_batch_size), y.split(task.micro_batch_size), strict=True))
-    measurement = benchmark_process.Measurement(task)
+    measurement = process.Measurement(task)
     model = MODELS[task.model]()
     loss_fn = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(
         model.parameters(),
-        benchmark_process.LEARNING_RATE,
-        eps=benchmark_process.EPSILON,
+        process.LEARNING_RATE,
+        eps=process.EPSILON,
         fused=True,  # Several times as fast on CPU as the default.
     )
     parameters = sum(p.numel() for p in model.parameters())
@@ -138,7 +156,7 @@ def measure(task):
         for inputs, classes in batches:
             with accelerator.accumulate(model):
                 outputs = model(inputs)
-                # Of a decoder, each token is classified.
+                # A decoder classifies each token.
                 loss = loss_fn(outputs.flatten(0, -2), classes.flatten())
                 accelerator.backward(loss)
                 optimizer.step()
@@ -148,4 +166,4 @@ def measure(task):
 
 
 if __name__ == "__main__":
-    measure(benchmark_process.read_task())
+    measure(process.read_task())

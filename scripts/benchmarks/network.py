@@ -1,11 +1,12 @@
 """`benchmark.py --network`: one exchange per update against one per micro-batch.
 
 Two hosts are made of this one, each a network namespace with an address of its own. The
-link between them is a pair of virtual interfaces that send at most 100 Mbit/s. In each
-host runs one worker. What it sends is read from the counter of its interface, so that it
-includes the headers of all protocols, acknowledgements and whatever else the workers
-tell each other.
+link between them is a pair of virtual interfaces that send at most 100 Mbit/s. Each host runs
+one worker. What it sends is read from the counter of its interface, so that it includes the
+headers of all protocols, acknowledgements and whatever else the workers tell each other.
 """
+
+from __future__ import annotations
 
 import contextlib
 import itertools
@@ -19,9 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import models
+from benchmarks.markdown import Table
+
+if TYPE_CHECKING:
+    import keras
+    import numpy as np
 
 INTERFACE = "narrow0"
-ADDRESSES = ("192.0.2.1", "192.0.2.2")  # For documentation; of these namespaces only.
+ADDRESSES = ("192.0.2.1", "192.0.2.2")  # Reserved for documentation; in these namespaces only.
 LIMIT = "rate 100mbit burst 32kbit latency 400ms"
 SETTLE = 0.5  # Seconds, longer than the latency of the limit.
 
@@ -37,7 +47,7 @@ class UnavailableError(Exception):
 # --- Two hosts ---------------------------------------------------------------
 
 
-def _configure(command):
+def _configure(command: str) -> None:
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if done.returncode:
         reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
@@ -45,8 +55,8 @@ def _configure(command):
 
 
 @contextlib.contextmanager
-def two_hosts():
-    """Makes the hosts; yields the names of their namespaces, removed in the end."""
+def two_hosts() -> Iterator[list[str]]:
+    """Makes the hosts, yields the names of their namespaces, and removes them."""
     for program in ("ip", "tc"):
         if shutil.which(program) is None:
             raise UnavailableError(f"there is no `{program}` (iproute2, on Linux)")
@@ -74,30 +84,30 @@ def two_hosts():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def _config(index):
+def _config(index: int) -> str:
     addresses = [f"{address}:2222" for address in ADDRESSES]
     return json.dumps(
         {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     )
 
 
-def run_workers(command):
-    """Runs a command in both hosts, the last argument a file for what it measured.
+def run_workers(command: list[str]) -> list[Any]:
+    """Runs a command in both hosts, with a file for what it measured as the last argument.
 
     Returns:
         What the workers measured, in their order.
     """
-    # `kill` sends it, and so does `timeout`; as an exception it removes the hosts.
+    # `kill` and `timeout` send it. As an exception it removes the hosts.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with contextlib.ExitStack() as stack:
         directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workers = []
+        workers: list[tuple[subprocess.Popen[Any], Any]] = []
         for i, name in enumerate(stack.enter_context(two_hosts())):
             errors = stack.enter_context((directory / f"{i}.err").open("w+"))
             worker = subprocess.Popen(
                 ["ip", "netns", "exec", name, *command, str(directory / f"{i}.json")],
                 env=os.environ | {"TF_CONFIG": _config(i)},
-                # The first says which row it measures.
+                # The first worker says which row it measures.
                 stdout=subprocess.DEVNULL if i else sys.stderr,
                 stderr=errors,
             )
@@ -105,7 +115,7 @@ def run_workers(command):
             stack.callback(worker.kill)
             workers.append((worker, errors))
         while any(worker.poll() is None for worker, _ in workers):
-            # One that has failed leaves the other waiting.
+            # A worker that has failed leaves the other waiting.
             if any(worker.poll() for worker, _ in workers):
                 break
             time.sleep(0.1)
@@ -124,23 +134,23 @@ def run_workers(command):
 # --- One worker, in its own process ------------------------------------------
 
 
-def _model(row, k, inputs, outputs):
+def _model(row: str, k: int, inputs: keras.KerasTensor, outputs: keras.KerasTensor) -> keras.Model:
     import tensorflow as tf
 
     import tfbig
 
-    # Of tfbig it has only `fit`: Keras's own refuses the batches of several workers.
+    # It uses the `fit` of tfbig, since Keras's own rejects the batches of several workers.
     class ExchangePerMicroBatch(tfbig.Model):
-        def train_step(self, data):
-            """One update; the gradient of each micro-batch is all-reduced."""
+        def train_step(self, data: Any) -> dict[str, Any]:
+            """One update that all-reduces the gradient of each micro-batch."""
             micro_batches = list(zip(*(tf.split(part, k) for part in data), strict=True))
             total = None
             for i, (x, y) in enumerate(micro_batches):
                 with tf.GradientTape() as tape:
                     loss = self.compute_loss(x, y, self(x, training=True)) / k
                 gradients = tape.gradient(loss, [v.value for v in self.trainable_variables])
-                # Keras's optimizer itself sums over the replicas what it is given: that
-                # is the exchange of the last micro-batch, and why the others are means.
+                # Keras's optimizer sums over the replicas whatever it is given. That is the
+                # exchange of the last micro-batch, and the reason why the others are means.
                 if i < k - 1:
                     gradients = tf.distribute.get_replica_context().all_reduce("MEAN", gradients)
                 total = gradients if total is None else list(map(tf.add, total, gradients))
@@ -152,22 +162,24 @@ def _model(row, k, inputs, outputs):
     return ExchangePerMicroBatch(inputs, outputs)
 
 
-def _sent():
+def _sent() -> int:
     """Bytes that this host has sent."""
     path = pathlib.Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
     return int(path.read_text())
 
 
-def _fit(model, x, y, batch_size):
+def _fit(model: keras.Model, x: np.ndarray, y: np.ndarray, batch_size: int) -> dict[str, Any]:
     """Seconds of each update but the first, and bytes sent during them."""
     import keras
 
-    sent, begins, ends = [], [], []
+    sent: list[int] = []
+    begins: list[float] = []
+    ends: list[float] = []
 
-    def on_end(batch, logs):
+    def on_end(batch: int, logs: Any) -> None:
         ends.append(time.perf_counter())
         if batch in (0, last):
-            # What this worker sent may still wait for the link, when the update is done.
+            # After the update, some of what this worker sent may still wait for the link.
             time.sleep(SETTLE)
             sent.append(_sent())
 
@@ -181,18 +193,19 @@ def _fit(model, x, y, batch_size):
     return {"seconds": seconds, "bytes": sent[-1] - sent[0]}
 
 
-def measure(make_data, counts, micro_batch_size, steps, runs):
-    """Runs of each row and each number of micro-batches, on this worker.
+def measure(
+    counts: list[int], micro_batch_size: int, steps: int, runs: int
+) -> list[dict[str, Any]]:
+    """Runs each row with each number of micro-batches on this worker.
 
     Args:
-        make_data: Function of a number of samples, as `benchmark.mlp`.
-        counts: list of int, micro-batches per update.
-        micro_batch_size: int, samples per replica and micro-batch.
-        steps: int, updates measured in a run.
-        runs: int, how often each row is measured, the rows in turn.
+        counts: Micro-batches per update.
+        micro_batch_size: Samples per replica and micro-batch.
+        steps: Updates measured in a run.
+        runs: How often each row is measured, the rows in turn.
 
     Returns:
-        A list of dictionaries.
+        Each row with what was measured.
     """
     import keras
     import numpy as np
@@ -204,12 +217,13 @@ def measure(make_data, counts, micro_batch_size, steps, runs):
     rows = []
     for k in counts:
         batch = replicas * micro_batch_size * k
-        make, x, y, loss = make_data(batch * (steps + 1))
+        x, y = models.data("mlp", batch * (steps + 1))
         for name in ROWS:
             # Every row begins with the same weights.
             keras.utils.set_random_seed(0)
             with strategy.scope():
-                model = _model(name, k, *make())
+                model = _model(name, k, *models.mlp())
+                loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
                 model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)
             print(f"warm-up: K={k}, {name}", flush=True)
             _fit(model, x[:batch], y[:batch], batch)
@@ -217,7 +231,7 @@ def measure(make_data, counts, micro_batch_size, steps, runs):
             rows.append((row | {"runs": []}, model, x, y))
         one, other = (model.get_weights() for _, model, _, _ in rows[-len(ROWS) :])
         deviation = max(np.abs(a - b).max() for a, b in zip(one, other, strict=True))
-        # They are rounded, in float32; an update changes weights by up to 1e-2.
+        # Rounding in float32; an update changes weights by up to 1e-2.
         if deviation > 1e-6:
             raise RuntimeError(f"the rows are not the same update: they differ by {deviation:.1e}")
     for i, (row, model, x, y) in itertools.product(range(runs), rows):
@@ -230,10 +244,10 @@ def measure(make_data, counts, micro_batch_size, steps, runs):
 # --- All rows ----------------------------------------------------------------
 
 
-def summaries(workers):
+def summaries(workers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The rows of all workers as one list, with rates and ratios.
 
-    Bytes are those that both hosts sent; samples, those of both.
+    Bytes and samples are those of both hosts.
     """
     rows = []
     for own in zip(*workers, strict=True):
@@ -255,15 +269,17 @@ def summaries(workers):
     return rows
 
 
-def compare(program, counts, micro_batch_size, steps, runs):
-    """Measures every row in two hosts; returns those of the table, which it prints.
+def compare(
+    program: str, counts: list[int], micro_batch_size: int, steps: int, runs: int
+) -> list[dict[str, Any]]:
+    """Measures every row in two hosts, prints the table and returns its rows.
 
     Args:
         program: Path of the program that calls `measure` in each host.
-        counts: list of int, micro-batches per update.
-        micro_batch_size: int, samples per worker and micro-batch.
-        steps: int, updates measured in a run.
-        runs: int.
+        counts: Micro-batches per update.
+        micro_batch_size: Samples per worker and micro-batch.
+        steps: Updates measured in a run.
+        runs: How often each row is measured.
     """
     settings = [
         f"--gradient_accumulation_steps={','.join(map(str, counts))}",
@@ -276,23 +292,33 @@ def compare(program, counts, micro_batch_size, steps, runs):
         f"micro-batch {micro_batch_size} on each of {len(ADDRESSES)} workers, {runs} runs of "
         f"{steps} updates each; ratios to '{EXCHANGES}'\n"
     )
-    print_table(rows)
+    _print_table(rows)
     return rows
 
 
-def print_table(rows):
+_HEADS = ("K", "row", "samples/s", "min-max", "ratio", "bytes/sample", "ratio")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    low, high = row["samples_per_second_min"], row["samples_per_second_max"]
+    return (
+        str(row["gradient_accumulation_steps"]),
+        row["row"],
+        f"{row['samples_per_second']:.1f}",
+        f"{low:.1f}-{high:.1f}",
+        f"{row['samples_per_second_ratio']:.2f}",
+        f"{row['bytes_per_sample']:.0f}",
+        f"{row['bytes_per_sample_ratio']:.3f}",
+    )
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
     columns = "{:>4}  {:<24} {:>9} {:>15} {:>6} {:>12} {:>6}"
-    print(columns.format("K", "row", "samples/s", "min-max", "ratio", "bytes/sample", "ratio"))
-    for row in rows:
-        low, high = row["samples_per_second_min"], row["samples_per_second_max"]
-        print(
-            columns.format(
-                row["gradient_accumulation_steps"],
-                row["row"],
-                f"{row['samples_per_second']:.1f}",
-                f"{low:.1f}-{high:.1f}",
-                f"{row['samples_per_second_ratio']:.2f}",
-                f"{row['bytes_per_sample']:.0f}",
-                f"{row['bytes_per_sample_ratio']:.3f}",
-            )
-        )
+    for cells in (_HEADS, *map(_cells, rows)):
+        print(columns.format(*cells))
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """What `compare` has returned."""
+    title = f"Medians, {len(ADDRESSES)} workers; ratios to '{EXCHANGES}'"
+    return Table(title, _HEADS, [_cells(row) for row in rows])

@@ -1,8 +1,10 @@
-"""Searches without models: how good, and how long a suggestion takes; for benchmark.py --tuners.
+"""Searches without models for benchmark.py --tuners: how good, and how long a suggestion takes.
 
-Two functions of the field, as in Eggensperger et al., "Towards an Empirical Foundation for
-Assessing Bayesian Optimization of Hyperparameters", NIPS workshop, 2013.
+The two functions are common in the field; see Eggensperger et al., "Towards an Empirical Foundation
+for Assessing Bayesian Optimization of Hyperparameters", NIPS workshop, 2013.
 """
+
+from __future__ import annotations
 
 import contextlib
 import importlib.util
@@ -12,15 +14,25 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-# After how many trials the time of a suggestion is given: the mean of the ten around it.
+from benchmarks.markdown import Table
+
+Bounds = list[tuple[float, float]]
+Function = Callable[[Mapping[str, float]], float]
+# Values of all trials, and the seconds that each suggestion took; of a function, its bounds, a
+# number of trials and a seed.
+Search = Callable[[Function, Bounds, int, int], tuple[list[float], list[float]]]
+
+# The time of a suggestion is given after so many trials, as the mean of the ten around it.
 MOMENTS = (10, 50, 100, 200)
 
 
-def branin(v):
-    """Least value 0.397887."""
+def branin(v: Mapping[str, float]) -> float:
+    """Its minimum is 0.397887."""
     a, b, c, r, s, t = 1, 5.1 / (4 * math.pi**2), 5 / math.pi, 6, 10, 1 / (8 * math.pi)
     x, y = v["x0"], v["x1"]
     return a * (y - b * x**2 + c * x - r) ** 2 + s * (1 - t) * math.cos(x) + s
@@ -45,26 +57,26 @@ _P = 1e-4 * np.array(
 )
 
 
-def hartmann6(v):
-    """Least value -3.32237."""
+def hartmann6(v: Mapping[str, float]) -> float:
+    """Its minimum is -3.32237."""
     x = np.array([v[f"x{i}"] for i in range(6)])
     return -float(_ALPHA @ np.exp(-(_A * (x - _P) ** 2).sum(axis=1)))
 
 
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[Function, Bounds]] = {
     "Branin": (branin, [(-5, 10), (0, 15)]),
     "Hartmann6": (hartmann6, [(0, 1)] * 6),
 }
 
 
-def _space(kind, bounds):
+def _space(kind: Callable[[], Any], bounds: Bounds) -> Any:  # `HyperParameters` of either.
     hps = kind()
     for i, (low, high) in enumerate(bounds):
         hps.Float(f"x{i}", low, high)
     return hps
 
 
-def _drive(oracle, function, trials):
+def _drive(oracle: Any, function: Function, trials: int) -> tuple[list[float], list[float]]:
     """Values of all trials, and the seconds that each suggestion took."""
     values, seconds = [], []
     for _ in range(trials):
@@ -78,8 +90,10 @@ def _drive(oracle, function, trials):
     return values, seconds
 
 
-def _tfbig(sampler, storage="memory"):
-    def run(function, bounds, trials, seed):
+def _tfbig(sampler: str, storage: str | None = "memory") -> Search:
+    def run(
+        function: Function, bounds: Bounds, trials: int, seed: int
+    ) -> tuple[list[float], list[float]]:
         import keras_tuner
 
         from tfbig import tuners
@@ -100,28 +114,32 @@ def _tfbig(sampler, storage="memory"):
     return run
 
 
-def _keras_tuner(name):
-    def run(function, bounds, trials, seed):
+def _keras_tuner(name: str) -> Search:
+    def run(
+        function: Function, bounds: Bounds, trials: int, seed: int
+    ) -> tuple[list[float], list[float]]:
         import keras_tuner
 
         oracle = getattr(keras_tuner.oracles, name)(
             objective=keras_tuner.Objective("value", "min"),
             max_trials=trials,
             hyperparameters=_space(keras_tuner.HyperParameters, bounds),
-            seed=seed + 1,  # It takes 0 for no seed.
+            seed=seed + 1,  # 0 would mean no seed.
         )
         oracle.verbose = 0
         with tempfile.TemporaryDirectory() as directory:
             oracle._set_project_dir(directory, "benchmark")
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of its optimizer, at almost every trial.
+                warnings.simplefilter("ignore")  # Its optimizer warns at almost every trial.
                 return _drive(oracle, function, trials)
 
     return run
 
 
-def _optuna(make):
-    def run(function, bounds, trials, seed):
+def _optuna(make: Callable[[Any, int], Any]) -> Search:
+    def run(
+        function: Function, bounds: Bounds, trials: int, seed: int
+    ) -> tuple[list[float], list[float]]:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -139,8 +157,8 @@ def _optuna(make):
     return run
 
 
-def rows():
-    """What is measured, by name; without what is not installed."""
+def rows() -> dict[str, Search]:
+    """What is measured, by name; only what is installed."""
     found = {
         "KerasTuner, random": _keras_tuner("RandomSearchOracle"),
         "KerasTuner, Bayesian": _keras_tuner("BayesianOptimizationOracle"),
@@ -158,17 +176,16 @@ def rows():
     return found
 
 
-def compare(trials, seeds):
-    """Prints the tables; returns a list of dictionaries, one for each row of both."""
-    measured = []
+def compare(trials: int, seeds: int) -> list[dict[str, Any]]:
+    """Prints the tables; returns what --json holds of each row of both."""
+    measured: list[dict[str, Any]] = []
     print(f"best of {trials} trials, median (min to max) of {seeds} seeds")
     print(f"{'':<22}" + "".join(f"{name:>32}" for name in PROBLEMS))
     for row, run in rows().items():
         line = f"{row:<22}"
         for problem, (function, bounds) in PROBLEMS.items():
             best = [min(run(function, bounds, trials, seed)[0]) for seed in range(seeds)]
-            low, middle, high = min(best), statistics.median(best), max(best)
-            line += f"{middle:>12.3f} ({low:>7.3f} to {high:>7.3f})"
+            line += f"{_median(best):>33}"
             measured.append({"row": row, "problem": problem, "best": best})
         print(line, flush=True)
     print(f"\nmilliseconds of a suggestion for Branin after so many trials{'':<2}")
@@ -180,3 +197,32 @@ def compare(trials, seeds):
         print(f"{row:<22}" + "".join(f"{m:>10.1f}" for m in means), flush=True)
         measured.append({"row": row, "milliseconds": dict(zip(MOMENTS, means, strict=True))})
     return measured
+
+
+def _median(best: list[float]) -> str:
+    low, middle, high = min(best), statistics.median(best), max(best)
+    return f"{middle:.3f} ({low:>7.3f} to {high:>7.3f})"
+
+
+def tables(measured: list[dict[str, Any]]) -> list[Table]:
+    """What `compare` has returned."""
+    best: dict[str, list[str]] = {}
+    milliseconds: list[tuple[str, ...]] = []
+    for row in measured:
+        if "best" in row:
+            best.setdefault(row["row"], []).append(_median(row["best"]))
+        else:
+            means = row["milliseconds"].values()
+            milliseconds.append((row["row"], *(f"{mean:.1f}" for mean in means)))
+    return [
+        Table(
+            "The best value of a search, median (min to max) of the seeds",
+            ("search", *PROBLEMS),
+            [(name, *cells) for name, cells in best.items()],
+        ),
+        Table(
+            "Milliseconds of a suggestion for Branin after so many trials",
+            ("search", *map(str, MOMENTS)),
+            milliseconds,
+        ),
+    ]

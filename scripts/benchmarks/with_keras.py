@@ -1,22 +1,35 @@
-"""Measures one row of benchmark.py that is written in Keras, in this process."""
+"""Measures one row of benchmark.py that is written in Keras, in this process.
+
+Started as `python -m benchmarks.with_keras`, with `scripts` on the path.
+"""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
-import benchmark_models
-import benchmark_process
+from benchmarks import models, process
+
+if TYPE_CHECKING:
+    import keras
+    import numpy as np
 
 
-def _limit_threads(threads):
+def limit_threads(threads: int) -> None:
+    """Gives TensorFlow so many threads; before its first operation."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
-def _batches(x, y, calls, repeats):
-    """One effective batch as `calls` batches of `fit`, over and over.
+def _batches(x: np.ndarray, y: np.ndarray, calls: int, repeats: int) -> Any:
+    """One effective batch as `calls` batches of `fit`, repeated.
 
-    The memory of the data is that of one effective batch, however many are trained on.
+    The data take the memory of one effective batch, however many are trained on.
+
+    Returns:
+        What `fit` of the Keras backend takes: a `tf.data.Dataset` or a `PyDataset`.
     """
     import keras
 
@@ -27,10 +40,10 @@ def _batches(x, y, calls, repeats):
         return tf.data.Dataset.from_tensor_slices((x, y)).repeat(repeats)
 
     class Batches(keras.utils.PyDataset):
-        def __len__(self):
+        def __len__(self) -> int:
             return calls * repeats
 
-        def __getitem__(self, i):
+        def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
             size = len(x) // calls
             part = slice(i % calls * size, (i % calls + 1) * size)
             return x[part], y[part]
@@ -38,14 +51,16 @@ def _batches(x, y, calls, repeats):
     return Batches()
 
 
-def _model(row, k, inputs, outputs):
-    """The model of a row, compiled."""
+def make_model(
+    row: str, k: int, inputs: keras.KerasTensor, outputs: keras.KerasTensor
+) -> keras.Model:
+    """The compiled model of a row, for `k` micro-batches per update."""
     import keras
 
     if row in ("tfbig", "jit", "recompute"):
         import tfbig
 
-        # Not for all rows: an option that is at fault shall not fail the others.
+        # Passed only where it is measured, so that a fault in it fails no other row.
         options = {"recompute": True} if row == "recompute" else {}
         model = tfbig.Model(inputs, outputs, gradient_accumulation_steps=k, **options)
     else:
@@ -53,8 +68,8 @@ def _model(row, k, inputs, outputs):
     built_in = row in ("built_in", "built_in_jit", "jax")
     model.compile(
         keras.optimizers.Adam(
-            benchmark_process.LEARNING_RATE,
-            epsilon=benchmark_process.EPSILON,
+            process.LEARNING_RATE,
+            epsilon=process.EPSILON,
             gradient_accumulation_steps=k if built_in and k > 1 else None,
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -63,33 +78,34 @@ def _model(row, k, inputs, outputs):
     return model
 
 
-def measure(task):
-    # On a GPU, what is read as peak memory would be the memory of the host.
+def measure(task: process.Task) -> None:
+    """Trains and prints the measurement."""
+    # On a GPU, the peak that is read would be that of host memory.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ["KERAS_BACKEND"] = "jax" if task.row == "jax" else "tensorflow"
     if task.row == "jax":
         os.environ["JAX_PLATFORMS"] = "cpu"
     else:
-        _limit_threads(task.threads)
+        limit_threads(task.threads)
     import keras
 
     if task.row != "jax":
-        import tfbig  # noqa: F401  For all alike, as memory is counted from here.
+        import tfbig  # noqa: F401  In every row, since memory is counted from here.
 
     keras.utils.set_random_seed(0)
-    x, y = benchmark_models.data(task.model, task.batch_size)
+    x, y = models.data(task.model, task.batch_size)
     k = task.gradient_accumulation_steps
-    # tfbig itself cuts what it is given.
+    # tfbig splits the batch itself.
     calls = 1 if task.row in ("whole", "tfbig", "jit", "recompute") else k
-    measurement = benchmark_process.Measurement(task)
+    measurement = process.Measurement(task)
 
     class Clock(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
+        def on_train_batch_end(self, batch: int, logs: dict[str, Any]) -> None:
             if (batch + 1) % calls == 0:
-                float(logs["loss"])  # JAX goes on to the next before this one is computed.
+                float(logs["loss"])  # JAX starts the next batch before this one is computed.
                 measurement.end_batch()
 
-    model = _model(task.row, k, *benchmark_models.MODELS[task.model]())
+    model = make_model(task.row, k, *models.MODELS[task.model]())
     batches = _batches(x, y, calls, task.batches)
     measurement.begin()
     model.fit(batches, shuffle=False, verbose=0, callbacks=[Clock()])
@@ -97,4 +113,4 @@ def measure(task):
 
 
 if __name__ == "__main__":
-    measure(benchmark_process.read_task())
+    measure(process.read_task())

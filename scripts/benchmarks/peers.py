@@ -1,4 +1,4 @@
-"""Environments for what a user would pick instead of tfbig, made when they are asked for."""
+"""Environments for what a user would pick instead of tfbig, made on demand."""
 
 import pathlib
 import shutil
@@ -6,11 +6,11 @@ import subprocess
 import sys
 from importlib import metadata
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 _SECONDS = 1800  # Gigabytes may be downloaded.
 
-# Where the CPU build of PyTorch comes from, pip's own settings say (PIP_EXTRA_INDEX_URL,
-# PIP_FIND_LINKS): by default Linux gets the build with CUDA, gigabytes that stay unused.
+# pip's own settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) say where the CPU build of PyTorch is:
+# by default Linux gets the build with CUDA, gigabytes that stay unused.
 _REQUIREMENTS = {
     "torch": ("torch==2.13.0", "accelerate==1.15.0", "numpy==2.4.6"),
     "jax": ("jax==0.10.2", "jaxlib==0.10.2", "numpy==2.4.6"),
@@ -19,16 +19,17 @@ PEERS = tuple(_REQUIREMENTS)
 
 
 class UnavailableError(Exception):
-    """An environment cannot be made; the text says why, in a line."""
+    """An environment cannot be made; the message says why, in one line."""
 
 
-def requirements(peer):
-    # Keras is to be the same as that under tfbig.
+def requirements(peer: str) -> tuple[str, ...]:
+    """What pip installs for a peer, each with its version."""
+    # The same Keras as under tfbig.
     keras = (f"keras=={metadata.version('keras')}",) if peer == "jax" else ()
     return _REQUIREMENTS[peer] + keras
 
 
-def _run(command, purpose):
+def _run(command: list[str], purpose: str) -> None:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_SECONDS
@@ -37,18 +38,18 @@ def _run(command, purpose):
         raise UnavailableError(f"{purpose}: {e}") from None
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        # pip names the cause in lines of its own, and hints after them.
+        # pip prints the cause as ERROR lines, and hints after them.
         errors = [line for line in lines if line.startswith("ERROR:")] or lines
         reason = errors[-1].strip() if errors else f"exit code {done.returncode}"
         raise UnavailableError(f"{purpose}: {reason}")
 
 
-def python(peer, directory=ROOT):
-    """Path of the interpreter that has a peer; makes its environment where there is none.
+def python(peer: str, directory: pathlib.Path | str = ROOT) -> pathlib.Path:
+    """Path of the interpreter that has a peer; makes its environment if there is none.
 
     Args:
-        peer: str, one of `PEERS`.
-        directory: Path, where `.venv-PEER` is or will be.
+        peer: One of `PEERS`.
+        directory: Where `.venv-PEER` is or will be.
 
     Raises:
         UnavailableError: If it cannot be made.
@@ -67,7 +68,7 @@ def python(peer, directory=ROOT):
     try:
         _run([*install, *wanted], f"pip install for {peer}")
     except BaseException:
-        # Half of PyTorch is large, too.
+        # Even half of PyTorch is large.
         shutil.rmtree(environment, ignore_errors=True)
         raise
     stamp.write_text("\n".join(wanted) + "\n")

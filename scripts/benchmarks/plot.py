@@ -1,6 +1,14 @@
 """The bars of benchmark.py's table as a PNG."""
 
-import benchmark_rows
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING
+
+from benchmarks.rows import OF_TFBIG, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLUMNS = {
     "samples/s": ("samples_per_second", "samples_per_second_min", "samples_per_second_max"),
@@ -9,12 +17,11 @@ _COLUMNS = {
 }
 
 
-def draw(rows, path):
-    """Draws rows that were measured: a line of diagrams for each model.
+def draw(rows: list[Row], path: pathlib.Path | str) -> bool:
+    """Draws the measured rows: a line of diagrams for each model.
 
-    Args:
-        rows: list of benchmark_rows.Row.
-        path: Path of the file to write.
+    Returns:
+        Whether there was anything to draw.
     """
     import matplotlib
 
@@ -46,16 +53,16 @@ def draw(rows, path):
     return True
 
 
-def _bars(axes, rows, key, low, high):
+def _bars(axes: Axes, rows: list[Row], key: str, low: str | None, high: str | None) -> None:
     labels = [f"{row.title}, K={row.task.gradient_accumulation_steps}" for row in rows]
     values = [row.summary()[key] for row in rows]
     spread = None
-    if low is not None:
+    if low is not None and high is not None:
         spread = [
             [v - row.summary()[low] for v, row in zip(values, rows, strict=True)],
             [row.summary()[high] - v for v, row in zip(values, rows, strict=True)],
         ]
-    colours = ["C1" if row.name in benchmark_rows.OF_TFBIG else "C0" for row in rows]
+    colours = ["C1" if row.name in OF_TFBIG else "C0" for row in rows]
     bars = axes.barh(labels, values, xerr=spread, color=colours, ecolor="black", capsize=2)
     axes.bar_label(bars, fmt="{:,.1f}", padding=4, fontsize=8)
     axes.margins(x=0.15)

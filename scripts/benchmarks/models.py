@@ -1,10 +1,20 @@
 """The models that benchmark.py measures, in Keras, and data for them.
 
-`benchmark_torch.py` has the same ones in PyTorch. NumPy is all that this file imports at
-first, as it is read in environments that have no Keras.
+`with_torch.py` has the same ones in PyTorch. Keras is imported where it is used,
+since this module also runs in environments without it.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+    # Inputs and outputs of a functional model.
+    Ends = tuple[keras.KerasTensor, keras.KerasTensor]
 
 CLASSES = 10
 PIXELS, COLOURS = 64, 3  # Images are (PIXELS, PIXELS, COLOURS).
@@ -20,20 +30,20 @@ PATCH = 8  # Pixels of a side, for the ViT: as many patches as the decoder has t
 NARROW, WIDE = 512, 2048  # Units of `mlp`, and of `wide`.
 
 
-def data(name, n):
-    """`n` samples for a model: what goes in, and the classes, both without meaning."""
+def data(name: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """`n` random samples for a model: inputs and classes."""
     random = np.random.default_rng(0)
     if name in ("gpt", "deep"):
         text = random.integers(TOKENS, size=(n, LENGTH + 1), dtype="int64")
         return text[:, :-1], text[:, 1:]
     shape = {"mlp": (NARROW,), "wide": (WIDE,)}.get(name, (PIXELS, PIXELS, COLOURS))
-    # In float32 from the start: a copy in float64 would hide what training needs, as
-    # memory is measured by its peak.
+    # Drawn in float32: memory is measured by its peak, and a copy in float64 would hide what
+    # training needs.
     x = random.standard_normal((n, *shape), dtype="float32")
     return x, random.integers(CLASSES, size=n)
 
 
-def _dense(units, depth=4):
+def _dense(units: int, depth: int = 4) -> Ends:
     from keras import Input, layers
 
     inputs = x = Input((units,))
@@ -42,18 +52,18 @@ def _dense(units, depth=4):
     return inputs, layers.Dense(CLASSES)(x)
 
 
-def mlp():
-    """A million parameters: small, so that what surrounds the computation shows."""
+def mlp() -> Ends:
+    """A million parameters: so small that the overhead of a step shows."""
     return _dense(NARROW)
 
 
-def wide():
-    """17 million parameters: for few samples the update takes longer than the gradient."""
+def wide() -> Ends:
+    """17 million parameters: with few samples the update takes longer than the gradient."""
     return _dense(WIDE)
 
 
-def cnn():
-    """Convolutions of 64x64 pixels in three colours, 3.9 million parameters."""
+def cnn() -> Ends:
+    """Convolutions over 64x64 pixels in three colours, 3.9 million parameters."""
     from keras import Input, layers
 
     inputs = x = Input((PIXELS, PIXELS, COLOURS))
@@ -64,31 +74,31 @@ def cnn():
     return inputs, layers.Dense(CLASSES)(layers.GlobalAveragePooling2D()(x))
 
 
-def _position_embedding():
+def _position_embedding() -> keras.Layer:
     from keras import Layer
 
     class PositionEmbedding(Layer):
         """Adds a learned vector for each position."""
 
-        def build(self, shape):
+        def build(self, shape: tuple[int | None, ...]) -> None:
             self.embeddings = self.add_weight(shape=shape[1:], initializer="random_normal")
 
-        def call(self, x):
+        def call(self, x: keras.KerasTensor) -> keras.KerasTensor:
             return x + self.embeddings
 
     return PositionEmbedding()
 
 
-def _block(causal):
+def _block(causal: bool) -> keras.Layer:
     from keras import Layer, layers
 
     class Block(Layer):
-        """A pre-LN transformer block, as those of GPT-2 and ViT, without dropout.
+        """A pre-LN transformer block as in GPT-2 and ViT, without dropout.
 
-        One layer, as in model libraries, so that it is recomputed as one.
+        It is one layer, as in model libraries, so that it is recomputed as one.
         """
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.norm1 = layers.LayerNormalization(epsilon=EPSILON)
             self.attention = layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
@@ -96,14 +106,14 @@ def _block(causal):
             self.dense1 = layers.Dense(4 * WIDTH, activation="gelu")
             self.dense2 = layers.Dense(WIDTH)
 
-        def build(self, shape):
+        def build(self, shape: tuple[int | None, ...]) -> None:
             self.norm1.build(shape)
             self.attention.build(shape, shape)
             self.norm2.build(shape)
             self.dense1.build(shape)
             self.dense2.build((*shape[:-1], 4 * WIDTH))
 
-        def call(self, x):
+        def call(self, x: keras.KerasTensor) -> keras.KerasTensor:
             y = self.norm1(x)
             x += self.attention(y, y, use_causal_mask=causal)
             return x + self.dense2(self.dense1(self.norm2(x)))
@@ -111,7 +121,7 @@ def _block(causal):
     return Block()
 
 
-def _blocks(x, causal, blocks=BLOCKS):
+def _blocks(x: keras.KerasTensor, causal: bool, blocks: int = BLOCKS) -> keras.KerasTensor:
     from keras import layers
 
     for _ in range(blocks):
@@ -119,8 +129,8 @@ def _blocks(x, causal, blocks=BLOCKS):
     return layers.LayerNormalization(epsilon=EPSILON)(x)
 
 
-def gpt(blocks=BLOCKS):
-    """A decoder of 64 tokens, 3.7 million parameters; each token is a sample's label."""
+def gpt(blocks: int = BLOCKS) -> Ends:
+    """A decoder of 64 tokens, 3.7 million parameters, which predicts each next token."""
     from keras import Input, layers
 
     inputs = Input((LENGTH,), dtype="int64")
@@ -128,13 +138,13 @@ def gpt(blocks=BLOCKS):
     return inputs, layers.Dense(TOKENS)(_blocks(x, causal=True, blocks=blocks))
 
 
-def deep():
-    """The decoder with 24 blocks, 19 million parameters: what recomputation is for."""
+def deep() -> Ends:
+    """The decoder with 24 blocks, 19 million parameters: worth recomputing."""
     return gpt(DEEP)
 
 
-def vit():
-    """A vision transformer of 64 patches and their mean, 3.2 million parameters."""
+def vit() -> Ends:
+    """A vision transformer over 64 patches, averaged at the end, 3.2 million parameters."""
     from keras import Input, layers
 
     inputs = Input((PIXELS, PIXELS, COLOURS))

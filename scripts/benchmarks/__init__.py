@@ -1,0 +1,6 @@
+"""The parts of benchmark.py.
+
+`settings` has the flags, `rows` the table and the processes that fill it, `with_keras` and
+`with_torch` what runs in such a process, `report`, `markdown` and `plot` what is made of the
+numbers. `in_turn`, `network` and `tuners` are the other modes.
+"""

@@ -1,0 +1,95 @@
+"""Rows of benchmark.py in one process, an update of each in turn.
+
+Other load on a shared machine slows all of them alike, so the ratio of two neighbours is steadier
+than that of two processes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import models, rows, with_keras
+from benchmarks.markdown import Table
+from benchmarks.process import Task
+
+ROWS = ("built_in", "micro", "tfbig", "jit", "recompute")
+
+
+def _updates(task: Task) -> Callable[[], None]:
+    """A function that trains one effective batch; its row is compiled and warm."""
+    import tensorflow as tf
+
+    k = task.gradient_accumulation_steps
+    model = with_keras.make_model(task.row, k, *models.MODELS[task.model]())
+    x, y = models.data(task.model, task.batch_size)
+    calls = k if task.row in ("built_in", "micro") else 1
+    x, y = (a.reshape(calls, -1, *a.shape[1:]) for a in (x, y))
+    iterator = iter(tf.data.Dataset.from_tensor_slices((x, y)).repeat().prefetch(2))
+    # Builds the optimizer, the metrics and the function.
+    model.fit(tf.data.Dataset.from_tensor_slices((x, y)), shuffle=False, verbose=0)
+
+    def update() -> None:
+        for _ in range(calls):
+            logs = model.train_function(iterator)
+        float(logs["loss"])
+
+    update()
+    return update
+
+
+def measure(tasks: list[Task]) -> list[dict[str, Any]]:
+    """Measures tasks in turn and prints what it finds.
+
+    Args:
+        tasks: Tasks of one model and number of micro-batches; ratios are to the first.
+
+    Returns:
+        What --json holds of each task.
+    """
+    with_keras.limit_threads(tasks[0].threads)
+    import keras
+
+    keras.utils.set_random_seed(0)
+    updates = [_updates(task) for task in tasks]
+    seconds: list[list[float]] = [[] for _ in tasks]
+    for i in range(tasks[0].batches):
+        turns = list(zip(updates, seconds, strict=True))
+        # Both orders, since the first of a round finds other caches than the last.
+        for update, taken in turns if i % 2 else reversed(turns):
+            begin = time.perf_counter()
+            update()
+            taken.append(time.perf_counter() - begin)
+    found = []
+    for task, taken in zip(tasks, seconds, strict=True):
+        ratios = [a / b for a, b in zip(taken, seconds[0], strict=True)]
+        row = {
+            "model": task.model,
+            "gradient_accumulation_steps": task.gradient_accumulation_steps,
+            "row": rows.ROWS[task.row],
+            "effective_batch": task.batch_size,
+            "seconds": statistics.median(taken),
+            "ratio": statistics.median(ratios),
+        }
+        found.append(row)
+        print("{:<6}{:>4}  {:<42}{:>10}{:>7}".format(*_cells(row)))
+    return found
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["model"],
+        str(row["gradient_accumulation_steps"]),
+        row["row"],
+        f"{row['effective_batch'] / row['seconds']:.1f}",
+        f"{row['ratio']:.3f}",
+    )
+
+
+def table(measured: list[dict[str, Any]]) -> Table:
+    """What `measure` has returned."""
+    title = "Medians, the rows in turn in one process; ratio of time to the first row"
+    heads = ("model", "K", "row", "samples/s", "ratio")
+    return Table(title, heads, [_cells(row) for row in measured])

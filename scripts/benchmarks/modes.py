@@ -1,0 +1,95 @@
+"""What benchmark.py measures in each of its modes."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+from typing import Any
+
+from benchmarks import in_turn, network, plot, report, rows, settings, tuners
+from benchmarks.markdown import Table
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a mode has measured.
+
+    Attributes:
+        rows: What --json holds.
+        settings: What --json says of the flags.
+        tables: What --markdown holds.
+        notes: Lines below the tables.
+        is_complete: Whether every row was measured.
+    """
+
+    rows: list[dict[str, Any]]
+    settings: dict[str, int]
+    tables: list[Table]
+    notes: list[str] = dataclasses.field(default_factory=list)
+    is_complete: bool = True
+
+
+def measure(program: str) -> Outcome:
+    """Measures what the flags ask for, and prints it.
+
+    Args:
+        program: Path of benchmark.py, which also runs in the workers of --network.
+
+    Raises:
+        UsageError: If that is impossible.
+        network.UnavailableError: If --network does not work here.
+    """
+    settings.check()
+    if settings.TUNERS.value:
+        return _of_tuners()
+    if settings.NETWORK.value:
+        return _over_network(program)
+    return _in_turn() if settings.IN_TURN.value else _in_processes()
+
+
+def _of_tuners() -> Outcome:
+    trials, seeds = settings.TRIALS.value, settings.SEEDS.value
+    measured = tuners.compare(trials, seeds)
+    return Outcome(measured, {"trials": trials, "seeds": seeds}, tuners.tables(measured))
+
+
+def _over_network(program: str) -> Outcome:
+    counts = settings.steps_list((1, 4, 16))
+    measured = network.compare(program, counts, *settings.numbers())
+    about = {"micro_batch_size": settings.MICRO_BATCH_SIZE.value}
+    return Outcome(measured, about, [network.table(measured)])
+
+
+def _in_turn() -> Outcome:
+    tasks = settings.tasks()
+    measured = in_turn.measure(tasks)
+    return Outcome(measured, {"threads": tasks[0].threads}, [in_turn.table(measured)])
+
+
+def _in_processes() -> Outcome:
+    tasks = settings.tasks()
+    # `timeout` sends it. As an exception it also ends the process that is being measured.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    measured = rows.make(tasks)
+    rows.measure(
+        measured, settings.RUNS.value, settings.TIMEOUT.value, settings.PEERS_DIRECTORY.value
+    )
+    print(
+        f"{settings.RUNS.value} runs of {settings.STEPS.value} effective batches each, "
+        f"{tasks[0].threads} threads"
+    )
+    for k, whole in dict.fromkeys(
+        (task.gradient_accumulation_steps, task.batch_size) for task in tasks
+    ):
+        print(f"K={k}: effective batch {whole}, micro-batch {whole // k}")
+    report.show(measured)
+    if settings.PNG.value is not None:
+        plot.draw(measured, settings.PNG.value)
+    return Outcome(
+        report.document(measured),
+        {"threads": tasks[0].threads},
+        report.tables(measured),
+        report.losses(measured),
+        is_complete=not any(row.error for row in measured),
+    )
