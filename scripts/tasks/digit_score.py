@@ -1,4 +1,4 @@
-"""How much generated digits are like digits, and all of them."""
+"""How well generated images resemble digits, and all ten of them."""
 
 import numpy as np
 
@@ -6,31 +6,31 @@ import numpy as np
 class DigitScore:
     """The inception score, with a classifier of scanned digits in the place of Inception.
 
-    From 1 to 10: 10 if the classifier is certain of each image, and all digits are equally
-    frequent; 1 if it takes all images for the same, or cannot tell. Gray noise and a generator
-    that always makes the same digit are near 1.
+    It is 10 if the classifier is certain of each image and all digits are equally frequent, and 1
+    if it cannot tell the images apart. Gray noise, and a generator that always makes the same
+    digit, score near 1.
 
     Args:
-        images: scanned digits `(n, 8, 8, 1)` from 0 to 1.
-        labels: their classes.
+        images: Scanned digits `(n, 8, 8, 1)` from 0 to 1.
+        labels: Their classes, `(n,)`.
 
     Reference: Salimans et al. 2016 (arXiv:1606.03498).
     """
 
-    def __init__(self, images, labels):
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         from sklearn import linear_model
 
-        # Of scikit-learn, as it is the same on each worker, in each precision and strategy.
+        # scikit-learn's is the same on every worker, in every precision and strategy.
         self._classifier = linear_model.LogisticRegression(C=10.0, max_iter=5000)
         self._classifier.fit(_flat(images), labels)
 
-    def of(self, images):
-        """The score of images, a float."""
+    def of(self, images: np.ndarray) -> float:
+        """The score of images."""
         probability = np.clip(self._classifier.predict_proba(_flat(images)), 1e-12, 1)
         marginal = probability.mean(axis=0)
         divergence = np.sum(probability * np.log(probability / marginal), axis=1)
         return float(np.exp(divergence.mean()))
 
 
-def _flat(images):
+def _flat(images: np.ndarray) -> np.ndarray:
     return np.asarray(images, "float64").reshape(len(images), -1)

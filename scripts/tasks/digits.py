@@ -1,15 +1,28 @@
 """Digits: a small convolutional network reads scanned digits, which scikit-learn ships."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import command_line
 import digits_data
 
 from tasks import task
 
+if TYPE_CHECKING:
+    import keras
+    from training.settings import Settings
+
 DEFAULTS = task.Defaults(batch_size=512, epochs=40, learning_rate=0.01)
 FLAGS = ()
 
 
-def load(settings):
+def load(settings: Settings) -> task.Task:
+    """The task.
+
+    Raises:
+        MissingExtraError: Without scikit-learn.
+    """
     import keras
 
     import tfbig
@@ -30,7 +43,7 @@ def load(settings):
     )
 
 
-def _layers():
+def _layers() -> list[keras.Layer]:
     import keras
     from keras import layers
 
@@ -43,6 +56,6 @@ def _layers():
         layers.Conv2D(64, **convolution),
         layers.MaxPooling2D(),
         layers.Flatten(),
-        # Logits in at least float32: a softmax in float16 loses its tail.
+        # Logits are at least float32: a softmax in float16 loses its tail.
         layers.Dense(10, dtype=keras.config.floatx()),
     ]

@@ -1,15 +1,18 @@
-"""Speech from text, offline, by the library of espeak-ng."""
+"""Offline speech synthesis by the library of espeak-ng."""
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import ctypes.util
 import functools
 import pathlib
+from typing import Any
 
 import command_line
 import numpy as np
 
-# Of espeak-ng's speak_lib.h.
+# From espeak-ng's speak_lib.h.
 _RETRIEVAL, _POSITION_CHARACTER, _UTF8, _OK = 1, 1, 1, 0
 _RATE, _PITCH = 1, 3
 
@@ -23,20 +26,20 @@ class UnknownVoiceError(ValueError):
 
 
 class Espeak:
-    """The library, which a process can start once: use `start()`.
+    """The library, which a process can start only once: use `start()`.
 
     Attributes:
-        sample_rate: int, in Hz.
+        sample_rate: In Hz.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         path, data = _library()
         self._library = ctypes.CDLL(path)
         self.sample_rate = self._library.espeak_Initialize(_RETRIEVAL, 0, data, 0)
         if self.sample_rate <= 0:
             raise OSError(f"espeak-ng does not start: {path}, with data in {data}")
-        self._pieces = []
-        # Kept, as the library keeps only its address.
+        self._pieces: list[np.ndarray] = []
+        # Referenced here, since the library keeps only its address.
         self._callback = _CALLBACK(self._take)
         self._library.espeak_SetSynthCallback(self._callback)
         self._library.espeak_Info.restype = ctypes.c_char_p
@@ -44,19 +47,19 @@ class Espeak:
         self.version = self._library.espeak_Info(ctypes.byref(data_path)).decode()
         self._variants = pathlib.Path(data_path.value.decode()) / "voices" / "!v"
 
-    def _take(self, samples, count, events):
+    def _take(self, samples: Any, count: int, events: Any) -> int:
         if samples and count:
             self._pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    def set_voice(self, voice):
-        """Sets who speaks: a language, and after a plus one of its variants, as in en-us+f1.
+    def set_voice(self, voice: str) -> None:
+        """Sets who speaks: a language and, after a plus, a variant, as in en-us+f1.
 
         Raises:
             UnknownVoiceError: If there is no such language or variant.
         """
         variant = voice.partition("+")[2]
-        # Of a variant that it does not know espeak-ng says nothing, and takes none.
+        # espeak-ng silently ignores an unknown variant.
         is_known = not variant or (self._variants / variant).is_file()
         if not is_known or self._library.espeak_SetVoiceByName(voice.encode()) != _OK:
             raise UnknownVoiceError(
@@ -64,13 +67,13 @@ class Espeak:
                 f"and {self._variants} holds variants, which follow a plus: en-us+f1."
             )
 
-    def say(self, text, rate, pitch):
+    def say(self, text: str, rate: int, pitch: int) -> np.ndarray:
         """What the voice says, without silence before and after.
 
         Args:
-            text: str.
-            rate: int, words a minute; 175 is usual.
-            pitch: int, from 0 to 99; 50 is usual.
+            text: What to say.
+            rate: Words per minute; 175 is usual.
+            pitch: From 0 to 99; 50 is usual.
 
         Returns:
             Samples, an int16 vector.
@@ -89,21 +92,21 @@ class Espeak:
 
 
 @functools.cache
-def start():
-    """The started library.
+def start() -> Espeak:
+    """The library, started.
 
     Raises:
-        MissingExtraError: If there is none.
+        MissingExtraError: If it is not installed.
     """
     return Espeak()
 
 
-def _library():
-    """Path of the shared library, and of its data; None where it knows them itself."""
+def _library() -> tuple[str, bytes | None]:
+    """Path of the shared library, and of its data; None if the library knows where they are."""
     with contextlib.suppress(ImportError):
         import espeakng_loader
 
         return espeakng_loader.get_library_path(), espeakng_loader.get_data_path().encode()
-    if found := ctypes.util.find_library("espeak-ng"):  # Debian's, say.
+    if found := ctypes.util.find_library("espeak-ng"):  # As on Debian.
         return found, None
     raise command_line.MissingExtraError("--task=speech", "speech")

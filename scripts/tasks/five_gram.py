@@ -1,4 +1,6 @@
-"""What counting can do: a model of the next byte after four others."""
+"""The bar of the language task: counts predict a byte from the four before it."""
+
+from __future__ import annotations
 
 import numpy as np
 
@@ -9,21 +11,21 @@ _SYMBOLS = 257
 
 
 class FiveGram:
-    """An interpolated Kneser-Ney model of bytes: of the smoothings of n-grams, the best known.
+    """An interpolated Kneser-Ney model of bytes, the best known smoothing of n-grams.
 
-    The probability of a byte after its context of 4 bytes is its count there, less a discount,
-    and what the discounts leave is shared out as the context of 3 bytes has it, and so on. Of
-    shorter contexts not the occurrences count but the different bytes that they follow.
-    After no context at all every byte has some probability.
+    The probability of a byte after a context of 4 bytes is its count there, less a discount. The
+    discounts are redistributed by the context of 3 bytes, and so on. A shorter context counts the
+    different bytes before it instead of its occurrences. Without context, every byte has some
+    probability.
 
     Args:
-        documents: list of bytes, the text to count in.
+        documents: The text to count in.
 
     Reference: Chen and Goodman 1999, "An empirical study of smoothing techniques for language
         modeling", with one discount for each order.
     """
 
-    def __init__(self, documents):
+    def __init__(self, documents: list[bytes]) -> None:
         grams, counts = np.unique(_grams(documents), return_counts=True)
         self._orders = []
         for order in range(ORDER, 0, -1):
@@ -31,8 +33,8 @@ class FiveGram:
             # A gram without its first byte, counted once for each different one.
             grams, counts = np.unique(grams % _SYMBOLS ** (order - 1), return_counts=True)
 
-    def bits_per_byte(self, documents):
-        """Bits that a byte of these documents takes, on average."""
+    def bits_per_byte(self, documents: list[bytes]) -> float:
+        """Bits per byte of these documents, on average."""
         grams = _grams(documents)
         probability = np.full(len(grams), 1 / 256)
         for order in range(1, ORDER + 1):
@@ -45,17 +47,17 @@ class FiveGram:
 class _Order:
     """The grams of one length: context and byte as one number, sorted."""
 
-    def __init__(self, grams, counts):
+    def __init__(self, grams: np.ndarray, counts: np.ndarray) -> None:
         self.grams, self.counts = grams, counts
         once, twice = np.sum(counts == 1), np.sum(counts == 2)
-        # Ney, Essen and Kneser 1994. Of a few bytes none may occur once.
+        # Ney, Essen and Kneser 1994. In short texts, no gram may occur once.
         self.discount = once / (once + 2 * twice) if once else 0.5
         self.contexts, first = np.unique(grams // _SYMBOLS, return_index=True)
         self.totals = np.add.reduceat(counts, first)
         self.followers = np.diff(np.append(first, len(grams)))
 
-    def probability(self, grams, shorter):
-        """Of each gram's last byte; `shorter` is what the shorter context says."""
+    def probability(self, grams: np.ndarray, shorter: np.ndarray) -> np.ndarray:
+        """That of each gram's last byte, given that with the context shortened by one byte."""
         count = _look_up(self.grams, self.counts, grams)
         total = _look_up(self.contexts, self.totals, grams // _SYMBOLS)
         followers = _look_up(self.contexts, self.followers, grams // _SYMBOLS)
@@ -65,13 +67,13 @@ class _Order:
         return np.where(known, seen + self.discount * followers / total * shorter, shorter)
 
 
-def _look_up(keys, values, wanted):
+def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, values[places], 0)
 
 
-def _grams(documents):
-    """Each byte with the four before it, as a number of base 257."""
+def _grams(documents: list[bytes]) -> np.ndarray:
+    """Each byte with the four before it, as a number in base 257."""
     grams = []
     for document in documents:
         symbols = np.frombuffer(document, np.uint8).astype("int64")

@@ -1,8 +1,13 @@
-"""GAN: a generator makes digits that a discriminator is to take for scanned ones.
+"""GAN: a generator makes digits that a discriminator should take for scanned ones.
 
-Two networks, two optimizers, and a `train_step` of its own on `tfbig.accumulate_gradients` and
+Two networks, two optimizers, and a custom `train_step` on `tfbig.accumulate_gradients` and
 `tfbig.apply_gradients`. A classifier of scanned digits judges what is generated.
 """
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING, Any
 
 import command_line
 import digits_data
@@ -12,6 +17,11 @@ from training import curves
 
 from tasks import task
 
+if TYPE_CHECKING:
+    from training.settings import Settings
+
+    from tasks.adversaries import Adversaries
+
 DEFAULTS = task.Defaults(batch_size=128, epochs=300, learning_rate=0.001)
 FLAGS = ()
 
@@ -19,7 +29,13 @@ _NOISE = 32  # Values from which a digit is made.
 _JUDGED = 1000  # Generated digits that are judged.
 
 
-def load(settings):
+def load(settings: Settings) -> task.Task:
+    """The task.
+
+    Raises:
+        MissingExtraError: Without scikit-learn.
+        UsageError: With --micro_batch_size=auto.
+    """
     import keras
 
     from tasks import adversaries, digit_score
@@ -36,17 +52,17 @@ def load(settings):
     score = digit_score.DigitScore(real, labels)
     seen = np.random.default_rng(1).standard_normal((_JUDGED, _NOISE)).astype(real.dtype)
 
-    def make_model(**options):
+    def make_model(**options: Any) -> Adversaries:
         return adversaries.Adversaries(noise=_NOISE, **options)
 
-    def judge(model):
+    def judge(model: Adversaries) -> float:
         return score.of(_generated(model, seen))
 
     class Judge(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
             logs["val_score"] = judge(self.model)
 
-    def conclude(model, path):
+    def conclude(model: Adversaries, path: pathlib.Path) -> list[str]:
         noise = np.random.default_rng(0).random(held_out.shape)
         scores = f"of scanned digits {score.of(held_out):.2f}, of noise {score.of(noise):.2f}"
         lines = ["", f"score {scores}"]
@@ -60,7 +76,7 @@ def load(settings):
         train=(real,),
         validation=None,
         make_model=make_model,
-        # The rate does not fall: neither network reaches a minimum.
+        # A constant rate, since neither network approaches a minimum.
         make_optimizer=lambda rate, updates: keras.optimizers.Adam(rate, beta_1=0.5),
         measure="val_score",
         bar=0.8 * score.of(held_out),
@@ -70,11 +86,11 @@ def load(settings):
     )
 
 
-def _generated(model, noise):
+def _generated(model: Adversaries, noise: np.ndarray) -> np.ndarray:
     return np.asarray(model.generator(noise, training=False), "float32")
 
 
-def _draw(images, path):
+def _draw(images: np.ndarray, path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

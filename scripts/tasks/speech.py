@@ -1,16 +1,23 @@
-"""Speech: a network of convolutions and a transformer recognizes words, from waveforms.
+"""Speech: convolutions and a transformer recognize words from waveforms.
 
-espeak-ng speaks them. The voices of the validation are not those of the training.
+espeak-ng speaks them. Validation uses voices that are not in the training data.
 """
+
+from __future__ import annotations
 
 import os
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 import command_line
 import numpy as np
 from absl import flags
 
 from tasks import espeak, spoken_words, task
+
+if TYPE_CHECKING:
+    import keras
+    from training.settings import Settings
 
 DEFAULTS = task.Defaults(batch_size=64, epochs=20, learning_rate=0.002)
 
@@ -23,8 +30,8 @@ _HELD_OUT_SPEAKERS = ("m5", "m8", "f4", "klatt2", "Michael", "Andrea", "linda", 
 _ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
 
 
-def _voices(speakers):
-    """Speakers, each with an accent of English; all accents get their turn."""
+def _voices(speakers: tuple[str, ...]) -> list[str]:
+    """The speakers, with the accents of English in turn."""
     return [f"{_ACCENTS[i % len(_ACCENTS)]}+{speaker}" for i, speaker in enumerate(speakers)]
 
 
@@ -49,12 +56,18 @@ FLAGS = ("voices", "held_out_voices", "takes")
 @flags.multi_flags_validator(
     ["voices", "held_out_voices"], "a voice is for training or for validation, and both need one"
 )
-def _are_apart(values):
+def _are_apart(values: dict[str, Any]) -> bool:
     train, held_out = set(values["voices"]), set(values["held_out_voices"])
-    return train and held_out and not train & held_out
+    return bool(train and held_out) and not train & held_out
 
 
-def load(settings):
+def load(settings: Settings) -> task.Task:
+    """The task.
+
+    Raises:
+        MissingExtraError: Without espeak-ng.
+        UsageError: If it lacks a voice of the flags.
+    """
     import keras
 
     import tfbig
@@ -81,16 +94,16 @@ def load(settings):
     )
 
 
-def _recordings():
+def _recordings() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     directory = pathlib.Path(_CACHE_DIR.value or pathlib.Path(home) / "tfbig")
     settings = spoken_words.Settings(_VOICES.value, _HELD_OUT_VOICES.value, _TAKES.value)
-    # Known before minutes are spent on what cannot be kept.
+    # Checked before minutes are spent on recordings that cannot be kept.
     command_line.make_writable(directory, "cache_dir")
     return spoken_words.recordings(settings, directory)
 
 
-def _layers(width=96, depth=2):
+def _layers(width: int = 96, depth: int = 2) -> tuple[keras.KerasTensor, keras.KerasTensor]:
     import keras
     from keras import layers
 
@@ -98,10 +111,10 @@ def _layers(width=96, depth=2):
 
     inputs = keras.Input((spoken_words.SAMPLES,), dtype=keras.config.floatx(), name="waveform")
     x = log_mel.LogMel(spoken_words.SAMPLE_RATE, name="log_mel")(inputs)
-    # So that no word is known by a single band, nor by the noise of its recording.
+    # So that neither a single band nor the noise of its recording gives a word away.
     x = layers.SpatialDropout1D(0.2, name="bands_dropout")(x)
     x = layers.GaussianNoise(0.3, name="noise")(x)
-    # 78 frames of 10 ms become 20 places.
+    # 78 frames of 10 ms become 20 positions.
     for i in range(2):
         x = layers.Conv1D(width, 5, strides=2, padding="same", name=f"convolution_{i}")(x)
         x = layers.LayerNormalization(name=f"norm_{i}")(x)
@@ -111,13 +124,13 @@ def _layers(width=96, depth=2):
     x = layers.LayerNormalization(name="norm")(x)
     x = layers.GlobalAveragePooling1D(name="mean")(x)
     x = layers.Dropout(0.2, name="dropout")(x)
-    # Logits in at least float32: a softmax in float16 loses its tail.
+    # Logits are at least float32: a softmax in float16 loses its tail.
     logits = layers.Dense(len(spoken_words.WORDS), dtype=keras.config.floatx(), name="logits")
     return inputs, logits(x)
 
 
-def _confused(model, validation):
-    """Lines that name the words which are taken for others most often."""
+def _confused(model: keras.Model, validation: tuple[np.ndarray, np.ndarray]) -> list[str]:
+    """Lines that name the words most often mistaken for others."""
     x, y = validation
     taken = np.concatenate(
         [np.argmax(model(part, training=False), axis=-1) for part in _parts(x, 64)]
@@ -132,5 +145,5 @@ def _confused(model, validation):
     return ["", f"{len(wrong)} of {len(y)} words of unknown voices are mistaken. Most: {said}"]
 
 
-def _parts(x, size):
+def _parts(x: np.ndarray, size: int) -> list[np.ndarray]:
     return [x[i : i + size] for i in range(0, len(x), size)]

@@ -1,4 +1,8 @@
-"""How text becomes tokens: a byte each, or pairs that occur often merged into one (BPE)."""
+"""How text becomes tokens: one for each byte, or frequent pairs merged into one (BPE)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,36 +15,36 @@ class Bytes:
     """A token for each byte.
 
     Attributes:
-        vocabulary: int, kinds of tokens, padding and start among them.
-        byte_lengths: tuple of int, the bytes of each token; 0 of padding and start.
+        vocabulary: Number of different tokens, including padding and start.
+        byte_lengths: The bytes of each token; 0 for padding and start.
     """
 
     vocabulary = len(_SPECIAL) + 256
-    byte_lengths = (0, 0, *[1] * 256)
+    byte_lengths: tuple[int, ...] = (0, 0, *[1] * 256)
 
-    def encode(self, document):
+    def encode(self, document: bytes) -> np.ndarray:
         """Tokens of UTF-8 bytes, an int32 vector."""
         return np.frombuffer(document, np.uint8).astype("int32") + len(_SPECIAL)
 
-    def decode(self, tokens):
+    def decode(self, tokens: Iterable[int]) -> bytes:
         """Bytes of a sequence of tokens."""
         return bytes(token - len(_SPECIAL) for token in tokens if token >= len(_SPECIAL))
 
 
 class BytePairs:
-    """Byte-level BPE, as GPT-2's: from bytes on, the most frequent pair becomes a token.
+    """Byte-level BPE as in GPT-2: starting with bytes, the most frequent pair becomes a token.
 
     Args:
-        documents: list of UTF-8 bytes, the text whose pairs are counted.
-        vocabulary: int, kinds of tokens at most, padding, start and 256 bytes among them.
+        documents: UTF-8 text whose pairs are counted.
+        vocabulary: Different tokens at most, including padding, start and 256 bytes.
 
-    Attributes: as those of `Bytes`.
+    Attributes: Those of `Bytes`.
 
     Raises:
         ImportError: Without the package `tokenizers`.
     """
 
-    def __init__(self, documents, vocabulary):
+    def __init__(self, documents: Iterable[bytes], vocabulary: int) -> None:
         import tokenizers
 
         byte_level = tokenizers.pre_tokenizers.ByteLevel
@@ -60,17 +64,17 @@ class BytePairs:
         self._pieces = [*special, *(bytes(bytes_of[c] for c in piece) for piece in pieces)]
         self.byte_lengths = tuple(map(len, self._pieces))
 
-    def encode(self, document):
+    def encode(self, document: bytes) -> np.ndarray:
         """Tokens of UTF-8 bytes, an int32 vector."""
         return np.array(self._tokenizer.encode(document.decode()).ids, "int32")
 
-    def decode(self, tokens):
+    def decode(self, tokens: Iterable[int]) -> bytes:
         """Bytes of a sequence of tokens."""
         return b"".join(self._pieces[token] for token in tokens)
 
 
-def _bytes_of_characters():
-    """The byte for which a character of byte-level BPE stands, after GPT-2's encoder."""
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of byte-level BPE represents, as in GPT-2's encoder."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}

@@ -1,20 +1,26 @@
-"""The transformers of the tasks, of Keras layers with rotary positions."""
+"""The transformers of the tasks: Keras layers with rotary positions."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import keras
 from keras import layers, ops
 
-# Logits and softmax in at least float32, whatever the rest computes in.
+# Logits and softmax are at least float32, whatever the rest computes in.
 _PRECISE = {"float16": "float32", "bfloat16": "float32"}
 
 
-def decoder(vocabulary, length, width, depth):
+def decoder(
+    vocabulary: int, length: int, width: int, depth: int
+) -> tuple[keras.KerasTensor, keras.KerasTensor]:
     """Inputs and outputs of a GPT-like decoder with tied embeddings.
 
     Args:
-        vocabulary: int, kinds of tokens; token 0 is padding, at the end of a window.
-        length: int, tokens of a window.
-        width: int, of the vector of a token; a multiple of 32.
-        depth: int, blocks.
+        vocabulary: Number of different tokens; token 0 is padding, at the end of a window.
+        length: Tokens of a window.
+        width: Of the vector of a token; a multiple of 32.
+        depth: Blocks.
 
     Returns:
         Tokens `(batch, length)`, and logits `(batch, length, vocabulary)` of the next ones. The
@@ -38,25 +44,25 @@ def decoder(vocabulary, length, width, depth):
 
 @keras.saving.register_keras_serializable("tfbig_scripts")
 class TiedEmbedding(layers.ReversibleEmbedding):
-    """An embedding whose other direction, from vectors to logits, keeps the mask."""
+    """An embedding whose reverse, from vectors to logits, keeps the mask."""
 
-    def compute_mask(self, inputs, mask=None):
-        # Keras 3.15 looks for padding among the vectors, as if they were tokens.
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        # Keras 3.15 looks for padding among vectors, too, as if they were tokens.
         is_reverse = keras.backend.is_float_dtype(inputs.dtype)
         return mask if is_reverse else super().compute_mask(inputs, mask)
 
 
 @keras.saving.register_keras_serializable("tfbig_scripts")
 class Block(layers.Layer):
-    """Self-attention and two dense layers, each behind a norm and beside a shortcut.
+    """Self-attention and two dense layers, each after a norm and with a shortcut.
 
-    Attention takes no mask: with `causal` padding stands after the text, which no earlier token
-    sees, and without there is none.
+    Attention takes no mask. With `causal`, padding stands after the text, where no earlier token
+    sees it; without, there is no padding.
 
     Args:
-        depth: int, blocks of the model, by which the shortcut's additions are scaled down.
-        causal: bool, whether a place sees only itself and those before.
-        head: int, width of an attention head.
+        depth: Blocks of the model: the more, the smaller their first additions to the shortcut.
+        causal: Whether a position sees only itself and those before it.
+        head: Width of an attention head.
     """
 
     def __init__(self, depth, causal, head=32, **options):
@@ -64,11 +70,11 @@ class Block(layers.Layer):
         self.depth, self.causal, self.head = depth, causal, head
         self.supports_masking = True
 
-    def build(self, shape):
+    def build(self, shape: tuple[Any, ...]) -> None:
         width = shape[-1]
         random = keras.initializers.RandomNormal
 
-        def dense(units, stddev, name, **options):
+        def dense(units: int, stddev: float, name: str, **options: Any) -> layers.Dense:
             return layers.Dense(
                 units,
                 kernel_initializer=random(stddev=stddev),
@@ -89,11 +95,11 @@ class Block(layers.Layer):
             layer.build(shape)
         self.dense2.build((*shape[:-1], 4 * width))
 
-    def call(self, x):
+    def call(self, x: Any) -> Any:
         x = x + self.attention_out(self._attend(self.attention(self.norm1(x))))
         return x + self.dense2(self.dense1(self.norm2(x)))
 
-    def _attend(self, x):
+    def _attend(self, x: Any) -> Any:
         length, width = x.shape[1], x.shape[2] // 3
         x = ops.reshape(x, (-1, length, 3, width // self.head, self.head))
         query, key, value = (x[:, :, i] for i in range(3))
@@ -107,16 +113,16 @@ class Block(layers.Layer):
         attended = ops.einsum("bhlm,bmhd->blhd", ops.cast(weights, self.compute_dtype), value)
         return ops.reshape(attended, (-1, length, width))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
         return shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         own = {"depth": self.depth, "causal": self.causal, "head": self.head}
         return super().get_config() | own
 
 
-def _rotate(x):
-    """Turns each head's vectors by angles that grow with the position.
+def _rotate(x: Any) -> Any:
+    """Rotates each head's vectors by angles that grow with the position.
 
     Reference: Su et al. 2021, "RoFormer" (arXiv:2104.09864).
     """
