@@ -84,7 +84,7 @@ def test_preempted_training_resumes(run):
     assert done.returncode == 0
     again = ["train", "describe", "delete", "create", "scp", "ssh"]
     assert verbs(calls) == [*again, *again, "train"]
-    assert "restart 2 goes on from the backup" in done.stderr
+    assert "restart 2 continues from the backup" in done.stderr
 
 
 def test_restarts_are_limited(run):
