@@ -22,7 +22,9 @@ def test_every_option_is_documented(mixin):
     own = option.declared(mixin).keys()
     for name in own if mixin is tfbig.GradientAccumulationMixin else own - inherited:
         assert f"\n        {name}: " in arguments, name
-    assert all(v.__doc__ for v in option.declared(mixin).values())
+    docs = {v.__doc__ for v in option.declared(mixin).values()}
+    assert len(docs) == len(own)
+    assert option.Option.__doc__ not in docs
 
 
 def test_a_new_option_needs_no_more_than_its_declaration():

@@ -1,5 +1,6 @@
 """`Option`: what an option of a model is, declared once."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
@@ -76,7 +77,15 @@ class Option(property, Generic[T]):
         is_tuned: bool = False,
     ):
         self.value = value or self._kept
-        super().__init__(shown or self.value, self._set, doc=doc)
+        shown = shown or self.value
+
+        @functools.wraps(shown)
+        def read(model: keras.Model) -> Any:
+            return shown(model)
+
+        # The class's own docstring would hide one that is only an argument.
+        self.__doc__ = read.__doc__ = doc
+        super().__init__(read, self._set, doc=doc)
         self.default = default
         self.check = check
         self.fits = fits

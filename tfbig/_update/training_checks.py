@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
@@ -109,14 +109,39 @@ class TrainingChecks(step_options.StepOptions):
 
     # --- fit -------------------------------------------------------------------
 
-    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:  # Any: those of Keras.
-        arguments = fit_context.arguments_of(super().fit, args, kwargs)
-        with fit_context.prepare_fit(self, arguments, self._options()) as arguments:
-            try:
-                return super().fit(**arguments)
-            finally:
-                # Of a callback that was not told that training ended.
-                self.input_clock = None
+    if TYPE_CHECKING:
+        # What editors show. A class that is extended may have a `fit` with other arguments.
+        def fit(
+            self,
+            x: _types.Structure = None,
+            y: _types.Structure = None,
+            batch_size: int | None = None,
+            epochs: int = 1,
+            verbose: int | str = "auto",
+            callbacks: Sequence[_types.Callback] | None = None,
+            validation_split: float = 0.0,
+            validation_data: _types.Structure = None,
+            shuffle: bool | str = True,
+            class_weight: Mapping[int, float] | None = None,
+            sample_weight: _types.Structure = None,
+            initial_epoch: int = 0,
+            steps_per_epoch: int | None = None,
+            validation_steps: int | None = None,
+            validation_batch_size: int | None = None,
+            validation_freq: int = 1,
+        ) -> keras.callbacks.History: ...
+
+    else:
+
+        @functools.wraps(keras.Model.fit)
+        def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:  # Any: of Keras.
+            arguments = fit_context.arguments_of(super().fit, args, kwargs)
+            with fit_context.prepare_fit(self, arguments, self._options()) as arguments:
+                try:
+                    return super().fit(**arguments)
+                finally:
+                    # Of a callback that was not told that training ended.
+                    self.input_clock = None
 
     def _build_for(self, specs: _types.Structure) -> None:
         if not self._has_own_step:
