@@ -34,8 +34,8 @@ class Option(property, Generic[T]):
 
     Declared as an attribute of the mixin that takes it. Everything else follows from the
     declaration: the constructor takes the option, `get_config` saves it, `clone_model`, `extend`
-    and tuners hand it on, `check_equivalence` and `tpu_check` turn it off, and a `train_step` of
-    the user's own in which it would have no effect is refused.
+    and tuners hand it on, `tpu_check` turns it off for the model that it compares with, and a
+    `train_step` of the user's own in which it would have no effect is refused.
 
     Args:
         default: The value of a model that was given none.
@@ -51,7 +51,7 @@ class Option(property, Generic[T]):
         asks: Function of model and value: whether the value asks for anything at all. Defaults to
             whether it is neither None nor False.
         plain: The value with which a model trains as plain Keras does.
-        needs_own_step: Whether Keras's `train_step` cannot do what the option asks for.
+        needs_tfbig_step: Whether Keras's `train_step` cannot do what the option asks for.
         passed_on: How a `train_step` of the user's own hands the option to the two halves of an
             update; None if it cannot.
         logs: Names that the option adds to the logs of `fit`.
@@ -71,7 +71,7 @@ class Option(property, Generic[T]):
         changed: Callable[[Any], None] = _rebuild,
         asks: Callable[[Any, Any], bool] = _is_given,
         plain: Any = None,
-        needs_own_step: bool = False,
+        needs_tfbig_step: bool = False,
         passed_on: str | None = None,
         logs: tuple[str, ...] = (),
         is_tuned: bool = False,
@@ -91,7 +91,7 @@ class Option(property, Generic[T]):
         self.fits = fits
         self.asks = asks
         self.plain = plain
-        self.needs_own_step = needs_own_step
+        self.needs_tfbig_step = needs_tfbig_step
         self.passed_on = passed_on
         self.logs = logs
         self.is_tuned = is_tuned

@@ -66,7 +66,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         check=bool,
         plain=False,
         doc="Whether logs hold the global norm of the gradient, before clipping.",
-        needs_own_step=True,
+        needs_tfbig_step=True,
         passed_on="log_grad_norm=True to tfbig.apply_gradients",
         logs=("grad_norm",),
     )
@@ -76,7 +76,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         plain=False,
         doc="Whether logs hold the gradient noise scale, in samples.",
         changed=_set_noise_scale,
-        needs_own_step=True,
+        needs_tfbig_step=True,
         logs=("gradient_noise_scale",),
     )
     # What `recomputation.check` returns.
@@ -86,7 +86,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         doc="True, the layers, or the predicate, of what is recomputed; None for nothing.",
         fits=recomputation.check_fits,
         saved=recomputation.serialized,
-        needs_own_step=True,
+        needs_tfbig_step=True,
         is_tuned=True,
     )
     exchange_dtype: Option[str | None] = Option(
@@ -122,10 +122,10 @@ class StepOptions(_keras.trainer.TrainerOverrides):
             )
 
     @property
-    def _needs_own_step(self) -> bool:
+    def _needs_tfbig_step(self) -> bool:
         """Whether an option asks for what Keras's own step does not do."""
         options = declared(type(self)).values()
-        return any(option.needs_own_step and option.is_asked(self) for option in options)
+        return any(option.needs_tfbig_step and option.is_asked(self) for option in options)
 
     def _options(self) -> dict[str, Any]:
         """The options as they are saved and handed on."""

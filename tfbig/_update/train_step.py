@@ -107,8 +107,8 @@ class TrainStep(training_checks.TrainingChecks):
             with tf.init_scope():
                 self.optimizer.build(self.trainable_variables)
         split = self._batch_split()
-        needs_own_step = self.loss_scale_state is not None or self._needs_own_step
-        if not needs_own_step and self._is_step_of_keras(split, data):
+        needs_tfbig_step = self.loss_scale_state is not None or self._needs_tfbig_step
+        if not needs_tfbig_step and self._is_step_of_keras(split, data):
             return self._run_keras_step(super().train_step, data)
         micro_batches = self._micro_batches(data, split, training=True)
         local_gradients = self._accumulate(micro_batches, micro_batches.exchanged_counts())
