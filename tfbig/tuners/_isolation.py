@@ -1,61 +1,66 @@
-"""Each trial in a process of its own: the program is run again, up to its `search`.
+"""Runs each trial in a process of its own: the program starts again, and runs up to `search`.
 
-There, it runs one trial and ends. Nothing has to be pickled, and nothing that a trial leaves
-in memory stays.
+There it runs one trial, and exits. Nothing needs to be pickled, and nothing that a trial leaves in
+memory remains.
 """
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 from tfbig import errors
 
+if TYPE_CHECKING:
+    from tfbig.distribute._workers import Workers
+
 __all__ = ("check", "end_trial_process", "is_trial_process", "run_trials")
 
-# Names, for the process of a trial, the search that it belongs to.
+# Tells a trial process to which search it belongs.
 _VARIABLE = "TFBIG_TRIAL_OF"
 
-# Exit codes of a process of a trial: there may be another trial, or there is none.
+# Exit codes of a trial process: there may be another trial, or there is none.
 _ONE_MORE, _NONE_LEFT = 75, 76
 
 
-def check(workers):
-    """Raises where there is no program to run again, or only part of one."""
+def check(workers: "Workers") -> None:
+    """Raises if there is no program to run again, or only part of one."""
     if workers.count > 1:
         raise errors.InvalidOptionError(
-            "isolate=True runs this program again, not the other workers that train a trial with "
-            f"it. Received: a distribution_strategy over {workers.count} workers."
+            "`isolate` needs a single worker: it cannot run the programs of other workers again. "
+            f"Received: isolate=True and a distribution_strategy over {workers.count} workers."
         )
     if not hasattr(sys.modules["__main__"], "__file__"):
         raise errors.InvalidOptionError(
-            "isolate=True runs the program again for each trial. Received: a session without a "
-            "program, as a notebook is. Write the search into a file."
+            "`isolate` needs a program that can be run again for each trial. Received: isolate="
+            "True in an interactive session. Put the search into a file."
         )
 
 
-def is_trial_process(search):
-    """Whether this process is to run one trial of a search."""
+def is_trial_process(search: str) -> bool:
+    """Whether this process runs one trial of a search."""
     return os.environ.get(_VARIABLE) == search
 
 
-def end_trial_process(is_over):
-    """Ends the process of a trial, without what the program does after its search."""
+def end_trial_process(is_over: bool) -> NoReturn:
+    """Exits from a trial process, before the program does what follows its search."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(_NONE_LEFT if is_over else _ONE_MORE)
 
 
-def run_trials(search, on_death):
-    """Runs one process after the other, until there are no trials any more.
+def run_trials(search: str, on_death: Callable[[int, str], bool]) -> None:
+    """Runs one process after the other until no trials are left.
 
     Args:
-        search: str, which search.
-        on_death: function of a process id and a sentence: called where a process died in the
-            middle of a trial. Returns whether that was so.
+        search: The name of the search.
+        on_death: Called with the id of a process that died and a message. Returns whether it died
+            in the middle of a trial.
 
     Raises:
-        SearchError: If a process ended in another way.
+        SearchError: If a process died before its trial began.
     """
     while True:
         process = subprocess.Popen(
@@ -64,7 +69,7 @@ def run_trials(search, on_death):
         try:
             code = process.wait()
         except BaseException:
-            # Ctrl-C reaches it as well; it lets others take its trial.
+            # Ctrl-C reaches the process as well, which then releases its trial.
             process.send_signal(signal.SIGINT)
             process.wait()
             raise
@@ -75,9 +80,9 @@ def run_trials(search, on_death):
         if code < 0:
             what = f"was ended by {signal.Signals(-code).name}"
         else:
-            what = f"ended with exit code {code}"
+            what = f"exited with code {code}"
         if not on_death(process.pid, f"The process of the trial {what}."):
             raise errors.SearchError(
-                f"The process of a trial {what} before the trial began. With isolate=True the "
-                "program is run again for each trial; see what it printed."
+                f"A trial process {what} before its trial began. With isolate=True, the program "
+                "runs again for each trial, so see what it printed."
             )

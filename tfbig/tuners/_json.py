@@ -1,23 +1,31 @@
-"""Values of hyperparameters as JSON texts that keep their type.
+"""Values of hyperparameters as JSON that keeps their type.
 
-A tuple is not a list, True is not 1, 1.0 is not 1, and a float is the same to the bit.
+A tuple stays a tuple, True is not 1, 1.0 is not 1, and a float stays the same to the bit.
 """
 
 import json
 import math
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from tfbig import errors
 
+if TYPE_CHECKING:
+    from tfbig.tuners import _tuner_types
+
 __all__ = ("canonical", "dumps", "loads")
 
-# Stands for what JSON has no word for: tuples, and dictionaries that look like this.
+# What `json` reads and writes.
+_Json: TypeAlias = Any
+
+# These keys mark what JSON cannot express: tuples, floats that are not finite, and dictionaries
+# that look like one of these.
 _TUPLE, _DICT, _FLOAT = "__tuple__", "__dict__", "__float__"
 
 
-def dumps(value):
-    """A value as a text.
+def dumps(value: "_tuner_types.Value") -> str:
+    """A value as JSON.
 
     Raises:
         InvalidOptionError: If the value is not made of None, bool, int, float, str,
@@ -26,17 +34,17 @@ def dumps(value):
     return json.dumps(_encoded(value), sort_keys=True)
 
 
-def loads(text):
-    """The value that `dumps` was given."""
+def loads(text: str) -> "_tuner_types.Value":
+    """The value that `dumps` received."""
     return _decoded(json.loads(text))
 
 
-def canonical(value):
-    """The value with NumPy's scalars turned into Python's."""
+def canonical(value: "_tuner_types.Value") -> "_tuner_types.Value":
+    """The value with NumPy's scalars converted to Python's."""
     return loads(dumps(value))
 
 
-def _encoded(value):
+def _encoded(value: "_tuner_types.Value") -> _Json:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -56,11 +64,11 @@ def _encoded(value):
     )
 
 
-def _is_marked(items):
+def _is_marked(items: dict[str, _Json]) -> bool:
     return next(iter(items)) in (_TUPLE, _DICT, _FLOAT)
 
 
-def _decoded(value):
+def _decoded(value: _Json) -> "_tuner_types.Value":
     if isinstance(value, list):
         return [_decoded(v) for v in value]
     if not isinstance(value, dict):

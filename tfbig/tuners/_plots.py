@@ -1,100 +1,132 @@
 """The plots of a search, as HTML."""
 
 import base64
+import functools
 import html
 import importlib.util
 import io
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tfbig import errors
 from tfbig.tuners import _results
 
 __all__ = ("figures",)
 
+# matplotlib's axes, one or an array of them; it is imported only if it is installed.
+_Axes: TypeAlias = Any
+_Draw: TypeAlias = Callable[[], _Axes]
+_Target: TypeAlias = Callable[[FrozenTrial], float] | None
+
 
 class _NothingToDraw(Exception):  # noqa: N818
-    """Why a plot is left out."""
+    """Says why a plot is left out."""
 
 
-def _plots(study, names):
-    """Pairs of a title and a function that draws with matplotlib and returns what it drew on."""
-    import numpy as np
-    from matplotlib import ticker
+def _plots(study: optuna.Study, names: list[str]) -> Iterator[tuple[str, _Draw]]:
+    """Pairs of a title and a function that draws with matplotlib and returns the axes."""
+    plots = _Plots(study, names)
+    if len(names) > 1:
+        yield "Pareto front", plots.front
+    for i, name in enumerate(names):
+        of = "" if len(names) == 1 else f" of {name}"
+        yield f"Optimization history{of}", functools.partial(plots.history, i)
+        yield f"Importance for {name}", functools.partial(plots.importance, i)
+        yield f"Slices{of}", functools.partial(plots.slices, i)
+    yield "Parallel coordinates", plots.coordinates
+    yield "Rungs: the objective after each epoch", plots.rungs
 
-    draw: Any = optuna.visualization.matplotlib
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    reported = [t for t in study.get_trials(deepcopy=False) if t.intermediate_values]
-    has_params = any(t.params for t in complete)
 
-    def needs(condition, why):
-        if not condition:
-            raise _NothingToDraw(why)
+def _needs(condition: object, why: str) -> None:
+    if not condition:
+        raise _NothingToDraw(why)
 
-    def needs_complete():
-        needs(complete, "no trial is complete yet")
 
-    def history(target, name):
-        needs_complete()
-        return draw.plot_optimization_history(study, target=target, target_name=name)
+class _Plots:
+    """Draws the plots of a study; each method raises `_NothingToDraw` if it cannot.
 
-    def slices(target, name):
-        needs_complete()
-        needs(has_params, "there is no hyperparameter to search")
-        axes = draw.plot_slice(study, target=target, target_name=name)
+    Args:
+        study: From `_results.study_of`.
+        names: The names of the objectives.
+    """
+
+    def __init__(self, study: optuna.Study, names: list[str]) -> None:
+        self._study = study
+        self._names = names
+        # Untyped, as matplotlib's axes are.
+        self._optuna: Any = optuna.visualization.matplotlib
+        self._complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        self._has_params = any(t.params for t in self._complete)
+
+    def _needs_complete(self) -> None:
+        _needs(self._complete, "no trial is complete yet")
+
+    def _target(self, i: int) -> _Target:
+        """How Optuna finds the value of an objective; None if there is only one."""
+        return None if len(self._names) == 1 else lambda trial: trial.values[i]
+
+    def history(self, i: int) -> _Axes:
+        self._needs_complete()
+        return self._optuna.plot_optimization_history(
+            self._study, target=self._target(i), target_name=self._names[i]
+        )
+
+    def slices(self, i: int) -> _Axes:
+        import numpy as np
+        from matplotlib import ticker
+
+        self._needs_complete()
+        _needs(self._has_params, "there is no hyperparameter to search")
+        axes = self._optuna.plot_slice(
+            self._study, target=self._target(i), target_name=self._names[i]
+        )
         for axis in np.ravel(axes):
             axis.tick_params(axis="x", labelrotation=30)
-            # Of a logarithmic axis they would stand upon each other.
+            # On a logarithmic axis, minor labels would overlap.
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         return axes
 
-    def weights(i):
-        needs(len(complete) > 1, "it needs at least 2 complete trials")
+    def importance(self, i: int) -> _Axes:
+        _needs(len(self._complete) > 1, "it needs at least 2 complete trials")
         try:
-            shares = _results.shares_in(study, i)
+            shares = _results.shares_in(self._study, i)
         except errors.InvalidOptionError as e:
             raise _NothingToDraw(str(e).rstrip(".")) from None
-        needs(shares, "there is no hyperparameter that all complete trials have")
+        _needs(shares, "there is no hyperparameter that all complete trials have")
         return _draw_shares(shares)
 
-    def coordinates():
-        needs_complete()
-        needs(has_params, "there is no hyperparameter to search")
-        axes = draw.plot_parallel_coordinate(study, target_name=names[0])
-        count = len(names) + len({name for t in complete for name in t.params})
+    def coordinates(self) -> _Axes:
+        self._needs_complete()
+        _needs(self._has_params, "there is no hyperparameter to search")
+        axes = self._optuna.plot_parallel_coordinate(self._study, target_name=self._names[0])
+        count = len(self._names) + len({name for t in self._complete for name in t.params})
         axes.figure.set_size_inches(max(6.4, 1.8 * count), 5)
         return axes
 
-    def rungs():
-        needs(len(names) == 1, "of several objectives no values are reported in between")
-        needs(reported, "no trial reported values after its epochs")
-        axes = draw.plot_intermediate_values(study)
-        axes.set(xlabel="epoch", ylabel=names[0])
+    def rungs(self) -> _Axes:
+        from matplotlib import ticker
+
+        reported = [t for t in self._study.get_trials(deepcopy=False) if t.intermediate_values]
+        _needs(len(self._names) == 1, "with several objectives, epochs are not reported")
+        _needs(reported, "no trial reported values after its epochs")
+        axes = self._optuna.plot_intermediate_values(self._study)
+        axes.set(xlabel="epoch", ylabel=self._names[0])
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         if len(reported) > 20 and (legend := axes.get_legend()) is not None:
             legend.remove()
         return axes
 
-    def front():
-        needs_complete()
-        needs(len(names) <= 3, f"there are {len(names)} objectives, and it can show 3")
-        return draw.plot_pareto_front(study, target_names=names)
-
-    if len(names) > 1:
-        yield "Pareto front", front
-    for i, name in enumerate(names):
-        target = None if len(names) == 1 else lambda trial, i=i: trial.values[i]
-        of = "" if len(names) == 1 else f" of {name}"
-        yield f"Optimization history{of}", lambda t=target, n=name: history(t, n)
-        yield f"Importance for {name}", lambda i=i: weights(i)
-        yield f"Slices{of}", lambda t=target, n=name: slices(t, n)
-    yield "Parallel coordinates", coordinates
-    yield "Rungs: the objective after each epoch", rungs
+    def front(self) -> _Axes:
+        self._needs_complete()
+        count = len(self._names)
+        _needs(count <= 3, f"there are {count} objectives, and it can show 3")
+        return self._optuna.plot_pareto_front(self._study, target_names=self._names)
 
 
-def _draw_shares(shares):
+def _draw_shares(shares: dict[str, float]) -> _Axes:
     from matplotlib import pyplot
 
     _, axes = pyplot.subplots(figsize=(6.4, 1 + 0.4 * len(shares)))
@@ -104,14 +136,14 @@ def _draw_shares(shares):
     return axes
 
 
-def _png(draw):
-    """What a function draws, as the bytes of a PNG."""
+def _png(draw: _Draw) -> bytes:
+    """What a function draws, as a PNG."""
     import matplotlib
     import numpy as np
     from matplotlib import pyplot
 
     before = set(pyplot.get_fignums())
-    # Optuna sets a style for all figures of the process; a notebook would show each.
+    # Optuna sets a style for all figures of the process, and a notebook would show each figure.
     with matplotlib.rc_context(), pyplot.ioff():
         try:
             axes = np.ravel(draw())
@@ -126,8 +158,8 @@ def _png(draw):
     return data.getvalue()
 
 
-def figures(study, names):
-    """The plots as HTML; where there is none, a sentence that says why."""
+def figures(study: optuna.Study, names: list[str]) -> Iterator[str]:
+    """The plots as HTML; instead of one that is left out, the reason."""
     if importlib.util.find_spec("matplotlib") is None:
         yield "<p>The plots are left out: they need matplotlib. pip install tfbig[plots]</p>"
         return
@@ -139,7 +171,7 @@ def figures(study, names):
         except _NothingToDraw as e:
             shown = f"<p>Left out: {html.escape(str(e))}.</p>"
         except Exception as e:
-            # A page without one plot is worth more than none.
+            # A page that lacks a plot is better than no page.
             why = f"it could not be drawn ({type(e).__name__}: {e})"
             shown = f"<p>Left out: {html.escape(why)}.</p>"
         yield f"<h3>{title}</h3>\n{shown}"

@@ -1,21 +1,27 @@
-"""Samplers and pruners by name, or made by a user's function of a seed.
+"""Samplers and pruners, by name or from a user's function of a seed.
 
-A sampler is made anew for each trial, seeded by the search's seed and the trial's number:
-a search that is resumed suggests what it would have suggested.
+Each trial has a sampler of its own, seeded by the seed of the search and the index of the trial, so
+that a resumed search makes the same suggestions.
 """
 
 import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import optuna
 
 from tfbig import errors
 from tfbig.tuners import _study
 
-__all__ = ("Maker", "pruner", "sampler")
+if TYPE_CHECKING:
+    from tfbig.tuners import _tuner_types
+
+__all__ = ("Maker", "PrunerOption", "SamplerOption", "pruner", "sampler")
+
+# A sampler or a pruner, as the name of its maker says.
+_Made: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,39 +29,48 @@ class Maker:
     """Makes samplers or pruners.
 
     Attributes:
-        name: str, the same in all processes of a search.
-        make: function of two seeds, of the trial and of the search.
+        name: The same in all processes of a search.
+        make: Makes one, given the seed of a trial and that of the search.
     """
 
     name: str
-    make: Callable[[int, int], Any]
+    make: Callable[[int, int], _Made]
 
 
-def _tpe(seed, at_random=10):
-    # Regards running trials as bad ones, so that parallel processes look elsewhere.
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=at_random, constant_liar=True)
+# A name, or a function of a seed; a class counts as a function without one.
+SamplerOption: TypeAlias = (
+    str | Maker | Callable[[int], optuna.samplers.BaseSampler] | type[optuna.samplers.BaseSampler]
+)
+PrunerOption: TypeAlias = (
+    str | Callable[[int], optuna.pruners.BasePruner] | type[optuna.pruners.BasePruner] | None
+)
 
 
-def _gp(seed, at_random=10):
+def _tpe(seed: int, random_trials: int = 10) -> optuna.samplers.BaseSampler:
+    # Considers running trials bad, so that parallel processes look elsewhere.
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=random_trials, constant_liar=True)
+
+
+def _gp(seed: int, random_trials: int = 10) -> optuna.samplers.BaseSampler:
     return optuna.samplers.GPSampler(
-        seed=seed, n_startup_trials=at_random, deterministic_objective=False
+        seed=seed, n_startup_trials=random_trials, deterministic_objective=False
     )
 
 
-def _hyperopt(seed):
+def _hyperopt(seed: int) -> optuna.samplers.BaseSampler:
     from tfbig.tuners._hyperopt import HyperoptSampler
 
     return HyperoptSampler(seed=seed)
 
 
-def _qmc(seed, of_search):
-    # The sequence is one for all trials; the study knows how much of it is used.
+def _qmc(seed: int, of_search: int) -> optuna.samplers.BaseSampler:
+    # All trials share one sequence; the study knows how much of it is used.
     rest = optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.QMCSampler(seed=of_search, scramble=True, independent_sampler=rest)
 
 
-def _by_trial(function):
-    """A function of a trial's seed as one of that and the search's."""
+def _by_trial(function: Callable[[int], _Made]) -> Callable[[int, int], _Made]:
+    """Ignores the seed of the search."""
     return lambda seed, of_search: function(seed)
 
 
@@ -69,8 +84,8 @@ _SAMPLERS = {
     "hyperopt": _by_trial(_hyperopt),
 }
 
-# Modules that a sampler needs besides Optuna, and what to install.
-_NEEDS = {
+# The modules that a sampler needs besides Optuna, and what to install.
+_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "gp": (("torch", "scipy"), "torch scipy"),
     "cmaes": (("cmaes",), "cmaes"),
     "qmc": (("scipy",), "scipy"),
@@ -85,73 +100,79 @@ _PRUNERS = {
 }
 
 
-def beginning_at_random(given, trials):
-    """The `Maker` of a sampler that begins with trials at random."""
+def beginning_at_random(given: SamplerOption, trials: int) -> Maker:
+    """Makes samplers that begin with random trials."""
     if type(trials) is not int or trials < 1:
         raise errors.InvalidOptionError(
             "`num_initial_points` must be an integer >= 1. Received: "
             f"num_initial_points={trials!r}."
         )
-    made = {"tpe": _tpe, "gp": _gp}.get(given)
-    if made is None:
+    made = {"tpe": _tpe, "gp": _gp}.get(given) if isinstance(given, str) else None
+    if made is None or not isinstance(given, str):
         raise errors.InvalidOptionError(
-            f"`num_initial_points` goes with sampler='tpe' or 'gp'. Received: sampler={given!r}."
+            f"`num_initial_points` needs sampler='tpe' or 'gp'. Received: sampler={given!r}."
         )
     _check_installed(given)
     return Maker(
-        f"{given} after {trials} at random", _by_trial(functools.partial(made, at_random=trials))
+        f"{given} after {trials} at random",
+        _by_trial(functools.partial(made, random_trials=trials)),
     )
 
 
-def _check_installed(name):
+def _check_installed(name: str) -> None:
     modules, install = _NEEDS.get(name, ((), ""))
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise errors.InvalidOptionError(
-            f"sampler={name!r} needs {' and '.join(missing)}, not installed here. "
+            f"sampler={name!r} needs {' and '.join(missing)}, which is not installed. "
             f"pip install {install}"
         )
 
 
-def sampler(given, storage):
-    """The `Maker` of the samplers that a user asks for.
+def sampler(given: SamplerOption, storage: str | None) -> Maker:
+    """Makes the samplers that a user asks for.
 
     Args:
-        given: str, one of the names above, or a function of a seed.
-        storage: that of the search.
+        given: One of the names above, or a function of a seed.
+        storage: Of the search.
 
     Raises:
-        InvalidOptionError: If it is neither; if the name needs what is not installed; or if it
-            would unpickle what others may have written.
+        InvalidOptionError: If it is neither; if the name needs a package that is not installed; or
+            if the sampler would unpickle what others may have written.
     """
     if isinstance(given, Maker):
         return given
     found = _maker("sampler", given, _SAMPLERS)
     if isinstance(given, str):
         _check_installed(given)
-    if given == "cmaes" and storage not in (None, _study.MEMORY):
+    if given == "cmaes" and storage is not None and storage != _study.MEMORY:
         raise errors.InvalidOptionError(
-            "sampler='cmaes' keeps a pickle in the study, and unpickles what it finds there. "
-            f"Received: storage={_study.shown(storage)!r}, to which others may write. Use the "
-            "default storage, or another sampler; or give a function of a seed if you trust it."
+            "sampler='cmaes' must not be used with a storage to which others may write, because it "
+            f"unpickles what it finds there. Received: storage={_study.shown(storage)!r}. Use the "
+            "default storage or another sampler; or pass a function of a seed if you trust the "
+            "storage."
         )
     return found
 
 
-def pruner(given, objective):
-    """The `Maker` of the pruners that a user asks for; None for none."""
+def pruner(given: PrunerOption, objective: "_tuner_types.Objective") -> Maker | None:
+    """Makes the pruners that a user asks for; None for none."""
     if given is None:
         return None
     found = _maker("pruner", given, _PRUNERS)
     if hasattr(objective, "objectives"):
         raise errors.InvalidOptionError(
-            "A pruner goes with one objective; of several, none says which trial is worse. "
+            "`pruner` needs a single objective: with several, it cannot say which trial is worse. "
             f"Received: pruner={found.name!r} and {len(objective.objectives)} objectives."
         )
     return found
 
 
-def _maker(kind, given, known):
+def _maker(
+    kind: Literal["sampler", "pruner"],
+    given: SamplerOption | PrunerOption,
+    known: dict[str, Callable[[int, int], _Made]],
+) -> Maker:
     if isinstance(given, str) and given in known:
         return Maker(given, known[given])
     base = optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner

@@ -1,13 +1,16 @@
 """KerasTuner's hyperparameters as Optuna's parameters, and back."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 from optuna import distributions
 
 from tfbig.tuners import _hyperparameters as hps
 from tfbig.tuners import _json
+
+if TYPE_CHECKING:
+    from tfbig.tuners import _tuner_types
 
 __all__ = (
     "all_values",
@@ -19,48 +22,54 @@ __all__ = (
 )
 
 
+# From a value of a parameter to one of a hyperparameter, or back.
+_Convert: TypeAlias = "Callable[[_tuner_types.Value], _tuner_types.Value]"
+
+
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """How a hyperparameter is searched.
 
     Attributes:
-        name: str, its name in the study.
-        distribution: `optuna.distributions.BaseDistribution`.
-        decode: function, from the parameter's value to the hyperparameter's.
-        encode: function, the other way.
+        name: The name of the parameter in the study.
+        distribution: What the parameter may be.
+        decode: Converts the parameter's value to the hyperparameter's.
+        encode: Converts it back.
     """
 
     name: str
     distribution: distributions.BaseDistribution
-    decode: Callable[[Any], Any]
-    encode: Callable[[Any], Any]
+    decode: _Convert
+    encode: _Convert
 
 
-def parameter_of(hp, known=None):
-    """The `Parameter` of a hyperparameter; None if there is nothing to search.
+def parameter_of(
+    hp: "_tuner_types.Hyperparameter",
+    known: Mapping[str, distributions.BaseDistribution] | None = None,
+) -> Parameter | None:
+    """The parameter of a hyperparameter; None if there is nothing to search.
 
     Args:
-        hp: A hyperparameter of `_hyperparameters`.
-        known: dictionary from names to distributions that the study has seen. A name
-            whose distribution does not go with this one's is left alone: the parameter
-            is then called "name #2", and so on.
+        hp: One of `_hyperparameters`.
+        known: Distributions in the study, by name. If the distribution under this parameter's name
+            is not compatible, the parameter is called "name #2", and so on.
     """
     made = _MAKERS[type(hp).__name__](hp)
     if made is None:
         return None
-    name, distribution, decode, encode = made
+    name, distribution = made.name, made.distribution
     # The same name may stand under two conditions, with different ranges.
     for condition in hp.conditions:
         values = ", ".join(_json.dumps(v) for v in condition.values)
         name += f" [{condition.name}: {values}]"
     known, unique, number = known or {}, name, 1
-    while unique in known and not _go_together(known[unique], distribution):
+    while unique in known and not _are_compatible(known[unique], distribution):
         number += 1
         unique = f"{name} #{number}"
-    return Parameter(unique, distribution, decode, encode)
+    return dataclasses.replace(made, name=unique)
 
 
-def _go_together(a, b):
+def _are_compatible(a: distributions.BaseDistribution, b: distributions.BaseDistribution) -> bool:
     try:
         distributions.check_distribution_compatibility(a, b)
     except ValueError:
@@ -68,24 +77,27 @@ def _go_together(a, b):
     return True
 
 
-def _unchanged(value):
+def _unchanged(value: "_tuner_types.Value") -> "_tuner_types.Value":
     return value
 
 
-def _of_choice(hp):
+def _of_choice(hp: "_tuner_types.Hyperparameter") -> Parameter:
     texts = [_json.dumps(v) for v in hp.values]
     simple = all(v is None or isinstance(v, bool | int | float | str) for v in hp.values)
-    # Optuna compares with ==, by which 1, 1.0 and True are one; and has no tuples.
+    # Optuna compares with ==, so that 1, 1.0 and True are the same; and it has no tuples.
     if simple and len(set(hp.values)) == len(texts):
-        return hp.name, distributions.CategoricalDistribution(hp.values), _unchanged, _unchanged
-    return hp.name, distributions.CategoricalDistribution(texts), _json.loads, _json.dumps
+        kinds = distributions.CategoricalDistribution(hp.values)
+        return Parameter(hp.name, kinds, _unchanged, _unchanged)
+    kinds = distributions.CategoricalDistribution(texts)
+    return Parameter(hp.name, kinds, _json.loads, _json.dumps)
 
 
-def _of_boolean(hp):
-    return hp.name, distributions.CategoricalDistribution([False, True]), _unchanged, _unchanged
+def _of_boolean(hp: "_tuner_types.Hyperparameter") -> Parameter:
+    kinds = distributions.CategoricalDistribution([False, True])
+    return Parameter(hp.name, kinds, _unchanged, _unchanged)
 
 
-def _of_number(hp):
+def _of_number(hp: "_tuner_types.Hyperparameter") -> Parameter:
     kind = type(hp.min_value)
     low, high = hp.min_value, hp.max_value
     is_log = hp.sampling != "linear"
@@ -94,33 +106,33 @@ def _of_number(hp):
     distribution: distributions.BaseDistribution
     if kind is int:
         step = 1 if is_log else hp.step
-        # Optuna warns of a range that steps do not end with.
+        # Optuna warns if the last step does not reach the end of the range.
         high = low + (high - low) // step * step
         distribution = distributions.IntDistribution(low, high, log=is_log, step=step)
     else:
         distribution = distributions.FloatDistribution(low, high, log=is_log)
     if hp.sampling == "reverse_log":
 
-        def mirrored(value):
-            # A sum of floats may be rounded over an end.
+        def mirrored(value: "_tuner_types.Value") -> "_tuner_types.Value":
+            # Rounding may take a sum of floats out of the range.
             return min(max(low + high - value, low), high)
 
-        return f"{hp.name} ({low + high:g} - value)", distribution, mirrored, mirrored
-    return hp.name, distribution, _unchanged, _unchanged
+        return Parameter(f"{hp.name} ({low + high:g} - value)", distribution, mirrored, mirrored)
+    return Parameter(hp.name, distribution, _unchanged, _unchanged)
 
 
-def _of_steps(hp):
-    """By number of the step: Optuna rounds sums of steps, and has no geometric ones."""
+def _of_steps(hp: "_tuner_types.Hyperparameter") -> Parameter:
+    """Searches the index of a step: Optuna rounds sums of steps, and has no geometric steps."""
     values = list(hp.values)
     distribution = distributions.IntDistribution(0, len(values) - 1)
-    return f"{hp.name} (step)", distribution, values.__getitem__, values.index
+    return Parameter(f"{hp.name} (step)", distribution, values.__getitem__, values.index)
 
 
-def _of_fixed(hp):
+def _of_fixed(hp: "_tuner_types.Hyperparameter") -> None:
     del hp
 
 
-_MAKERS = {
+_MAKERS: "dict[str, Callable[[_tuner_types.Hyperparameter], Parameter | None]]" = {
     hps.Boolean.__name__: _of_boolean,
     hps.Choice.__name__: _of_choice,
     hps.Fixed.__name__: _of_fixed,
@@ -129,16 +141,17 @@ _MAKERS = {
 }
 
 
-def suggested(value_of, hyperparameters, known):
+def suggested(
+    value_of: "Callable[[str, distributions.BaseDistribution], _tuner_types.Value]",
+    hyperparameters: hps.HyperParameters,
+    known: Mapping[str, distributions.BaseDistribution],
+) -> "_tuner_types.Values":
     """Values for all active hyperparameters.
 
     Args:
-        value_of: function of a parameter's name and distribution, that suggests its value.
-        hyperparameters: `HyperParameters`.
-        known: as for `parameter_of`.
-
-    Returns:
-        A dictionary of values by name.
+        value_of: Suggests the value of a parameter, by its name and distribution.
+        hyperparameters: The space.
+        known: As for `parameter_of`.
     """
     found = hps.HyperParameters()
     for hp in hyperparameters.space:
@@ -153,17 +166,22 @@ def suggested(value_of, hyperparameters, known):
     return found.values
 
 
-def parameters_of(hyperparameters, values, known):
-    """What the study is told of a trial with these values.
+def parameters_of(
+    hyperparameters: hps.HyperParameters,
+    values: "_tuner_types.Values",
+    known: Mapping[str, distributions.BaseDistribution],
+) -> "tuple[_tuner_types.Values, dict[str, distributions.BaseDistribution]]":
+    """What the study stores of a trial with these values.
 
-    A value outside of its range, as a default may be, is left out.
+    Values out of range, which defaults may be, are left out.
 
     Returns:
-        A dictionary from parameters' names to their values, and one to distributions.
+        The values and the distributions of the parameters, by name.
     """
     found = hps.HyperParameters()
     found.values = values
-    params, by_name = {}, {}
+    params: _tuner_types.Values = {}
+    by_name: dict[str, distributions.BaseDistribution] = {}
     for hp in hyperparameters.space:
         if hp.name not in values or not found._conditions_are_active(hp.conditions):
             continue
@@ -181,30 +199,35 @@ def parameters_of(hyperparameters, values, known):
     return params, by_name
 
 
-def all_values(hp):
-    """What a hyperparameter may be; None if that is endless."""
+def all_values(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Value] | None":
+    """All values that a hyperparameter may have; None if there are infinitely many."""
     if isinstance(hp, hps.Float) and hp.step is None:
         return None
     if isinstance(hp, hps.Int) and (hp.step is None or hp.sampling == "linear"):
         return range(hp.min_value, hp.max_value + 1, hp.step or 1)
-    return hp.values
+    values: Iterable[_tuner_types.Value] = hp.values
+    return values
 
 
-def grid_values(hp):
-    """What a hyperparameter is in a grid: of an endless range, ten values."""
-    return hp.values
+def grid_values(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Value]":
+    """The values of a hyperparameter in a grid; ten if there are infinitely many."""
+    values: Iterable[_tuner_types.Value] = hp.values
+    return values
 
 
-def combinations(hyperparameters, values_of):
-    """All combinations, one dictionary each, the defaults first.
+def combinations(
+    hyperparameters: hps.HyperParameters,
+    values_of: "Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None]",
+) -> "Iterator[_tuner_types.Values]":
+    """All combinations of values, the defaults first.
 
     Args:
-        hyperparameters: `HyperParameters`.
-        values_of: `grid_values`, or `all_values` where none is endless.
+        hyperparameters: The space.
+        values_of: `grid_values`; or `all_values`, if it is None for no hyperparameter.
     """
     values = hps.HyperParameters()
 
-    def rest(index):
+    def rest(index: int) -> "Iterator[_tuner_types.Values]":
         if index == len(hyperparameters.space):
             yield dict(values.values)
             return
@@ -212,7 +235,7 @@ def combinations(hyperparameters, values_of):
         if hp.name in values.values or not values._conditions_are_active(hp.conditions):
             yield from rest(index + 1)
             return
-        for value in _default_first(hp, values_of(hp)):
+        for value in _default_first(hp, values_of(hp) or ()):
             values.values[hp.name] = value
             yield from rest(index + 1)
         del values.values[hp.name]
@@ -220,7 +243,9 @@ def combinations(hyperparameters, values_of):
     yield from rest(0)
 
 
-def _default_first(hp, values):
+def _default_first(
+    hp: "_tuner_types.Hyperparameter", values: "Iterable[_tuner_types.Value]"
+) -> "Iterator[_tuner_types.Value]":
     yield hp.default
     default = _json.dumps(hp.default)
     for value in values:
@@ -228,6 +253,6 @@ def _default_first(hp, values):
             yield value
 
 
-def default_values(hyperparameters):
-    """The values of a trial with all defaults."""
+def default_values(hyperparameters: hps.HyperParameters) -> "_tuner_types.Values":
+    """The defaults of all active hyperparameters."""
     return next(combinations(hyperparameters, grid_values))
