@@ -19,7 +19,7 @@ import traceback
 import keras_tuner
 
 from tests.jobs.killed_search_points import POINTS, dies_at
-from tfbig.tuners import _hyperband, _oracle, _trials, _tuner, _tuners
+from tfbig.tuners import _grid_search, _hyperband, _oracle, _trials, _tuner
 
 # Seconds after which the trial of a stopped process is run by another.
 GRACE = 1.0
@@ -47,7 +47,7 @@ def oracle_of(kind, storage, trials):
         "grace_period": GRACE,
     }
     if kind == "grid":
-        return _tuners._GridOracle(sampler="random", **arguments)
+        return _grid_search.GridOracle(sampler="random", **arguments)
     space.Float("c", 0, 1)
     arguments["hyperparameters"] = space
     if kind == "hyperband":
@@ -96,9 +96,9 @@ class Killer:
         trials = oracle.study.get_trials()
         found = {
             "states": [t.state.name for t in trials],
-            "slots": [t.user_attrs[_trials.SLOT] for t in trials],
+            "slots": [t.user_attrs[_trials.INDEX] for t in trials],
             "values": [json.loads(t.user_attrs[_trials.VALUES]) for t in trials],
-            "rows": [s.state for s in oracle._ledger.slots()],
+            "rows": [s.state for s in oracle._ledger.trials()],
         }
         (self.options.directory / f"{self.name}.json").write_text(json.dumps(found))
 

@@ -3,15 +3,15 @@
 import os
 import signal
 
-from tfbig.tuners import _ledger, _oracle, _trials
+from tfbig.tuners import _ledger, _queue, _trials
 
 # A method, and whether the process dies before or after it.
 POINTS = {
     "slot taken": (_ledger.Ledger, "take_new", "after"),
     "trial made": (_trials.Trials, "store", "before"),
-    "values stored": (_oracle.StudyOracle, "_begin", "after"),
-    "result stored": (_ledger.Ledger, "put", "after"),
-    "study told": (_trials.Trials, "_tell", "after"),
+    "values stored": (_queue.TrialQueue, "begin", "after"),
+    "result stored": (_ledger.Ledger, "set_state", "after"),
+    "study told": (_trials.Trials, "_record", "after"),
 }
 
 

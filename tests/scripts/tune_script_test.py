@@ -84,7 +84,7 @@ def test_a_search_goes_on_and_is_not_another(search):
     code, stdout, stderr = run("--tuner=grid", *TINY, *arguments)
     assert (code, stdout) == (2, "")
     (line,) = stderr.splitlines()
-    assert "of another search" in line
+    assert "created by a different search" in line
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests import job
-from tfbig.tuners import HyperParameters, _ledger, _oracle, _study
+from tfbig.tuners import HyperParameters, _ledger, _oracle, _processes, _study
 
 GRACE = 0.5
 
@@ -153,9 +153,11 @@ def test_new_slots_are_numbered_up_to_the_bound(make):
     a, b = make(), make()
     assert [a.take_new(3), b.take_new(3), a.take_new(3), b.take_new(3)] == [0, 1, 2, None]
     assert a.take_new(None) == 3
-    slots = b.slots()
+    slots = b.trials()
     assert [s.owner for s in slots] == [a.owner, b.owner, a.owner, a.owner]
-    assert {(s.state, s.beat, s.died, s.note) for s in slots} == {(_ledger.RUNNING, 0, 0, "{}")}
+    assert {(s.state, s.heartbeat, s.deaths, s.note) for s in slots} == {
+        (_ledger.RUNNING, 0, 0, "{}")
+    }
 
 
 def test_studies_do_not_see_each_other(make):
@@ -163,11 +165,11 @@ def test_studies_do_not_see_each_other(make):
     assert [one.take_new(1), other.take_new(1)] == [0, 0]
     assert one.claim(0, "name")
     assert other.claim(0, "name")
-    assert one.fact("seed", "1") == "1"
-    assert other.fact("seed") is None
+    assert one.metadata("seed", "1") == "1"
+    assert other.metadata("seed") is None
     one.clear()
-    assert (one.slots(), one.claims(), one.fact("seed")) == ([], set(), None)
-    assert (len(other.slots()), other.claims()) == (1, {"name"})
+    assert (one.trials(), one.claims(), one.metadata("seed")) == ([], set(), None)
+    assert (len(other.trials()), other.claims()) == (1, {"name"})
 
 
 def test_threads_take_each_new_slot_once(make):
@@ -178,7 +180,7 @@ def test_threads_take_each_new_slot_once(make):
 
     taken = in_threads([lambda led=led: all_of(led) for led in ledgers])
     assert sorted(itertools.chain(*taken)) == list(range(30))
-    owners = collections.Counter(s.owner for s in ledgers[0].slots())
+    owners = collections.Counter(s.owner for s in ledgers[0].trials())
     assert owners == {led.owner: len(t) for led, t in zip(ledgers, taken, strict=True) if t}
 
 
@@ -191,63 +193,66 @@ def test_one_of_many_takes_a_slot_that_they_all_saw(make):
     pairs = zip(ledgers, seen, strict=True)
     won = in_threads([lambda led=led, slot=slot: led.take(slot) for led, slot in pairs])
     assert sum(won) == 1
-    assert first.slots()[0].owner == ledgers[won.index(True)].owner
+    assert first.trials()[0].owner == ledgers[won.index(True)].owner
 
 
 def test_a_slot_that_moved_since_it_was_seen_is_not_taken(make):
     a, b = make(), make()
     a.take_new(None)
-    (seen,) = b.slots()
-    assert a.beat(0)
+    (seen,) = b.trials()
+    assert a.heartbeat(0)
     assert not b.take(seen)
-    (seen,) = b.slots()
-    assert b.take(seen, note=json.dumps({"rung": 1}), died=1)
-    (slot,) = b.slots()
-    assert (slot.owner, slot.beat, slot.died, slot.note) == (b.owner, 0, 1, '{"rung": 1}')
+    (seen,) = b.trials()
+    assert b.take(seen, note=json.dumps({"rung": 1}), died=True)
+    (slot,) = b.trials()
+    assert (slot.owner, slot.heartbeat, slot.deaths, slot.note) == (b.owner, 0, 1, '{"rung": 1}')
 
 
 def test_what_is_done_in_the_name_of_another_is_refused(make):
     a, b = make(), make()
     a.take_new(None)
-    assert not b.beat(0)
-    assert not b.put(0, _ledger.ENDED, end=1)
+    assert not b.heartbeat(0)
+    assert not b.set_state(0, _ledger.ENDED, end=1)
     assert not b.release(0)
-    assert a.slots()[0].state == _ledger.RUNNING
-    assert b.take(a.slots()[0])
-    before = b.slots()
-    assert not a.beat(0)
-    assert not a.put(0, _ledger.ENDED, end=1)
+    assert a.trials()[0].state == _ledger.RUNNING
+    assert b.take(a.trials()[0])
+    before = b.trials()
+    assert not a.heartbeat(0)
+    assert not a.set_state(0, _ledger.ENDED, end=1)
     assert not a.release(0)
-    assert b.slots() == before
+    assert b.trials() == before
 
 
 def test_a_note_is_added_to(make):
     ledger = make()
     ledger.take_new(None)
-    assert ledger.put(0, _ledger.RUNNING, raised=1)
-    assert ledger.put(0, _ledger.PAUSED, scores={"0": 0.1})
-    (slot,) = ledger.slots()
+    assert ledger.set_state(0, _ledger.RUNNING, raised=1)
+    assert ledger.set_state(0, _ledger.PAUSED, scores={"0": 0.1})
+    (slot,) = ledger.trials()
     assert json.loads(slot.note) == {"raised": 1, "scores": {"0": 0.1}}
     assert slot.state == _ledger.PAUSED
     # It is not its own any more.
-    assert not ledger.put(0, _ledger.ENDED)
-    assert not ledger.beat(0)
+    assert not ledger.set_state(0, _ledger.ENDED)
+    assert not ledger.heartbeat(0)
 
 
 def test_beats_are_counted(make):
     ledger = make()
     ledger.take_new(None)
-    assert all(ledger.beat(0) for _ in range(5))
-    assert ledger.slots()[0].beat == 5
+    assert all(ledger.heartbeat(0) for _ in range(5))
+    assert ledger.trials()[0].heartbeat == 5
 
 
 def test_a_slot_is_moved_on_once(make):
     a, b = make(), make()
     a.take_new(None)
-    a.put(0, _ledger.ENDED, end={})
-    seen = [led.slots()[0] for led in (a, b)]
-    assert [a.move(seen[0], _ledger.TOLD), b.move(seen[1], _ledger.TOLD)] == [True, False]
-    assert [(s.state, s.owner) for s in a.slots()] == [(_ledger.TOLD, "")]
+    a.set_state(0, _ledger.ENDED, end={})
+    seen = [led.trials()[0] for led in (a, b)]
+    assert [a.advance(seen[0], _ledger.RECORDED), b.advance(seen[1], _ledger.RECORDED)] == [
+        True,
+        False,
+    ]
+    assert [(s.state, s.owner) for s in a.trials()] == [(_ledger.RECORDED, "")]
 
 
 # --- What is abandoned -------------------------------------------------------
@@ -258,9 +263,9 @@ def test_a_slot_that_was_released_is_free_at_once(make):
     a.take_new(None)
     assert b.abandoned() == []
     a.release(0, raised=1)
-    assert [s.slot for s in b.abandoned()] == [0]
-    assert [s.slot for s in a.abandoned()] == [0]
-    assert json.loads(a.slots()[0].note) == {"raised": 1}
+    assert [s.index for s in b.abandoned()] == [0]
+    assert [s.index for s in a.abandoned()] == [0]
+    assert json.loads(a.trials()[0].note) == {"raised": 1}
 
 
 def test_a_slot_without_beats_is_abandoned_after_the_grace_period(make, monkeypatch):
@@ -271,40 +276,40 @@ def test_a_slot_without_beats_is_abandoned_after_the_grace_period(make, monkeypa
     assert b.abandoned() == []
     now[0] += 9.9
     assert b.abandoned() == []
-    a.beat(0)
+    a.heartbeat(0)
     now[0] += 9.9
     # Seen for the first time with this beat.
     assert b.abandoned() == []
     now[0] += 9.9
     assert b.abandoned() == []
     now[0] += 0.2
-    assert [s.slot for s in b.abandoned()] == [0]
+    assert [s.index for s in b.abandoned()] == [0]
     assert a.abandoned() == []
 
 
-@pytest.mark.parametrize("state", [_ledger.PAUSED, _ledger.ENDED, _ledger.TOLD])
+@pytest.mark.parametrize("state", [_ledger.PAUSED, _ledger.ENDED, _ledger.RECORDED])
 def test_only_what_runs_can_be_abandoned(make, state):
     a, b = make(grace=1e-9), make(grace=1e-9)
     a.take_new(None)
     b.abandoned()
     time.sleep(0.01)
     assert len(b.abandoned()) == 1
-    a.put(0, state)
+    a.set_state(0, state)
     b.abandoned()
     time.sleep(0.01)
     assert b.abandoned() == []
 
 
 def test_a_process_is_known_by_its_id_and_its_begin():
-    owner = _ledger.this_process()
+    owner = _processes.this_process()
     machine, pid, started, name = owner.split("|")
     assert int(pid) == os.getpid()
-    assert not _ledger.is_dead(owner)
-    assert owner != _ledger.this_process()
-    assert _ledger.is_dead(f"{machine}|{pid}|{int(started) + 1}|{name}")
-    assert _ledger.is_dead(f"{machine}|999999999|{started}|{name}")
-    assert not _ledger.is_dead(f"elsewhere|999999999|{started}|{name}")
-    assert not _ledger.is_dead(f"{machine}|{pid}||{name}")
+    assert not _processes.is_dead(owner)
+    assert owner != _processes.this_process()
+    assert _processes.is_dead(f"{machine}|{pid}|{int(started) + 1}|{name}")
+    assert _processes.is_dead(f"{machine}|999999999|{started}|{name}")
+    assert not _processes.is_dead(f"elsewhere|999999999|{started}|{name}")
+    assert not _processes.is_dead(f"{machine}|{pid}||{name}")
 
 
 # --- Claims ------------------------------------------------------------------
@@ -336,17 +341,17 @@ def test_threads_claim_each_name_once(make):
 
 def test_the_first_to_state_a_fact_is_believed(make):
     a, b = make(), make()
-    assert a.fact("seed") is None
-    assert a.fact("seed", "1") == "1"
-    assert b.fact("seed", "2") == "1"
-    assert b.fact("seed") == "1"
+    assert a.metadata("seed") is None
+    assert a.metadata("seed", "1") == "1"
+    assert b.metadata("seed", "2") == "1"
+    assert b.metadata("seed") == "1"
 
 
 def test_threads_agree_on_a_fact(make):
     ledgers = [make() for _ in range(6)]
-    found = in_threads([lambda i=i: ledgers[i].fact("seed", f"{i}") for i in range(6)])
+    found = in_threads([lambda i=i: ledgers[i].metadata("seed", f"{i}") for i in range(6)])
     assert len(set(found)) == 1
-    assert found[0] == ledgers[0].fact("seed")
+    assert found[0] == ledgers[0].metadata("seed")
 
 
 def test_no_change_of_a_fact_is_lost(make):
@@ -360,10 +365,10 @@ def test_no_change_of_a_fact_is_lost(make):
 
         ledger = ledgers.pop()
         for _ in range(5):
-            ledger.change_fact("names", added)
+            ledger.change_metadata("names", added)
 
     in_threads([add] * 4)
-    names = json.loads(make().fact("names"))
+    names = json.loads(make().metadata("names"))
     assert sorted(collections.Counter(names).values()) == [5] * 4
 
 
@@ -377,12 +382,12 @@ def test_a_fact_that_another_states_meanwhile_is_changed_as_it_then_is():
         seen.append(known)
         if known is None:
             # As where the database has no lock for a row that is not there.
-            other.fact("space", "theirs")
+            other.metadata("space", "theirs")
         return f"{known} and mine"
 
-    assert ledger.change_fact("space", change) == "theirs and mine"
+    assert ledger.change_metadata("space", change) == "theirs and mine"
     assert seen == [None, "theirs"]
-    assert other.fact("space") == "theirs and mine"
+    assert other.metadata("space") == "theirs and mine"
 
 
 def test_a_ledger_in_memory_bears_beats_of_a_thread(tmp_path):
@@ -393,7 +398,7 @@ def test_a_ledger_in_memory_bears_beats_of_a_thread(tmp_path):
     def beat():
         count = 0
         while not ended.is_set():
-            assert ledger.beat(0)
+            assert ledger.heartbeat(0)
             count += 1
             time.sleep(0.001)
         return count
@@ -403,12 +408,12 @@ def test_a_ledger_in_memory_bears_beats_of_a_thread(tmp_path):
         try:
             for i in range(100):
                 assert ledger.claim(0, f"{i}")
-                assert ledger.put(0, _ledger.RUNNING, number=i)
+                assert ledger.set_state(0, _ledger.RUNNING, number=i)
         finally:
             ended.set()
         count = beats.result(timeout=30)
-    (slot,) = ledger.slots()
-    assert slot.beat == count
+    (slot,) = ledger.trials()
+    assert slot.heartbeat == count
     assert json.loads(slot.note) == {"number": 99}
     assert len(ledger.claims()) == 100
 
@@ -430,19 +435,19 @@ def test_two_processes_share_slots_and_names(processes):
 def test_the_slot_of_a_killed_process_is_free_at_once(processes, make):
     (process,) = processes(1)
     ledger = make(grace=1000)
-    process.ask("ledger.enter()")
-    assert ledger.others()
+    process.ask("ledger.join()")
+    assert ledger.has_others()
     process.ask("ledger.leave()")
-    assert not ledger.others()
-    process.ask("ledger.enter()")
+    assert not ledger.has_others()
+    process.ask("ledger.join()")
     assert process.ask("ledger.take_new(None)") == 0
     assert ledger.abandoned() == []
     process.popen.kill()
     process.popen.wait(10)
     (slot,) = ledger.abandoned()
-    assert not ledger.others()
-    assert ledger.take(slot, died=1)
-    assert ledger.slots()[0].died == 1
+    assert not ledger.has_others()
+    assert ledger.take(slot, died=True)
+    assert ledger.trials()[0].deaths == 1
 
 
 def until_abandoned(oracle):
@@ -458,7 +463,7 @@ def test_the_late_result_of_a_stopped_process_is_refused(processes, tmp_path):
     assert process.ask("[held.append(oracle.create_trial('a')), held[0].trial_id][1]") == "0000"
     values = process.ask("held[0].hyperparameters.values")
     # It beats, although it does nothing else.
-    assert [s.slot for s in mine._ledger.abandoned()] == []
+    assert [s.index for s in mine._ledger.abandoned()] == []
     time.sleep(2 * GRACE)
     assert mine._ledger.abandoned() == []
     process.popen.send_signal(signal.SIGSTOP)
@@ -469,7 +474,7 @@ def test_the_late_result_of_a_stopped_process_is_refused(processes, tmp_path):
     process.ask("oracle.update_trial('0000', {'loss': 1.0}) and None")
     process.ask("setattr(held[0], 'status', 'COMPLETED')")
     (message,) = process.ask("with_warnings(lambda: oracle.end_trial(held[0]))")
-    assert "Trial 0000 was run elsewhere" in message
+    assert "Another process has taken over trial 0000" in message
     assert mine.get_trial("0000").status == "RUNNING"
     mine.update_trial("0000", {"loss": 2.0})
     trial.status = "COMPLETED"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.tuners.tuner_space_test import typed
 from tfbig import errors
-from tfbig.tuners import HyperParameters, _hyperband, _oracle, _study, _trials, _tuners
+from tfbig.tuners import HyperParameters, _grid_search, _hyperband, _oracle, _study, _trials
 
 RUNNING, IDLE, COMPLETED, STOPPED, INVALID, FAILED = (
     "RUNNING",
@@ -294,7 +294,7 @@ def as_set(values):
     return {str(sorted(typed(v)[1].items())) for v in values}
 
 
-@pytest.mark.parametrize("kind", [_tuners._GridOracle, _oracle.StudyOracle])
+@pytest.mark.parametrize("kind", [_grid_search.GridOracle, _oracle.StudyOracle])
 @pytest.mark.parametrize("stop", [None, 3])
 def test_a_finite_space_is_covered_once_and_then_ends_the_search(make, kind, stop):
     run(make(None, cells(), kind=kind, sampler="random"), stop=stop, loss=lambda v: 0.0)
@@ -307,13 +307,13 @@ def test_a_finite_space_is_covered_once_and_then_ends_the_search(make, kind, sto
 
 
 def test_a_grid_of_a_range_without_steps_has_ten_cells(make):
-    values = run(make(None, line(), kind=_tuners._GridOracle), loss=lambda v: 0.0)
+    values = run(make(None, line(), kind=_grid_search.GridOracle), loss=lambda v: 0.0)
     # And the default, which is none of them.
     assert len(values) == 11
 
 
 def test_two_processes_share_a_grid(make):
-    oracles = [make(None, cells(), kind=_tuners._GridOracle) for _ in range(2)]
+    oracles = [make(None, cells(), kind=_grid_search.GridOracle) for _ in range(2)]
     trials = [oracles[i % 2].create_trial(f"{i}") for i in range(len(CELLS))]
     assert as_set(t.hyperparameters.values for t in trials) == as_set(CELLS)
     for i, trial in enumerate(trials):
@@ -322,7 +322,7 @@ def test_two_processes_share_a_grid(make):
 
 
 def test_a_process_waits_while_others_may_still_fail(make, monkeypatch):
-    monkeypatch.setattr(_oracle, "_LOOK", 0.01)
+    monkeypatch.setattr(_oracle, "_POLL_INTERVAL", 0.01)
     first, second = make(1, line()), make(1, line())
     trial = first.create_trial("first")
     assert second.create_trial("second").status == IDLE
@@ -337,11 +337,13 @@ def test_a_space_that_others_exhaust_meanwhile_is_no_failure(make):
     late = make(None, hp)
     looks = []
 
-    def before_others_took_the_last(take=late._take_new):
-        looks.append(1)
-        return late._ledger.take_new(None) if len(looks) <= 4 else take()
+    queue = late._search.queue
 
-    late._take_new = before_others_took_the_last
+    def before_others_took_the_last(max_trials, take=queue.take_new):
+        looks.append(1)
+        return late._ledger.take_new(None) if len(looks) <= 4 else take(max_trials)
+
+    queue.take_new = before_others_took_the_last
     for _ in range(6):
         if (trial := late.create_trial("late")).status == STOPPED:
             break
@@ -490,7 +492,7 @@ def test_a_trial_that_raises_is_run_again_with_the_same_values(make, capsys):
         seen.append((trial.trial_id, trial.hyperparameters.values["x"]))
         end(oracle, trial, status=INVALID, message="raised")
     assert len(set(seen)) == 1
-    assert capsys.readouterr().out.count("run again") == 2
+    assert capsys.readouterr().out.count("will run again") == 2
     assert oracle.get_trial("0001").status == FAILED
     assert oracle.create_trial("tuner").trial_id == "0002"
 
@@ -778,7 +780,7 @@ def test_rungs_of_27_have_the_sizes_of_the_paper(make):
     oracle = bands(make, 27, storage="memory")
     found = climb(oracle, by_number)
     counts = collections.Counter(
-        (oracle._bracket_of(int(trial_id)), epochs) for trial_id, epochs in found
+        (oracle._search.queue.bracket_of(int(trial_id)), epochs) for trial_id, epochs in found
     )
     assert counts == {
         (0, 1): 27,
@@ -820,7 +822,7 @@ def test_a_bound_below_what_was_tried_ends_a_grid(make):
     hp = HyperParameters()
     hp.Choice("a", list(range(6)))
     for count in (4, 2):
-        oracle = make(count, hp, kind=_tuners._GridOracle)
+        oracle = make(count, hp, kind=_grid_search.GridOracle)
         while (trial := oracle.create_trial("a")).status == RUNNING:
             end(oracle, trial)
         assert trial.status == STOPPED
@@ -880,8 +882,8 @@ def layers(hp):
 
 @pytest.mark.parametrize("stop", [0, 1, 20])
 def test_a_cell_is_not_tried_again_for_what_was_asked_for_later(make, stop):
-    tried = walk(make(None, kind=_tuners._GridOracle), layers, stop)
-    tried += walk(make(None, kind=_tuners._GridOracle), layers)
+    tried = walk(make(None, kind=_grid_search.GridOracle), layers, stop)
+    tried += walk(make(None, kind=_grid_search.GridOracle), layers)
     assert len(tried) == len(set(tried)) == 3 + 3**2 + 3**3
 
 
@@ -898,16 +900,16 @@ def test_what_a_program_asks_for_since_it_was_changed_is_tried_with_all(make):
     def changed(hp):
         return hp.Choice("a", [0, 1, 2]), hp.Choice("b", [0, 1])
 
-    before = walk(make(None, kind=_tuners._GridOracle), lambda hp: hp.Choice("a", [0, 1, 2]))
+    before = walk(make(None, kind=_grid_search.GridOracle), lambda hp: hp.Choice("a", [0, 1, 2]))
     assert before == [0, 1, 2]
     # A tuner asks the builder before the first trial.
     hp = HyperParameters()
     changed(hp)
-    assert walk(make(None, hp, kind=_tuners._GridOracle), changed) == [(0, 1), (1, 1), (2, 1)]
+    assert walk(make(None, hp, kind=_grid_search.GridOracle), changed) == [(0, 1), (1, 1), (2, 1)]
 
 
 def test_a_trial_that_failed_says_nothing_of_what_it_did_not_ask_for(make):
-    oracle = make(None, kind=_tuners._GridOracle)
+    oracle = make(None, kind=_grid_search.GridOracle)
     first = oracle.create_trial("a")
     first.hyperparameters.Choice("a", [0, 1])
     end(oracle, first, status=FAILED, message="broken")
@@ -984,8 +986,8 @@ def content(oracle):
         for t in oracle.study.get_trials()
     ]
     ledger = oracle._ledger
-    facts = [ledger.fact(name) for name in ("settings", "space")]
-    return trials, ledger.slots(), ledger.claims(), facts, oracle.study.user_attrs
+    facts = [ledger.metadata(name) for name in ("settings", "space")]
+    return trials, ledger.trials(), ledger.claims(), facts, oracle.study.user_attrs
 
 
 @pytest.mark.parametrize(
@@ -994,11 +996,11 @@ def content(oracle):
         ({"objective": keras_tuner.Objective("loss", "max")}, "direction"),
         ({"objective": keras_tuner.Objective("accuracy", "min")}, "objective"),
         ({"objective": ["loss", "val_loss"]}, "direction"),
-        ({"sampler": "tpe"}, "'random', and that of this one 'tpe'"),
+        ({"sampler": "tpe"}, "'random', expected 'tpe'"),
         ({"pruner": "median"}, "pruner"),
         ({"seed": 5}, "seed"),
-        ({"kind": _tuners._GridOracle}, "way to search"),
-        ({"kind": _hyperband.HyperbandOracle, "max_epochs": 9}, "way to search"),
+        ({"kind": _grid_search.GridOracle}, "oracle"),
+        ({"kind": _hyperband.HyperbandOracle, "max_epochs": 9}, "oracle"),
     ],
     ids=lambda p: str(p)[:40],
 )

@@ -12,7 +12,7 @@ import keras_tuner
 import pytest
 
 from tfbig import errors, tuners
-from tfbig.tuners import _tuner
+from tfbig.tuners import _trial_callbacks
 
 MARKUP = "<script>alert('&')</script>"
 FAILED, PRUNED = 3, 5
@@ -38,7 +38,7 @@ class Search(tuners.OptunaSearch):
         for step in (1, 2, 3):
             self.oracle.report(trial.trial_id, {"loss": x + 1 / step}, step)
             if slot == PRUNED and step == 2:
-                raise _tuner.TrialPruned
+                raise _trial_callbacks.TrialPruned
         return {"loss": x + 1 / 3}
 
 

@@ -1,20 +1,20 @@
 """Hyperparameter search: KerasTuner's interface over Optuna's engine.
 
-An existing KerasTuner program changes one import. Any number of processes may run
-the same search, and any of them may be killed at any moment: run again, the search goes on.
+An existing KerasTuner program changes one import. Any number of processes may run the same search,
+and any of them may be killed at any moment: when the program runs again, the search resumes.
 """
 
+from tfbig.tuners._grid_search import GridSearch
+from tfbig.tuners._hyperband import Hyperband
 from tfbig.tuners._hyperparameters import HyperParameters
-from tfbig.tuners._oracle import StudyOracle
-from tfbig.tuners._tuner import Tuner
-from tfbig.tuners._tuners import (
+from tfbig.tuners._optuna_search import (
     BayesianOptimization,
-    GridSearch,
-    Hyperband,
     HyperoptSearch,
     OptunaSearch,
     RandomSearch,
 )
+from tfbig.tuners._oracle import StudyOracle
+from tfbig.tuners._tuner import Tuner
 
 __all__ = (
     "BayesianOptimization",

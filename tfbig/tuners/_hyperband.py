@@ -5,35 +5,52 @@ Optimization", JMLR 18 (2018), Algorithm 1.
 import dataclasses
 import json
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import _json, _ledger, _oracle, _trials
+from tfbig.tuners import (
+    _json,
+    _ledger,
+    _objectives,
+    _options,
+    _oracle,
+    _proposals,
+    _queue,
+    _samplers,
+    _trials,
+    _tuner,
+    _tuner_types,
+)
 
-__all__ = ("Bracket", "HyperbandOracle", "brackets")
+if TYPE_CHECKING:
+    from tfbig.tuners import _running
+    from tfbig.tuners._hyperparameters import HyperParameters
+
+__all__ = ("Bracket", "Hyperband", "HyperbandOracle", "brackets")
 
 
 @dataclasses.dataclass(frozen=True)
 class Bracket:
-    """A successive halving.
+    """One run of successive halving.
 
     Attributes:
-        sizes: tuple of int, how many trials are in each rung.
-        epochs: tuple of int, how many epochs a trial has been trained at the end of
-            each rung.
+        sizes: How many trials are in each rung.
+        epochs: The epoch up to which the trials of each rung are trained.
     """
 
     sizes: tuple[int, ...]
     epochs: tuple[int, ...]
 
 
-def brackets(max_epochs, factor):
+def brackets(max_epochs: int, factor: int) -> list[Bracket]:
     """The brackets of one iteration, the one with most trials first.
 
     Args:
-        max_epochs: int, the paper's R.
-        factor: int, the paper's eta.
+        max_epochs: The paper's R.
+        factor: The paper's eta.
 
     Example:
 
@@ -52,22 +69,140 @@ def brackets(max_epochs, factor):
     return found
 
 
-class HyperbandOracle(_oracle.StudyOracle):
-    """Runs brackets: trains many trials a little, and the best of them more.
+class _Note(TypedDict):
+    """What the ledger notes of a trial: its rung, and its score in each rung."""
 
-    A rung is decided when all its trials have come to its end; meanwhile, processes begin with
-    the next bracket. A trial that goes on keeps its id.
+    rung: int
+    scores: dict[str, float]
+
+
+def _note(row: _ledger.TrialRow) -> _Note:
+    return cast(_Note, {"rung": 0, "scores": {}} | json.loads(row.note))
+
+
+def _rung(row: _ledger.TrialRow) -> int:
+    return _note(row)["rung"]
+
+
+class BracketQueue(_queue.TrialQueue):
+    """Puts completed trials back, and promotes the best of a rung once all have completed it.
 
     Args:
-        max_epochs: int, epochs of a trial that is trained to its end.
-        factor: int, one of so many trials goes on.
-        hyperband_iterations: int, how often all brackets are run.
-        **kwargs: as for `StudyOracle`.
+        trials: See `TrialQueue`.
+        proposals: See `TrialQueue`.
+        values_for: See `TrialQueue`.
+        hyperparameters: See `TrialQueue`.
+        brackets: All brackets of the search.
+        direction: KerasTuner's "min" or "max".
+        score_trial: Sets the score of KerasTuner's trial.
+    """
+
+    def __init__(
+        self,
+        trials: _trials.Trials,
+        proposals: _proposals.Proposals,
+        values_for: "Callable[[int], _tuner_types.Values | None]",
+        hyperparameters: "Callable[[], HyperParameters]",
+        brackets: list[Bracket],
+        direction: str,
+        score_trial: "Callable[[_tuner_types.Trial], None]",
+    ) -> None:
+        super().__init__(trials, proposals, values_for, hyperparameters)
+        self._brackets = brackets
+        self._direction = direction
+        self._score_trial = score_trial
+
+    def bracket_of(self, index: int) -> int:
+        """The number of a trial's bracket."""
+        for number, bracket in enumerate(self._brackets):
+            if index < bracket.sizes[0]:
+                return number
+            index -= bracket.sizes[0]
+        raise AssertionError(index)
+
+    def epochs_of(self, index: int) -> int:
+        """The epoch up to which a trial is trained in its current rung."""
+        (row,) = self._ledger.trials(index=index)
+        return self._brackets[self.bracket_of(index)].epochs[_rung(row)]
+
+    def take_paused(self) -> int | None:
+        by_bracket: dict[int, list[_ledger.TrialRow]] = {}
+        for row in self._ledger.trials():
+            by_bracket.setdefault(self.bracket_of(row.index), []).append(row)
+        for number, rows in by_bracket.items():
+            bracket = self._brackets[number]
+            if len(rows) < bracket.sizes[0]:
+                continue
+            for rung, size in enumerate(bracket.sizes[1:]):
+                found = self._promote(rows, rung, size)
+                if found is not None:
+                    return found
+        return None
+
+    def _promote(self, rows: list[_ledger.TrialRow], rung: int, size: int) -> int | None:
+        """Ends a rung that all its trials have completed; returns a trial to continue, or None."""
+        members = [row for row in rows if _rung(row) >= rung]
+        if any(row.state == _ledger.RUNNING and _rung(row) == rung for row in members):
+            return None
+        # Trials that failed in this rung have no score in it.
+        scored = [row for row in members if str(rung) in _note(row)["scores"]]
+        sign = -1 if self._direction == "max" else 1
+        scored.sort(key=lambda row: (sign * _note(row)["scores"][str(rung)], row.index))
+        for place, row in enumerate(scored):
+            if row.state != _ledger.PAUSED or _rung(row) != rung:
+                continue
+            if place < size:
+                note = json.dumps({**_note(row), "rung": rung + 1})
+                if self._ledger.take(row, note):
+                    return row.index
+            elif self._ledger.take(row):
+                attrs = {_trials.WHY: _trials.STOPPED_EARLY}
+                self._trials.end(row.index, TrialState.PRUNED, attrs)
+        return None
+
+    def pause(self, running: "_running.RunningTrial") -> bool:
+        (row,) = self._ledger.trials(index=running.index)
+        rung = _rung(row)
+        if rung + 1 == len(self._brackets[self.bracket_of(running.index)].sizes):
+            return False
+        with _objectives.nan_allowed():
+            self._score_trial(running.trial)
+        if not math.isfinite(running.trial.score):
+            return False
+        values = _json.dumps(running.trial.hyperparameters.values)
+        storage = self._trials.study._storage
+        storage.set_trial_user_attr(running.storage_id, _trials.VALUES, values)
+        scores = _note(row)["scores"] | {str(rung): float(running.trial.score)}
+        self._ledger.set_state(running.index, _ledger.PAUSED, scores=scores)
+        return True
+
+
+class HyperbandOracle(_oracle.StudyOracle):
+    """Runs brackets: trains many trials a little, and the best of them longer.
+
+    A rung ends when all its trials have completed it. Meanwhile, processes begin the next bracket.
+    A promoted trial keeps its id.
+
+    Args:
+        max_epochs: Epochs of a trial that is trained to the end, >= 1.
+        factor: One in so many trials is promoted, >= 2.
+        hyperband_iterations: How often all brackets are run, >= 1.
+        **kwargs: As for `StudyOracle`.
     """
 
     goes_on = True
 
-    def __init__(self, max_epochs=100, factor=3, hyperband_iterations=1, **kwargs):
+    def __init__(
+        self,
+        max_epochs: int = 100,
+        factor: int = 3,
+        hyperband_iterations: int = 1,
+        *,
+        objective: _options.ObjectiveOption = None,
+        sampler: _samplers.SamplerOption = "tpe",
+        seed: int | None = None,
+        **kwargs: Unpack[_options.OracleOptions],
+    ) -> None:
         for name, value, least in (
             ("max_epochs", max_epochs, 1),
             ("factor", factor, 2),
@@ -79,82 +214,80 @@ class HyperbandOracle(_oracle.StudyOracle):
                 )
         self._brackets = brackets(max_epochs, factor) * hyperband_iterations
         self._max_epochs, self._factor = max_epochs, factor
-        super().__init__(max_trials=sum(b.sizes[0] for b in self._brackets), **kwargs)
+        super().__init__(
+            objective=objective,
+            max_trials=sum(bracket.sizes[0] for bracket in self._brackets),
+            sampler=sampler,
+            seed=seed,
+            **kwargs,
+        )
 
-    def _settings(self):
+    def _settings(self) -> dict[str, str]:
         return super()._settings() | {
             "max_epochs": str(self._max_epochs),
             "factor": str(self._factor),
         }
 
-    def _bracket_of(self, slot):
-        """The number of a slot's bracket."""
-        for number, bracket in enumerate(self._brackets):
-            if slot < bracket.sizes[0]:
-                return number
-            slot -= bracket.sizes[0]
-        raise AssertionError(slot)
+    def _new_queue(self, trials: _trials.Trials, proposals: _proposals.Proposals) -> BracketQueue:
+        return BracketQueue(
+            trials,
+            proposals,
+            self._populated_values,
+            self._known_hyperparameters,
+            self._brackets,
+            self.objective.direction,
+            self.score_trial,
+        )
 
-    def epochs_of(self, trial_id):
-        """Up to which epoch a trial of this process is trained now."""
-        slot = int(trial_id)
-        (row,) = self._ledger.slots(slot=slot)
-        return self._brackets[self._bracket_of(slot)].epochs[_rung(row)]
-
-    def _take_paused(self):
-        """A trial that goes on to the next rung, held by this process; or None."""
-        by_bracket: dict[int, list[_ledger.Slot]] = {}
-        for slot in self._ledger.slots():
-            by_bracket.setdefault(self._bracket_of(slot.slot), []).append(slot)
-        for number, slots in by_bracket.items():
-            bracket = self._brackets[number]
-            if len(slots) < bracket.sizes[0]:
-                continue
-            for rung, size in enumerate(bracket.sizes[1:]):
-                found = self._decide(slots, rung, size)
-                if found is not None:
-                    return found
-        return None
-
-    def _decide(self, slots, rung, size):
-        """Ends a rung whose trials have all come to its end; returns one that goes on, or None."""
-        members = [s for s in slots if _rung(s) >= rung]
-        if any(s.state == _ledger.RUNNING and _rung(s) == rung for s in members):
-            return None
-        # What ended without a value at this rung is not among these.
-        valued = [s for s in members if str(rung) in _note(s)["scores"]]
-        sign = -1 if self.objective.direction == "max" else 1
-        valued.sort(key=lambda s: (sign * _note(s)["scores"][str(rung)], s.slot))
-        for place, slot in enumerate(valued):
-            if slot.state != _ledger.PAUSED or _rung(slot) != rung:
-                continue
-            if place < size:
-                note = _note(slot) | {"rung": rung + 1}
-                if self._ledger.take(slot, json.dumps(note)):
-                    return slot.slot
-            elif self._ledger.take(slot):
-                self._trials.end(slot.slot, TrialState.PRUNED, {_trials.WHY: _trials.STOPPED_EARLY})
-        return None
-
-    def _pause(self, held):
-        (row,) = self._ledger.slots(slot=held.slot)
-        rung = _rung(row)
-        if rung + 1 == len(self._brackets[self._bracket_of(held.slot)].sizes):
-            return False
-        with _oracle.nan_allowed():
-            self.score_trial(held.trial)
-        if not math.isfinite(held.trial.score):
-            return False
-        values = _json.dumps(held.trial.hyperparameters.values)
-        self.study._storage.set_trial_user_attr(held.number, _trials.VALUES, values)
-        scores = _note(row)["scores"] | {str(rung): float(held.trial.score)}
-        self._ledger.put(held.slot, _ledger.PAUSED, scores=scores)
-        return True
+    def epochs_of(self, trial_id: str) -> int:
+        """The epoch up to which a trial of this process is trained now."""
+        return cast(BracketQueue, self._search.queue).epochs_of(int(trial_id))
 
 
-def _note(slot):
-    return {"rung": 0, "scores": {}} | json.loads(slot.note)
+class Hyperband(_tuner.Tuner):
+    """Trains many models for few epochs, and the best of them for more.
 
+    Brackets and rungs are those of the paper (Li et al., JMLR 18, 2018). A promoted model resumes
+    where it stopped: optimizer, loss scale, epoch and random states are kept, and its trial keeps
+    its id. Do not pass `epochs` to `search`.
 
-def _rung(slot):
-    return _note(slot)["rung"]
+    See `OptunaSearch` for the other arguments.
+
+    Args:
+        max_epochs: Epochs of a model that is trained to the end. Defaults to 100.
+        factor: One in so many models is promoted. Defaults to 3.
+        hyperband_iterations: How often all brackets are run. Defaults to 1.
+        sampler: As in `OptunaSearch`; proposes the models of a bracket. Defaults to "random", as in
+            the paper.
+    """
+
+    def __init__(
+        self,
+        hypermodel: _options.Build = None,
+        objective: _options.ObjectiveOption = None,
+        max_epochs: int = 100,
+        factor: int = 3,
+        hyperband_iterations: int = 1,
+        seed: int | None = None,
+        *,
+        sampler: _samplers.SamplerOption = "random",
+        **kwargs: Unpack[_options.SearchOptions],
+    ) -> None:
+        of_oracle, of_tuner = _options.split(kwargs)
+        oracle = HyperbandOracle(
+            max_epochs,
+            factor,
+            hyperband_iterations,
+            objective=objective,
+            sampler=sampler,
+            seed=seed,
+            **of_oracle,
+        )
+        super().__init__(oracle, hypermodel, **of_tuner)
+
+    def run_trial(
+        self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
+    ) -> _tuner_types.Results:
+        """Trains the model of a trial up to the end of its rung."""
+        kwargs["epochs"] = self.oracle.epochs_of(trial.trial_id)
+        return super().run_trial(trial, *args, **kwargs)

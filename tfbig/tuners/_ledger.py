@@ -1,40 +1,44 @@
-"""Who does what in a search: three tables beside the study's, changed by transactions.
+"""Which process runs which trial: three tables beside the study's, changed by transactions.
 
-A trial of the search is a slot. A slot is taken, then held by beats, by one process at a
-time; what another process does in its name is refused. A process that does not beat any
-more is found out by its own count of beats, which stands still, so clocks need not agree.
+One process at a time owns a trial, and its heartbeat shows that it still runs. Whatever another
+process does in its name is refused. A process whose heartbeat stands still has died. Each process
+measures that with its own clock, so clocks need not agree.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import pathlib
-import socket
 import time
-import uuid
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 
-__all__ = ("Ledger", "Slot")
+from tfbig.tuners import _processes
 
-# Seconds between the beats of a process, at most.
-_LONGEST_BEAT = 10.0
+__all__ = ("Ledger", "TrialRow")
+
+# Longest time between two heartbeats, in seconds.
+_LONGEST_INTERVAL = 10.0
+
+# What a column is compared with or set to; SQLAlchemy converts it by the column's type.
+_Column: TypeAlias = Any
+# What is written into a note: anything that JSON can express.
+_Json: TypeAlias = Any
 
 _METADATA = sa.MetaData()
 
-_SLOTS = sa.Table(
+# Tables and columns keep the names under which running searches have stored them; `key` is the
+# name in this code.
+_TRIALS = sa.Table(
     "tfbig_slots",
     _METADATA,
     sa.Column("study", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
-    # Empty: free to be taken.
+    sa.Column("slot", sa.Integer, key="index", primary_key=True, autoincrement=False),
     sa.Column("owner", sa.String(200), nullable=False),
-    sa.Column("beat", sa.Integer, nullable=False),
-    # How often it was taken from a process that had died.
-    sa.Column("died", sa.Integer, nullable=False),
+    sa.Column("beat", sa.Integer, key="heartbeat", nullable=False),
+    sa.Column("died", sa.Integer, key="deaths", nullable=False),
     sa.Column("state", sa.String(16), nullable=False),
-    # JSON: what is known of it beside the study.
     sa.Column("note", sa.Text, nullable=False),
 )
 
@@ -43,10 +47,10 @@ _CLAIMS = sa.Table(
     _METADATA,
     sa.Column("study", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("name", sa.String(80), primary_key=True),
-    sa.Column("slot", sa.Integer, nullable=False),
+    sa.Column("slot", sa.Integer, key="index", nullable=False),
 )
 
-_FACTS = sa.Table(
+_SEARCH_METADATA = sa.Table(
     "tfbig_facts",
     _METADATA,
     sa.Column("study", sa.Integer, primary_key=True, autoincrement=False),
@@ -54,279 +58,284 @@ _FACTS = sa.Table(
     sa.Column("text", sa.Text, nullable=False),
 )
 
-# A slot is one of these: held by a process or free to be; to be continued when that is decided;
-# with its result in the note; told to the study.
-RUNNING, PAUSED, ENDED, TOLD = "running", "paused", "ended", "told"
+# The states of a trial: a process runs it, or may take it; it waits to be continued; its result is
+# in the note; its result is in the study as well.
+RUNNING, PAUSED, ENDED, RECORDED = "running", "paused", "ended", "told"
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """A row: see the table."""
+class TrialRow:
+    """A trial as a process saw it in the ledger.
 
-    slot: int
+    Attributes:
+        index: The number of the trial in the search, from 0.
+        owner: The process that runs it; "" if none does.
+        heartbeat: How often the owner has said that it still runs.
+        deaths: How often the trial was taken from a process that had died.
+        state: `RUNNING`, `PAUSED`, `ENDED` or `RECORDED`.
+        note: JSON, what the search needs to know of the trial besides the study.
+    """
+
+    index: int
     owner: str
-    beat: int
-    died: int
+    heartbeat: int
+    deaths: int
     state: str
     note: str
-
-
-def this_process():
-    """A name of this process that no other ever has."""
-    pid = os.getpid()
-    return f"{_machine()}|{pid}|{_started(pid)}|{uuid.uuid4().hex[:8]}"
-
-
-def _machine():
-    with contextlib.suppress(OSError):
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()[:60]}/{boot}/{os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()[:60]
-
-
-def _started(pid):
-    """When a process was started, in ticks; "" where that cannot be known."""
-    with contextlib.suppress(OSError, IndexError):
-        status = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # A zombie does nothing more.
-        return "" if status[0] == "Z" else status[19]
-    return ""
-
-
-def is_dead(owner):
-    """Whether a process certainly lives no more; of another machine that is not known."""
-    machine, pid, started, _ = owner.split("|")
-    return bool(started) and machine == _machine() and _started(int(pid)) != started
-
-
-def process_id(owner):
-    """The id of a process of this machine; None of another."""
-    machine, _, rest = owner.partition("|")
-    return int(rest.split("|")[0]) if rest and machine == _machine() else None
 
 
 class Ledger:
     """The tables, for one study and one process.
 
     Args:
-        engine: `sqlalchemy.Engine`, whose transactions do not see each other's middle.
-        study: int, the id of the study.
-        grace: float, seconds after which a slot whose beats stand still may be taken.
+        engine: A database whose transactions are serialized.
+        study: The id of the study.
+        grace: Seconds after which a trial may be taken from a process without a heartbeat.
+
+    Attributes:
+        owner: The name of this process.
+        heartbeat_interval: Seconds between two heartbeats of this process.
     """
 
-    def __init__(self, engine, study, grace):
+    def __init__(self, engine: sa.Engine, study: int, grace: float) -> None:
         self._engine = engine
         self._study = study
         self._grace = grace
-        self.owner = this_process()
-        # Seconds between two beats.
-        self.interval = min(grace / 6, _LONGEST_BEAT)
-        # By slot: the last beat that was seen, and when.
+        self.owner = _processes.this_process()
+        self.heartbeat_interval = min(grace / 6, _LONGEST_INTERVAL)
+        # By index: the owner and heartbeat that were last seen, and when they changed.
         self._seen: dict[int, tuple[tuple[str, int], float]] = {}
 
-    def _where(self, table, **columns):
-        found = [table.c.study == self._study]
-        found += [getattr(table.c, name) == value for name, value in columns.items()]
+    def _where(self, table: sa.Table, **columns: _Column) -> sa.ColumnElement[bool]:
+        found = [table.c["study"] == self._study]
+        found += [table.c[name] == value for name, value in columns.items()]
         return sa.and_(*found)
 
-    # --- Slots ---
+    # --- Trials ---
 
-    def slots(self, **where):
-        """All slots, or those with some values, in their order."""
-        columns = [getattr(_SLOTS.c, f.name) for f in dataclasses.fields(Slot)]
-        query = sa.select(*columns).where(self._where(_SLOTS, **where)).order_by(_SLOTS.c.slot)
+    def trials(self, **where: _Column) -> list[TrialRow]:
+        """The trials with these values, in order; all of them without any."""
+        columns = [_TRIALS.c[field.name] for field in dataclasses.fields(TrialRow)]
+        query = sa.select(*columns).where(self._where(_TRIALS, **where))
         with self._engine.begin() as connection:
-            return [Slot(*row) for row in connection.execute(query)]
+            return [TrialRow(*row) for row in connection.execute(query.order_by(columns[0]))]
 
-    def take_new(self, most, claim=None):
-        """Makes the next slot, takes it, and claims a name for it.
+    def take_new(self, max_trials: int | None, claim: str | None = None) -> int | None:
+        """Adds the next trial, owned by this process, and claims a name for it.
 
         Returns:
-            Its number; None if there are `most`, or if another has the name.
+            Its index; None if there are `max_trials` already, or if another has the name.
         """
-        count = sa.select(sa.func.count()).where(self._where(_SLOTS))
-        new = {"study": self._study, "owner": self.owner, "beat": 0, "died": 0}
+        count = sa.select(sa.func.count()).where(self._where(_TRIALS))
+        new = {"study": self._study, "owner": self.owner, "heartbeat": 0, "deaths": 0}
         while True:
             try:
                 with self._engine.begin() as connection:
-                    slot = connection.execute(count).scalar_one()
-                    if most is not None and slot >= most:
+                    index: int = connection.execute(count).scalar_one()
+                    if max_trials is not None and index >= max_trials:
                         return None
                     connection.execute(
-                        _SLOTS.insert().values(slot=slot, state=RUNNING, note="{}", **new)
+                        _TRIALS.insert().values(index=index, state=RUNNING, note="{}", **new)
                     )
                     if claim is not None:
-                        values = {"study": self._study, "name": claim, "slot": slot}
+                        values = {"study": self._study, "name": claim, "index": index}
                         connection.execute(_CLAIMS.insert().values(**values))
-                return slot
-            except sa.exc.IntegrityError:  # Another was faster.
+                return index
+            except sa.exc.IntegrityError:  # Another process was faster.
                 if claim in self.claims():
                     return None
 
-    def take(self, slot, note=None, died=0):
-        """Takes a slot as it was seen; returns whether it was still so."""
+    def take(self, row: TrialRow, note: str | None = None, died: bool = False) -> bool:
+        """Makes this process the owner of a trial, unless the trial has changed since it was seen.
+
+        Args:
+            row: The trial as it was seen.
+            note: Replaces its note.
+            died: Whether its owner has died.
+
+        Returns:
+            Whether this process is the owner now.
+        """
+        seen = {
+            "index": row.index,
+            "owner": row.owner,
+            "heartbeat": row.heartbeat,
+            "state": row.state,
+        }
         return self._update(
-            {"slot": slot.slot, "owner": slot.owner, "beat": slot.beat, "state": slot.state},
+            seen,
             owner=self.owner,
-            beat=0,
-            died=slot.died + died,
+            heartbeat=0,
+            deaths=row.deaths + died,
             state=RUNNING,
-            note=slot.note if note is None else note,
+            note=row.note if note is None else note,
         )
 
-    def _update(self, where, **values):
+    def _update(self, where: dict[str, _Column], **values: _Column) -> bool:
         with self._engine.begin() as connection:
             done = connection.execute(
-                _SLOTS.update().where(self._where(_SLOTS, **where)).values(**values)
+                _TRIALS.update().where(self._where(_TRIALS, **where)).values(values)
             )
-            return done.rowcount == 1
+            return bool(done.rowcount == 1)
 
-    def _of_mine(self, slot):
-        return {"slot": slot, "owner": self.owner, "state": RUNNING}
+    def _if_mine(self, index: int) -> dict[str, _Column]:
+        return {"index": index, "owner": self.owner, "state": RUNNING}
 
-    def beat(self, slot):
-        """Says that this process lives; returns whether the slot is still its own."""
-        return self._update(self._of_mine(slot), beat=_SLOTS.c.beat + 1)
+    def heartbeat(self, index: int) -> bool:
+        """Says that this process still runs a trial; returns whether it still owns it."""
+        return self._update(self._if_mine(index), heartbeat=_TRIALS.c["heartbeat"] + 1)
 
-    def put(self, slot, state, **note):
-        """Moves a slot of this process on, and adds to its note; whether it was still its own."""
-        where = self._where(_SLOTS, **self._of_mine(slot))
+    def set_state(self, index: int, state: str, **note: _Json) -> bool:
+        """Sets the state of a trial of this process, and adds to its note.
+
+        Returns:
+            Whether this process still owned it. If not, nothing changes.
+        """
+        where = self._where(_TRIALS, **self._if_mine(index))
         with self._engine.begin() as connection:
-            query = sa.select(_SLOTS.c.note).where(where).with_for_update()
+            query = sa.select(_TRIALS.c["note"]).where(where).with_for_update()
             known = connection.execute(query).scalar_one_or_none()
             if known is None:
                 return False
             new = json.dumps(json.loads(known) | note)
-            connection.execute(_SLOTS.update().where(where).values(state=state, note=new))
+            connection.execute(_TRIALS.update().where(where).values(state=state, note=new))
         return True
 
-    def release(self, slot, **note):
-        """Lets another process, or this one, take a slot of this process."""
-        return self.put(slot, RUNNING, **note) and self._update(self._of_mine(slot), owner="")
+    def release(self, index: int, **note: _Json) -> bool:
+        """Lets any process take a trial of this process; returns whether it still owned it."""
+        is_mine = self.set_state(index, RUNNING, **note)
+        return is_mine and self._update(self._if_mine(index), owner="")
 
-    def move(self, slot, state):
-        """Moves a slot that nobody holds from the state it was seen in to another."""
-        return self._update(
-            {"slot": slot.slot, "state": slot.state, "owner": slot.owner}, state=state, owner=""
-        )
+    def advance(self, row: TrialRow, state: str) -> bool:
+        """Sets the state of a trial that no process runs, unless it has changed."""
+        seen = {"index": row.index, "state": row.state, "owner": row.owner}
+        return self._update(seen, state=state, owner="")
 
-    def abandoned(self):
-        """Running slots whose process has ended, or has not been heard of for long."""
+    def abandoned(self) -> list[TrialRow]:
+        """Running trials whose process has ended, or has had no heartbeat for too long."""
         found, now = [], time.monotonic()
-        for slot in self.slots(state=RUNNING):
-            if slot.owner == self.owner:
+        for row in self.trials(state=RUNNING):
+            if row.owner == self.owner:
                 continue
-            state = (slot.owner, slot.beat)
-            seen, since = self._seen.get(slot.slot, (None, now))
+            state = (row.owner, row.heartbeat)
+            seen, since = self._seen.get(row.index, (None, now))
             if seen != state:
-                self._seen[slot.slot] = (state, since := now)
-            if not slot.owner or is_dead(slot.owner) or now - since >= self._grace:
-                found.append(slot)
+                self._seen[row.index] = (state, since := now)
+            if not row.owner or _processes.is_dead(row.owner) or now - since >= self._grace:
+                found.append(row)
         return found
 
     # --- Processes ---
 
     @property
-    def _name(self):
+    def _entry(self) -> str:
         return f"process {self.owner[-8:]}"
 
-    def enter(self):
-        """Lets others know that this process works on the study."""
-        self.fact(self._name, self.owner)
+    def join(self) -> None:
+        """Lets other processes know that this one works on the study."""
+        self.metadata(self._entry, self.owner)
 
-    def leave(self):
-        """Lets others know that it does not any more."""
+    def leave(self) -> None:
+        """Lets other processes know that this one no longer works on the study."""
+        entry = self._where(_SEARCH_METADATA, name=self._entry)
         with self._engine.begin() as connection:
-            connection.execute(_FACTS.delete().where(self._where(_FACTS, name=self._name)))
+            connection.execute(_SEARCH_METADATA.delete().where(entry))
 
-    def others(self):
-        """Whether other processes work on the study; takes time where they may be elsewhere."""
-        names = _FACTS.c.name.like("process %")
+    def has_others(self) -> bool:
+        """Whether other processes work on the study.
+
+        If they may be on other machines, this waits for a heartbeat.
+        """
+        names = _SEARCH_METADATA.c["name"].like("process %")
+        query = sa.select(_SEARCH_METADATA.c["text"]).where(self._where(_SEARCH_METADATA), names)
         with self._engine.begin() as connection:
-            query = sa.select(_FACTS.c.text).where(self._where(_FACTS), names)
-            entered = connection.execute(query).scalars().all()
-        here = [o for o in entered if process_id(o) not in (None, os.getpid())]
-        if any(not is_dead(owner) for owner in here):
+            joined = connection.execute(query).scalars().all()
+        here = [o for o in joined if _processes.process_id(o) not in (None, os.getpid())]
+        if any(not _processes.is_dead(owner) for owner in here):
             return True
         before = {
-            s.slot: s
-            for s in self.slots(state=RUNNING)
-            if s.owner and process_id(s.owner) != os.getpid()
+            row.index: row
+            for row in self.trials(state=RUNNING)
+            if row.owner and _processes.process_id(row.owner) != os.getpid()
         }
-        if not any(not is_dead(s.owner) for s in before.values()):
+        if not any(not _processes.is_dead(row.owner) for row in before.values()):
             return False
-        deadline = time.monotonic() + min(self._grace, _LONGEST_BEAT * 1.5)
+        return self._change_within(min(self._grace, _LONGEST_INTERVAL * 1.5), before)
+
+    def _change_within(self, seconds: float, before: dict[int, TrialRow]) -> bool:
+        """Whether one of some trials changes in the next seconds."""
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(0.2)
-            now = {s.slot: s for s in self.slots()}
-            if any(now.get(slot) != row for slot, row in before.items()):
+            now = {row.index: row for row in self.trials()}
+            if any(now.get(index) != row for index, row in before.items()):
                 return True
         return False
 
     # --- Claims ---
 
-    def claim(self, slot, name):
-        """Claims a name for a slot; returns whether it has it now."""
-        owner = sa.select(_CLAIMS.c.slot).where(self._where(_CLAIMS, name=name))
+    def claim(self, index: int, name: str) -> bool:
+        """Claims a name for a trial; returns whether the trial has it now."""
+        query = sa.select(_CLAIMS.c["index"]).where(self._where(_CLAIMS, name=name))
         try:
             with self._engine.begin() as connection:
-                holder = connection.execute(owner).scalar_one_or_none()
+                holder = connection.execute(query).scalar_one_or_none()
                 if holder is None:
-                    values = {"study": self._study, "name": name, "slot": slot}
+                    values = {"study": self._study, "name": name, "index": index}
                     connection.execute(_CLAIMS.insert().values(**values))
-                return holder is None or holder == slot
+                return holder is None or holder == index
         except sa.exc.IntegrityError:
-            return False  # Another was faster.
+            return False  # Another process was faster.
 
-    def claims(self, **where):
-        """All names that are claimed, or those of one slot."""
+    def claims(self, **where: _Column) -> set[str]:
+        """All claimed names; with `index=`, those of one trial."""
         with self._engine.begin() as connection:
-            query = sa.select(_CLAIMS.c.name).where(self._where(_CLAIMS, **where))
+            query = sa.select(_CLAIMS.c["name"]).where(self._where(_CLAIMS, **where))
             return set(connection.execute(query).scalars())
 
-    # --- Facts ---
+    # --- Metadata of the search ---
 
-    def fact(self, name, text=None):
-        """What is known under a name; `text` becomes known if nothing is."""
-        query = sa.select(_FACTS.c.text).where(self._where(_FACTS, name=name))
+    def metadata(self, name: str, default: str | None = None) -> str | None:
+        """The text stored under a name; stores the default if there is none."""
+        query = sa.select(_SEARCH_METADATA.c["text"])
+        query = query.where(self._where(_SEARCH_METADATA, name=name))
         try:
             with self._engine.begin() as connection:
-                known = connection.execute(query).scalar_one_or_none()
-                if known is None and text is not None:
-                    values = {"study": self._study, "name": name, "text": text}
-                    connection.execute(_FACTS.insert().values(**values))
-                    return text
+                known: str | None = connection.execute(query).scalar_one_or_none()
+                if known is None and default is not None:
+                    values = {"study": self._study, "name": name, "text": default}
+                    connection.execute(_SEARCH_METADATA.insert().values(**values))
+                    return default
                 return known
         except sa.exc.IntegrityError:
-            return self.fact(name)
+            return self.metadata(name)
 
-    def change_fact(self, name, change):
-        """Replaces what is known under a name by what a function makes of it."""
+    def change_metadata(self, name: str, change: Callable[[str | None], str]) -> str:
+        """Replaces the text under a name, None if there is none, by what a function returns."""
         try:
-            return self._changed_fact(name, change)
-        except sa.exc.IntegrityError:  # Another was faster; there is a row to lock now.
-            return self._changed_fact(name, change)
+            return self._changed_metadata(name, change)
+        except sa.exc.IntegrityError:  # Another process was faster; there is a row to lock now.
+            return self._changed_metadata(name, change)
 
-    def _changed_fact(self, name, change):
-        query = sa.select(_FACTS.c.text).where(self._where(_FACTS, name=name)).with_for_update()
+    def _changed_metadata(self, name: str, change: Callable[[str | None], str]) -> str:
+        where = self._where(_SEARCH_METADATA, name=name)
+        query = sa.select(_SEARCH_METADATA.c["text"]).where(where).with_for_update()
         with self._engine.begin() as connection:
             known = connection.execute(query).scalar_one_or_none()
             new = change(known)
             if known is None:
                 values = {"study": self._study, "name": name, "text": new}
-                connection.execute(_FACTS.insert().values(**values))
+                connection.execute(_SEARCH_METADATA.insert().values(**values))
             elif new != known:
-                connection.execute(
-                    _FACTS.update().where(self._where(_FACTS, name=name)).values(text=new)
-                )
+                connection.execute(_SEARCH_METADATA.update().where(where).values(text=new))
         return new
 
-    def clear(self):
-        """Removes all that is known of the study."""
+    def clear(self) -> None:
+        """Removes everything about the study."""
         with self._engine.begin() as connection:
-            for table in (_SLOTS, _CLAIMS, _FACTS):
+            for table in (_TRIALS, _CLAIMS, _SEARCH_METADATA):
                 connection.execute(table.delete().where(self._where(table)))
 
 
-def create_tables(engine):
+def create_tables(engine: sa.Engine) -> None:
     _METADATA.create_all(engine)

@@ -1,17 +1,26 @@
-"""What a search shows: a line for each trial, in a notebook a table; and a summary."""
+"""What a search shows: a line for each trial, or a table in a notebook; and a summary."""
 
 import html
 import sys
 import time
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from keras_tuner.src.engine import trial as kt_trial
+
+if TYPE_CHECKING:
+    from tfbig.tuners import _tuner_results, _tuner_types
+    from tfbig.tuners._oracle import StudyOracle
 
 __all__ = ("Progress", "html_table", "print_summary", "shown", "status_of")
 
 _STATUS = kt_trial.TrialStatus
 
-# KerasTuner's words, and those of the field.
+# IPython's, which need not be installed: a shell, and the handle of an output.
+_Shell: TypeAlias = Any
+_Handle: TypeAlias = Any
+
+# KerasTuner's terms, and those of the field.
 _WORDS = {
     _STATUS.COMPLETED: "complete",
     _STATUS.STOPPED: "pruned",
@@ -21,12 +30,12 @@ _WORDS = {
 }
 
 
-def status_of(trial):
+def status_of(trial: "_tuner_types.Trial") -> str:
     """How a trial ended: "complete", "pruned", "infeasible", "failed" or "running"."""
     return _WORDS[trial.status]
 
 
-def shown(value):
+def shown(value: object) -> str:
     """A value in a few characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
@@ -35,16 +44,20 @@ def shown(value):
     return str(value)
 
 
-def html_table(header, rows, marked=()):
-    """A table as HTML; all texts are escaped.
+def html_table(
+    header: Sequence[str] | None,
+    rows: Iterable[Sequence[object]],
+    marked: Collection[int] = (),
+) -> str:
+    """A table as HTML, with all cells escaped.
 
     Args:
-        header: list of texts, or None where the first cell of each row is its name.
-        rows: iterable of lists of texts.
-        marked: numbers of the rows that have the class "best".
+        header: None if the first cell of each row is its name.
+        rows: The cells of each row.
+        marked: Indices of the rows with the class "best".
     """
 
-    def line(tags, cells):
+    def line(tags: Sequence[str], cells: Sequence[object]) -> str:
         pairs = zip(tags, cells, strict=True)
         return "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for tag, cell in pairs)
 
@@ -56,38 +69,39 @@ def html_table(header, rows, marked=()):
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
-# Trials in the table of a notebook: the last ones, and the best.
+# The table of a notebook shows so many of the last trials, and the best one.
 _SHOWN_TRIALS = 20
 
 
-def _notebook():
+def _notebook() -> _Shell | None:
     """The shell of a notebook; None in a terminal."""
-    # Not imported: where it is not, there is no notebook.
+    # Not imported here: in a notebook it already is.
     ipython = sys.modules.get("IPython")
     shell = ipython and ipython.get_ipython()
     return shell if getattr(shell, "kernel", None) is not None else None
 
 
 class _Table:
-    """A table of the trials in a notebook, in the cell that searches."""
+    """A table of the trials, below the notebook cell that searches."""
 
-    def __init__(self, oracle):
+    def __init__(self, oracle: "StudyOracle") -> None:
         self._oracle = oracle
         self._cell: int | None = None
-        self._handle: Any = None
+        self._handle: _Handle = None
 
-    def show(self, shell, seconds):
-        from IPython import display
+    def show(self, shell: _Shell, seconds: dict[str, float]) -> None:
+        from IPython import display as ipython_display
 
+        display: Any = ipython_display  # It has no types.
         table = display.HTML(self._made(seconds))
         if self._cell != shell.execution_count:
-            # The table of an earlier cell stays as it is.
+            # The table below an earlier cell does not change.
             self._cell = shell.execution_count
             self._handle = display.display(table, display_id=True)
         else:
             self._handle.update(table)
 
-    def _made(self, seconds):
+    def _made(self, seconds: dict[str, float]) -> str:
         trials = list(self._oracle.trials.values())
         best = {t.trial_id for t in self._oracle.get_best_trials(1)}
         listed = [t for t in trials[:-_SHOWN_TRIALS] if t.trial_id in best]
@@ -113,23 +127,23 @@ class Progress:
     """Prints a line when a trial ends; in a notebook, keeps a table up to date.
 
     Attributes:
-        verbose: int; 0 prints nothing.
+        verbose: 0 prints nothing.
     """
 
-    def __init__(self, oracle):
-        self.verbose = 1
+    def __init__(self, oracle: "StudyOracle") -> None:
+        self.verbose: int | str = 1
         self._oracle = oracle
-        self._began = {}
-        # By trial, of those that ended in this process.
-        self._seconds = {}
+        self._began: dict[str, float] = {}
+        # The duration of trials that ended in this process.
+        self._seconds: dict[str, float] = {}
         self._table = _Table(oracle)
 
-    def on_trial_begin(self, trial):
+    def on_trial_begin(self, trial: "_tuner_types.Trial") -> None:
         self._began[trial.trial_id] = time.monotonic()
         if self.verbose and (shell := _notebook()):
             self._table.show(shell, self._seconds)
 
-    def on_trial_end(self, trial):
+    def on_trial_end(self, trial: "_tuner_types.Trial") -> None:
         seconds = time.monotonic() - self._began.pop(trial.trial_id, time.monotonic())
         self._seconds[trial.trial_id] = seconds
         if not self.verbose:
@@ -150,8 +164,8 @@ class Progress:
         print(f"{line}, {seconds:.1f} s; {values or 'default configuration'}", flush=True)
 
 
-def print_summary(tuner, num_trials):
-    """Prints how many trials ended how, and the best of them with their values."""
+def print_summary(tuner: "_tuner_results.TunerResults", num_trials: int) -> None:
+    """Prints how many trials ended in which way, and the best of them with their values."""
     oracle = tuner.oracle
     trials = list(oracle.trials.values())
     counts = {word: sum(status_of(t) == word for t in trials) for word in _WORDS.values()}

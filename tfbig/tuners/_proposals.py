@@ -1,44 +1,60 @@
-"""Values to try next, each combination claimed by one trial alone."""
+"""Values to try next; each combination belongs to one trial alone."""
 
+import enum
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from tfbig.tuners import _json, _space, _study, _trials
 
-__all__ = ("Proposals",)
+if TYPE_CHECKING:
+    from tfbig.tuners import _tuner_types
+    from tfbig.tuners._hyperparameters import HyperParameters
 
-# Suggestions that were tried before, until the first untried one is taken.
-_MOST_COLLISIONS = 20
+__all__ = ("EXHAUSTED", "Proposals", "name_of")
+
+# After so many suggestions that were tried before, the first untried combination is taken.
+_MAX_COLLISIONS = 20
 
 
-def name_of(values):
-    """What a combination is claimed by."""
+def name_of(values: "_tuner_types.Values") -> str:
+    """The name by which a combination is claimed."""
     return hashlib.sha256(_json.dumps(values).encode()).hexdigest()[:40]
 
 
-class Exhausted:
-    """Stands for the combination that there is not."""
+class Exhausted(enum.Enum):
+    """Returned instead of a combination if all have been tried."""
+
+    EXHAUSTED = enum.auto()
 
 
-EXHAUSTED = Exhausted()
+EXHAUSTED: Final = Exhausted.EXHAUSTED
 
 
 class Proposals:
-    """Asks the sampler, until it suggests what no trial has.
+    """Asks the sampler until it suggests a combination that no trial has.
 
     Args:
-        trials: `Trials`.
-        seed: int, that of the search.
-        hyperparameters: function that returns the `HyperParameters` known so far.
-        values_of: function of a hyperparameter that returns all its values, or None where they
-            are endless.
-        initial: set of str, names of the hyperparameters that the program has before any trial.
+        trials: The trials so far.
+        seed: The seed of the search.
+        hyperparameters: Returns the hyperparameters known so far.
+        values_of: Returns all values of a hyperparameter; None if there are infinitely many.
+        initial: Names of the hyperparameters that the program has before any trial.
     """
 
-    def __init__(self, trials, seed, hyperparameters, values_of, initial):
+    def __init__(
+        self,
+        trials: _trials.Trials,
+        seed: int,
+        hyperparameters: "Callable[[], HyperParameters]",
+        values_of: "Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None]",
+        initial: set[str],
+    ) -> None:
         self._trials = trials
         self._ledger = trials.ledger
         self._seed = seed
@@ -46,27 +62,28 @@ class Proposals:
         self._values_of = values_of
         self._initial = initial
 
-    def values_for(self, slot):
-        """Values claimed for a slot; None where the space is exhausted."""
-        if slot == 0:
+    def values_for(self, index: int) -> "_tuner_types.Values | None":
+        """Values claimed for a trial; None if the space is exhausted."""
+        if index == 0:
             values = _space.default_values(self._hyperparameters())
-            if self.claim(slot, values):
+            if self.claim(index, values):
                 return values
         is_known = self._known()
-        for attempt in range(_MOST_COLLISIONS):
-            # Of its own for each trial: a search that is resumed goes on as it would have.
-            seeds = np.random.SeedSequence([self._seed, slot, attempt])
+        for attempt in range(_MAX_COLLISIONS):
+            # Seeded for each trial, so that a resumed search makes the same suggestions.
+            seeds = np.random.SeedSequence([self._seed, index, attempt])
             with _study.quiet():
                 self._trials.seed(int(seeds.generate_state(1)[0]))
-                values = self._suggestion(self._trials.by_slot()[slot])
-            if not is_known(values) and self.claim(slot, values):
+                values = self._suggestion(self._trials.by_index()[index])
+            if not is_known(values) and self.claim(index, values):
                 return values
-        while (values := self.first_untried()) is not EXHAUSTED:
-            if self.claim(slot, values):
-                return values
+        while isinstance(untried := self.first_untried(), dict):
+            if self.claim(index, untried):
+                return untried
+        # Also if the sampler repeats itself in an infinite space.
         return None
 
-    def _suggestion(self, frozen):
+    def _suggestion(self, frozen: FrozenTrial) -> "_tuner_types.Values":
         """What the sampler suggests for a trial; nothing is stored."""
         study, sampler = self._trials.study, self._trials.study.sampler
         filtered = optuna.pruners._filter_study(study, frozen)
@@ -74,7 +91,7 @@ class Proposals:
         space = sampler.infer_relative_search_space(filtered, frozen)
         relative = sampler.sample_relative(filtered, frozen, space)
 
-        def value(name, distribution):
+        def value(name: str, distribution: BaseDistribution) -> "_tuner_types.Value":
             if distribution.single():
                 return distribution.to_external_repr(getattr(distribution, "low", 0))
             if name in relative:
@@ -86,20 +103,20 @@ class Proposals:
         known = self._trials.known_distributions()
         return _space.suggested(value, self._hyperparameters(), known)
 
-    def claim(self, slot, values):
-        """Claims a combination; returns whether the slot has it now."""
-        return self._ledger.claim(slot, name_of(values))
+    def claim(self, index: int, values: "_tuner_types.Values") -> bool:
+        """Claims a combination for a trial; returns whether the trial has it now."""
+        return self._ledger.claim(index, name_of(values))
 
-    def claimed(self, slot):
-        """What a slot has claimed, of a space that is not endless; None if nothing."""
-        own = self._ledger.claims(slot=slot)
-        if not own or self._is_endless():
+    def claimed(self, index: int) -> "_tuner_types.Values | None":
+        """The combination that a trial has claimed in a finite space; None if there is none."""
+        own = self._ledger.claims(index=index)
+        if not own or self._is_infinite():
             return None
         return next((v for v in self._combinations() if name_of(v) in own), None)
 
-    def first_untried(self):
-        """The first combination that no trial has; None where they are endless; `EXHAUSTED`."""
-        if self._is_endless():
+    def first_untried(self) -> "_tuner_types.Values | Literal[Exhausted.EXHAUSTED] | None":
+        """The first combination that no trial has, or `EXHAUSTED`; None in an infinite space."""
+        if self._is_infinite():
             return None
         claims, is_known = self._ledger.claims(), self._known()
         for values in self._combinations():
@@ -107,18 +124,18 @@ class Proposals:
                 return values
         return EXHAUSTED
 
-    def _known(self):
-        """A function of a combination: whether a trial of fewer hyperparameters was the same.
+    def _known(self) -> "Callable[[_tuner_types.Values], bool]":
+        """Returns a function: was a combination tried by a trial with fewer hyperparameters?
 
-        A trial that was completed without asking for what others ask for does not depend on it,
-        unless the program has it from the beginning: it is another then than that of the trial,
-        which is taken for one of the default, as are trials that may ask yet.
+        A completed trial that never asked for a hyperparameter does not depend on it, whatever its
+        value. Two cases differ: if the program has had the hyperparameter from the beginning, or if
+        the trial may still ask for it, the trial counts as one with its default.
         """
-        if self._is_endless():
+        if self._is_infinite():
             return lambda values: False
         found: dict[frozenset[str], set[str]] = {}
         hps = self._hyperparameters().copy()
-        for trial in self._trials.by_slot().values():
+        for trial in self._trials.by_index().values():
             if _trials.VALUES not in trial.user_attrs:
                 continue
             own = _json.loads(trial.user_attrs[_trials.VALUES])
@@ -130,7 +147,7 @@ class Proposals:
             values = {n: v for n, v in hps.values.items() if n in own or n in added}
             found.setdefault(frozenset(values), set()).add(name_of(values))
 
-        def is_known(values):
+        def is_known(values: "_tuner_types.Values") -> bool:
             return any(
                 names <= values.keys() and name_of({n: values[n] for n in names}) in known
                 for names, known in found.items()
@@ -138,8 +155,8 @@ class Proposals:
 
         return is_known
 
-    def _is_endless(self):
+    def _is_infinite(self) -> bool:
         return any(self._values_of(hp) is None for hp in self._hyperparameters().space)
 
-    def _combinations(self):
+    def _combinations(self) -> "Iterator[_tuner_types.Values]":
         return _space.combinations(self._hyperparameters(), self._values_of)

@@ -1,19 +1,27 @@
-"""What a search has found: as a table, and as shares of importance."""
+"""What a search has found: a table, and the importance of hyperparameters."""
 
 import contextlib
 import importlib.util
 import warnings
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import optuna
 from optuna import distributions
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tfbig import errors
 from tfbig.tuners import _hyperparameters as hps
-from tfbig.tuners import _progress, _space, _study
+from tfbig.tuners import _progress, _space, _study, _views
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tfbig.tuners import _tuner_results, _tuner_types
+    from tfbig.tuners._oracle import StudyOracle
 
 __all__ = (
+    "Row",
     "dataframe",
     "importance",
     "names_in",
@@ -25,13 +33,27 @@ __all__ = (
 )
 
 
-def rows_of(tuner):
-    """A dictionary for each trial: what all trials have, and `values` by hyperparameter."""
+class Row(TypedDict):
+    """A trial, as tables show it."""
+
+    trial: str
+    status: str
+    scores: list[float] | list[None]
+    best_step: int | None
+    epochs: int | None
+    duration: float | None
+    message: str
+    values: "_tuner_types.Values"
+    frozen: FrozenTrial
+
+
+def rows_of(tuner: "_tuner_results.TunerResults") -> Iterator[Row]:
+    """A row for each trial."""
     oracle = tuner.oracle
-    frozen_trials = oracle._trials.by_slot()
+    frozen_trials = oracle._search.trials.by_index()
     for trial_id, trial in oracle.trials.items():
         if (frozen := frozen_trials.get(int(trial_id))) is None:
-            continue  # It began between the two looks.
+            continue  # It began after the other trials were read.
         is_complete = frozen.state == TrialState.COMPLETE
         yield {
             "trial": trial_id,
@@ -46,78 +68,91 @@ def rows_of(tuner):
         }
 
 
-def names_in(rows):
-    """Names of hyperparameters that trials have, in the order in which they appear."""
+def names_in(rows: Iterable[Row]) -> list[str]:
+    """Names of the hyperparameters of trials, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row["values"]))
 
 
-def score_names(oracle):
-    names = [o.name for o in oracle._objectives]
+def score_names(oracle: "StudyOracle") -> list[str]:
+    """The columns of the scores."""
+    names = oracle._objectives.names
     return ["score"] if len(names) == 1 else names
 
 
-def dataframe(tuner):
+def dataframe(tuner: "_tuner_results.TunerResults") -> "pd.DataFrame":
     """The trials of a search as a `pandas.DataFrame`; see `Tuner.to_dataframe`."""
     try:
         import pandas as pd
     except ImportError:
         raise errors.InvalidOptionError(
-            "to_dataframe() needs pandas, not installed here. pip install pandas"
+            "to_dataframe() needs pandas, which is not installed. pip install pandas"
         ) from None
     rows = list(rows_of(tuner))
-    columns = {name: [row[name] for row in rows] for name in ("trial", "status")}
+    # A column is a list or a series of pandas.
+    columns: dict[str, Any] = {"trial": [row["trial"] for row in rows]}
+    columns["status"] = [row["status"] for row in rows]
     for i, name in enumerate(score_names(tuner.oracle)):
         columns[name] = pd.Series([row["scores"][i] for row in rows], dtype="float64")
-    for name in ("best_step", "epochs"):
-        columns[name] = pd.Series([row[name] for row in rows], dtype="Int64")
+    columns["best_step"] = pd.Series([row["best_step"] for row in rows], dtype="Int64")
+    columns["epochs"] = pd.Series([row["epochs"] for row in rows], dtype="Int64")
     columns["duration"] = pd.Series([row["duration"] for row in rows], dtype="float64")
     for name in names_in(rows):
         values = [row["values"].get(name, pd.NA) for row in rows]
         kinds = {type(v) for v in values}
-        # Elsewhere pandas would turn integers into floats, and None into NaN.
+        # Otherwise pandas would convert integers to floats, and None to NaN.
         is_plain = len(kinds) == 1 and kinds <= {bool, int, float, str}
         series = pd.Series(values, dtype=None if is_plain else object)
         columns[f"hp {name}" if name in columns else name] = series
     return pd.DataFrame(columns)
 
 
-def _distribution(hp, values):
-    """An Optuna distribution over real values, as wide as those that occurred."""
+def _distribution(
+    hp: "_tuner_types.Hyperparameter", values: "list[_tuner_types.Value]"
+) -> distributions.BaseDistribution:
+    """An Optuna distribution over real values that includes all that occurred."""
     if isinstance(hp, hps.Int | hps.Float) and all(type(v) in (int, float) for v in values):
         low, high = min(hp.min_value, *values), max(hp.max_value, *values)
         is_log = hp.sampling == "log" and low > 0
         is_whole = isinstance(hp, hps.Int) and all(type(v) is int for v in values)
-        kind = distributions.IntDistribution if is_whole else distributions.FloatDistribution
-        return kind(low, high, log=is_log)
+        if is_whole:
+            return distributions.IntDistribution(low, high, log=is_log)
+        return distributions.FloatDistribution(low, high, log=is_log)
     choices = list(dict.fromkeys(map(_category, [*_choices(hp), *values])))
     return distributions.CategoricalDistribution(choices)
 
 
-def _choices(hp):
-    return hp.values if isinstance(hp, hps.Choice | hps.Boolean) else ()
+def _choices(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Value]":
+    choices: Iterable[_tuner_types.Value] = ()
+    if isinstance(hp, hps.Choice | hps.Boolean):
+        choices = hp.values
+    return choices
 
 
-def _category(value):
-    """A value as a text: by Optuna's ==, 1 and True are the same."""
+def _category(value: "_tuner_types.Value") -> str:
+    """A value as text: Optuna compares with ==, so that 1 and True are the same."""
     return value if isinstance(value, str) else repr(value)
 
 
-def _labels(hyperparameters):
-    """Hyperparameters that are searched, and a name for each that no other has."""
+def _labels(
+    hyperparameters: hps.HyperParameters,
+) -> "Iterator[tuple[_tuner_types.Hyperparameter, str]]":
+    """The hyperparameters that are searched, each with a unique name."""
     searched = [hp for hp in hyperparameters.space if not isinstance(hp, hps.Fixed)]
     names = [hp.name for hp in searched]
     for hp in searched:
-        # The same name may stand under two conditions, with different ranges.
+        # Under different conditions, the same name may have different ranges.
         is_single = names.count(hp.name) == 1
         parameter = None if is_single else _space.parameter_of(hp)
         yield hp, hp.name if parameter is None else parameter.name
 
 
-def study_of(tuner, rows):
-    """A copy of the study in memory whose parameters are called, and are, as users know them."""
+def study_of(tuner: "_tuner_results.TunerResults", rows: list[Row]) -> optuna.Study:
+    """A copy of the study in memory, with the names and values that users know."""
     oracle = tuner.oracle
-    params_of: dict[str, dict[str, Any]] = {row["trial"]: {} for row in rows}
-    distributions_of: dict[str, dict[str, Any]] = {row["trial"]: {} for row in rows}
+    params_of: dict[str, _tuner_types.Values] = {row["trial"]: {} for row in rows}
+    distributions_of: dict[str, dict[str, distributions.BaseDistribution]] = {
+        row["trial"]: {} for row in rows
+    }
     known = hps.HyperParameters()
     for hp, label in _labels(oracle.hyperparameters):
         having = []
@@ -134,13 +169,13 @@ def study_of(tuner, rows):
             params_of[row["trial"]][label] = _category(value) if is_text else value
             distributions_of[row["trial"]][label] = distribution
     study = optuna.create_study(directions=oracle.directions)
-    study.set_metric_names([o.name for o in oracle._objectives])
+    study.set_metric_names(oracle._objectives.names)
     by_id = {row["trial"]: row["frozen"] for row in rows}
-    for slot in range(max(map(int, by_id), default=-1) + 1):
-        trial_id = oracle._trial_id(slot)
+    for index in range(max(map(int, by_id), default=-1) + 1):
+        trial_id = _views.trial_id_of(index)
         frozen = by_id.get(trial_id)
         if frozen is None or not frozen.state.is_finished():
-            # Keeps the numbers of those that come after it.
+            # Keeps the numbers of the trials after it.
             made = optuna.trial.create_trial(state=TrialState.FAIL)
         else:
             is_complete = frozen.state == TrialState.COMPLETE
@@ -156,18 +191,22 @@ def study_of(tuner, rows):
     return study
 
 
-def shares_in(study, objective=0):
-    """Shares by name, the largest first; an empty dictionary where there is nothing to compare.
+def shares_in(study: optuna.Study, objective: int = 0) -> dict[str, float]:
+    """Shares by name, largest first; empty if there is nothing to compare.
+
+    Args:
+        study: From `study_of`.
+        objective: The index of the objective.
 
     Raises:
         InvalidOptionError: If scikit-learn is not installed.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise errors.InvalidOptionError(
-            "The importance of hyperparameters needs scikit-learn, not installed here. "
+            "The importance of hyperparameters needs scikit-learn, which is not installed. "
             "pip install tfbig[sklearn]"
         )
-    # Only these are weighed; a trial that ended otherwise may lack parameters.
+    # Optuna considers only these; other trials may lack parameters.
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < 2:
         return {}
@@ -176,7 +215,7 @@ def shares_in(study, objective=0):
         return {}
     shares = optuna.importance.get_param_importances(
         study,
-        # The same trials have the same importance.
+        # Seeded, so that the same trials give the same result.
         evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
         params=sorted(common),
         target=lambda trial: trial.values[objective],
@@ -184,9 +223,11 @@ def shares_in(study, objective=0):
     return {name: float(share) for name, share in shares.items()}
 
 
-def importance(tuner, objective=None):
-    """What part of the objective's variance each hyperparameter has; see `Tuner.importance`."""
-    names = [o.name for o in tuner.oracle._objectives]
+def importance(
+    tuner: "_tuner_results.TunerResults", objective: str | None = None
+) -> dict[str, float]:
+    """The share of each hyperparameter in the objective's variance; see `Tuner.importance`."""
+    names = tuner.oracle._objectives.names
     if objective is not None and objective not in names:
         raise errors.InvalidOptionError(
             f"`objective` must be one of {', '.join(names)}. Received: objective={objective!r}."
@@ -197,8 +238,8 @@ def importance(tuner, objective=None):
 
 
 @contextlib.contextmanager
-def quiet():
-    """Neither Optuna nor matplotlib has anything to say that a user could act on."""
+def quiet() -> Iterator[None]:
+    """Silences Optuna and matplotlib, whose warnings a user could not act on."""
     with _study.quiet(optuna.logging.ERROR), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,90 +1,107 @@
-"""Opening the study of a search, and the ledger beside it."""
+"""Opens the study of a search, and the ledger beside it."""
 
 import contextlib
 import os
 import pathlib
 import random
+import shutil
 import sqlite3
 import time
 import urllib.parse
 import warnings
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import optuna
 import sqlalchemy as sa
 
 from tfbig import errors
-from tfbig.tuners import _ledger
+from tfbig.tuners import _ledger, _objectives
 
-__all__ = ("MEMORY", "name_metrics", "open_study", "shown", "without_secrets")
+__all__ = (
+    "FILE",
+    "MEMORY",
+    "name_metrics",
+    "open_study",
+    "remove_unless_used",
+    "shown",
+    "without_secrets",
+)
 
-# The storage of a search that nothing is kept of.
+# The storage of a search that is not kept.
 MEMORY = "memory"
 
 FILE = "study.db"
 
 # Seconds that a process waits while another writes to an SQLite file.
-_BUSY = 120
+_BUSY_TIMEOUT = 120
+
+# A database driver's connection: each driver has a class of its own.
+_Connection: TypeAlias = Any
 
 
-def shown(storage):
-    """A storage as it may be printed: without passwords."""
+def shown(storage: str) -> str:
+    """A storage without its passwords, for messages."""
     try:
         url = sa.engine.make_url(storage)
     except sa.exc.ArgumentError:
-        return "a text that is no database URL"
+        return "a text that is not a database URL"
     hidden = {name: "***" for name in url.query if "pass" in name.lower()}
     return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
-def without_secrets(text, storage):
-    """A text in which the passwords of a storage are not."""
+def without_secrets(text: str, storage: str | None) -> str:
+    """A text with the passwords of a storage replaced."""
     try:
         url = sa.engine.make_url(storage or "")
     except sa.exc.ArgumentError:
         return text
     secrets = [url.password, *(v for k, v in url.query.items() if "pass" in k.lower())]
     for secret in map(str, filter(None, secrets)):
-        # Also as it stands in the URL.
+        # The text may have the password as the URL spells it.
         text = text.replace(secret, "***").replace(urllib.parse.quote(secret, safe=""), "***")
     return text
 
 
 @contextlib.contextmanager
-def quiet(verbosity=optuna.logging.WARNING):
-    """The engine's own messages would stand among those of the search."""
+def quiet(verbosity: int = optuna.logging.WARNING) -> Iterator[None]:
+    """Keeps Optuna's own messages from mixing with those of the search."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(verbosity)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Of torch, where it finds no GPU; Optuna's Gaussian process does not use one.
+            # PyTorch warns if it finds no GPU; Optuna's Gaussian process does not use one.
             warnings.filterwarnings("ignore", "CUDA initialization", UserWarning)
             yield
     finally:
         optuna.logging.set_verbosity(level)
 
 
-def open_study(storage, directory, name, directions, grace):
-    """The study of this name, made if there is none, and its `Ledger`.
+def open_study(
+    storage: str | None,
+    directory: str | os.PathLike[str],
+    name: str,
+    directions: list[_objectives.Direction],
+    grace: float,
+) -> tuple[optuna.Study, _ledger.Ledger]:
+    """The study of a name and its ledger; both are created if there are none.
 
     Args:
-        storage: None, for a file in the directory; `MEMORY`; or a database URL.
-        directory: path.
-        name: str.
-        directions: list of "minimize" and "maximize".
-        grace: float, see `Ledger`.
-
-    Returns:
-        `optuna.Study`, `Ledger`.
+        storage: None for a file in the directory; `MEMORY`; or a database URL.
+        directory: Where the file is.
+        name: The name of the study.
+        directions: "minimize" or "maximize", for each objective.
+        grace: See `Ledger`.
 
     Raises:
         StorageUnavailableError: If the database cannot be reached or written.
-        StudyError: If the study has other directions.
+        StudyError: If the study has different directions.
     """
     if storage == MEMORY:
         with quiet():
             study = optuna.create_study(directions=directions, study_name=name)
-        # One connection is the database; one thread at a time has it.
+        # The database lives in one connection, which threads use in turn.
         engine = sa.create_engine(
             "sqlite://",
             poolclass=sa.pool.QueuePool,
@@ -103,63 +120,78 @@ def open_study(storage, directory, name, directions, grace):
     found = [d.name.lower() for d in study.directions]
     if found != directions:
         raise errors.StudyError(
-            f"The study {name!r} in {shown(storage)} has the directions {', '.join(found)}, and "
-            f"this search {', '.join(directions)}. It is left as it is. Use another project_name, "
-            "or overwrite=True to begin anew."
+            f"The study {name!r} in {shown(storage)} was created by a different search "
+            f"(directions: {', '.join(found)}, expected {', '.join(directions)}). It is unchanged. "
+            "Use a different `project_name`, or `overwrite=True` to start over."
         )
     return study, ledger
 
 
-def name_metrics(study, names):
-    """Tells Optuna's own tools, as its dashboard, what the objectives are called."""
+def name_metrics(study: optuna.Study, names: list[str]) -> None:
+    """Names the objectives for Optuna's own tools, such as its dashboard."""
     if study.metric_names != names:
         with quiet():
             study.set_metric_names(names)
 
 
-def _url(storage, directory):
+def _url(storage: str | None, directory: str | os.PathLike[str]) -> str:
     if storage is not None:
         return storage
     os.makedirs(directory, exist_ok=True)
     return f"sqlite:///{pathlib.Path(directory, FILE).absolute()}"
 
 
-def _existing(storage, directory, name, grace):
-    """The `Ledger` of a study and Optuna's storage; None if there is no such study."""
-    storage = _url(storage, directory)
-    with quiet(), _unavailable(storage):
-        backend = _backend(storage)
+def _existing(
+    storage: str | None, directory: str | os.PathLike[str], name: str, grace: float
+) -> tuple[_ledger.Ledger, optuna.storages.RDBStorage] | None:
+    """The ledger of a study and Optuna's storage; None if there is no such study."""
+    url = _url(storage, directory)
+    with quiet(), _unavailable(url):
+        backend = _backend(url)
         try:
             number = backend.get_study_id_from_name(name)
         except KeyError:
             return None
-        return _ledger.Ledger(_engine(storage), number, grace), backend
+        return _ledger.Ledger(_engine(url), number, grace), backend
 
 
-def is_in_use(storage, directory, name, grace):
-    """Whether other processes work on a study."""
-    found = _existing(storage, directory, name, grace)
-    return found is not None and found[0].others()
+def remove_unless_used(
+    storage: str | None, directory: str | os.PathLike[str], name: str, grace: float
+) -> None:
+    """Removes a study, its ledger and the files of its trials.
 
-
-def remove(storage, directory, name):
-    """Removes a study and its ledger."""
-    if (found := _existing(storage, directory, name, 1)) is not None:
+    Raises:
+        StudyError: If other processes work on it. Nothing is removed then.
+    """
+    has_storage = storage not in (None, MEMORY) or pathlib.Path(directory, FILE).exists()
+    found = _existing(storage, directory, name, grace) if has_storage else None
+    if found is not None:
+        ledger, backend = found
+        if ledger.has_others():
+            where = directory if storage is None else shown(storage)
+            raise errors.StudyError(
+                f"overwrite=True would remove the study {name!r} in {where}, but other processes "
+                "work on it. Nothing is removed. End them first, or leave out `overwrite` to join "
+                "them."
+            )
         with quiet():
-            found[0].clear()
-            optuna.delete_study(study_name=name, storage=found[1])
+            ledger.clear()
+            optuna.delete_study(study_name=name, storage=backend)
+    for path in pathlib.Path(directory).glob("trial_*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _unavailable(storage):
-    """Raises one error, without the password, for all that a database may say."""
+def _unavailable(storage: str) -> Iterator[None]:
+    """Turns every error of a database into one of tfbig's, without the password."""
     try:
         yield
     except (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as e:
-        inner = e.__cause__ if isinstance(e, optuna.exceptions.StorageInternalError) else e
+        is_wrapped = isinstance(e, optuna.exceptions.StorageInternalError)
+        inner: BaseException | None = e.__cause__ if is_wrapped else e
         reason = str(getattr(inner, "orig", None) or inner).strip().splitlines()[0]
     except ImportError:
-        reason = "there is no driver for it; for PostgreSQL, pip install psycopg[binary]"
+        reason = "its driver is not installed; for PostgreSQL, pip install psycopg[binary]"
     else:
         return
     raise errors.StorageUnavailableError(
@@ -167,17 +199,17 @@ def _unavailable(storage):
     ) from None
 
 
-def _backend(storage):
-    """Optuna's storage. Processes that make its tables at once disturb each other."""
-    arguments = {"timeout": _BUSY} if storage.startswith("sqlite") else {}
+def _backend(storage: str) -> optuna.storages.RDBStorage:
+    """Optuna's storage; tries again if several processes create its tables at once."""
+    arguments = {"timeout": _BUSY_TIMEOUT} if storage.startswith("sqlite") else {}
     attempts = 10
     for attempt in range(attempts):
         try:
             made = optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": arguments})
             if storage.startswith("sqlite"):
-                sa.event.listen(made.engine, "connect", _be_quick)
+                sa.event.listen(made.engine, "connect", _use_write_ahead_log)
                 made.engine.dispose()
-            with made.engine.connect():  # Fails here rather than in the middle.
+            with made.engine.connect():  # Fail here rather than during the search.
                 pass
             _ledger.create_tables(made.engine)
             return made
@@ -189,32 +221,32 @@ def _backend(storage):
     raise AssertionError
 
 
-def _be_quick(connection, _):
-    """Has SQLite write to a log first: readers wait for nobody, and no commit for the disk.
+def _use_write_ahead_log(connection: _Connection, _: object) -> None:
+    """Lets SQLite write to a log first: readers never wait, and commits do not wait for the disk.
 
-    A process that is killed loses nothing by that, a machine without power the last commits.
+    If a process is killed, nothing is lost. If the machine loses power, the last commits are.
     """
-    # Another process may be about to do the same; it holds for the file.
+    # Another process may be doing the same; once is enough for the file.
     with contextlib.suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _engine(storage):
-    """A database whose transactions are one after the other."""
+def _engine(storage: str) -> sa.Engine:
+    """A database whose transactions are serialized."""
     if not storage.startswith("sqlite"):
         return sa.create_engine(storage, pool_pre_ping=True)
-    engine = sa.create_engine(storage, connect_args={"timeout": _BUSY})
-    sa.event.listen(engine, "connect", _be_quick)
+    engine = sa.create_engine(storage, connect_args={"timeout": _BUSY_TIMEOUT})
+    sa.event.listen(engine, "connect", _use_write_ahead_log)
 
-    # Python's sqlite3 begins a transaction with the first write, SQLite reads before that
-    # in another: two processes could read the same and both go on.
+    # Python's sqlite3 begins a transaction at the first write. Earlier reads would not be part of
+    # it: two processes could read the same state, and both act on it.
     @sa.event.listens_for(engine, "connect")
-    def leave_transactions_alone(connection, _):
+    def leave_transactions_alone(connection: _Connection, _: object) -> None:
         connection.isolation_level = None
 
     @sa.event.listens_for(engine, "begin")
-    def begin_at_once(connection):
+    def begin_at_once(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine

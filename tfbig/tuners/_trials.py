@@ -1,39 +1,51 @@
 """The trials of a search: what the study and the ledger hold of each."""
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from keras_tuner.src.engine import metrics_tracking
 from keras_tuner.src.engine import trial as kt_trial
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tfbig.tuners import _json, _ledger, _space, _study
 
-__all__ = ("Trials", "seen")
+if TYPE_CHECKING:
+    from tfbig.tuners import _samplers, _tuner_types
+    from tfbig.tuners._hyperparameters import HyperParameters
 
-# Attributes of the study's trials.
-SLOT, VALUES, METRICS, MESSAGE, BEST_STEP, WHY = (
+__all__ = ("Trials", "as_keras_tuner")
+
+# Attributes of the study's trials, under the names that running searches have stored.
+INDEX, VALUES, METRICS, MESSAGE, BEST_STEP, WHY = (
     f"tfbig:{name}" for name in ("slot", "values", "metrics", "message", "best_step", "why")
 )
 
-# How a trial ended besides by its objective; kept under `WHY`. A void one never began: there
-# were no values left for it.
+# Why a trial ended other than with a result; stored under `WHY`. A void trial never began: no
+# values were left for it.
 INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
 
 
 class Trials:
-    """The trials in a study, by their slots in the ledger.
+    """The trials in a study, by their index in the ledger.
 
     Args:
-        study: `optuna.Study`.
-        ledger: `Ledger`.
-        sampler: `Maker`.
-        pruner: `Maker` or None.
-        seed: int, that of the search.
+        study: The study, whose sampler and pruner this sets.
+        ledger: The ledger beside it.
+        sampler: Makes the sampler of each trial.
+        pruner: Makes the pruner; None for none.
+        seed: The seed of the search.
     """
 
-    def __init__(self, study, ledger, sampler, pruner, seed):
+    def __init__(
+        self,
+        study: optuna.Study,
+        ledger: _ledger.Ledger,
+        sampler: "_samplers.Maker",
+        pruner: "_samplers.Maker | None",
+        seed: int,
+    ) -> None:
         self.study = study
         self.ledger = ledger
         self._search_seed = seed
@@ -41,40 +53,45 @@ class Trials:
         with _study.quiet():
             study.pruner = pruner.make(seed, seed) if pruner else optuna.pruners.NopPruner()
 
-    def seed(self, seed=0):
+    def seed(self, seed: int = 0) -> None:
         """Gives the study a fresh sampler, seeded for a trial."""
         self.study.sampler = self._sampler.make(seed, self._search_seed)
 
-    def by_slot(self):
-        """`optuna.trial.FrozenTrial` of each slot that has one."""
+    def by_index(self) -> dict[int, FrozenTrial]:
+        """The study's trials by index, without void ones."""
         trials = self.study.get_trials(deepcopy=False)
-        slots = {t.user_attrs[SLOT]: t for t in trials if SLOT in t.user_attrs}
-        return {slot: t for slot, t in slots.items() if t.user_attrs.get(WHY) != VOID}
+        found = {t.user_attrs[INDEX]: t for t in trials if INDEX in t.user_attrs}
+        return {index: t for index, t in found.items() if t.user_attrs.get(WHY) != VOID}
 
-    def ended(self):
-        """Those that have ended, in that order."""
-        ended = [t for t in self.by_slot().values() if t.state.is_finished()]
+    def ended(self) -> list[FrozenTrial]:
+        """The trials that have ended, in the order in which they did."""
+        ended = [t for t in self.by_index().values() if t.state.is_finished()]
         return sorted(ended, key=lambda t: (t.datetime_complete, t.number))
 
-    def known_distributions(self):
-        """Of all parameters, by name."""
-        known: dict[str, Any] = {}
+    def known_distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """The distributions of all parameters that a trial has had, by name."""
+        known: dict[str, optuna.distributions.BaseDistribution] = {}
         for trial in self.study.get_trials(deepcopy=False):
             known |= trial.distributions
         return known
 
-    def of(self, slot):
-        """The trial of a slot; made if there is none."""
-        frozen = self.by_slot().get(slot)
+    def of(self, index: int) -> FrozenTrial:
+        """The study's trial of an index; created if there is none."""
+        frozen = self.by_index().get(index)
         if frozen is not None:
             return frozen
-        # In one step, so that there is none without its slot.
-        made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={SLOT: slot})
+        # In one step, so that no trial is ever without its index.
+        made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={INDEX: index})
         storage = self.study._storage
         return storage.get_trial(storage.create_new_trial(self.study._study_id, made))
 
-    def store(self, frozen, hyperparameters, values):
-        """Stores the values of a trial; returns it as it is then."""
+    def store(
+        self,
+        frozen: FrozenTrial,
+        hyperparameters: "HyperParameters",
+        values: "_tuner_types.Values",
+    ) -> FrozenTrial:
+        """Stores the values of a trial; returns it with them."""
         storage, trial_id = self.study._storage, frozen._trial_id
         params, distributions = _space.parameters_of(
             hyperparameters, values, self.known_distributions()
@@ -85,33 +102,41 @@ class Trials:
         storage.set_trial_user_attr(trial_id, VALUES, _json.dumps(values))
         return storage.get_trial(trial_id)
 
-    def end(self, slot, state, attrs, values=None, constraints=None):
-        """Ends a slot of this process; returns whether it still was its own."""
+    def end(
+        self,
+        index: int,
+        state: TrialState,
+        attrs: Mapping[str, str | int],
+        values: list[float] | None = None,
+        constraints: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Ends a trial of this process; returns whether it still owned the trial."""
         end = {"state": state.name, "attrs": attrs, "values": values, "constraints": constraints}
-        # From here on it has ended, whatever happens to this process.
-        if not self.ledger.put(slot, _ledger.ENDED, end=end):
+        # From here on the trial has ended, whatever happens to this process.
+        if not self.ledger.set_state(index, _ledger.ENDED, end=end):
             return False
-        self.tell_ended()
+        self.record_ended()
         return True
 
-    def tell_ended(self):
-        """Tells the study what has ended, also where the process died that should have."""
-        ended = [s for s in self.ledger.slots() if s.state == _ledger.ENDED]
+    def record_ended(self) -> None:
+        """Writes ended trials to the study, also those whose process died before it could."""
+        ended = [row for row in self.ledger.trials() if row.state == _ledger.ENDED]
         if not ended:
             return
-        trials = self.by_slot()
-        for slot in ended:
-            frozen = trials.get(slot.slot)
+        trials = self.by_index()
+        for row in ended:
+            frozen = trials.get(row.index)
             if frozen is not None and not frozen.state.is_finished():
                 try:
-                    self._tell(frozen, json.loads(slot.note)["end"])
+                    self._record(frozen, json.loads(row.note)["end"])
                 except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                    # Another process was faster, with the same.
+                    # Another process was faster, and wrote the same.
                     if not self.study._storage.get_trial(frozen._trial_id).state.is_finished():
                         raise
-            self.ledger.move(slot, _ledger.TOLD)
+            self.ledger.advance(row, _ledger.RECORDED)
 
-    def _tell(self, frozen, end):
+    # `end` is of JSON: the arguments of `Trials.end`.
+    def _record(self, frozen: FrozenTrial, end: dict[str, Any]) -> None:
         storage, trial_id, state = self.study._storage, frozen._trial_id, TrialState[end["state"]]
         for name, value in end["attrs"].items():
             storage.set_trial_user_attr(trial_id, name, value)
@@ -128,13 +153,15 @@ class Trials:
 _STATUS = kt_trial.TrialStatus
 
 
-def seen(frozen, trial_id, hyperparameters):
+def as_keras_tuner(
+    frozen: FrozenTrial, trial_id: str, hyperparameters: "HyperParameters"
+) -> "_tuner_types.Trial":
     """A trial of the study as KerasTuner's.
 
     Args:
-        frozen: `optuna.trial.FrozenTrial`.
-        trial_id: str.
-        hyperparameters: `HyperParameters`, which become the trial's.
+        frozen: The trial of the study.
+        trial_id: Its id for KerasTuner.
+        hyperparameters: Become the trial's, with its values.
     """
     attrs = frozen.user_attrs
     hyperparameters.values = _json.loads(attrs.get(VALUES, "{}"))

@@ -1,0 +1,32 @@
+"""How long a search may go on."""
+
+import time
+from collections.abc import Iterable
+
+from optuna.trial import FrozenTrial
+
+__all__ = ("Budget",)
+
+
+class Budget:
+    """The time and the epochs in which trials may begin.
+
+    Args:
+        max_seconds: Seconds from now; None for no limit.
+        max_total_epochs: Epochs of all trials together; None for no limit.
+    """
+
+    def __init__(
+        self, max_seconds: float | None = None, max_total_epochs: int | None = None
+    ) -> None:
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._max_total_epochs = max_total_epochs
+
+    def is_spent(self, trials: Iterable[FrozenTrial]) -> bool:
+        """Whether no further trial may begin after these."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return True
+        if self._max_total_epochs is None:
+            return False
+        epochs = sum(max(t.intermediate_values, default=0) for t in trials)
+        return epochs >= self._max_total_epochs

@@ -1,0 +1,73 @@
+"""Grid search: every combination, each once."""
+
+from collections.abc import Iterable
+from typing import Unpack
+
+from tfbig.tuners import (
+    _agreement,
+    _options,
+    _oracle,
+    _proposals,
+    _queue,
+    _space,
+    _trials,
+    _tuner,
+    _tuner_types,
+)
+
+__all__ = ("GridOracle", "GridSearch")
+
+
+class GridQueue(_queue.TrialQueue):
+    """Hands out new trials only for combinations that no trial has claimed."""
+
+    def take_new(self, max_trials: int | None) -> int | None:
+        while isinstance(values := self._proposals.first_untried(), dict):
+            index = self._ledger.take_new(max_trials, claim=_proposals.name_of(values))
+            is_full = max_trials is not None and len(self._ledger.trials()) >= max_trials
+            if index is not None or is_full:
+                return index
+        return None
+
+
+class GridOracle(_oracle.StudyOracle):
+    """Tries all values of a grid."""
+
+    def _values_of(self, hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value]:
+        return _space.grid_values(hp)
+
+    def _new_queue(
+        self, trials: _trials.Trials, proposals: _proposals.Proposals
+    ) -> _queue.TrialQueue:
+        return GridQueue(trials, proposals, self._populated_values, self._known_hyperparameters)
+
+    def _settings(self) -> dict[str, str]:
+        # The name under which grid searches have stored it.
+        return super()._settings() | {_agreement.KIND: "_GridOracle"}
+
+
+class GridSearch(_tuner.Tuner):
+    """Tries all combinations of values, each once.
+
+    A range without steps has ten values, as in KerasTuner. If a trial did not ask for a
+    hyperparameter that others ask for, the search assumes that it does not matter to the trial.
+
+    See `OptunaSearch` for the other arguments.
+
+    Args:
+        max_trials: None to end when all combinations have been tried.
+    """
+
+    def __init__(
+        self,
+        hypermodel: _options.Build = None,
+        objective: _options.ObjectiveOption = None,
+        max_trials: int | None = None,
+        seed: int | None = None,
+        **kwargs: Unpack[_options.SearchOptions],
+    ) -> None:
+        of_oracle, of_tuner = _options.split(kwargs)
+        oracle = GridOracle(
+            objective=objective, max_trials=max_trials, sampler="random", seed=seed, **of_oracle
+        )
+        super().__init__(oracle, hypermodel, **of_tuner)

@@ -1,0 +1,143 @@
+"""The options of tuners, declared once, so that type checkers and editors know them."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
+
+import keras
+import keras_tuner
+
+from tfbig import _types, errors
+from tfbig.tuners import _tuner_types
+
+if TYPE_CHECKING:
+    from tfbig.loss_scaling import DynamicLossScale
+    from tfbig.tuners import _outcomes, _samplers
+    from tfbig.tuners._hyperparameters import HyperParameters
+
+__all__ = (
+    "Build",
+    "ObjectiveOption",
+    "OracleOptions",
+    "SearchOptions",
+    "TunerOptions",
+    "check_oracle_options",
+    "check_tuner_options",
+    "split",
+)
+
+# A metric's name or an objective; several of them; or None, if training returns a number.
+ObjectiveOption: TypeAlias = (
+    str | _tuner_types.Objective | Sequence[str | _tuner_types.Objective] | None
+)
+
+# A function of hyperparameters that returns a compiled model, or an object that has one.
+Build: TypeAlias = "Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None"
+
+LossScale: TypeAlias = "str | float | DynamicLossScale | None"
+Recompute: TypeAlias = bool | Sequence[_types.Layer | str] | Callable[[_types.Layer], bool] | None
+
+
+class OracleOptions(TypedDict, total=False):
+    """Options of every tuner that its `StudyOracle` takes."""
+
+    hyperparameters: keras_tuner.HyperParameters | None
+    allow_new_entries: bool
+    tune_new_entries: bool
+    max_retries_per_trial: int
+    max_consecutive_failed_trials: int
+    storage: str | None
+    grace_period: float
+    constraints: "_outcomes.Constraints | None"
+    pruner: "_samplers.PrunerOption"
+
+
+class KerasTunerOptions(TypedDict, total=False):
+    """Options of every tuner that KerasTuner takes."""
+
+    max_model_size: int | None
+    optimizer: str | _types.Optimizer | None
+    loss: str | keras.losses.Loss | _types.AnyFunction | None
+    metrics: Sequence[str | keras.metrics.Metric | _types.AnyFunction] | None
+    distribution_strategy: _types.Strategy | None
+    logger: None
+    tuner_id: str | None
+
+
+class TunerOptions(KerasTunerOptions, total=False):
+    """Options of every tuner that `Tuner` takes."""
+
+    directory: str | os.PathLike[str] | None
+    project_name: str | None
+    overwrite: bool
+    executions_per_trial: int
+    folds: int | None
+    keep_best_k: int
+    gradient_accumulation_steps: int | None
+    micro_batch_size: int | str | None
+    memory_budget: int | None
+    recompute: Recompute
+    loss_scale: LossScale
+    max_seconds: float | None
+    max_total_epochs: int | None
+    isolate: bool
+
+
+class SearchOptions(OracleOptions, TunerOptions, total=False):
+    """Options of every tuner."""
+
+
+def split(options: SearchOptions) -> tuple[OracleOptions, TunerOptions]:
+    """The options that the oracle takes, and those that `Tuner` takes."""
+    of_oracle = {k: v for k, v in options.items() if k in OracleOptions.__optional_keys__}
+    of_tuner = {k: v for k, v in options.items() if k not in of_oracle}
+    return cast(OracleOptions, of_oracle), cast(TunerOptions, of_tuner)
+
+
+# What the checks receive may be of any type.
+def check_oracle_options(max_trials: Any, seed: Any, grace_period: Any, storage: Any) -> None:
+    """Raises for options of `StudyOracle` that are not valid."""
+    for name, value in (("max_trials", max_trials), ("seed", seed)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise errors.InvalidOptionError(
+                f"`{name}` must be an integer or None. Received: {name}={value!r}."
+            )
+    if seed is not None and seed < 0:
+        raise errors.InvalidOptionError(f"`seed` must be >= 0. Received: seed={seed}.")
+    if max_trials is not None and max_trials < 1:
+        raise errors.InvalidOptionError(
+            f"`max_trials` must be >= 1. Received: max_trials={max_trials}."
+        )
+    if not isinstance(grace_period, int | float) or grace_period <= 0:
+        raise errors.InvalidOptionError(
+            "`grace_period` must be a positive number of seconds. Received: "
+            f"grace_period={grace_period!r}."
+        )
+    if storage is not None and not isinstance(storage, str):
+        # A URL object shows its password.
+        raise errors.InvalidOptionError(
+            "`storage` must be None, 'memory' or a database URL. Received: an object of type "
+            f"{type(storage).__name__}."
+        )
+
+
+def check_tuner_options(
+    executions_per_trial: Any, folds: Any, keep_best_k: Any, resumes_trials: bool
+) -> None:
+    """Raises for options of `Tuner` that are not valid."""
+    counts = (("executions_per_trial", executions_per_trial), ("keep_best_k", keep_best_k))
+    for name, value in counts:
+        if type(value) is not int or value < 1:
+            raise errors.InvalidOptionError(
+                f"`{name}` must be an integer >= 1. Received: {name}={value!r}."
+            )
+    if folds is not None and (type(folds) is not int or folds < 2 or executions_per_trial > 1):
+        raise errors.InvalidOptionError(
+            "`folds` must be an integer >= 2 or None, and needs executions_per_trial=1. "
+            f"Received: folds={folds!r}, executions_per_trial={executions_per_trial}."
+        )
+    if resumes_trials and (folds or executions_per_trial > 1):
+        raise errors.InvalidOptionError(
+            "Hyperband resumes trials, so each must be trained once. Received: "
+            f"folds={folds}, executions_per_trial={executions_per_trial}."
+        )

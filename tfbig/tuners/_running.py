@@ -1,0 +1,162 @@
+"""The trials that this process runs: their heartbeats, and the metrics that they report."""
+
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from tfbig.tuners import _ledger, _objectives, _study, _trials
+
+if TYPE_CHECKING:
+    from tfbig.tuners import _tuner_types
+
+__all__ = ("RunningTrial", "RunningTrials", "restore_metrics")
+
+
+class RunningTrial:
+    """A trial of this process, and the thread that keeps its heartbeat.
+
+    Attributes:
+        trial: KerasTuner's trial.
+        storage_id: The id of the trial in Optuna's storage.
+        index: Its index in the ledger.
+        tuner_id: The id of the tuner that runs it.
+        is_lost: Whether another process has taken it.
+        is_updated: Whether the user's `run_trial` has reported its metrics.
+        reported: Values of the objective by step, as this process reported them.
+    """
+
+    def __init__(
+        self,
+        trial: "_tuner_types.Trial",
+        storage_id: int,
+        ledger: _ledger.Ledger,
+        index: int,
+        tuner_id: str,
+    ) -> None:
+        self.tuner_id = tuner_id
+        self.trial = trial
+        self.storage_id = storage_id
+        self.index = index
+        self.is_lost = self.is_updated = False
+        self.reported: dict[int, float] = {}
+        self._ledger = ledger
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_heartbeat, daemon=True)
+        self._thread.start()
+
+    def _keep_heartbeat(self) -> None:
+        while not self._ended.wait(self._ledger.heartbeat_interval):
+            try:
+                if not self._ledger.heartbeat(self.index):
+                    self.is_lost = True
+                    return
+            except Exception as e:  # The database may be back at the next heartbeat.
+                warnings.warn(
+                    f"The storage of the search did not answer: {type(e).__name__}", stacklevel=1
+                )
+
+    def stop_heartbeat(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+class RunningTrials:
+    """The trials of this process, by their id.
+
+    Args:
+        trials: The trials of the search.
+        objectives: What it optimizes.
+        has_pruner: Whether the study has a pruner that the user asked for.
+    """
+
+    def __init__(
+        self, trials: _trials.Trials, objectives: _objectives.Objectives, has_pruner: bool
+    ) -> None:
+        self._trials = trials
+        self._ledger = trials.ledger
+        self._objectives = objectives
+        self._has_pruner = has_pruner
+        self._by_id: dict[str, RunningTrial] = {}
+
+    def __getitem__(self, trial_id: str) -> RunningTrial:
+        return self._by_id[trial_id]
+
+    def get(self, trial_id: str) -> RunningTrial | None:
+        return self._by_id.get(trial_id)
+
+    def of_tuner(self, tuner_id: str) -> RunningTrial | None:
+        return next((r for r in self._by_id.values() if r.tuner_id == tuner_id), None)
+
+    def by_tuner(self) -> "dict[str, _tuner_types.Trial]":
+        """The trials by the id of the tuner that runs them."""
+        return {running.tuner_id: running.trial for running in self._by_id.values()}
+
+    def add(
+        self, trial: "_tuner_types.Trial", frozen: FrozenTrial, index: int, tuner_id: str
+    ) -> None:
+        self._by_id[trial.trial_id] = RunningTrial(
+            trial, frozen._trial_id, self._ledger, index, tuner_id
+        )
+
+    def remove(self, trial_id: str) -> None:
+        del self._by_id[trial_id]
+
+    def release(self) -> None:
+        """Lets other processes run the trials of this one, which ends in the middle of them."""
+        for running in self._by_id.values():
+            running.stop_heartbeat()
+            self._ledger.release(running.index)
+        self._by_id.clear()
+
+    def best_reported(self, trial_id: str) -> float | None:
+        """The best value that a trial has reported so far, in any process; None if none."""
+        metrics, name = self[trial_id].trial.metrics, self._objectives.combined.name
+        best: float | None = metrics.get_best_value(name) if metrics.exists(name) else None
+        return best
+
+    def report(self, trial_id: str, values: "_tuner_types.Metrics", step: int) -> bool:
+        """Writes the value of the objective to the study; returns whether to prune the trial."""
+        running, objective = self[trial_id], self._objectives.combined
+        if not self._objectives.is_single or not objective.has_value(values):
+            return False
+        value = float(objective.get_value(values))
+        running.reported[step] = value
+        if not self._ledger.heartbeat(running.index):
+            running.is_lost = True
+            return False
+        study = self._trials.study
+        study._storage.set_trial_intermediate_value(running.storage_id, step, value)
+        if not self._has_pruner:
+            return False
+        frozen = study._storage.get_trial(running.storage_id)
+        # Without what an earlier process has reported for later steps.
+        frozen.intermediate_values = dict(running.reported)
+        with _study.quiet():
+            filtered = optuna.pruners._filter_study(study, frozen)
+            return study.pruner.prune(filtered, frozen)
+
+    def update(
+        self, trial_id: str, metrics: "_tuner_types.Metrics", step: int
+    ) -> "_tuner_types.Trial":
+        """Adds metrics to a trial."""
+        self[trial_id].is_updated = True
+        trial = self[trial_id].trial
+        for name, value in metrics.items():
+            if not trial.metrics.exists(name):
+                trial.metrics.register(name, direction=self._objectives.direction_of(name))
+            with _objectives.nan_allowed():
+                trial.metrics.update(name, value, step=step)
+        return trial
+
+
+def restore_metrics(
+    trial: "_tuner_types.Trial", frozen: FrozenTrial, objective: "_tuner_types.Objective"
+) -> None:
+    """Gives a trial the values of the objective that it has reported to the study."""
+    for step, value in frozen.intermediate_values.items():
+        if not trial.metrics.exists(objective.name):
+            trial.metrics.register(objective.name, direction=objective.direction)
+        trial.metrics.update(objective.name, value, step=step - 1)

@@ -1,0 +1,155 @@
+"""The callbacks with which a trial is trained."""
+
+import json
+import math
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+import keras
+
+import tfbig
+from tfbig import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tfbig import _types
+    from tfbig.distribute._workers import Workers
+    from tfbig.tuners import _tuner_types
+    from tfbig.tuners._oracle import StudyOracle
+
+__all__ = ("KeepBestWeights", "KeepState", "ReportObjective", "TrialLost", "TrialPruned")
+
+# Files of a trial.
+CHECKPOINT, BUILD, STATE = "checkpoint.weights.h5", "build_config.json", "state"
+
+
+class TrialPruned(Exception):  # noqa: N818
+    """Ends a trial that the pruner has stopped."""
+
+
+class TrialLost(Exception):  # noqa: N818
+    """Ends a trial that another process has taken."""
+
+
+class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
+    """Tells the study the objective after each epoch; stops trials that are pruned or lost.
+
+    Args:
+        oracle: The oracle of the search.
+        workers: Those that train the trial together.
+        trial_id: The trial.
+        wanted: Names that the logs must contain.
+        reports: Whether the objective is reported. Only the first of several executions reports,
+            so that all have the same weight in the score.
+    """
+
+    def __init__(
+        self,
+        oracle: "StudyOracle",
+        workers: "Workers",
+        trial_id: str,
+        wanted: "Sequence[str]",
+        reports: bool,
+    ) -> None:
+        super().__init__()
+        self._oracle = oracle
+        self._workers = workers
+        self._trial_id = trial_id
+        self._wanted = wanted
+        self._reports = reports
+        self._is_pruned = self._is_lost = False
+        self._epochs = 0
+
+    def on_epoch_end(self, epoch: int, logs: "_types.Logs | None" = None) -> None:
+        self._epochs += 1
+        self._check_objective(logs or {})
+        if self._reports:
+            self.decide(dict(logs or {}), epoch + 1)
+            # After the last epoch, pruning saves nothing.
+            self._is_pruned &= epoch + 1 != self._last_epoch
+            if self._is_pruned or self._is_lost:
+                self.model.stop_training = True
+
+    @property
+    def _last_epoch(self) -> int | None:
+        """None if a user's own training loop does not say."""
+        return (self.params or {}).get("epochs")
+
+    def decide(self, metrics: "_tuner_types.Metrics", step: int) -> None:
+        """Finds out whether the trial is pruned or lost, the same on all workers."""
+        self._is_pruned = self._oracle.report(self._trial_id, metrics, step)
+        self._is_lost = self._oracle.is_lost(self._trial_id)
+        if self._workers.count > 1:
+            decided = json.dumps([self._is_pruned, self._is_lost])
+            answers = self._workers.exchange("whether a trial is pruned", decided)
+            self._is_pruned, self._is_lost = json.loads(answers[0])
+
+    def _check_objective(self, logs: "_types.Logs") -> None:
+        for objective in self._wanted:
+            is_late = objective.startswith("val_") and not any(n.startswith("val_") for n in logs)
+            is_last = self._epochs == self._last_epoch
+            if objective not in logs and not (is_late and not is_last):
+                raise errors.SearchError(
+                    f"The model must report the objective {objective!r}. Received: logs with "
+                    f"{', '.join(sorted(logs))}. Compile the model with this metric, or choose "
+                    "another objective."
+                )
+
+    def finish(self) -> None:
+        """Raises if the trial was pruned or lost."""
+        if self._is_lost:
+            raise TrialLost
+        if self._is_pruned:
+            raise TrialPruned
+
+
+class KeepState(tfbig.callbacks.BackupAndRestore):
+    """Backs up what is needed to resume a trial, in this process or in another.
+
+    Args:
+        trial_dir: The directory of the trial.
+    """
+
+    def __init__(self, trial_dir: str) -> None:
+        super().__init__(os.path.join(trial_dir, STATE), on_preemption=None)
+
+    def on_train_end(self, logs: "_types.Logs | None" = None) -> None:
+        # The last epoch was backed up already; after it, Keras may replace weights by averages.
+        pass
+
+
+class KeepBestWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
+    """Keeps the weights of the best epoch; of the last one if the best cannot be known.
+
+    Args:
+        objective: KerasTuner's.
+        path: The file for the weights.
+        best: The best value of an earlier training of the trial; None if there was none.
+    """
+
+    def __init__(self, objective: "_tuner_types.Objective", path: str, best: float | None) -> None:
+        super().__init__()
+        self._objective = objective
+        self._path = pathlib.Path(path)
+        self._best = best
+
+    def on_epoch_end(self, epoch: int, logs: "_types.Logs | None" = None) -> None:
+        is_single = not hasattr(self._objective, "objectives")
+        if is_single and self._objective.has_value(logs):
+            value = self._objective.get_value(logs)
+            if math.isnan(value) or not self._is_better(value):
+                return
+            self._best = value
+        # If the process is killed, the old weights or the new ones remain.
+        temporary = self._path.with_name(f"new-{os.getpid()}.{CHECKPOINT}")
+        self.model.save_weights(temporary)
+        if not temporary.exists():
+            return  # The model saves its weights in a way of its own.
+        os.replace(temporary, self._path)
+        if not self._path.with_name(BUILD).exists():
+            self._path.with_name(BUILD).write_text(json.dumps(self.model.get_build_config()))
+
+    def _is_better(self, value: float) -> bool:
+        return self._best is None or self._objective.better_than(value, self._best)

@@ -1,0 +1,74 @@
+"""What the training of one trial returns: a history, a dictionary of metrics, or a number."""
+
+import math
+from typing import TYPE_CHECKING
+
+import keras
+import numpy as np
+from keras_tuner.src.engine import tuner_utils
+
+from tfbig import errors
+
+if TYPE_CHECKING:
+    from tfbig.tuners import _tuner_types
+
+__all__ = ("best_of", "check")
+
+
+def check(
+    results: "_tuner_types.Results", objective: "_tuner_types.Objective", function: str
+) -> None:
+    """Raises if results are not a history, a dictionary with the objectives, or a number.
+
+    Args:
+        results: Those of one execution, or a list of those of each.
+        objective: KerasTuner's.
+        function: What returned them, for errors.
+    """
+    for result in results if isinstance(results, list) else [results]:
+        if hasattr(objective, "objectives") and isinstance(result, dict):
+            missing = [o.name for o in objective.objectives if o.name not in result]
+            if missing:
+                raise errors.SearchError(
+                    f"{function} must return the objective {missing[0]!r}. Received: "
+                    f"{sorted(result)}."
+                )
+        else:
+            tuner_utils.validate_trial_results(result, objective, function)
+
+
+def best_of(
+    results: "_tuner_types.Results", objective: "_tuner_types.Objective"
+) -> "tuple[_tuner_types.Metrics, int]":
+    """Metrics at the best epoch, averaged over executions; and that epoch, from 0."""
+    if isinstance(results, list):
+        parts = [best_of(r, objective) for r in results]
+        names = set.intersection(*(set(metrics) for metrics, _ in parts))
+        means = {n: float(np.mean([metrics[n] for metrics, _ in parts])) for n in sorted(names)}
+        return means, int(np.mean([epoch for _, epoch in parts]))
+    if not isinstance(results, keras.callbacks.History):
+        return tuner_utils.convert_to_metrics_dict(results, objective), 0
+    return _best_epoch(results, objective)
+
+
+def _best_epoch(
+    history: keras.callbacks.History, objective: "_tuner_types.Objective"
+) -> "tuple[_tuner_types.Metrics, int]":
+    """Metrics of the best epoch; of the last one with several objectives."""
+    steps = getattr(history, "epoch", None)
+    if steps is None:  # The user has filled the history.
+        steps = range(len(next(iter(history.history.values()), ())))
+    if not steps:
+        return {}, 0
+    epochs = [
+        dict(zip(history.history, values, strict=True))
+        for values in zip(*history.history.values(), strict=True)
+    ]
+    best = len(epochs) - 1
+    if not hasattr(objective, "objectives"):
+        values = [objective.get_value(logs) for logs in epochs]
+        for epoch in reversed(range(len(epochs))):
+            is_finite = math.isfinite(values[epoch])
+            if is_finite and not objective.better_than(values[best], values[epoch]):
+                best = epoch
+    return epochs[best], steps[best]
