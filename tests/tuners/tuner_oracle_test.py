@@ -278,6 +278,16 @@ def test_a_user_may_override_where_values_come_from(make):
     assert typed(run(oracle)) == typed([{"x": 0.25}] * 2)
 
 
+def test_a_sampler_that_repeats_itself_in_an_infinite_space_ends_the_search(make):
+    def same(seed):
+        rest = optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.PartialFixedSampler({"x": 0.5}, rest)
+
+    oracle = make(6, line(), sampler=same)
+    assert run(oracle, loss=lambda v: 0.0) == [{"x": 0.0}, {"x": 0.5}]
+    assert oracle.create_trial("a").status == STOPPED
+
+
 # --- Finite spaces -----------------------------------------------------------
 
 CELLS = [
