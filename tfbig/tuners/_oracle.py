@@ -5,7 +5,6 @@ decides which trial runs next, `_running` records what running trials report, `_
 trials, and `_views` shows them to KerasTuner.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,6 +35,7 @@ from tfbig.tuners._from_study import FromStudy
 from tfbig.tuners._hyperparameters import HyperParameters
 from tfbig.tuners._ledger import Ledger
 from tfbig.tuners._objectives import Direction, Objectives
+from tfbig.tuners._search import Search
 
 __all__ = ("StudyOracle",)
 
@@ -43,19 +43,6 @@ __all__ = ("StudyOracle",)
 _POLL_INTERVAL = 0.5
 
 _STATUS = kt_trial.TrialStatus
-
-
-@dataclasses.dataclass(frozen=True)
-class _Search:
-    """The parts of an oracle that need the study."""
-
-    seed: int
-    trials: _trials.Trials
-    queue: _queue.TrialQueue
-    proposals: _proposals.Proposals
-    running: _running.RunningTrials
-    outcomes: _outcomes.Outcomes
-    views: _views.TrialViews
 
 
 class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has no types.
@@ -127,7 +114,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         self._constraints = constraints
         self._budget = _budget.Budget()
         self._project_name: str | None = None
-        self._opened: _Search | None = None
+        self._opened: Search | None = None
 
     # --- The study ---
 
@@ -173,7 +160,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         return f"{self._project_name!r} in {self._where}"
 
     @property
-    def _search(self) -> _Search:
+    def _search(self) -> Search:
         if self._opened is None:
             study, ledger = _study.open_study(
                 self._storage,
@@ -190,7 +177,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
             self._share_space()
         return self._opened
 
-    def _parts(self, study: optuna.Study, ledger: Ledger, seed: int) -> _Search:
+    def _parts(self, study: optuna.Study, ledger: Ledger, seed: int) -> Search:
         objectives = self._objectives
         trials = _trials.Trials(study, ledger, self._sampler, self._pruner, seed)
         initial = {hp.name for hp in self.hyperparameters.space}
@@ -198,7 +185,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
             trials, seed, self._known_hyperparameters, self._values_of, initial
         )
         running = _running.RunningTrials(trials, objectives, self._pruner is not None)
-        return _Search(
+        return Search(
             seed,
             trials,
             self._new_queue(trials, proposals),
