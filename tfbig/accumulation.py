@@ -121,7 +121,6 @@ class GradientAccumulationMixin(train_step.TrainStep):
         changed=_restart,
         asks=lambda _, steps: steps not in (None, 1),
         passed_on=_PASSED_ON.format(name="gradient_accumulation_steps"),
-        is_tuned=True,
     )
     micro_batch_size: Option[int | None] = Option(
         default=None,
@@ -134,14 +133,12 @@ class GradientAccumulationMixin(train_step.TrainStep):
         shown=_size,
         changed=_restart,
         passed_on=_PASSED_ON.format(name="micro_batch_size"),
-        is_tuned=True,
     )
     memory_budget: Option[int | None] = Option(
         default=None,
         check=capacity.checked_budget,
         doc='Bytes that a replica may take with `micro_batch_size="auto"`, or None.',
         changed=_search_again,
-        is_tuned=True,
     )
 
     _given_split = BatchSplit(gradient_accumulation_steps=1)

@@ -308,7 +308,6 @@ class DynamicLossScalingMixin(train_step.TrainStep):
             "tfbig.apply_gradients"
         ),
         logs=("loss_scale", "skipped_updates"),
-        is_tuned=True,
     )
 
     @property

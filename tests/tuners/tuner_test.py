@@ -110,6 +110,23 @@ def test_every_trial_finds_the_micro_batch_that_fits(options):
     assert set(sizes) == {8, 16}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss_scale": 64.0},
+        {"loss_scale": None, "log_grad_norm": True, "exchange_dtype": "bfloat16"},
+        {"gradient_accumulation_steps": 2, "log_gradient_noise_scale": True, "recompute": True},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_options_of_models_are_passed_on_to_every_model(given, options):
+    tuner = tuners.RandomSearch(build, **options, **given, max_trials=1)
+    tuner.search(**DATA)
+    (model,) = tuner.get_best_models()
+    config = model.get_config()
+    assert {name: config[name] for name in given} == given
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A search of three trials that has ended, its tuner and a callback that it was given."""

@@ -55,7 +55,6 @@ class Option(property, Generic[T]):
         passed_on: How a `train_step` of the user's own hands the option to the two halves of an
             update; None if it cannot.
         logs: Names that the option adds to the logs of `fit`.
-        is_tuned: Whether a tuner takes the option, for every model of a search.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class Option(property, Generic[T]):
         needs_tfbig_step: bool = False,
         passed_on: str | None = None,
         logs: tuple[str, ...] = (),
-        is_tuned: bool = False,
     ):
         self.value = value or self._kept
         shown = shown or self.value
@@ -94,7 +92,6 @@ class Option(property, Generic[T]):
         self.needs_tfbig_step = needs_tfbig_step
         self.passed_on = passed_on
         self.logs = logs
-        self.is_tuned = is_tuned
         self._saved = saved
         self._changed = changed
 

@@ -87,7 +87,6 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         fits=recomputation.check_fits,
         saved=recomputation.serialized,
         needs_tfbig_step=True,
-        is_tuned=True,
     )
     exchange_dtype: Option[str | None] = Option(
         default=None,

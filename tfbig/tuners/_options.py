@@ -8,10 +8,10 @@ import keras
 import keras_tuner
 
 from tfbig import _types, errors
+from tfbig._update import step_options
 from tfbig.tuners import _tuner_types
 
 if TYPE_CHECKING:
-    from tfbig.loss_scaling import DynamicLossScale
     from tfbig.tuners import _outcomes, _samplers
     from tfbig.tuners._hyperparameters import HyperParameters
 
@@ -19,6 +19,7 @@ __all__ = (
     "Build",
     "ObjectiveOption",
     "OracleOptions",
+    "PassedOn",
     "SearchOptions",
     "TunerOptions",
     "check_oracle_options",
@@ -33,9 +34,6 @@ ObjectiveOption: TypeAlias = (
 
 # A function of hyperparameters that returns a compiled model, or an object that has one.
 Build: TypeAlias = "Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None"
-
-LossScale: TypeAlias = "str | float | DynamicLossScale | None"
-Recompute: TypeAlias = bool | Sequence[_types.Layer | str] | Callable[[_types.Layer], bool] | None
 
 
 class OracleOptions(TypedDict, total=False):
@@ -64,7 +62,11 @@ class KerasTunerOptions(TypedDict, total=False):
     tuner_id: str | None
 
 
-class TunerOptions(KerasTunerOptions, total=False):
+class PassedOn(KerasTunerOptions, step_options.Options, total=False):
+    """Options of every tuner that KerasTuner takes, and those of models."""
+
+
+class TunerOptions(PassedOn, total=False):
     """Options of every tuner that `Tuner` takes."""
 
     directory: str | os.PathLike[str] | None
@@ -73,11 +75,6 @@ class TunerOptions(KerasTunerOptions, total=False):
     executions_per_trial: int
     folds: int | None
     keep_best_k: int
-    gradient_accumulation_steps: int | None
-    micro_batch_size: int | str | None
-    memory_budget: int | None
-    recompute: Recompute
-    loss_scale: LossScale
     max_seconds: float | None
     max_total_epochs: int | None
     isolate: bool

@@ -19,6 +19,8 @@ from keras_tuner.src.engine import tuner_utils
 
 import tfbig
 from tfbig import errors
+from tfbig._update import step_options
+from tfbig._update.option import declared
 from tfbig._update.train_step import TrainStep
 from tfbig.distribute import _workers
 from tfbig.tuners import (
@@ -76,17 +78,13 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
             mean after each fold, instead of at epochs. Pass arrays to `search`, without validation
             data. None for a single training.
         keep_best_k: The weights of so many of the best trials are kept. Defaults to 10.
-        gradient_accumulation_steps: As for `tfbig.extend`, for every model.
-        micro_batch_size: As for `tfbig.extend`, for every model.
-        memory_budget: As for `tfbig.extend`, for every model.
-        recompute: As for `tfbig.extend`, for every model.
-        loss_scale: As for `tfbig.extend`, for every model.
         max_seconds: Seconds after which no trial begins.
         max_total_epochs: Epochs of all trials together after which no trial begins.
         isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
             and a trial that is killed for its memory is infeasible. The program is run again for
             each trial, up to `search`. Defaults to False.
-        **kwargs: As for `keras_tuner.Tuner`.
+        **kwargs: As for `keras_tuner.Tuner`; and options of models, such as `micro_batch_size`, as
+            for `tfbig.extend`, for every model.
     """
 
     oracle: _oracle.StudyOracle
@@ -102,15 +100,10 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
         executions_per_trial: int = 1,
         folds: int | None = None,
         keep_best_k: int = 10,
-        gradient_accumulation_steps: int | None = None,
-        micro_batch_size: int | str | None = None,
-        memory_budget: int | None = None,
-        recompute: _options.Recompute = None,
-        loss_scale: _options.LossScale = "auto",
         max_seconds: float | None = None,
         max_total_epochs: int | None = None,
         isolate: bool = False,
-        **kwargs: Unpack[_options.KerasTunerOptions],
+        **kwargs: Unpack[_options.PassedOn],
     ) -> None:
         _check_environment()
         if not isinstance(oracle, _oracle.StudyOracle):
@@ -126,14 +119,9 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
             )
         self._folds = folds
         self._keep_best_k = keep_best_k
-        options = {
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "micro_batch_size": micro_batch_size,
-            "memory_budget": memory_budget,
-            "recompute": recompute,
-        }
-        self._options = {k: v for k, v in options.items() if v is not None}
-        self._loss_scale = loss_scale
+        options = declared(tfbig.Model)
+        given = {name: kwargs.pop(name) for name in options.keys() & kwargs.keys()}  # type: ignore[misc]
+        self._model_options = {k: v for k, v in given.items() if v != options[k].default}
         self._max_seconds = max_seconds
         self._max_total_epochs = max_total_epochs
         oracle._set_project_dir(directory or ".", project_name or "untitled_project")
@@ -400,11 +388,13 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
 
     def _extended(self, model: keras.Model) -> keras.Model:
         """The model with tfbig's step, if that makes a difference."""
-        wanted = self._options or self.distribution_strategy is not None or self.oracle.goes_on
+        wanted = (
+            self._model_options or self.distribution_strategy is not None or self.oracle.goes_on
+        )
         computes_in_float16 = "float16" in {layer.compute_dtype for layer in model.layers}
         if isinstance(model, TrainStep) or not (wanted or computes_in_float16):
             return model
-        return tfbig.extend(model, **self._options, loss_scale=self._loss_scale)
+        return tfbig.extend(model, **cast(step_options.Options, self._model_options))
 
     def _try_build(self, hp: HyperParameters) -> keras.Model:
         # Removes what the models of earlier trials have left; collects garbage as well.
