@@ -512,7 +512,12 @@ def test_accumulate_gradients_needs_a_variable():
 
 def test_accumulate_gradients_is_told_the_size():
     w = keras.Variable([1.0, 2.0])
-    with refused(errors.InvalidOptionError, ValueError, "an option of models", "Pass a number"):
+    with refused(
+        errors.InvalidOptionError,
+        ValueError,
+        "only models take 'auto'",
+        "Pass `model.micro_batch_size`",
+    ):
         tfbig.accumulate_gradients(
             lambda x: tf.reduce_sum(x * w), [w], tf.ones((4, 2)), micro_batch_size="auto"
         )
