@@ -258,7 +258,7 @@ def test_option_is_kept():
         ([1], "must be True, a list"),
         (["shard"], "'shard'.*shared"),
         ([layers.Dense(1, name="other")], "'other'"),
-        (lambda layer: False, "one layer at least"),
+        (lambda layer: False, "at least one layer"),
     ],
 )
 def test_unknown_layers_are_refused(recompute, message):
