@@ -87,6 +87,9 @@ class GradientAccumulationMixin(train_step.TrainStep):
             replicas exchange them, after division by the weight of the batch. Halves the traffic
             and rounds to 3 or 4 digits. An overflow skips the update with loss scaling, and
             raises without it. Defaults to None: no cast, and exact.
+        exchange_bucket_bytes: int >= 1. Replicas exchange gradients in buckets of so many bytes,
+            one after another, since an exchange copies what it sends. Smaller buckets take less
+            memory, larger ones fewer messages. Defaults to 32 MiB.
         log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in samples:
             the batch size at which the gradient has as much noise as signal. Much larger batches
             save few updates. Averaged over the last hundred updates. Needs two micro-batches or

@@ -1,4 +1,4 @@
-"""Trains compiled by XLA, eagerly, and with gradients that are exchanged in half precision.
+"""Trains compiled by XLA, eagerly, and with gradients exchanged in half precision or one by one.
 
 Leaves the deviations from plain Keras.
 
@@ -19,6 +19,7 @@ MODES = {
     "run_eagerly": ({"run_eagerly": True}, {}),
     "bfloat16": ({}, {"exchange_dtype": "bfloat16"}),
     "float16": ({}, {"exchange_dtype": "float16"}),
+    "buckets": ({}, {"exchange_bucket_bytes": 1}),
 }
 
 

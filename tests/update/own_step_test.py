@@ -107,7 +107,7 @@ class OfHalves(tfbig.Sequential):
             **{name: getattr(self, name) for name in cuts if name in self.passed},
             **scale,
         )
-        further = ("log_grad_norm", "exchange_dtype")
+        further = ("log_grad_norm", "exchange_dtype", "exchange_bucket_bytes")
         update = tfbig.apply_gradients(
             self.optimizer,
             share,
@@ -127,6 +127,7 @@ OPTIONS = {
     "loss_scale": 8.0,
     "log_grad_norm": True,
     "exchange_dtype": "bfloat16",
+    "exchange_bucket_bytes": 2**20,
     "log_gradient_noise_scale": True,
     "recompute": True,
 }

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _keras, errors
-from tfbig._update import accumulators, exchange, half_precision_exchange, own_step
+from tfbig._update import accumulators, exchange, half_precision_exchange, own_step, replicas
 
 if TYPE_CHECKING:
     from tfbig import _types
@@ -58,6 +58,7 @@ def apply_gradients(
     loss_scale: LossScaleState | None = None,
     log_grad_norm: bool = False,
     exchange_dtype: str | None = None,
+    exchange_bucket_bytes: int = replicas.BUCKET_BYTES,
 ) -> Update:
     """Exchanges what the replicas accumulated and applies the optimizer once.
 
@@ -77,14 +78,17 @@ def apply_gradients(
         log_grad_norm: Whether to compute the global norm of the gradient.
         exchange_dtype: "bfloat16" or "float16": what gradients are cast to while
             replicas exchange them. None exchanges them as they are, and is exact.
+        exchange_bucket_bytes: Gradients are exchanged in buckets of so many bytes, one after
+            another. Defaults to 32 MiB.
 
     Returns:
         An `Update`: `loss`, `is_finite`, `gradient_norm`.
     """
     check_optimizer(optimizer)
     exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
-    own_step.applies(loss_scale, log_grad_norm, exchange_dtype)
-    batch = exchange.all_reduce_accumulated(accumulated, exchange_dtype)
+    bucket_bytes = replicas.checked_bucket_bytes(exchange_bucket_bytes)
+    own_step.applies(loss_scale, log_grad_norm, exchange_dtype, bucket_bytes)
+    batch = exchange.all_reduce_accumulated(accumulated, exchange_dtype, bucket_bytes=bucket_bytes)
     return apply_to_weights(optimizer, batch, loss_scale, log_grad_norm)
 
 

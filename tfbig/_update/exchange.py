@@ -26,6 +26,7 @@ def all_reduce_accumulated(
     local: AccumulatedGradients,
     exchange_dtype: str | None = None,
     stop_request: StopRequest | None = None,
+    bucket_bytes: int = replicas.BUCKET_BYTES,
 ) -> AccumulatedGradients:
     """Sums what the replicas accumulated, in one exchange. In replica context.
 
@@ -35,6 +36,7 @@ def all_reduce_accumulated(
             they are divided by is exchanged before them.
         stop_request: travels with the gradients, so that all workers know of it after the same
             update; or None.
+        bucket_bytes: the gradients are sent in buckets of so many bytes, one after another.
 
     Returns:
         That of the whole batch, the same on every replica.
@@ -43,7 +45,9 @@ def all_reduce_accumulated(
     stop = None if stop_request is None else stop_request.sent()
     if replicas.count() > 1:
         message = _message(local, stop)
-        summed = _all_reduce(message, exchange_dtype, is_checked=local.loss_scale is None)
+        summed = _all_reduce(
+            message, exchange_dtype, bucket_bytes, is_checked=local.loss_scale is None
+        )
         batch = _received(local, summed)
         stop = summed.scalars.stop
     if stop_request is not None:
@@ -78,7 +82,10 @@ def _message(local: AccumulatedGradients, stop: _types.Tensor | None) -> exchang
 
 
 def _all_reduce(
-    message: exchange_message.Message, exchange_dtype: str | None, is_checked: bool
+    message: exchange_message.Message,
+    exchange_dtype: str | None,
+    bucket_bytes: int,
+    is_checked: bool,
 ) -> exchange_message.Message:
     """The sum of the messages of all replicas."""
     if exchange_dtype is None:
@@ -87,7 +94,7 @@ def _all_reduce(
         message = dataclasses.replace(
             message, gradients=[_cast(g, dtype) for g in message.gradients]
         )
-        return message.unpack(replicas.all_reduce_sum(message.pack()))
+        return message.unpack(replicas.all_reduce_sum(message.pack(), bucket_bytes))
     # What the gradients are divided by goes before them, and in float32.
     rest = dataclasses.replace(message, gradients=[])
     summed = rest.unpack(replicas.all_reduce_sum(rest.pack()))
@@ -95,6 +102,7 @@ def _all_reduce(
         exchange_dtype,
         message.gradients,
         summed.scalars.weight,
+        bucket_bytes,
         # With a loss scale, an update that overflows is skipped.
         is_checked=is_checked,
     )

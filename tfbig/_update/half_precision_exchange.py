@@ -35,6 +35,7 @@ def sum_gradients(
     dtype: str,
     gradients: list[_types.Gradient],
     weight: _types.Tensor,
+    bucket_bytes: int,
     is_checked: bool,
 ) -> list[_types.Gradient]:
     """Sums gradients over the replicas in half precision.
@@ -46,12 +47,13 @@ def sum_gradients(
         dtype: "float16" or "bfloat16".
         gradients: gradients, float32 or wider.
         weight: float scalar, the weight of the whole batch.
+        bucket_bytes: see `replicas.all_reduce_sum`.
         is_checked: whether to assert that the sums are finite.
     """
     narrow = [accumulators.map_values(lambda v: _narrowed(v, weight, dtype), g) for g in gradients]
     # Rows are gathered, not added, and TensorFlow does not gather bfloat16.
     sent = [_rows_as(tf.float16, g) for g in narrow]
-    sums = [_rows_as(dtype, g) for g in replicas.all_reduce_sum(sent)]
+    sums = [_rows_as(dtype, g) for g in replicas.all_reduce_sum(sent, bucket_bytes)]
     if is_checked:
         sums = _asserted_finite(sums)
     return [_widened(s, weight, g.dtype) for s, g in zip(sums, gradients, strict=True)]

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _keras, _types, errors
-from tfbig._update import option
+from tfbig._update import option, replicas
 from tfbig._update.batch_split import BatchSplit
 
 if TYPE_CHECKING:
@@ -44,12 +44,15 @@ def accumulates(split: BatchSplit, loss_scale: object) -> None:
     )
 
 
-def applies(loss_scale: object, log_grad_norm: bool, exchange_dtype: str | None) -> None:
+def applies(
+    loss_scale: object, log_grad_norm: bool, exchange_dtype: str | None, bucket_bytes: int
+) -> None:
     """Records what the step passes to `apply_gradients`."""
     passed = {
         "unscaled": loss_scale is not None,
         "log_grad_norm": log_grad_norm,
         "exchange_dtype": exchange_dtype is not None,
+        "exchange_bucket_bytes": bucket_bytes != replicas.BUCKET_BYTES,
     }
     _use(*(name for name, is_passed in passed.items() if is_passed))
 

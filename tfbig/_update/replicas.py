@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
+from tfbig._update.batch_split import positive_integer
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import keras
 
     from tfbig import _types
 
-__all__ = ("all_reduce_sum", "count", "count_of")
+__all__ = ("BUCKET_BYTES", "all_reduce_sum", "checked_bucket_bytes", "count", "count_of")
+
+# Enough that the latency of a link does not matter, little beside a model that fills a device.
+BUCKET_BYTES = 32 * 2**20
+
+
+def checked_bucket_bytes(value: object) -> int:
+    """Returns the option `exchange_bucket_bytes`, checked."""
+    return positive_integer(
+        "exchange_bucket_bytes", value, "Pass the bytes of a bucket, such as 32 * 2**20."
+    )
 
 
 def count() -> int:
@@ -28,10 +41,52 @@ def count_of(model: keras.Model) -> int:
     return number
 
 
-def all_reduce_sum(tensors: Sequence[_types.Gradient]) -> list[_types.Gradient]:
-    """Sums each tensor over all replicas, in one exchange. In replica context."""
-    if count() == 1 or not tensors:
+def all_reduce_sum(
+    tensors: Sequence[_types.Gradient], bucket_bytes: int = BUCKET_BYTES
+) -> list[_types.Gradient]:
+    """Sums each tensor over all replicas, in one exchange. In replica context.
+
+    The exchange copies what it sends and what it receives, so it goes in buckets, each after the
+    one before it: the copies take the memory of a bucket, not that of the model.
+
+    Args:
+        tensors: Tensors and `tf.IndexedSlices`, as many and of the same dtypes on every replica.
+        bucket_bytes: Bytes of a bucket; a larger tensor has a bucket of its own.
+    """
+    if count() == 1:
         return list(tensors)
-    # The outputs of a loop are on no device, and an exchange between workers needs one.
-    tensors = [tf.identity(t) for t in tensors]
-    return list(tf.distribute.get_replica_context().all_reduce("SUM", tensors))
+    context = tf.distribute.get_replica_context()
+    summed: list[_types.Gradient] = []
+    received: list[_types.Tensor] = []
+    for k, bucket in enumerate(_buckets(tensors, bucket_bytes)):
+        with tf.control_dependencies(received), tf.name_scope(f"bucket_{k}"):
+            # The outputs of a loop are on no device, and an exchange between workers needs one.
+            sent = [tf.identity(t) for t in bucket]
+        sums = list(context.all_reduce("SUM", sent))
+        received = [] if tf.executing_eagerly() else tf.nest.flatten(sums, expand_composites=True)
+        summed += sums
+    return summed
+
+
+def _buckets(
+    tensors: Sequence[_types.Gradient], bucket_bytes: int
+) -> Iterator[list[_types.Gradient]]:
+    """The tensors in order, in lists of at most `bucket_bytes`, or of one tensor."""
+    bucket: list[_types.Gradient] = []
+    left = bucket_bytes
+    for tensor in tensors:
+        size = _bytes(tensor)
+        if bucket and size > left:
+            yield bucket
+            bucket, left = [], bucket_bytes
+        bucket.append(tensor)
+        left -= size
+    if bucket:
+        yield bucket
+
+
+def _bytes(tensor: _types.Gradient) -> int:
+    """The size of a tensor; of rows, whose number only the batch tells, that of one each."""
+    values = tensor.values if isinstance(tensor, tf.IndexedSlices) else tensor
+    number: int = math.prod(n or 1 for n in values.shape)
+    return number * int(values.dtype.size)

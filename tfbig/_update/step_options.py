@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import keras
 
 from tfbig import _keras
-from tfbig._update import half_precision_exchange, noise_scale, recomputation
+from tfbig._update import half_precision_exchange, noise_scale, recomputation, replicas
 from tfbig._update.option import Option, declared
 
 __all__ = ("Options", "StepOptions", "make_plain", "set_options")
@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     log_gradient_noise_scale: bool
     recompute: Any  # True, a list of layers or of names, a function of a layer, or None.
     exchange_dtype: str | None
+    exchange_bucket_bytes: int
 
 
 @functools.cache
@@ -93,6 +94,15 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         check=half_precision_exchange.checked_dtype,
         doc="What gradients are cast to while replicas exchange them; None for nothing.",
         passed_on="exchange_dtype=self.exchange_dtype to tfbig.apply_gradients",
+    )
+
+    exchange_bucket_bytes: Option[int] = Option(
+        default=replicas.BUCKET_BYTES,
+        check=replicas.checked_bucket_bytes,
+        plain=replicas.BUCKET_BYTES,
+        doc="Bytes of a bucket, of which one after another is exchanged between replicas.",
+        asks=lambda _, value: value != replicas.BUCKET_BYTES,
+        passed_on=("exchange_bucket_bytes=self.exchange_bucket_bytes to tfbig.apply_gradients"),
     )
 
     # `NoiseScale`; None where it is not logged.

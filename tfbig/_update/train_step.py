@@ -129,7 +129,10 @@ class TrainStep(training_checks.TrainingChecks):
     def _exchange_and_apply(self, local_gradients: AccumulatedGradients) -> _types.Logs:
         """The second half: exchanges, applies or skips, and returns the logs."""
         gradients = exchange.all_reduce_accumulated(
-            local_gradients, self.exchange_dtype, self.stop_request
+            local_gradients,
+            self.exchange_dtype,
+            self.stop_request,
+            self.exchange_bucket_bytes,
         )
         update = apply.apply_to_weights(
             self.optimizer,
