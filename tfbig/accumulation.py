@@ -55,8 +55,8 @@ class GradientAccumulationMixin(train_step.TrainStep):
     `fit(batch_size=B)`, or the batch of the dataset, is the effective batch: all
     samples of one update, over all replicas. It is cut into micro-batches inside
     one `train_step`, so callbacks, `optimizer.iterations`, learning-rate
-    schedules, moving averages and `steps_per_epoch` count updates. The gradient
-    that is applied is that of the whole effective batch, up to the order of
+    schedules, moving averages and `steps_per_epoch` count updates. The applied
+    gradient is that of the whole effective batch, up to the order of
     floating-point sums.
 
     Place the mixin before the Keras class: `class M(tfbig.GradientAccumulationMixin,
@@ -70,8 +70,8 @@ class GradientAccumulationMixin(train_step.TrainStep):
             `gradient_accumulation_steps=1`. "auto" runs forward and backward passes on the first
             batch, without training: one sample, two, four ..., then sizes in between. All
             replicas use the same size. If memory runs out later, the update is repeated with
-            half the size. `model.micro_batch_size` returns the size that was found; it affects
-            weights by rounding only.
+            half the size. `model.micro_batch_size` returns the size that was found; it changes the
+            weights only by rounding.
         memory_budget: int, bytes that "auto" may use on a replica for variables, gradients and
             activations. Defaults to None: as much as the device has; on the CPU, half of the
             host's free memory divided by the number of replicas.
@@ -82,19 +82,20 @@ class GradientAccumulationMixin(train_step.TrainStep):
             names, or a function that takes a layer and returns a bool. Gradients stay the same;
             memory is saved at the cost of another forward pass. True means the outermost layers
             that have variables, such as the blocks of a transformer, including those of nested
-            models. Most useful for layers of many operations. Defaults to None.
+            models. Most useful for layers made of many operations. Defaults to None.
         exchange_dtype: "bfloat16" or "float16": the dtype that gradients are cast to while
-            replicas exchange them, after division by the weight of the batch. Halves the traffic
-            and rounds to 3 or 4 digits. An overflow skips the update with loss scaling, and
-            raises without it. Defaults to None: no cast, and exact.
+            replicas exchange them, after division by the number of samples (or other denominator).
+            Halves the traffic and rounds to 2-3 digits in bfloat16, 3-4 in float16. An overflow
+            skips the update with loss scaling, and raises without it. Defaults to None: no cast,
+            and exact.
         exchange_bucket_bytes: int >= 1. Replicas exchange gradients in buckets of so many bytes,
             one after another, since an exchange copies what it sends. Smaller buckets take less
             memory, larger ones fewer messages. Defaults to 32 MiB.
         log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in samples:
             the batch size at which the gradient has as much noise as signal. Much larger batches
-            save few updates. Averaged over the last hundred updates. Needs two micro-batches or
-            replicas, so on one replica "auto" uses at most half of the batch. Defaults to False.
-            Reference: McCandlish et al. 2018, appendix A.
+            save few updates. Exponentially averaged over roughly the last hundred updates. Needs
+            two micro-batches or replicas, so on one replica "auto" uses at most half of the
+            batch. Defaults to False. Reference: McCandlish et al. 2018, appendix A.
 
     Raises:
         InvalidOptionError: If an option is not valid.

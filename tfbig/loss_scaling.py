@@ -263,10 +263,12 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     """Loss scaling for a `keras.Model`, decided by all replicas together.
 
     A non-finite value in any micro-batch on any replica makes all replicas skip
-    the same update: neither weights nor `optimizer.iterations` move, nor a
-    learning-rate schedule.
+    the same update: the weights, `optimizer.iterations` and the learning-rate
+    schedule stay as they are.
 
     Place the mixin before the Keras class: `class M(tfbig.DynamicLossScalingMixin, keras.Model)`.
+    It also takes `log_grad_norm`, `log_gradient_noise_scale`, `recompute` and `exchange_dtype`,
+    with or without `GradientAccumulationMixin`, which documents them.
 
     Args:
         loss_scale: Defaults to "auto".
@@ -277,8 +279,8 @@ class DynamicLossScalingMixin(train_step.TrainStep):
             - "dynamic": `DynamicLossScale()`.
             - A positive number: a fixed scale; non-finite updates are skipped too.
             - A `DynamicLossScale`.
-            - None: no scaling, and nothing is checked. Keras then scales the loss of a
-              `train_step` of your own, if anything does.
+            - None: tfbig neither scales nor checks. In float16, Keras then scales the loss of
+              your own `train_step`.
 
     Attributes:
         skipped_updates: Number of updates skipped so far.
@@ -297,8 +299,8 @@ class DynamicLossScalingMixin(train_step.TrainStep):
         default="auto",
         check=_checked,
         doc=(
-            "The scale that holds now, a float; None without scaling.\n\n"
-            "Can be set to what the constructor takes, which starts anew."
+            "The current scale, a float; None without scaling.\n\n"
+            "Set it to any value the constructor accepts; scaling then restarts."
         ),
         shown=_scale_now,
         changed=_restart,

@@ -39,8 +39,8 @@ class SequentialArguments(step_options.Options, total=False):
 class Model(GradientAccumulationMixin, DynamicLossScalingMixin, keras.Model):  # type: ignore[misc]
     """`keras.Model` with gradient accumulation and dynamic loss scaling.
 
-    Made the way a `keras.Model` is: from inputs and outputs, or by subclassing. Each option is a
-    keyword argument of the constructor, and a property that can be set later.
+    Construct it like a `keras.Model`: from inputs and outputs, or by subclassing. Each option is
+    a keyword argument of the constructor, and a property that can be set later.
 
     Args:
         **kwargs: Arguments of `keras.Model`, and the options that
@@ -125,10 +125,9 @@ def extend(model_or_class: keras.Model, **options: Unpack[step_options.Options])
 def extend(model_or_class: Any, **options: Unpack[step_options.Options]) -> Any:
     """Adds both mixins to a Keras class or to an existing model.
 
-    If the class has a `compile` of its own, it keeps its arguments and defaults. A `test_step` or
-    `train_step` of its own is kept too; such a `train_step` trains as before, on one replica and
-    without options. With options or on several replicas `fit` raises `UnsupportedModelError`,
-    since the step ignores them. In float16, Keras keeps scaling its loss.
+    A `compile`, `test_step` or `train_step` that the class defines is kept, with its arguments and
+    defaults. Such a `train_step` trains as before, but only on one replica and without options;
+    otherwise `fit` raises `UnsupportedModelError`. In float16, Keras keeps scaling its loss.
 
     Args:
         model_or_class: A subclass of `keras.Model`; or a model, built or not, compiled or not. It
@@ -137,7 +136,7 @@ def extend(model_or_class: Any, **options: Unpack[step_options.Options]) -> Any:
             constructor.
 
     Returns:
-        For a class, a subclass with the mixins, the same one each time. For a model, a model with
+        For a class, a subclass with the mixins, always the same one. For a model, a model with
         the same layers, variables, compile settings and optimizer. If the optimizer is wrapped in
         a `LossScaleOptimizer`, the wrapper is removed and its settings become the loss scale,
         unless one is given or the class has a `train_step` of its own.

@@ -84,7 +84,9 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     recompute: Option[Any] = Option(
         default=None,
         check=recomputation.check,
-        doc="True, the layers, or the predicate, of what is recomputed; None for nothing.",
+        doc=(
+            "Which layers recompute their activations: True, a list, or a predicate; None for none."
+        ),
         fits=recomputation.check_fits,
         saved=recomputation.serialized,
         needs_tfbig_step=True,
@@ -92,7 +94,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     exchange_dtype: Option[str | None] = Option(
         default=None,
         check=half_precision_exchange.checked_dtype,
-        doc="What gradients are cast to while replicas exchange them; None for nothing.",
+        doc="The dtype to which gradients are cast for the exchange; None for no cast.",
         passed_on="exchange_dtype=self.exchange_dtype to tfbig.apply_gradients",
     )
 

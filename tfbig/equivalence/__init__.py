@@ -1,4 +1,4 @@
-"""`check_equivalence`: is a user's own model cut without changing the update?"""
+"""`check_equivalence`: does cutting the batch change the update of a user's model?"""
 
 import keras
 
@@ -34,10 +34,10 @@ def check_equivalence(
     update, and the weights and the optimizer's state after the last. The cut batch runs through
     the code that `fit` runs. The model is left unchanged.
 
-    Gradients reveal what an optimizer such as Adam hides: a constant factor. Weights and the
-    optimizer's state reveal what gradients hide: which rows of a table are squared. An optimizer
-    may magnify rounding errors, so the check measures by how much: it also trains from weights
-    moved by one rounding.
+    Gradients show a wrong constant factor, which Adam hides. Weights and optimizer state show
+    whether rows of an embedding were summed before being squared, which gradients hide. An
+    optimizer may magnify rounding errors, so the check measures by how much: it also trains from
+    weights moved by one rounding.
 
     Args:
         model: A compiled model with tfbig's mixins and tfbig's `train_step`; it need not be
@@ -50,6 +50,10 @@ def check_equivalence(
         tolerance: The relative deviation that counts as rounding. Defaults to 1e-4 in float32,
             1e-10 in float64, and 0.03 (float16) or 0.2 (bfloat16) in half precision, where only
             large deviations show: check the model in float32 too.
+
+    Returns:
+        An `EquivalenceReport`, which prints as a table: `is_equivalent`, the `deviations` of each
+        variable, and the likely `causes` if the updates differ.
 
     Raises:
         InvalidOptionError: If the model is not compiled, has none of tfbig's mixins, has a
