@@ -20,6 +20,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted(ROOT.glob("docs/*.md"))
+OTHER_TEXTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "scripts/README.md")
+]
 
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -27,7 +30,9 @@ NAME = re.compile(r"\btfbig(?:\.[A-Za-z_]\w*)+")
 SPAN = re.compile(r"(`+) ?(.+?) ?\1(?!`)")
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-every_text = pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda p: p.stem)
+every_text = pytest.mark.parametrize(
+    "path", [*OTHER_TEXTS, *PAGES], ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 def fences(text):
@@ -185,6 +190,19 @@ def test_links_lead_somewhere(path):
 @every_text
 def test_names_of_tfbig_exist(path):
     assert not [name for name in set(NAME.findall(path.read_text())) if not exists(name)]
+
+
+def test_every_canary_is_listed():
+    canaries = (ROOT / "tests/keras_defects/canaries_test.py").read_text()
+    tests = re.findall(r"^def (test_\w+)", canaries, flags=re.MULTILINE)
+    # A name that ends in … stands for all tests that begin with it.
+    listed = re.findall(r"`(test_\w+)(…?)`", (ROOT / "docs/keras.md").read_text())
+    covered = [
+        {test for test in tests if (test.startswith(name) if is_prefix else test == name)}
+        for name, is_prefix in listed
+    ]
+    assert all(covered)
+    assert set().union(*covered) == set(tests)
 
 
 def test_names_in_the_source_exist():
