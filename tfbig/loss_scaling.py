@@ -298,6 +298,7 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     loss_scale: Option[float | None] = Option(
         default="auto",
         check=_checked,
+        is_none_given=True,
         doc=(
             "The current scale, a float; None without scaling.\n\n"
             "Set it to any value the constructor accepts; scaling then restarts."

@@ -84,6 +84,7 @@ def test_an_unknown_topology(name):
         ([], {"optimizer": lambda: keras.optimizers.AdamW(global_clipnorm=1.0, use_ema=True)}),
         ([], {"optimizer": keras.optimizers.Adam, "loss_scale": "dynamic"}),
         ([lambda: layers.Dense(4)], {"log_grad_norm": True, "exchange_dtype": "bfloat16"}),
+        ([lambda: layers.Dense(4)], {"exchange_bucket_bytes": 1}),
         ([lambda: layers.Dense(4)], {"log_gradient_noise_scale": True, "recompute": True}),
     ],
     ids=[
@@ -95,6 +96,7 @@ def test_an_unknown_topology(name):
         "clipped",
         "dynamic",
         "half_exchange",
+        "buckets",
         "noise_scale",
     ],
 )

@@ -1,8 +1,8 @@
 """What Keras and `tf.distribute` do wrong for tfbig, and what is done about it.
 
-No other package touches `keras.src` or a private Keras name. Every workaround states its reason;
-`tests/keras_defects/canaries_test.py` demonstrates each defect, and fails once upstream mends it.
-There is one module for each concern: `_keras.losses.metrics_results`.
+No other package imports `keras.src`. Every workaround states its reason. docs/keras.md lists the
+defects, and which of them `tests/keras_defects/canaries_test.py` demonstrates; it fails once
+upstream mends one. There is one module for each concern: `_keras.losses.metrics_results`.
 """
 
 import keras

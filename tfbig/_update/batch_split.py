@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+import operator
+from typing import TYPE_CHECKING, TypeAlias
 
 import tensorflow as tf
 
@@ -22,7 +23,10 @@ Size: TypeAlias = "int | _types.Tensor"
 
 def positive_integer(name: str, value: object, remedy: str) -> int:
     """Returns `value`, or raises if it is not an integer >= 1."""
-    number = value.__index__() if isinstance(value, SupportsIndex) else 0
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # What has none raises.
+    except TypeError:
+        number = 0
     if isinstance(value, bool) or number < 1:
         raise errors.InvalidOptionError(
             f"`{name}` must be an integer >= 1. Received: {name}={value!r}. {remedy}"

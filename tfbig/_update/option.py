@@ -42,6 +42,8 @@ class Option(property, Generic[T]):
         check: Function of a value that returns it as it is kept, or raises `InvalidOptionError`.
             What it is given may come from a saved config.
         doc: Docstring of the property.
+        is_none_given: Whether None, where options are handed on, is a value like any other, and
+            does not mean that the option was not given.
         fits: Function of a built model and a checked value that raises if they do not go together.
         value: Function of the model: the value that it was given. Defaults to what was kept.
         shown: Function of the model: what the property returns. Defaults to the value.
@@ -63,6 +65,7 @@ class Option(property, Generic[T]):
         default: Any,
         check: Callable[[Any], Any],
         doc: str,
+        is_none_given: bool = False,
         fits: Callable[[Any, Any], None] = _fits_any,
         value: Callable[[Any], Any] | None = None,
         shown: Callable[[Any], Any] | None = None,
@@ -87,6 +90,7 @@ class Option(property, Generic[T]):
         self.default = default
         self.check = check
         self.fits = fits
+        self.is_none_given = is_none_given
         self.asks = asks
         self.plain = plain
         self.needs_tfbig_step = needs_tfbig_step
@@ -108,7 +112,20 @@ class Option(property, Generic[T]):
         def __set__(self, instance: object, value: Any) -> None: ...
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        # A class may give the property a second name.
+        if not hasattr(self, "name"):
+            self.name = name
+
+    # What a class makes of the property is a property of its own, and declares no option.
+
+    def getter(self, fget: Callable[[Any], Any], /) -> property:
+        return property(fget, self.fset, self.fdel)
+
+    def setter(self, fset: Callable[[Any, Any], None], /) -> property:
+        return property(self.fget, fset, self.fdel)
+
+    def deleter(self, fdel: Callable[[Any], None], /) -> property:
+        return property(self.fget, self.fset, fdel)
 
     def _kept(self, model: keras.Model) -> Any:
         return vars(model).get(f"_{self.name}", self.default)

@@ -32,22 +32,25 @@ class Options(TypedDict, total=False):
 
 @functools.cache
 def _settable(cls: type) -> frozenset[str]:
-    """Names of the options whose property a class has not replaced."""
-    return frozenset(k for k, v in declared(cls).items() if getattr(cls, k) is v)
+    """Names of the options of a class that are properties which can be set."""
+    found = {name: getattr(cls, name) for name in declared(cls)}
+    return frozenset(k for k, v in found.items() if isinstance(v, property) and v.fset is not None)
 
 
 def set_options(model: keras.Model, options: Mapping[str, Any]) -> None:
-    """Sets options of a model as properties; None means not given, where that is the default."""
+    """Sets those options of a model that are given as properties."""
     known = declared(type(model))
     for name, value in options.items():
-        if value is not None or known[name].default is not None:
+        if value is not None or known[name].is_none_given:
             setattr(model, name, value)
 
 
 def make_plain(model: keras.Model) -> None:
     """Gives a model the options with which it trains as plain Keras does."""
-    for name, option in declared(type(model)).items():
-        setattr(model, name, option.plain)
+    cls = type(model)
+    for name, option in declared(cls).items():
+        if option.value(model) != option.plain and name in _settable(cls):  # type: ignore[arg-type]  # As in `__setattr__`.
+            setattr(model, name, option.plain)
 
 
 def _set_noise_scale(model: Any) -> None:
@@ -112,10 +115,13 @@ class StepOptions(_keras.trainer.TrainerOverrides):
 
     def __init__(self, *args: Any, **kwargs: Any):
         options = declared(type(self))
-        given = {name: kwargs.pop(name) for name in options.keys() & kwargs.keys()}
+        given = {name: v.check(kwargs.pop(name)) for name, v in options.items() if name in kwargs}
         # Before Keras's constructor, which may compile, as those of KerasHub do.
-        self._keep_options({name: options[name].check(value) for name, value in given.items()})
+        self._keep_options(given)
         super().__init__(*args, **kwargs)
+        # A constructor in between may have set an option too: that of the caller holds.
+        changed = {k: v for k, v in given.items() if options[k].value(self) != v}
+        set_options(self, changed)
         if self.built:
             for name in given:
                 options[name].fits(self, options[name].value(self))

@@ -133,7 +133,6 @@ class TrainingChecks(step_options.StepOptions):
 
     else:
 
-        @functools.wraps(keras.Model.fit)
         def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:  # Any: of Keras.
             arguments = fit_context.arguments_of(super().fit, args, kwargs)
             with fit_context.prepare_fit(self, arguments, self._options()) as arguments:
@@ -142,6 +141,8 @@ class TrainingChecks(step_options.StepOptions):
                 finally:
                     # Of a callback that was not told that training ended.
                     self.input_clock = None
+
+        fit.__doc__ = keras.Model.fit.__doc__
 
     def _build_for(self, specs: _types.Structure) -> None:
         if not self._has_own_step:
