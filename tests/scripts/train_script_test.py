@@ -32,7 +32,10 @@ MEASURES = {"language": "bits_per_byte", "speech": "accuracy", "gan": "score"}
 
 
 # What scripts/README.md says to load a model by. Only digits needs no more than tfbig.
-IMPORTS = {"digits": "import tfbig"} | dict.fromkeys(SMALL, "import tasks.saved_models")
+CLASSES = TRAIN.parent / "tasks" / "saved_models.py"
+IMPORTS = {"digits": "import tfbig"} | dict.fromkeys(
+    SMALL, f"import runpy; runpy.run_path({str(CLASSES)!r})"
+)
 LOAD = """
 import sys
 import keras, numpy as np
@@ -42,6 +45,7 @@ if model.name != "gan":
     outputs = model.predict(np.ones((2, *model.input_shape[1:]), "int32"), verbose=0)
     assert np.isfinite(outputs).all()
 assert not {"command_line", "tasks.language"} & set(sys.modules)
+assert not [p for p in sys.path if p.rstrip("/").endswith("scripts")]
 print(type(model).__module__, int(model.optimizer.iterations.numpy()))
 """
 
@@ -49,11 +53,10 @@ print(type(model).__module__, int(model.optimizer.iterations.numpy()))
 def load(task, path, directory):
     """Module of the class and updates of a saved model, as a fresh process elsewhere finds them."""
     directory.mkdir()
-    scripts = [] if task == "digits" else [TRAIN.parent]
     done = subprocess.run(
         [sys.executable, "-P", "-c", LOAD.replace("IMPORT", IMPORTS[task]), path],
         cwd=directory,
-        env=job.environment(PYTHONPATH=os.pathsep.join(map(str, [job.ROOT, *scripts]))),
+        env=job.environment(PYTHONPATH=str(job.ROOT)),
         capture_output=True,
         text=True,
         timeout=100,
