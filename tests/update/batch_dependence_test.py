@@ -1,0 +1,160 @@
+"""What the engine says of a tensor holds: computed for a joined batch, and for its two parts."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfbig._update.batch_dependence import CONSTANT, Dependences, Mixed, Samples
+from tfbig._update.dependence import Sizes
+
+SPEC = tf.TensorSpec([None, 3, 4], tf.float32)
+TABLE = np.arange(20, dtype="float32").reshape(10, 2)
+
+
+def rows(x):
+    return tf.reshape(x, [-1, 12])
+
+
+def places(x):
+    return tf.cast(tf.argmax(x, 2), tf.int32)
+
+
+# Joined along an axis, in the order of the batch.
+JOINED = {
+    "entry by entry": lambda x: tf.exp(x) * 2 + tf.where(x > 0, x, -x),
+    "cast": lambda x: tf.cast(x, tf.float64),
+    "matmul": lambda x: tf.matmul(rows(x), tf.ones((12, 2))),
+    "batch matmul": lambda x: tf.matmul(x, x, transpose_b=True),
+    "bias": lambda x: tf.nn.bias_add(rows(x), tf.ones(12)),
+    "sum": lambda x: tf.reduce_sum(x, -1) + tf.reduce_max(x, [2]),
+    "sum that keeps axes": lambda x: tf.reduce_mean(x, [1, 2], keepdims=True),
+    "argmax": lambda x: tf.argmax(x, 1),
+    "cumulative sum": lambda x: tf.cumsum(x, 1),
+    "reversed and rolled": lambda x: tf.roll(tf.reverse(x, [1]), 1, 2),
+    "softmax": tf.nn.softmax,
+    "largest": lambda x: tf.math.top_k(x, 2).values,
+    "one-hot": lambda x: tf.one_hot(places(x), 4),
+    "index": lambda x: x[:, 1],
+    "new axis": lambda x: x[:, None, ..., 0],
+    "every other": lambda x: x[:, ::2, -2:],
+    "slice": lambda x: tf.slice(x, [0, 1, 0], [-1, 2, 3]),
+    "padding": lambda x: tf.pad(x, [[0, 0], [1, 1], [0, 2]]),
+    "mirrored": lambda x: tf.pad(x, [[0, 0], [1, 1], [0, 0]], "REFLECT"),
+    "look-up": lambda x: tf.gather(tf.constant(TABLE), places(x)),
+    "look-up of several indices": lambda x: tf.gather_nd(TABLE, places(x)[..., None]),
+    "gather along another axis": lambda x: tf.gather(x, [2, 0], axis=1),
+    "gather in each sample": lambda x: tf.gather(x, places(x) % 3, batch_dims=1),
+    "stack": lambda x: tf.stack([x, 2 * x], 1),
+    "stack in front": lambda x: tf.stack([x, 2 * x]),
+    "concatenation": lambda x: tf.concat([x, x], 2),
+    "fill": lambda x: tf.fill([tf.shape(x)[0], 2], 3.0),
+    "broadcast": lambda x: tf.broadcast_to(tf.ones((1, 2)), [tf.shape(x)[0], 2]),
+    "broadcast of samples": lambda x: tf.broadcast_to(x[:, :1], [tf.shape(x)[0], 5, 4]),
+    "repeated in each sample": lambda x: tf.tile(x, [1, 2, 1]),
+    "repeated for each sample": lambda x: tf.tile([[1.0, 2.0]], [tf.shape(x)[0], 1]),
+    "rows": lambda x: tf.reshape(x, [-1, 4]),
+    "rows of a known number": lambda x: tf.reshape(x, [tf.shape(x)[0], 2, 6]),
+    "flat": lambda x: tf.reshape(x, [-1]),
+    "transposed": lambda x: tf.transpose(x, [2, 0, 1]),
+    "axes of size one": lambda x: tf.squeeze(tf.expand_dims(x, 0), [0]),
+    "unstacked": lambda x: tf.unstack(x, axis=1)[2],
+    "split": lambda x: tf.split(x, 2, axis=2)[1],
+    "split unevenly": lambda x: tf.split(x, [1, 2], axis=1)[1],
+}
+
+# The same for every batch.
+SAME = {
+    "positions": lambda x: tf.range(x.shape[1]),
+    "rank": lambda x: tf.rank(x) + 1,
+    "size of another axis": lambda x: tf.shape(x)[1],
+    "mask": lambda x: tf.linalg.band_part(tf.ones((3, 3)), -1, 0),
+}
+
+# Integers, of which some are multiples of the number of samples.
+SIZES = {
+    "shape": tf.shape,
+    "number of samples": lambda x: tf.shape(x)[0],
+    "number of entries": tf.size,
+    "multiple": lambda x: tf.shape(x)[0] * 4,
+    "product": lambda x: tf.reduce_prod(tf.shape(x)),
+    "packed": lambda x: tf.stack([tf.shape(x)[0], 7]),
+    "concatenated": lambda x: tf.concat([tf.shape(x)[:1], [5, 6]], 0),
+    "gathered": lambda x: tf.gather(tf.shape(x), [2, 0]),
+    "new axis": lambda x: tf.squeeze(tf.expand_dims(tf.shape(x), 0)),
+    "laid out anew": lambda x: tf.reshape(tf.shape(x), [3, 1]),
+}
+
+# The samples meet, or stand in another order.
+NEITHER = {
+    "sum over samples": lambda x: tf.reduce_sum(x, 0),
+    "cumulative over samples": lambda x: tf.cumsum(x, 0),
+    "products of samples": lambda x: tf.matmul(rows(x), rows(x), transpose_a=True),
+    "all but the first": lambda x: x[1:],
+    "every other sample": lambda x: x[::2],
+    "one sample": lambda x: x[0],
+    "slice of samples": lambda x: tf.slice(x, [1, 0, 0], [-1, -1, -1]),
+    "reversed samples": lambda x: tf.reverse(x, [0]),
+    "rolled samples": lambda x: tf.roll(x, 1, 0),
+    "padded samples": lambda x: tf.pad(x, [[1, 0], [0, 0], [0, 0]]),
+    "chosen samples": lambda x: tf.gather(x, [0, 1]),
+    "half of them": lambda x: tf.shape(x)[0] // 2,
+    "square of their number": lambda x: tf.reduce_prod([tf.shape(x)[0], tf.shape(x)[0]]),
+    "their number and more": lambda x: tf.shape(x)[0] + 1,
+    "columns of samples": lambda x: tf.reshape(x, [3, -1]),
+    "softmax over samples": lambda x: tf.nn.softmax(tf.transpose(x[:, :, 0])),
+    "sorted samples": lambda x: tf.sort(x, 0),
+    "samples twice": lambda x: tf.concat([x, x], 0),
+    "repeated batch": lambda x: tf.tile(x, [2, 1, 1]),
+    "random": lambda x: x + tf.random.normal(tf.shape(x)),
+    "a constant for each": lambda x: tf.concat([x[:, 0], tf.ones((5, 4))], 0),
+    "an unknown operation": lambda x: tf.linalg.svd(x, compute_uv=False),
+}
+
+
+def found(function):
+    """The function, compiled; and how its result depends on the batch."""
+    concrete = tf.function(function, autograph=False).get_concrete_function(SPEC)
+    dependences = Dependences(concrete.inputs[0], captured=lambda tensor: True)
+    return concrete, dependences.of(concrete.outputs[0])
+
+
+@pytest.fixture
+def batches():
+    """Two batches of different sizes, and both as one."""
+    rng = np.random.default_rng(0)
+    parts = [tf.constant(rng.normal(size=(n, 3, 4)), tf.float32) for n in (2, 3)]
+    return [*parts, tf.concat(parts, 0)]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_is_joined(name, batches):
+    function, dependence = found(JOINED[name])
+    assert isinstance(dependence, Samples)
+    assert dependence.order is None
+    first, second, both = map(function, batches)
+    # Products of matrices of other sizes may be added up in another order.
+    np.testing.assert_allclose(tf.concat([first, second], dependence.axis), both, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_the_same(name, batches):
+    function, dependence = found(SAME[name])
+    assert dependence is CONSTANT
+    first, second, both = map(function, batches)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, both)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_grows(name, batches):
+    function, dependence = found(SIZES[name])
+    assert isinstance(dependence, Sizes)
+    first, second, both = (function(x).numpy() for x in batches)
+    np.testing.assert_array_equal(np.where(dependence.grows, first + second, first), both)
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_what_is_neither(name):
+    _, dependence = found(NEITHER[name])
+    is_reordered = isinstance(dependence, Samples) and dependence.order is not None
+    assert is_reordered or isinstance(dependence, Mixed), dependence
