@@ -8,7 +8,7 @@ from typing import Any
 
 import command_line
 from absl import flags
-from tasks import digits, gan, language, speech
+from tasks import digits, gan, language, speech, task
 
 TASKS = {"digits": digits, "gan": gan, "language": language, "speech": speech}
 
@@ -192,21 +192,8 @@ def _keeps_its_progress(values: dict[str, Any]) -> bool:
     return not all(values.values())
 
 
-@dataclasses.dataclass
-class Settings:
-    """The flags for which each task has defaults of its own.
-
-    Attributes:
-        batch_size: Samples of an update.
-        epochs: Passes over the training data.
-        learning_rate: The highest.
-        jit_compile: Whether XLA compiles the step.
-    """
-
-    batch_size: int
-    epochs: int
-    learning_rate: float
-    jit_compile: bool
+class Settings(task.Defaults):
+    """The flags for which each task has defaults of its own, as they were given."""
 
     @classmethod
     def of_flags(cls) -> Settings:
