@@ -570,18 +570,19 @@ def test_other_errors_are_not_taken_for_it():
 
 
 def test_meter_sees_what_is_taken():
-    meter = memory.Meter(["CPU:0"])
-
     @tf.function
     def take(elements):
         return tf.reduce_sum(tf.fill([elements], 1.5))
 
-    elements = tf.constant(16 * MIB)
-    for _ in range(2):
-        assert 64 * MIB <= meter(lambda: take(elements)) < 65 * MIB
-    assert meter(lambda: take(tf.constant(MIB))) < 5 * MIB
+    def least(meter, elements):
+        # The allocator counts for the whole process: threads of earlier tests may take something.
+        return min(meter(lambda: take(tf.constant(elements))) for _ in range(5))
+
+    meter = memory.Meter(["CPU:0"])
+    assert 64 * MIB <= least(meter, 16 * MIB) < 65 * MIB
+    assert 4 * MIB <= least(meter, MIB) < 5 * MIB
     # All CPU devices have one allocator.
-    assert 64 * MIB <= memory.Meter(["CPU:0", "CPU:1"])(lambda: take(elements)) < 65 * MIB
+    assert 64 * MIB <= least(memory.Meter(["CPU:0", "CPU:1"]), 16 * MIB) < 65 * MIB
     assert memory.available() > MIB
     assert memory.readable(1536 * MIB) == "1.50 GiB"
 
