@@ -939,3 +939,23 @@ def test_metric_with_the_name_of_a_log_of_tfbig_is_returned():
     model.compile("sgd", "mse", metrics=[keras.metrics.MeanAbsoluteError(name="grad_norm")])
     logs = model.train_on_batch(np.ones((4, 2)), np.zeros((4, 1)))
     assert logs == pytest.approx([4.0, 2.0])
+
+
+def test_the_end_of_data_of_unknown_length_counts_no_loss(mirrored):
+    """The step that finds no data left must not count the losses of outputs once more."""
+
+    def train(data):
+        keras.utils.set_random_seed(1)
+        with mirrored.scope():
+            x = keras.Input((2,))
+            outputs = [keras.layers.Dense(1, name=name)(x) for name in ("a", "b")]
+            model = tfbig.Model(x, outputs, gradient_accumulation_steps=2)
+            model.compile("sgd", ["mse", "mae"])
+        return model.fit(data, shuffle=False, verbose=0).history
+
+    x = np.random.default_rng(0).normal(size=(12, 2)).astype("float32")
+    known = tf.data.Dataset.from_tensor_slices((x, (x[:, :1], x[:, 1:]))).batch(4)
+    expected, found = train(known), train(known.filter(lambda x, y: True))
+    assert found.keys() == expected.keys() >= {"a_loss", "b_loss"}
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6)

@@ -138,7 +138,9 @@ def assign_without_gradients(batch: AccumulatedGradients) -> Update:
 def is_reported(update: Update) -> _types.Tensor:
     """Whether the update's loss counts in the loss metric."""
     if update.is_finite is None:
-        return tf.constant(True)
+        # Not a constant: a count of losses would go up when the data have ended.
+        with tf.control_dependencies([] if tf.executing_eagerly() else [update.loss]):
+            return tf.identity(True)
     return update.is_finite | tf.math.is_finite(update.loss)
 
 
