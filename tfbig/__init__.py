@@ -6,7 +6,7 @@ from types import ModuleType as _ModuleType
 from tfbig import _backend as _backend  # First: it looks before Keras is imported.
 from tfbig import callbacks, distribute, errors
 from tfbig._update.accumulate import accumulate_gradients
-from tfbig._update.apply import apply_gradients
+from tfbig._update.exchange_and_apply import apply_gradients
 from tfbig._version import __version__ as __version__
 from tfbig.accumulation import GradientAccumulationMixin
 from tfbig.equivalence import check_equivalence

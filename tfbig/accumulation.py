@@ -91,6 +91,15 @@ class GradientAccumulationMixin(train_step.TrainStep):
         exchange_bucket_bytes: int >= 1. Replicas exchange gradients in buckets of so many bytes,
             one after another, since an exchange copies what it sends. Smaller buckets take less
             memory, larger ones fewer messages. Defaults to 32 MiB.
+        shard: "optimizer": the optimizer's state is divided over the replicas. Each receives the
+            gradient of its piece of the weights, updates that piece, and hands it to all others:
+            the same update, with as many bytes exchanged, and of the optimizer's state only its
+            share in memory. Optimizers that treat each element by itself, such as Adam, divide each
+            variable; others, such as Muon, give each variable to one replica. Files are those of
+            an undivided model, and every worker must take part in saving. Under MirroredStrategy
+            and MultiWorkerMirroredStrategy; on one replica there is nothing to divide. Defaults
+            to None. Reference: Rajbhandari et al. 2020, "ZeRO", stage 1 (with gradients that are
+            scattered, as in stage 2).
         log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in samples:
             the batch size at which the gradient has as much noise as signal. Much larger batches
             save few updates. Exponentially averaged over roughly the last hundred updates. Needs
@@ -102,6 +111,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
         GradientOverflowError: In `fit`, if a gradient overflows in `exchange_dtype`.
         OutOfMemoryError: In `fit`, if not even one sample fits.
         UnsupportedModelError: If a layer cannot be recomputed.
+        UnsupportedStrategyError: If state is to be divided over the cores of a TPU.
 
     Example:
 

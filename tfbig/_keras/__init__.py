@@ -14,6 +14,7 @@ _backend.check(keras.backend.backend())
 from tfbig._keras import (
     batches,
     building,
+    collectives,
     compiling,
     datasets,
     devices,
@@ -28,6 +29,8 @@ from tfbig._keras import (
     recomputation,
     replica_step,
     saving,
+    sharded_optimizer,
+    sharded_variable,
     shuffling,
     step_function,
     thread,
@@ -38,6 +41,7 @@ from tfbig._keras import (
 __all__ = (
     "batches",
     "building",
+    "collectives",
     "compiling",
     "datasets",
     "devices",
@@ -52,6 +56,8 @@ __all__ = (
     "recomputation",
     "replica_step",
     "saving",
+    "sharded_optimizer",
+    "sharded_variable",
     "shuffling",
     "step_function",
     "thread",

@@ -11,6 +11,7 @@ from keras.src.backend.common import global_state
 
 from tfbig import _types
 from tfbig._keras.devices import is_tpu
+from tfbig._keras.sharded_variable import ShardedVariable
 
 # Any: of all shapes and dtypes.
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -77,15 +78,49 @@ def assigned_locally(variables: Iterable[_types.KerasVariable]) -> Iterator[None
             variable._aggregation = aggregation
 
 
+def own_copy(variable: _types.KerasVariable | _types.Variable) -> _types.Variable:
+    """The copy of the replica in whose context this is; what it is assigned stays there."""
+    copies = _copies(variable)
+    if len(copies) == 1:
+        return copies[0]
+    context = tf.distribute.get_replica_context()
+    extended = context.strategy.extended
+    return copies[extended._get_local_replica_id(context._replica_id_in_sync_group)]
+
+
+def updated(tensor: _types.Tensor, kind: str, value: _types.Gradient | float) -> _types.Tensor:
+    """What an assignment makes of a tensor.
+
+    Args:
+        tensor: the tensor.
+        kind: "update", "add" or "sub", as in the names of TensorFlow's `scatter_add`.
+        value: of its shape, or rows of it.
+    """
+    if isinstance(value, tf.IndexedSlices):
+        scatter = getattr(tf, f"tensor_scatter_nd_{kind}")
+        values = tf.cast(value.values, tensor.dtype)
+        return scatter(tensor, value.indices[:, tf.newaxis], values)
+    value = tf.cast(value, tensor.dtype)
+    return {"update": value, "add": tensor + value, "sub": tensor - value}[kind]
+
+
 def values_of(
     variables: Iterable[_types.KerasVariable | _types.Variable],
 ) -> list[Array]:
     """NumPy values of variables that are the same on all replicas.
 
-    For variables that are summed over the replicas, such as those of metrics, the sum.
+    For variables that are summed over the replicas, such as those of metrics, the sum. All of a
+    variable that is divided over the replicas, for which every worker must call this.
     """
-    values = [(_copies(v)[0].numpy(), _parts(v)) for v in variables]
-    return [value * parts if parts > 1 else value for value, parts in values]
+    return [_value_of(v) for v in variables]
+
+
+def _value_of(variable: _types.KerasVariable | _types.Variable) -> Array:
+    if isinstance(variable, ShardedVariable):
+        return variable.numpy()
+    value: Array = _copies(variable)[0].numpy()
+    parts = _parts(variable)
+    return value * parts if parts > 1 else value
 
 
 def assign_all(
@@ -94,6 +129,9 @@ def assign_all(
 ) -> None:
     """Assigns what `values_of` returned; nothing is exchanged with other workers."""
     for variable, value in zip(variables, values, strict=True):
+        if isinstance(variable, ShardedVariable):
+            variable.assign(value)
+            continue
         for copy in _copies(variable):
             copy.assign(value / _parts(variable) if _parts(variable) > 1 else value)
 

@@ -1,4 +1,4 @@
-"""The second half of an update: exchange, divide, decide, apply."""
+"""An update after the exchange: divide, decide, apply."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _keras, errors
-from tfbig._update import accumulators, exchange, half_precision_exchange, own_step, replicas
+from tfbig._update import accumulators
 
 if TYPE_CHECKING:
     from tfbig import _types
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = (
     "Update",
-    "apply_gradients",
     "apply_to_weights",
     "assign_without_gradients",
     "check_optimizer",
+    "finish",
+    "gradients_of_loss",
     "is_reported",
+    "tell_loss_scale",
 )
 
 
@@ -52,46 +54,6 @@ class Update:
     noise_moments: _types.Tensor
 
 
-def apply_gradients(
-    optimizer: keras.optimizers.Optimizer,
-    accumulated: AccumulatedGradients,
-    loss_scale: LossScaleState | None = None,
-    log_grad_norm: bool = False,
-    exchange_dtype: str | None = None,
-    exchange_bucket_bytes: int = replicas.BUCKET_BYTES,
-) -> Update:
-    """Exchanges what the replicas accumulated and applies the optimizer once.
-
-    The second half of an update; `tfbig.accumulate_gradients` is the first. Call it in replica
-    context, which is where `train_step` runs, once for each optimizer. The gradient that the
-    optimizer clips and applies is that of the whole effective batch, the same on every replica.
-
-    Args:
-        optimizer: `keras.optimizers.Optimizer`. Must have been built on the
-            variables of `accumulated`, or be called first outside of a
-            `tf.function`.
-        accumulated: What `accumulate_gradients` returned on this replica.
-        loss_scale: The `loss_scale_state` of a model with
-            `DynamicLossScalingMixin`, the same as for `accumulate_gradients`, or
-            None. With it, an update with a non-finite gradient on any replica is
-            skipped on all.
-        log_grad_norm: Whether to compute the global norm of the gradient.
-        exchange_dtype: "bfloat16" or "float16": what gradients are cast to while
-            replicas exchange them. None exchanges them as they are, and is exact.
-        exchange_bucket_bytes: Gradients are exchanged in buckets of so many bytes, one after
-            another. Defaults to 32 MiB.
-
-    Returns:
-        An `Update`: `loss`, `is_finite`, `gradient_norm`.
-    """
-    check_optimizer(optimizer)
-    exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
-    bucket_bytes = replicas.checked_bucket_bytes(exchange_bucket_bytes)
-    own_step.applies(loss_scale, log_grad_norm, exchange_dtype, bucket_bytes)
-    batch = exchange.all_reduce_accumulated(accumulated, exchange_dtype, bucket_bytes=bucket_bytes)
-    return apply_to_weights(optimizer, batch, loss_scale, log_grad_norm)
-
-
 def apply_to_weights(
     optimizer: keras.optimizers.Optimizer,
     batch: AccumulatedGradients,
@@ -106,8 +68,7 @@ def apply_to_weights(
         loss_scale: see `apply_gradients`.
         needs_norm: whether the global norm of the gradient is wanted.
     """
-    loss, values = _means(batch)
-    gradients = _gradients_of_loss(batch)
+    gradients = gradients_of_loss(batch)
     norm = global_norm(gradients) if needs_norm else None
     with _keras.variables.assigned_locally(_assigned(optimizer, batch, loss_scale)):
         if loss_scale is None:
@@ -119,8 +80,36 @@ def apply_to_weights(
             flags = _finite_flags(gradients)
             is_finite = tf.reduce_all(flags)
             _apply_if_finite(optimizer, gradients, batch.variables, loss_scale, flags)
+    return finish(batch, is_finite, norm)
+
+
+def finish(
+    batch: AccumulatedGradients, is_finite: _types.Tensor | None, norm: _types.Tensor | None
+) -> Update:
+    """Assigns what the forward passes changed, after the optimizer was applied or skipped.
+
+    Args:
+        batch: what all replicas accumulated, after the exchange.
+        is_finite: see `Update`.
+        norm: see `Update.gradient_norm`.
+    """
+    loss, values = _means(batch)
+    with _keras.variables.assigned_locally([u.variable for u in batch.state]):
         _assign_state(batch.state, is_finite, loss)
     return Update(loss, values, is_finite, norm, batch.samples, batch.logs, batch.noise_moments)
+
+
+def tell_loss_scale(loss_scale: LossScaleState, flags: _types.Tensor) -> None:
+    """Tells the loss scale which gradients were finite, the same on every replica."""
+
+    def tell(strategy: _types.Strategy, flags: _types.Tensor) -> None:
+        flags = strategy.experimental_local_results(flags)[0]
+        loss_scale.update(tf.reduce_all(flags), flags)
+
+    if _keras.optimizer.updates_in_replica_context():
+        loss_scale.update(tf.reduce_all(flags), flags)
+    else:
+        tf.distribute.get_replica_context().merge_call(tell, args=(flags,))
 
 
 def assign_without_gradients(batch: AccumulatedGradients) -> Update:
@@ -129,10 +118,7 @@ def assign_without_gradients(batch: AccumulatedGradients) -> Update:
     Args:
         batch: what all replicas accumulated, after the exchange.
     """
-    loss, values = _means(batch)
-    with _keras.variables.assigned_locally([u.variable for u in batch.state]):
-        _assign_state(batch.state, None, loss)
-    return Update(loss, values, None, None, batch.samples, batch.logs, batch.noise_moments)
+    return finish(batch, None, None)
 
 
 def is_reported(update: Update) -> _types.Tensor:
@@ -183,7 +169,7 @@ def _means(batch: AccumulatedGradients) -> tuple[_types.Tensor, _types.Structure
     return mean(batch.loss), tf.nest.map_structure(mean, batch.values)
 
 
-def _gradients_of_loss(batch: AccumulatedGradients) -> list[_types.Gradient | None]:
+def gradients_of_loss(batch: AccumulatedGradients) -> list[_types.Gradient | None]:
     """The gradients of the effective batch's loss: the sums over weight and loss scale."""
     # Two divisions: the scale is a power of two as a rule, and dividing by it
     # alone is exact.
@@ -213,10 +199,9 @@ def _assigned(
     batch: AccumulatedGradients,
     loss_scale: LossScaleState | None,
 ) -> list[_types.KerasVariable]:
-    """The variables that an update assigns."""
-    state = [update.variable for update in batch.state]
+    """The variables that the optimizer and the loss scale assign."""
     scale = [] if loss_scale is None else loss_scale.variables()
-    return [*optimizer.variables, *batch.variables, *state, *scale]
+    return [*optimizer.variables, *batch.variables, *scale]
 
 
 def _apply(

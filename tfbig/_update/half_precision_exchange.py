@@ -12,7 +12,7 @@ from tfbig._update import accumulators, replicas
 if TYPE_CHECKING:
     from tfbig import _types
 
-__all__ = ("checked_dtype", "sum_gradients")
+__all__ = ("assertion_of", "checked_dtype", "narrowed", "sum_gradients")
 
 
 def checked_dtype(value: object) -> str | None:
@@ -50,7 +50,7 @@ def sum_gradients(
         bucket_bytes: see `replicas.all_reduce_sum`.
         is_checked: whether to assert that the sums are finite.
     """
-    narrow = [accumulators.map_values(lambda v: _narrowed(v, weight, dtype), g) for g in gradients]
+    narrow = [accumulators.map_values(lambda v: narrowed(v, weight, dtype), g) for g in gradients]
     # Rows are gathered, not added, and TensorFlow does not gather bfloat16.
     sent = [_rows_as(tf.float16, g) for g in narrow]
     sums = [_rows_as(dtype, g) for g in replicas.all_reduce_sum(sent, bucket_bytes)]
@@ -59,7 +59,13 @@ def sum_gradients(
     return [_widened(s, weight, g.dtype) for s, g in zip(sums, gradients, strict=True)]
 
 
-def _narrowed(values: _types.Tensor, weight: _types.Tensor, dtype: str) -> _types.Tensor:
+def assertion_of(is_finite: _types.Tensor) -> tf.Operation:
+    """Asserts that gradients were finite after the exchange, the same on every replica."""
+    return tf.debugging.Assert(is_finite, [_keras.graph_errors.OVERFLOW])
+
+
+def narrowed(values: _types.Tensor, weight: _types.Tensor, dtype: str) -> _types.Tensor:
+    """Values in half precision, divided by the weight of the whole batch."""
     return tf.cast(tf.math.divide_no_nan(values, tf.cast(weight, values.dtype)), dtype)
 
 
@@ -80,6 +86,5 @@ def _rows_as(dtype: _types.DType | str, gradient: _types.Gradient) -> _types.Gra
 
 def _asserted_finite(sums: list[_types.Gradient]) -> list[_types.Gradient]:
     finite = [tf.reduce_all(tf.math.is_finite(accumulators.values(g))) for g in sums]
-    assertion = tf.debugging.Assert(tf.reduce_all(finite), [_keras.graph_errors.OVERFLOW])
-    with tf.control_dependencies([assertion]):
+    with tf.control_dependencies([assertion_of(tf.reduce_all(finite))]):
         return [accumulators.map_values(tf.identity, g) for g in sums]

@@ -45,7 +45,11 @@ def accumulates(split: BatchSplit, loss_scale: object) -> None:
 
 
 def applies(
-    loss_scale: object, log_grad_norm: bool, exchange_dtype: str | None, bucket_bytes: int
+    loss_scale: object,
+    log_grad_norm: bool,
+    exchange_dtype: str | None,
+    bucket_bytes: int,
+    is_sharded: bool,
 ) -> None:
     """Records what the step passes to `apply_gradients`."""
     passed = {
@@ -53,6 +57,7 @@ def applies(
         "log_grad_norm": log_grad_norm,
         "exchange_dtype": exchange_dtype is not None,
         "exchange_bucket_bytes": bucket_bytes != replicas.BUCKET_BYTES,
+        "shard": is_sharded,
     }
     _use(*(name for name, is_passed in passed.items() if is_passed))
 

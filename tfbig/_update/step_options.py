@@ -7,7 +7,13 @@ from typing import Any, TypedDict
 import keras
 
 from tfbig import _keras
-from tfbig._update import half_precision_exchange, noise_scale, recomputation, replicas
+from tfbig._update import (
+    half_precision_exchange,
+    noise_scale,
+    recomputation,
+    replicas,
+    shard_option,
+)
 from tfbig._update.option import Option, declared
 
 __all__ = ("Options", "StepOptions", "make_plain", "set_options")
@@ -28,6 +34,7 @@ class Options(TypedDict, total=False):
     recompute: Any  # True, a list of layers or of names, a function of a layer, or None.
     exchange_dtype: str | None
     exchange_bucket_bytes: int
+    shard: str | None
 
 
 @functools.cache
@@ -108,6 +115,14 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         doc="Bytes of a bucket, of which one after another is exchanged between replicas.",
         asks=lambda _, value: value != replicas.BUCKET_BYTES,
         passed_on=("exchange_bucket_bytes=self.exchange_bucket_bytes to tfbig.apply_gradients"),
+    )
+
+    shard: Option[str | None] = Option(
+        default=None,
+        check=shard_option.checked,
+        doc="What is divided over the replicas instead of copied to each; None for nothing.",
+        changed=shard_option.update_optimizers,
+        passed_on="the model's optimizer to tfbig.apply_gradients",
     )
 
     # `NoiseScale`; None where it is not logged.

@@ -22,6 +22,7 @@ from tfbig._update import (
     apply,
     empty_batch,
     exchange,
+    exchange_and_apply,
     inexact,
     option,
     own_step,
@@ -128,17 +129,14 @@ class TrainStep(training_checks.TrainingChecks):
 
     def _exchange_and_apply(self, local_gradients: AccumulatedGradients) -> _types.Logs:
         """The second half: exchanges, applies or skips, and returns the logs."""
-        gradients = exchange.all_reduce_accumulated(
-            local_gradients,
-            self.exchange_dtype,
-            self.stop_request,
-            self.exchange_bucket_bytes,
-        )
-        update = apply.apply_to_weights(
+        update = exchange_and_apply.exchange_and_apply(
             self.optimizer,
-            gradients,
+            local_gradients,
             self.loss_scale_state,
             needs_norm=self.log_grad_norm or self.log_gradient_noise_scale,
+            exchange_dtype=self.exchange_dtype,
+            bucket_bytes=self.exchange_bucket_bytes,
+            stop_request=self.stop_request,
         )
         logs = self._report(update)
         if self.loss_scale_state is not None:

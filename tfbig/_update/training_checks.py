@@ -18,6 +18,7 @@ from tfbig._update import (
     inexact,
     own_step,
     replicas,
+    shard_option,
     step_options,
 )
 from tfbig._update.batch_split import BatchSplit
@@ -104,6 +105,7 @@ class TrainingChecks(step_options.StepOptions):
             )
         self.seed_states = _keras.saving.SeedStates(self)
         self._reset_noise_scale()
+        shard_option.apply_to_optimizers(self)
         if self.optimizer is not None:
             _keras.saving.track_for_checkpoint(self, "optimizer", self.optimizer)
 
@@ -161,6 +163,8 @@ class TrainingChecks(step_options.StepOptions):
 
     def _check_before_run(self) -> None:
         _keras.layers.check_scope(self)
+        # Those too that a `compile` of the model's own has set.
+        shard_option.apply_to_optimizers(self)
         if replicas.count_of(self) > 1:
             inexact.refuse_stateful_layers(self, self._batch_split())
 

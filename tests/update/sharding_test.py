@@ -1,0 +1,429 @@
+"""`shard`: where the state lies changes no number, and each replica has a share of it."""
+
+import contextlib
+import functools
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbig
+from tests.conftest import make_strategy
+from tfbig._keras.sharded_variable import ShardedVariable
+
+TOLERANCE = 1e-10
+STRATEGIES = ("mirrored_2", "mirrored_4")
+
+pytestmark = [
+    # The tied layer has a weight on which the loss does not depend.
+    pytest.mark.filterwarnings("ignore:Gradients do not exist"),
+    # A replica's share of the last batch.
+    pytest.mark.filterwarnings("ignore:`gradient_accumulation_steps` is larger"),
+]
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.05),
+    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True, clipnorm=0.1),
+    "adam": lambda: keras.optimizers.Adam(0.01, amsgrad=True),
+    "adamw": lambda: keras.optimizers.AdamW(
+        keras.optimizers.schedules.PiecewiseConstantDecay([2, 4], [0.02, 0.01, 0.005]),
+        weight_decay=0.02,
+        use_ema=True,
+        ema_momentum=0.9,
+        global_clipnorm=0.2,
+    ),
+    "overwriting": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_overwrite_frequency=2),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01, clipvalue=0.02, centered=True, momentum=0.9),
+    "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.05),
+    "lion": lambda: keras.optimizers.Lion(0.01, weight_decay=0.1),
+    "muon": lambda: keras.optimizers.Muon(0.01, weight_decay=0.1),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
+    "lamb": lambda: keras.optimizers.Lamb(0.01),
+}
+# Each with another number of micro-batches and other options.
+OPTIONS = {
+    "sgd": {"gradient_accumulation_steps": 8, "exchange_bucket_bytes": 100},
+    "momentum": {"gradient_accumulation_steps": 3, "log_grad_norm": True},
+    "adam": {"gradient_accumulation_steps": 1},
+    "adamw": {"micro_batch_size": 3, "loss_scale": 64.0},
+    "overwriting": {"gradient_accumulation_steps": 3},
+    "lamb": {"gradient_accumulation_steps": 8, "recompute": True},
+    "muon": {"micro_batch_size": 2},
+}
+
+
+class Tied(layers.Layer):
+    """Scores of tokens by the table that embeds them; the loss depends on no `unused`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = layers.Embedding(7, 4, mask_zero=True)
+
+    def build(self, shape):
+        self.table.build(shape)
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+        self.unused = self.add_weight(shape=(3,), initializer="ones", name="unused")
+
+    def call(self, tokens):
+        h = self.table(tokens)
+        # A position table: rows that do not depend on the batch.
+        return keras.ops.matmul(h * self.scale, keras.ops.transpose(self.table.embeddings))
+
+    def compute_mask(self, tokens, mask=None):
+        return self.table.compute_mask(tokens)
+
+
+def graph():
+    x, tokens = keras.Input((3,), name="x"), keras.Input((5,), dtype="int32", name="tokens")
+    # As many rows as make whole rows of each replica's piece.
+    large = layers.Flatten()(layers.Embedding(80, 2)(tokens))
+    scores = Tied(name="tied")(tokens)
+    shared = layers.Dense(4, "tanh", name="shared")
+    h = layers.Dense(4, "tanh")(layers.Concatenate()([x, large]))
+    h = layers.LayerNormalization()(shared(shared(h)))
+    frozen = layers.Dense(4, name="frozen", trainable=False)
+    outputs = {"h": layers.Dense(2, name="h")(frozen(h)), "tied": scores}
+    return {"x": x, "tokens": tokens}, outputs
+
+
+def data(samples=37):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 7, (samples, 5))
+    x = {"x": rng.normal(size=(samples, 3)), "tokens": tokens}
+    y = {"h": rng.normal(size=(samples, 2)), "tied": tokens}
+    weights = {"h": rng.uniform(0.2, 2, samples), "tied": rng.uniform(0.2, 2, (samples, 5))}
+    return x, y, weights
+
+
+def compile_model(model, optimizer, **arguments):
+    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(
+        OPTIMIZERS[optimizer](),
+        {"h": "mse", "tied": crossentropy},
+        loss_weights={"h": 1.0, "tied": 0.5},
+        **arguments,
+    )
+
+
+def fit(model, epochs=2, **arguments):
+    x, y, weights = data()
+    return model.fit(
+        x, y, sample_weight=weights, batch_size=10, epochs=epochs, shuffle=False, verbose=0,
+        **arguments,
+    ).history  # fmt: skip
+
+
+def state(model):
+    """Weights, and the optimizer's state as it is saved."""
+    store = {}
+    model.optimizer.save_own_variables(store)
+    return [*model.get_weights(), *store.values()]
+
+
+@functools.cache
+def initial_weights():
+    keras.utils.set_random_seed(3)
+    return keras.Model(*graph()).get_weights()
+
+
+@functools.cache
+def plain(optimizer):
+    """State and history of plain Keras on one device."""
+    model = keras.Model(*graph())
+    model.set_weights(initial_weights())
+    compile_model(model, optimizer)
+    return fit(model), state(model)
+
+
+def sharded(strategy, optimizer, arguments=None, **options):
+    with make_strategy(strategy).scope():
+        model = tfbig.Model(
+            *graph(), **{"shard": "optimizer"} | OPTIONS.get(optimizer, {}) | options
+        )
+        model.set_weights(initial_weights())
+        compile_model(model, optimizer, **arguments or {})
+    return model
+
+
+def assert_equal(model, optimizer, history=None):
+    expected_history, expected = plain(optimizer)
+    for a, b in zip(state(model), expected, strict=True):
+        assert np.shape(a) == np.shape(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    for name, values in expected_history.items() if history else ():
+        np.testing.assert_allclose(history[name], values, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_it_trains_as_plain_keras_on_one_device(strategy, optimizer, float64):
+    plain(optimizer)
+    model = sharded(strategy, optimizer)
+    history = fit(model)
+    assert_equal(model, optimizer, history)
+    evaluated = model.evaluate(*data()[:2], batch_size=10, verbose=0, return_dict=True)
+    assert evaluated["loss"] < 10
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"steps_per_execution": 3}, {"run_eagerly": True}],
+    ids=lambda a: next(iter(a)),
+)
+def test_it_trains_the_same_in_other_modes(arguments, float64):
+    plain("adam")
+    model = sharded("mirrored_2", "adam", arguments)
+    history = fit(model)
+    assert_equal(model, "adam", history)
+
+
+def held(optimizer, replica):
+    """Bytes of an optimizer's state on a replica, without scalars."""
+    total = 0
+    for v in optimizer.variables:
+        if isinstance(v, ShardedVariable):
+            part = v.pieces.get(replica)
+            total += 0 if part is None else math.prod(part.shape) * part.dtype.size
+        elif len(v.shape):
+            total += math.prod(v.shape) * tf.as_dtype(v.dtype).size
+    return total
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "slack"),
+    # Whole variables are balanced as far as their sizes allow.
+    [("adam", 1.01), ("muon", 1.1)],
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_replica_has_its_share_of_the_state(strategy, optimizer, slack):
+    strategy = make_strategy(strategy)
+    number = strategy.num_replicas_in_sync
+    with strategy.scope():
+        model = tfbig.Sequential(
+            [keras.Input((64,)), *(layers.Dense(64) for _ in range(8))], shard="optimizer"
+        )
+        model.compile(OPTIMIZERS[optimizer](), "mse")
+    model.optimizer.build(model.trainable_variables)
+    slots = [v for v in model.optimizer.variables if len(v.shape)]
+    whole = sum(math.prod(v.shape) * 4 for v in slots)
+    shares = [held(model.optimizer, r) for r in range(number)]
+    assert sum(shares) == whole
+    assert max(shares) <= whole / number * slack
+
+
+def test_a_value_that_is_not_finite_on_one_replica_is_skipped_by_all():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential(
+            [keras.Input((3,)), layers.Dense(4), layers.Dense(1)],
+            shard="optimizer",
+            loss_scale=8.0,
+        )
+        model.compile(OPTIMIZERS["overwriting"](), "mse")
+    x, y = np.ones((8, 3), "float32"), np.ones((8, 1), "float32")
+    model.train_on_batch(x, y)
+    before = state(model)
+    x[5] = np.inf
+    model.train_on_batch(x, y)
+    assert model.skipped_updates == 1
+    for a, b in zip(state(model), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    copies = [v.value.values for v in model.trainable_variables]
+    for first, second in copies:
+        np.testing.assert_array_equal(first, second)
+
+
+def test_half_precision_is_exchanged_as_without_it(float64):
+    def trained(shard):
+        with make_strategy("mirrored_2").scope():
+            model = tfbig.Model(*graph(), shard=shard, exchange_dtype="bfloat16")
+            model.set_weights(initial_weights())
+            compile_model(model, "sgd")
+        fit(model)
+        return model.get_weights()
+
+    for a, b, start in zip(trained("optimizer"), trained(None), initial_weights(), strict=True):
+        # Both round to three digits, the sum of two once more or less.
+        np.testing.assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b - start).max() + 1e-12)
+
+
+def test_an_overflow_of_half_precision_raises():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential(
+            [keras.Input((1,)), layers.Dense(1)], shard="optimizer", exchange_dtype="float16"
+        )
+        model.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.GradientOverflowError):
+        model.fit(np.full((4, 1), 1e6), np.ones((4, 1)), batch_size=4, verbose=0)
+
+
+def test_a_constraint_looks_at_the_whole_variable(float64):
+    def train(base, **options):
+        keras.utils.set_random_seed(2)
+        constraint = keras.constraints.MaxNorm(0.5, axis=0)
+        model = base(
+            [keras.Input((3,)), layers.Dense(6, kernel_constraint=constraint), layers.Dense(2)],
+            **options,
+        )
+        model.compile(OPTIMIZERS["adam"](), "mse")
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
+        return state(model)
+
+    expected = train(keras.Sequential)
+    with make_strategy("mirrored_2").scope():
+        found = train(tfbig.Sequential, shard="optimizer", gradient_accumulation_steps=2)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+# --- Files, and state that is divided or put together later ------------------------
+
+
+def test_files_are_those_of_a_model_that_is_not_divided(float64, tmp_path):
+    expected = plain("adam")[1]
+    model = sharded("mirrored_2", "adam")
+    fit(model, epochs=1)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    tf.train.Checkpoint(model=model).write(str(tmp_path / "checkpoint"))
+
+    def loaded_from_keras(scope):
+        with scope:
+            return keras.models.load_model(tmp_path / "model.keras", custom_objects={"Tied": Tied})
+
+    def restored(base, **options):
+        other = base(*graph(), **options)
+        compile_model(other, "adam")
+        other.optimizer.build(other.trainable_variables)
+        return other
+
+    one = loaded_from_keras(contextlib.nullcontext())
+    two = loaded_from_keras(make_strategy("mirrored_2").scope())
+    twin = restored(keras.Model)
+    twin.load_weights(tmp_path / "model.weights.h5")
+    with make_strategy("mirrored_2").scope():
+        again = restored(tfbig.Model, shard="optimizer")
+    tf.train.Checkpoint(model=again).read(str(tmp_path / "checkpoint")).expect_partial()
+    assert isinstance(two.optimizer.variables[2], ShardedVariable)
+    for other in (one, two, twin, again, model):
+        fit(other, epochs=1)
+        for a, b in zip(state(other), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_state_is_divided_and_put_together_in_the_course_of_training(float64):
+    expected = plain("lamb")[1]
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Model(*graph(), gradient_accumulation_steps=2)
+        model.set_weights(initial_weights())
+        compile_model(model, "lamb")
+    fit(model, epochs=1, callbacks=[Sharding({2: "optimizer"})])
+    assert any(isinstance(v, ShardedVariable) for v in model.optimizer.variables)
+    model.shard = None
+    assert not any(isinstance(v, ShardedVariable) for v in model.optimizer.variables)
+    fit(model, epochs=1)
+    for a, b in zip(state(model), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+class Sharding(keras.callbacks.Callback):
+    """Sets `shard` after some updates."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch in self.schedule:
+            self.model.shard = self.schedule[batch]
+            self.model.train_function = None
+            self.model.make_train_function()
+
+
+# --- Bad input -----------------------------------------------------------------------
+
+
+def test_values_are_checked():
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="shard='optimiser'"):
+        tfbig.Sequential([layers.Dense(1)], shard="optimiser")
+
+
+def test_one_replica_has_nothing_to_divide(caplog):
+    model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+    with caplog.at_level("INFO", "tfbig"):
+        model.compile("adam", "mse")
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    assert [r.message for r in caplog.records if "nothing to divide" in r.message]
+    assert not any(isinstance(v, ShardedVariable) for v in model.optimizer.variables)
+
+
+def test_the_log_says_how_it_is_divided(caplog):
+    with caplog.at_level("INFO", "tfbig"), make_strategy("mirrored_2").scope():
+        for optimizer in ("adam", "muon"):
+            model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+            model.compile(optimizer, "mse")
+            model.optimizer.build(model.trainable_variables)
+    messages = [r.message for r in caplog.records]
+    assert len(messages) == 2
+    assert "equal chunks" in messages[0]
+    assert "Muon looks at whole variables" in messages[1]
+
+
+def test_an_optimizer_that_copies_variables_is_refused():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+        model.compile(keras.optimizers.ScheduleFreeAdamW(), "mse")
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=r"ScheduleFreeAdamW.*copies"):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+
+class OwnClipping(keras.optimizers.SGD):
+    def _clip_gradients(self, gradients):
+        return [0 * g for g in gradients]
+
+
+class HeldBack(keras.optimizers.Adam):
+    """Looks at the norm of a variable, so it must not see a part of it."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        norm = keras.ops.norm(keras.ops.convert_to_tensor(variable))
+        super().update_step(gradient * norm, variable, learning_rate)
+
+
+def test_an_optimizer_that_clips_in_its_own_way_is_refused():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+        with pytest.raises(tfbig.errors.InvalidOptionError, match=r"OwnClipping.*_clip_gradients"):
+            model.compile(OwnClipping(0.1), "mse")
+
+
+def test_an_unknown_optimizer_has_whole_variables(float64):
+    def train(base, **options):
+        keras.utils.set_random_seed(2)
+        model = base([keras.Input((3,)), layers.Dense(6), layers.Dense(2)], **options)
+        model.compile(HeldBack(0.1), "mse")
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
+        return state(model)
+
+    expected = train(keras.Sequential)
+    with make_strategy("mirrored_2").scope():
+        found = train(tfbig.Sequential, shard="optimizer")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_only_tfbigs_update_applies_divided_state():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+        model.compile("adam", "mse")
+        model.optimizer.build(model.trainable_variables)
+    gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="divided over the replicas"):
+        model.optimizer.apply(gradients)

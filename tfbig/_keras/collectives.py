@@ -1,0 +1,117 @@
+"""A replica context of TensorFlow adds up and gathers; here it also scatters.
+
+`tf.distribute` hands every replica the whole sum. What is divided over the replicas needs only
+its part of it, at half of the traffic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
+from tensorflow.python.ops import gen_collective_ops as _collective_ops
+
+if TYPE_CHECKING:
+    from tfbig import _types
+
+__all__ = ("all_gather", "local_replicas", "reduce_scatter", "replica_id", "strategy_of_replica")
+
+
+def replica_id() -> int:
+    """The number of the replica whose context this is, known while it is traced."""
+    return int(tf.distribute.get_replica_context()._replica_id_in_sync_group)
+
+
+def strategy_of_replica() -> _types.Strategy | None:
+    """The strategy in whose replica context this is; None outside of one."""
+    if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
+        return None
+    return tf.distribute.get_strategy()
+
+
+def local_replicas(strategy: _types.Strategy) -> dict[int, str]:
+    """The replicas of this process: their numbers, and the devices that they run on."""
+    devices = strategy.extended.worker_devices
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        first = strategy.cluster_resolver.task_id * len(devices)
+        return {first + i: device for i, device in enumerate(devices)}
+    return dict(enumerate(devices))
+
+
+def reduce_scatter(rows: _types.Tensor, summed_as: _types.DType) -> _types.Tensor:
+    """Adds up a matrix over all replicas; each receives the row of its number.
+
+    In replica context, where every replica must call it. Nothing of the others' rows arrives.
+
+    Args:
+        rows: `(replicas, elements)`, a floating-point dtype.
+        summed_as: dtype in which the values are added up.
+
+    Returns:
+        `(elements,)`, of the dtype `summed_as`.
+    """
+    replicas, elements = rows.shape
+    if tf.executing_eagerly():
+        # Replicas run one after another there, and the first would wait for the others.
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce("SUM", tf.cast(rows, summed_as))[replica_id()]
+    if _is_on_gpu() and rows.dtype == summed_as:
+        scattered = _run(
+            _collective_ops.collective_reduce_scatter_v2, rows, merge_op="Add", final_op="Id"
+        )
+        return tf.ensure_shape(tf.reshape(scattered, [-1]), [elements])
+    # There is no kernel for the CPU: each sends every other one its row, and adds what it receives.
+    received = _with_known_dtype(_collective_ops.collective_all_to_all_v2, rows)
+    received = tf.ensure_shape(received, [replicas, elements])
+    return tf.reduce_sum(tf.cast(received, summed_as), axis=0)
+
+
+def all_gather(row: _types.Tensor) -> _types.Tensor:
+    """The rows of all replicas, in their order. In replica context.
+
+    Args:
+        row: `(elements,)`, as many on each replica.
+
+    Returns:
+        `(replicas, elements)`.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    gathered = _with_known_dtype(_collective_ops.collective_gather_v2, row[tf.newaxis])
+    return tf.ensure_shape(gathered, [replicas, *row.shape])
+
+
+def _with_known_dtype(operation: _types.AnyFunction, tensor: _types.Tensor) -> _types.Tensor:
+    """Runs a collective that moves values; those of bfloat16, which it does not know, as bits."""
+    if tensor.dtype == tf.bfloat16:
+        moved = _run(operation, tf.bitcast(tensor, tf.float16))
+        return tf.bitcast(moved, tf.bfloat16)
+    return _run(operation, tensor)
+
+
+def _is_on_gpu() -> bool:
+    devices = tf.distribute.get_strategy().extended.worker_devices
+    return all("GPU" in device for device in devices)
+
+
+def _run(operation: _types.AnyFunction, tensor: _types.Tensor, **options: str) -> _types.Tensor:
+    """Runs a collective among all replicas.
+
+    With the keys and the ordering token of the strategy's own collectives, which it then neither
+    overtakes nor is taken for.
+    """
+    if tf.executing_eagerly():
+        return tf.distribute.get_replica_context().all_gather(tensor, axis=0)
+    strategy = tf.distribute.get_strategy()
+    own = strategy.extended
+    launchers = (getattr(own, "_collective_ops", None) or own._cross_device_ops)._launchers
+    launcher = launchers[own._get_local_replica_id(replica_id())]
+    token = launcher._get_ordering_token()
+    with tf.device(launcher._device):
+        return operation(
+            tf.identity(tensor),
+            group_size=strategy.num_replicas_in_sync,
+            group_key=launcher._group_key,
+            instance_key=launcher._next_instance_key(),
+            ordering_token=[] if token is None else [token],
+            **options,
+        )

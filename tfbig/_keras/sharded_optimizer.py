@@ -1,0 +1,365 @@
+"""Keras's optimizers update whole variables on all replicas; here each replica updates its pieces.
+
+The optimizer stays as it is, and is built on the model's own weights. Its state consists of
+`ShardedVariable`s, and while a replica updates its pieces, the weights have the values of pieces:
+what reads a weight or a part of the state reads the piece, and what assigns one assigns that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+
+from tfbig import errors
+from tfbig._keras import variables as _variables
+from tfbig._keras.sharded_variable import ShardedVariable
+from tfbig._keras.thread import current, holding
+
+if TYPE_CHECKING:
+    from tfbig import _types
+
+__all__ = (
+    "apply_to_pieces",
+    "build_divided",
+    "clip_by_norm",
+    "is_elementwise",
+    "refuse_unsupported",
+    "state_of",
+)
+
+# Optimizers that treat each element by itself, by the class that has the update.
+_ELEMENTWISE = (
+    keras.optimizers.SGD,
+    keras.optimizers.Adam,
+    keras.optimizers.Nadam,
+    keras.optimizers.RMSprop,
+    keras.optimizers.Adagrad,
+    keras.optimizers.Adadelta,
+    keras.optimizers.Adamax,
+    keras.optimizers.Ftrl,
+    keras.optimizers.Lion,
+)
+
+
+def is_elementwise(optimizer: _types.Optimizer) -> bool:
+    """Whether an optimizer is known to treat each element of a variable by itself.
+
+    A subclass that has an update or a state of its own is not known to.
+    """
+    names = ("update_step", "build", "_apply_weight_decay", "_backend_update_step")
+    known = {getattr(cls, name) for cls in (*_ELEMENTWISE, TFOptimizer) for name in names}
+    return all(getattr(type(optimizer), name) in known for name in names)
+
+
+def refuse_unsupported(optimizer: _types.Optimizer) -> None:
+    """Raises for an optimizer whose state cannot be divided."""
+    cls = type(optimizer)
+    names = ("_clip_gradients", "_backend_apply_gradients", "apply")
+    changed = [name for name in names if getattr(cls, name) is not getattr(TFOptimizer, name)]
+    if changed:
+        raise errors.InvalidOptionError(
+            "`shard` needs an optimizer that updates variables in `update_step` alone. Received: "
+            f"{cls.__name__}, which has its own {', '.join(changed)}. Use shard=None."
+        )
+
+
+# --- State ---------------------------------------------------------------------------
+
+
+class _LaterVariable(keras.Variable):  # type: ignore[misc]  # Keras has no types.
+    """A part of the state before it is known where it lies: it has no value yet."""
+
+    def _initialize_with_initializer(self, initializer: _types.AnyFunction) -> None:
+        self._initial = initializer
+        self._value = None
+
+    @property
+    def value(self) -> _types.Tensor:
+        raise _ReadInBuildError
+
+
+class _ReadInBuildError(Exception):
+    """An optimizer reads or assigns its state in `build`."""
+
+
+def build_divided(
+    optimizer: _types.Optimizer,
+    build: Callable[[], object],
+    place: Callable[[int, ShardedVariable, Callable[[], _types.Tensor]], None],
+) -> None:
+    """Builds an optimizer whose state is never whole: it is placed part by part.
+
+    Args:
+        optimizer: the optimizer.
+        build: builds it.
+        place: function of the index of a weight, a part of the state that belongs to it, and a
+            function without arguments that returns the initial value of that part.
+
+    Raises:
+        InvalidOptionError: If it reads its state in `build`, or it cannot be told to which weight
+            a part of the state belongs.
+    """
+    later: list[_LaterVariable] = []
+
+    def add_later(
+        shape: Sequence[int],
+        initializer: Any = "zeros",  # Any: a name, a function or an object.
+        dtype: str | None = None,
+        aggregation: str = "none",
+        layout: object = None,
+        name: str | None = None,
+    ) -> _types.KerasVariable:
+        with keras.name_scope(optimizer.name):
+            variable = _LaterVariable(
+                keras.initializers.get(initializer),
+                shape=tuple(shape),
+                dtype=dtype,
+                trainable=False,
+                aggregation=aggregation,
+                name=name,
+            )
+        optimizer._track_variable(variable)
+        later.append(variable)
+        return variable
+
+    vars(optimizer)["add_variable"] = add_later
+    try:
+        build()
+    except _ReadInBuildError:
+        raise errors.InvalidOptionError(
+            "`shard` needs an optimizer that makes its state in `build` without reading it. "
+            f"Received: {type(optimizer).__name__}, which copies variables in `build`. Use "
+            "shard=None, or another optimizer."
+        ) from None
+    finally:
+        del vars(optimizer)["add_variable"]
+    owners = _weights_of_state(optimizer)
+    for variable in later:
+        initial = functools.partial(variable._initial, tuple(variable.shape), dtype=variable._dtype)
+        if id(variable) in owners:
+            variable.__class__ = ShardedVariable
+            place(owners[id(variable)], variable, initial)
+        elif not tuple(variable.shape):
+            # Of the optimizer as a whole: each replica has it.
+            variable.__class__ = keras.Variable
+            variable._initialize(initial)
+        else:
+            raise errors.InvalidOptionError(
+                "`shard` needs an optimizer that keeps its state in lists with an entry for each "
+                f"weight. Received: {type(optimizer).__name__}, whose {variable.path} is in none. "
+                "Use shard=None."
+            )
+
+
+def _weights_of_state(optimizer: _types.Optimizer) -> dict[int, int]:
+    """The index of the weight that a part of the state belongs to, by the identity of the part.
+
+    Keras keeps the state in lists with an entry for each weight.
+    """
+    number = len(optimizer._trainable_variables)
+    found: dict[int, int] = {}
+    for name, value in vars(optimizer).items():
+        if (
+            name not in ("_variables", "_trainable_variables")
+            and isinstance(value, list | tuple)
+            and len(value) == number
+        ):
+            found |= {id(v): i for i, v in enumerate(value) if isinstance(v, keras.Variable)}
+    return found
+
+
+def state_of(optimizer: _types.Optimizer) -> list[tuple[int, _types.KerasVariable]]:
+    """The parts of an optimizer's state that belong to one weight, with the index of it."""
+    owners = _weights_of_state(optimizer)
+    return [
+        (owners[id(v)], v)
+        for v in optimizer.variables
+        # Adafactor has integers where it needs nothing.
+        if id(v) in owners and tf.as_dtype(v.dtype).is_floating
+    ]
+
+
+# --- One update ------------------------------------------------------------------------
+
+
+def apply_to_pieces(
+    optimizer: _types.Optimizer,
+    gradients: list[_types.Gradient | None],
+    variables: list[_types.KerasVariable],
+    values: list[_types.Tensor],
+) -> list[_types.Tensor]:
+    """Updates the pieces of a replica; returns the new ones. In replica context.
+
+    Nothing is exchanged with other replicas. What the replica has of the optimizer's state is
+    assigned, and so is its copy of what the optimizer does not divide, such as `iterations`.
+
+    Args:
+        optimizer: built, with a divided state.
+        gradients: the replica's piece of each gradient; None where there is none.
+        variables: the weights of which the replica has pieces.
+        values: the pieces. Those of weights that are divided are assigned in place.
+    """
+    weights = {id(v) for v in variables}
+    with _variables.VariableValues() as scope, holding("own_pieces", weights):
+        for variable, value in zip(variables, values, strict=True):
+            if not isinstance(variable, ShardedVariable):
+                # Past the constructor of the scope, which wants values of the variable's shape.
+                scope.state_mapping[id(variable)] = value
+        if any(g is not None for g in gradients):
+            optimizer.apply(gradients, variables)
+        else:
+            # Keras takes that for a mistake; other replicas may have pieces.
+            optimizer._backend_apply_gradients([], [])
+            optimizer._iterations.assign_add(1)
+        new = [tf.convert_to_tensor(v.value) for v in variables]
+    for variable in scope.assigned:
+        if id(variable) not in weights:
+            _variables.own_copy(variable).assign(scope.get_current_value(variable))
+    return new
+
+
+def clip_by_norm(optimizer: _types.Optimizer, rows: tf.IndexedSlices) -> tf.IndexedSlices:
+    """Rows clipped as the optimizer's `clipnorm` says."""
+    return optimizer._clip_by_norm(rows)
+
+
+def _own_pieces() -> set[int] | None:
+    """Identities of the weights of which this replica has pieces, while it updates them."""
+    pieces: set[int] | None = current("own_pieces")
+    return pieces
+
+
+_key_of_keras = TFOptimizer._var_key
+
+
+def _var_key(self: TFOptimizer, variable: _types.KerasVariable | _types.Variable) -> object:
+    if isinstance(variable, ShardedVariable):
+        return variable.key
+    if isinstance(variable, keras.Variable) and _own_pieces() is not None:
+        # What has the value of a piece is known by the variable itself.
+        variable = variable._value
+    return _key_of_keras(self, variable)
+
+
+TFOptimizer._var_key = _var_key
+
+
+def _replaced_for_pieces(name: str) -> Callable[[_types.AnyFunction], _types.AnyFunction]:
+    """Has a method of Keras's optimizers replaced while a replica updates its pieces."""
+    original = getattr(TFOptimizer, name)
+
+    def decorate(replacement: _types.AnyFunction) -> _types.AnyFunction:
+        @functools.wraps(original)
+        def method(self: TFOptimizer, *args: Any, **kwargs: Any) -> object:  # Any: Keras's own.
+            chosen = original if _own_pieces() is None else replacement
+            return chosen(self, *args, **kwargs)
+
+        setattr(TFOptimizer, name, method)
+        return replacement
+
+    return decorate
+
+
+def _assigns(kind: str) -> _types.AnyFunction:
+    """What replaces `assign`, `assign_add` or `assign_sub` of an optimizer."""
+
+    def assign(
+        self: TFOptimizer, variable: _types.KerasVariable, value: _types.Gradient | float
+    ) -> None:
+        if isinstance(variable, ShardedVariable):
+            variable.update_own(kind, value)
+        else:
+            # Of a weight, the new piece; of what is not divided, the new value.
+            new = _variables.updated(tf.convert_to_tensor(variable.value), kind, value)
+            get_stateless_scope().add_update((variable, new))
+
+    return assign
+
+
+_replaced_for_pieces("assign")(_assigns("update"))
+_replaced_for_pieces("assign_add")(_assigns("add"))
+_replaced_for_pieces("assign_sub")(_assigns("sub"))
+
+
+@_replaced_for_pieces("_clip_gradients")
+def _clip_gradients(
+    self: TFOptimizer, gradients: list[_types.Gradient | None]
+) -> list[_types.Gradient | None]:
+    # They are clipped already: a norm is that of whole gradients.
+    return gradients
+
+
+@_replaced_for_pieces("_apply_weight_decay")
+def _apply_weight_decay(self: TFOptimizer, variables: Sequence[_types.KerasVariable]) -> None:
+    if self.weight_decay is None:
+        return
+    for variable in variables:
+        # By its TensorFlow name, as without pieces.
+        if self._use_weight_decay(_named(variable)):
+            rate = tf.cast(self.learning_rate, variable.dtype)
+            decay = tf.cast(self.weight_decay, variable.dtype)
+            self.assign_sub(variable, variable * decay * rate)
+
+
+def _named(variable: _types.KerasVariable) -> object:
+    return variable if isinstance(variable, ShardedVariable) else variable._value
+
+
+@_replaced_for_pieces("_backend_update_step")
+def _backend_update_step(
+    self: TFOptimizer,
+    gradients: Sequence[_types.Gradient],
+    variables: Sequence[_types.KerasVariable],
+    learning_rate: _types.Tensor,
+) -> None:
+    for gradient, variable in zip(gradients, variables, strict=True):
+        self.update_step(gradient, variable, learning_rate)
+
+
+@_replaced_for_pieces("_update_model_variables_moving_average")
+def _update_averages(self: TFOptimizer, variables: Sequence[_types.KerasVariable]) -> None:
+    if not self.use_ema:
+        return
+    frequency, own = self.ema_overwrite_frequency, _own_pieces() or set()
+    for variable, average in zip(variables, self._model_variables_moving_average, strict=True):
+        if average is None or id(variable) not in own:
+            continue
+        dtype = tf.as_dtype(variable.dtype)
+        # The first update sets the average.
+        is_later = tf.cast(tf.not_equal(tf.convert_to_tensor(self.iterations), 0), dtype)
+        momentum = is_later * self.ema_momentum
+        value = tf.convert_to_tensor(variable.value)
+        mean = momentum * tf.convert_to_tensor(average.value) + (1 - momentum) * value
+        average.update_own("update", mean)
+        if frequency:
+            # Keras overwrites in a conditional, out of which no piece could be handed.
+            overwrites = tf.equal((self.iterations + 1) % frequency, 0)
+            self.assign(variable, tf.where(overwrites, mean, value))
+
+
+@_replaced_for_pieces("_overwrite_model_variables_with_average_value")
+def _overwrite_with_average(self: TFOptimizer, variables: object) -> None:
+    # Done with the averages.
+    del self, variables
+
+
+_apply_of_keras = TFOptimizer._backend_apply_gradients
+
+
+def _backend_apply_gradients(self: TFOptimizer, gradients: object, variables: object) -> None:
+    if _own_pieces() is None and any(isinstance(v, ShardedVariable) for v in self._variables):
+        raise errors.UnsupportedModelError(
+            f"The state of this {type(self).__name__} is divided over the replicas, and only "
+            "tfbig's update can apply it. Train the model that has `shard`, or, in a `train_step` "
+            "of your own, use tfbig.apply_gradients."
+        )
+    _apply_of_keras(self, gradients, variables)
+
+
+TFOptimizer._backend_apply_gradients = _backend_apply_gradients

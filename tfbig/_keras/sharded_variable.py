@@ -1,0 +1,273 @@
+"""A Keras variable has a copy on every replica; a `ShardedVariable` has a piece of it on each."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+from tfbig import errors
+from tfbig._keras import collectives
+
+if TYPE_CHECKING:
+    from tfbig import _types
+    from tfbig._keras.variables import Array
+
+__all__ = ("ShardedVariable", "Span", "bytes_of_pieces", "chief_alone")
+
+# Bytes that workers exchange at a time when a variable is read as a whole.
+_PART_BYTES = 32 * 2**20
+
+
+class Span(Protocol):
+    """Which elements of a variable a replica has, in row-major order."""
+
+    @property
+    def begin(self) -> int:
+        """The first element."""
+
+    @property
+    def end(self) -> int:
+        """The element after the last."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that they have as a tensor."""
+
+
+class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no types.
+    """A variable of which every replica has a piece, and no replica has all.
+
+    Its shape is that of the whole. In replica context, its value is the replica's piece, and
+    assignments assign that; elsewhere, value and assignments are of the whole, which all workers
+    must read together.
+
+    It is made of a variable that is there, which keeps its identity, its name and its path.
+    """
+
+    _spans: Sequence[Span | None]
+    _strategy: _types.Strategy
+    # By the number of the replica, for those of this process.
+    _parts: dict[int, _types.Variable]
+
+    def divide(self, spans: Sequence[Span | None], strategy: _types.Strategy, value: Array) -> None:
+        """Gives each replica of this process its piece of a value.
+
+        Args:
+            spans: the elements that each replica has; None where it has none.
+            strategy: the strategy of the replicas.
+            value: array of the variable's shape.
+        """
+        self._spans, self._strategy = spans, strategy
+        flat = np.reshape(value, [-1])
+        self._parts = {}
+        for replica, device in collectives.local_replicas(strategy).items():
+            span = spans[replica]
+            if span is not None:
+                piece = flat[span.begin : span.end].reshape(span.shape)
+                # Past the strategy, which would make a copy for each replica.
+                with tf.init_scope(), tf.device(device):
+                    self._parts[replica] = ResourceVariable(
+                        piece, trainable=self.trainable, name=self.name, dtype=self._dtype
+                    )
+        # What Keras reads past `value`.
+        self._value = None
+
+    @property
+    def key(self) -> str:
+        """What optimizers know the variable by."""
+        return f"sharded_{id(self)}"
+
+    @property
+    def pieces(self) -> dict[int, _types.Variable]:
+        """The pieces of this process's replicas, by the numbers of these."""
+        return self._parts
+
+    # --- Values -------------------------------------------------------------------
+
+    @property
+    def _own(self) -> _types.Variable | None:
+        """In the context of a replica of the strategy, its piece; None elsewhere."""
+        if collectives.strategy_of_replica() is not self._strategy:
+            return None
+        replica = collectives.replica_id()
+        if replica not in self._parts:
+            raise RuntimeError(f"Replica {replica} has no piece of {self.path}.")
+        return self._parts[replica]
+
+    @property
+    def value(self) -> _types.Tensor:
+        if in_stateless_scope():
+            mapped = get_stateless_scope().state_mapping.get(id(self))
+            if mapped is not None:
+                return self._maybe_autocast(mapped)
+        own = self._own
+        return self._maybe_autocast(tf.convert_to_tensor(self.numpy()) if own is None else own)
+
+    def numpy(self) -> Array:
+        """All of it. Every worker must call it."""
+        if isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            return _from_all_workers(self)
+        whole = np.empty([math.prod(self.shape)], tf.as_dtype(self._dtype).as_numpy_dtype)
+        for replica, part in self._parts.items():
+            span = self._span(replica)
+            whole[span.begin : span.end] = part.numpy().reshape([-1])
+        return whole.reshape(self.shape)
+
+    def __array__(self, dtype: Any = None) -> Array:  # Any: what NumPy takes for a dtype.
+        whole = self.numpy()
+        return whole if dtype is None else whole.astype(dtype)
+
+    def _span(self, replica: int) -> Span:
+        span = self._spans[replica]
+        assert span is not None
+        return span
+
+    # --- Assignments --------------------------------------------------------------
+
+    def assign(self, value: _types.Tensor) -> _types.Tensor:
+        if self._own is None:
+            return super().assign(value)
+        self.update_own("update", value)
+        return value
+
+    def update_own(self, kind: str, value: _types.Gradient | float) -> None:
+        """Assigns the piece of the replica in whose context this is.
+
+        Args:
+            kind: "update", "add" or "sub".
+            value: of the shape of the piece; or rows of it.
+        """
+        own = self._own
+        assert own is not None
+        if isinstance(value, tf.IndexedSlices):
+            rows = tf.IndexedSlices(tf.cast(value.values, own.dtype), value.indices)
+            getattr(own, f"scatter_{kind}")(rows)
+        else:
+            name = "assign" if kind == "update" else f"assign_{kind}"
+            getattr(own, name)(tf.cast(value, own.dtype))
+
+    def _direct_assign(self, value: _types.Tensor) -> None:
+        flat = tf.reshape(tf.cast(value, self._dtype), [-1])
+        for replica, part in self._parts.items():
+            span = self._span(replica)
+            part.assign(tf.reshape(flat[span.begin : span.end], span.shape))
+
+    # --- Files, and what is printed -----------------------------------------------
+
+    @property
+    def _shared_name(self) -> str:
+        return str(self.path)
+
+    def _serialize_to_tensors(self) -> dict[str, _types.Tensor]:
+        # The name under which a variable that is not divided is written.
+        return {"VARIABLE_VALUE": tf.convert_to_tensor(self.numpy())}
+
+    def _restore_from_tensors(self, restored_tensors: dict[str, _types.Tensor]) -> None:
+        self._direct_assign(restored_tensors["VARIABLE_VALUE"])
+
+    def _copy_trackable_to_cpu(self, object_map: dict[object, object]) -> None:
+        object_map[self] = tf.Variable(self.numpy())
+
+    def _export_to_saved_model_graph(
+        self, object_map: dict[object, object], *args: object, **kwargs: object
+    ) -> list[object]:
+        with tf.init_scope():
+            whole = tf.Variable(self.numpy(), name=self.name)
+        resources: list[object] = whole._export_to_saved_model_graph(object_map, *args, **kwargs)
+        object_map[self] = object_map[whole]
+        return resources
+
+    def __repr__(self) -> str:
+        # Without the value, for which all workers would be needed.
+        return f"<ShardedVariable path={self.path}, shape={self.shape}, dtype={self.dtype}>"
+
+
+def bytes_of_pieces(variable: ShardedVariable) -> int:
+    """Bytes of the largest of the pieces that replicas of this process have."""
+    sizes = (math.prod(part.shape) * part.dtype.size for part in variable.pieces.values())
+    return max(sizes, default=0)
+
+
+# --- Several workers ---------------------------------------------------------------
+
+_alone: list[str] = []
+
+
+@contextlib.contextmanager
+def chief_alone(who: str) -> Iterator[None]:
+    """Within it, reading a variable of several workers raises instead of waiting for them.
+
+    Args:
+        who: what runs on the chief alone, for the message.
+    """
+    _alone.append(who)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
+# For each strategy and dtype, the function that adds up a vector over the workers.
+_SUMS: dict[tuple[int, str], Callable[[_types.Tensor], _types.Tensor]] = {}
+
+
+def _sum_over_workers(strategy: _types.Strategy, vector: Array) -> Array:
+    key = id(strategy), vector.dtype.name
+    if key not in _SUMS:
+
+        def summed(vector: _types.Tensor) -> _types.Tensor:
+            def of_replica(vector: _types.Tensor) -> _types.Tensor:
+                context = tf.distribute.get_replica_context()
+                # Of several replicas of a worker, one sends.
+                first = min(collectives.local_replicas(strategy))
+                sent = vector if collectives.replica_id() == first else tf.zeros_like(vector)
+                # An argument of a function is on no device, and an exchange needs one.
+                return context.all_reduce("SUM", tf.identity(sent))
+
+            sums = strategy.run(of_replica, args=(vector,))
+            return strategy.experimental_local_results(sums)[0]
+
+        _SUMS[key] = tf.function(summed, autograph=False, reduce_retracing=True)
+    result: Array = _SUMS[key](tf.convert_to_tensor(vector)).numpy()
+    return result
+
+
+def _from_all_workers(variable: ShardedVariable) -> Array:
+    """All of a variable whose pieces lie on several workers.
+
+    Each sends its pieces and zeros for the others', as integers of the same bits: the sum has the
+    bits of every piece.
+    """
+    if _alone:
+        raise errors.UnsupportedStrategyError(
+            f"{variable.path} is divided over the workers, and all of them must take part in "
+            f"reading it; the others would be waited for. Received: {_alone[-1]} on the chief "
+            "alone. Save on all workers, each to a directory of its own."
+        )
+    dtype = tf.as_dtype(variable._dtype)
+    sent_as = {2: np.int32, 4: np.int32, 8: np.int64}[dtype.size]
+    bits = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.size]
+    size = math.prod(variable.shape)
+    whole = np.empty([size], dtype.as_numpy_dtype)
+    held = {replica: part.numpy().reshape([-1]) for replica, part in variable.pieces.items()}
+    step = _PART_BYTES // np.dtype(sent_as).itemsize
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        sent = np.zeros([end - begin], sent_as)
+        for replica, piece in held.items():
+            span = variable._span(replica)
+            a, b = max(begin, span.begin), min(end, span.end)
+            if a < b:
+                values = piece[a - span.begin : b - span.begin]
+                sent[a - begin : b - begin] = np.ascontiguousarray(values).view(bits)
+        summed = _sum_over_workers(variable._strategy, sent)
+        whole[begin:end] = summed.astype(bits).view(dtype.as_numpy_dtype)
+    return whole.reshape(variable.shape)

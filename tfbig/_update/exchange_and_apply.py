@@ -1,0 +1,114 @@
+"""The second half of an update: exchange, divide, decide, apply."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tfbig._update import (
+    apply,
+    exchange,
+    half_precision_exchange,
+    own_step,
+    replicas,
+    sharded_state,
+    sharded_update,
+)
+
+if TYPE_CHECKING:
+    import keras
+
+    from tfbig._update.accumulated_gradients import AccumulatedGradients
+    from tfbig.callbacks._stop import StopRequest
+    from tfbig.loss_scaling import LossScaleState
+
+__all__ = ("apply_gradients", "exchange_and_apply")
+
+
+def apply_gradients(
+    optimizer: keras.optimizers.Optimizer,
+    accumulated: AccumulatedGradients,
+    loss_scale: LossScaleState | None = None,
+    log_grad_norm: bool = False,
+    exchange_dtype: str | None = None,
+    exchange_bucket_bytes: int = replicas.BUCKET_BYTES,
+) -> apply.Update:
+    """Exchanges what the replicas accumulated and applies the optimizer once.
+
+    The second half of an update; `tfbig.accumulate_gradients` is the first. Call it in replica
+    context, which is where `train_step` runs, once for each optimizer. The gradient that the
+    optimizer clips and applies is that of the whole effective batch, the same on every replica.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`. Must have been built on the
+            variables of `accumulated`, or be called first outside of a
+            `tf.function`.
+        accumulated: What `accumulate_gradients` returned on this replica.
+        loss_scale: The `loss_scale_state` of a model with
+            `DynamicLossScalingMixin`, the same as for `accumulate_gradients`, or
+            None. With it, an update with a non-finite gradient on any replica is
+            skipped on all.
+        log_grad_norm: Whether to compute the global norm of the gradient.
+        exchange_dtype: "bfloat16" or "float16": what gradients are cast to while
+            replicas exchange them. None exchanges them as they are, and is exact.
+        exchange_bucket_bytes: Gradients are exchanged in buckets of so many bytes, one after
+            another. Defaults to 32 MiB.
+
+    Returns:
+        An `Update`: `loss`, `is_finite`, `gradient_norm`.
+    """
+    apply.check_optimizer(optimizer)
+    exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
+    bucket_bytes = replicas.checked_bucket_bytes(exchange_bucket_bytes)
+    own_step.applies(
+        loss_scale,
+        log_grad_norm,
+        exchange_dtype,
+        bucket_bytes,
+        is_sharded=sharded_state.is_divided(optimizer) or replicas.count() == 1,
+    )
+    return exchange_and_apply(
+        optimizer,
+        accumulated,
+        loss_scale,
+        needs_norm=log_grad_norm,
+        exchange_dtype=exchange_dtype,
+        bucket_bytes=bucket_bytes,
+    )
+
+
+def exchange_and_apply(
+    optimizer: keras.optimizers.Optimizer,
+    local: AccumulatedGradients,
+    loss_scale: LossScaleState | None,
+    *,
+    needs_norm: bool,
+    exchange_dtype: str | None,
+    bucket_bytes: int,
+    stop_request: StopRequest | None = None,
+) -> apply.Update:
+    """Sums what the replicas accumulated, and applies or skips the update on all of them.
+
+    Where the optimizer's state lies decides which way the gradients take.
+
+    Args:
+        optimizer: the optimizer.
+        local: what this replica accumulated.
+        loss_scale: see `apply_gradients`.
+        needs_norm: whether the global norm of the gradient is wanted.
+        exchange_dtype: see `apply_gradients`.
+        bucket_bytes: see `apply_gradients`.
+        stop_request: see `exchange.all_reduce_accumulated`.
+    """
+    state = sharded_state.state_of(optimizer)
+    if state is not None:
+        return sharded_update.exchange_and_apply(
+            state,
+            local,
+            loss_scale,
+            needs_norm=needs_norm,
+            exchange_dtype=exchange_dtype,
+            bucket_bytes=bucket_bytes,
+            stop_request=stop_request,
+        )
+    batch = exchange.all_reduce_accumulated(local, exchange_dtype, stop_request, bucket_bytes)
+    return apply.apply_to_weights(optimizer, batch, loss_scale, needs_norm)

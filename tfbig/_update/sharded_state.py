@@ -1,0 +1,161 @@
+"""Where the state of an optimizer lies when it is divided over the replicas."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, _log
+from tfbig.distribute import _pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tfbig import _types
+    from tfbig.distribute._pieces import Piece
+
+__all__ = ("ShardedState", "divide", "is_divided", "make_whole", "state_of")
+
+_ATTRIBUTE = "_tfbig_sharded_state"
+
+
+class ShardedState:
+    """The division of an optimizer's state over the replicas of a strategy.
+
+    Each weight is divided, and each part of the state that belongs to it lies where its piece of
+    the weight is updated. What treats each element by itself is divided into equal chunks; of what
+    looks at whole variables, each is owned by one replica.
+
+    Args:
+        optimizer: the optimizer.
+        strategy: the strategy of the replicas.
+
+    Attributes:
+        pieces: for each weight of the optimizer, the piece of each replica; of no weights before
+            the optimizer is built.
+    """
+
+    def __init__(self, optimizer: _types.Optimizer, strategy: _types.Strategy) -> None:
+        _keras.sharded_optimizer.refuse_unsupported(optimizer)
+        self.optimizer = optimizer
+        self.strategy = strategy
+        self.pieces: list[list[Piece | None]] = []
+        self._build = optimizer.build
+        self._is_elementwise = _keras.sharded_optimizer.is_elementwise(optimizer)
+
+    def index_of(self, variable: keras.Variable) -> int:
+        """The index of a weight of the optimizer."""
+        return int(self.optimizer._get_variable_index(variable))
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """Builds the optimizer; no replica ever has all of its state."""
+        if self.optimizer.built:
+            return
+        variables = list(variables)
+        self._divide(variables)
+        with self.strategy.scope():
+            _keras.sharded_optimizer.build_divided(
+                self.optimizer, lambda: self._build(variables), self._place
+            )
+
+    def take_over(self) -> None:
+        """Divides the state that the optimizer has, a part at a time."""
+        self._divide(self.optimizer._trainable_variables)
+        for index, variable in _keras.sharded_optimizer.state_of(self.optimizer):
+            value = _keras.variables.values_of([variable])[0]
+            # Its copies can go before the pieces are made.
+            variable._value = None
+            variable.__class__ = _keras.sharded_variable.ShardedVariable
+            variable.divide(self._pieces_of(index, variable), self.strategy, value)
+
+    def give_back(self) -> None:
+        """Gives every replica all of the state again, a part at a time."""
+        for _, variable in _keras.sharded_optimizer.state_of(self.optimizer):
+            value = variable.numpy()
+            variable.__class__ = keras.Variable
+            with self.strategy.scope():
+                variable._initialize(tf.constant(value))
+
+    def _divide(self, variables: list[keras.Variable]) -> None:
+        number = self.strategy.num_replicas_in_sync
+        # A constraint looks at all of its variable.
+        is_whole = [not self._is_elementwise or v.constraint is not None for v in variables]
+        sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables]
+        owned = [i for i, whole in enumerate(is_whole) if whole]
+        owners = dict(
+            zip(owned, _pieces.balanced_owners([sizes[i] for i in owned], number), strict=True)
+        )
+        self.pieces = [
+            _pieces.on_one_replica(v.shape, number, owners[i])
+            if i in owners
+            else _pieces.in_chunks(v.shape, number)
+            for i, v in enumerate(variables)
+        ]
+        name = type(self.optimizer).__name__
+        how = (
+            "each variable divided into equal chunks"
+            if not owned
+            else f"each variable on one of them, since {name} looks at whole variables"
+            if len(owned) == len(variables)
+            else f"in equal chunks, but for {len(owned)} variables with a constraint, each on one"
+        )
+        _log.logger().info("tfbig: the state of %s lies on %d replicas, %s", name, number, how)
+
+    def _place(
+        self,
+        index: int,
+        variable: _keras.sharded_variable.ShardedVariable,
+        initial: Callable[[], _types.Tensor],
+    ) -> None:
+        with tf.device("CPU:0"):
+            value = initial().numpy()
+        variable.divide(self._pieces_of(index, variable), self.strategy, value)
+
+    def _pieces_of(self, index: int, variable: keras.Variable) -> list[Piece | None]:
+        """The pieces of a part of the state that belongs to a weight."""
+        pieces = self.pieces[index]
+        weight = self.optimizer._trainable_variables
+        if weight and tuple(variable.shape) == tuple(weight[index].shape):
+            return pieces
+        # It is owned by one replica: what is divided in chunks has only state of its own shape.
+        owner = next(r for r, piece in enumerate(pieces) if piece is not None)
+        return _pieces.on_one_replica(variable.shape, len(pieces), owner)
+
+
+def state_of(optimizer: _types.Optimizer) -> ShardedState | None:
+    """How the state of an optimizer is divided; None if it is not."""
+    found: ShardedState | None = vars(optimizer).get(_ATTRIBUTE)
+    return found
+
+
+def is_divided(optimizer: _types.Optimizer) -> bool:
+    """Whether the state of an optimizer is divided over replicas."""
+    return state_of(optimizer) is not None
+
+
+def divide(optimizer: _types.Optimizer, strategy: _types.Strategy) -> None:
+    """Divides the state of an optimizer over the replicas, now or when it is built.
+
+    Raises:
+        InvalidOptionError: If the optimizer's state cannot be divided.
+    """
+    if strategy.num_replicas_in_sync == 1 or is_divided(optimizer):
+        return
+    state = ShardedState(optimizer, strategy)
+    if optimizer.built:
+        state.take_over()
+    # Past Keras, which tracks attributes.
+    vars(optimizer)[_ATTRIBUTE] = state
+    vars(optimizer)["build"] = state.build
+
+
+def make_whole(optimizer: _types.Optimizer) -> None:
+    """Takes `divide` back."""
+    state = state_of(optimizer)
+    if state is not None:
+        if optimizer.built:
+            state.give_back()
+        del vars(optimizer)[_ATTRIBUTE], vars(optimizer)["build"]

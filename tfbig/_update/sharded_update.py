@@ -1,0 +1,264 @@
+"""The second half of an update whose optimizer's state is divided over the replicas.
+
+What is exchanged with every replica otherwise goes where it is needed: the gradient of a piece to
+the replica that has the state of that piece, which updates it, and the new piece from there to all.
+Losses, counts and flags are the same on all replicas, as without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras
+from tfbig._update import accumulators, apply, exchange, half_precision_exchange, replicas
+from tfbig.distribute import _rows
+
+if TYPE_CHECKING:
+    from tfbig import _types
+    from tfbig._update.accumulated_gradients import AccumulatedGradients
+    from tfbig._update.sharded_state import ShardedState
+    from tfbig.callbacks._stop import StopRequest
+    from tfbig.distribute._pieces import Piece
+    from tfbig.loss_scaling import LossScaleState
+
+__all__ = ("exchange_and_apply",)
+
+
+def exchange_and_apply(
+    state: ShardedState,
+    local: AccumulatedGradients,
+    loss_scale: LossScaleState | None,
+    *,
+    needs_norm: bool,
+    exchange_dtype: str | None,
+    bucket_bytes: int,
+    stop_request: StopRequest | None = None,
+) -> apply.Update:
+    """Exchanges what the replicas accumulated, and updates. In replica context.
+
+    Args:
+        state: how the optimizer's state is divided.
+        local: what this replica accumulated.
+        loss_scale: see `apply.apply_gradients`.
+        needs_norm: whether the global norm of the gradient is wanted.
+        exchange_dtype: see `apply.apply_gradients`.
+        bucket_bytes: see `apply.apply_gradients`.
+        stop_request: see `exchange.all_reduce_accumulated`.
+    """
+    # The rows of tables go to all replicas, as does what all must know.
+    rest = dataclasses.replace(
+        local, gradients=[None if _is_dense(g) else g for g in local.gradients]
+    )
+    batch = exchange.all_reduce_accumulated(rest, exchange_dtype, stop_request, bucket_bytes)
+    update = _ShardedUpdate(state, local, batch)
+    update.scatter(exchange_dtype, bucket_bytes)
+    optimizer = state.optimizer
+    is_checked = loss_scale is None and exchange_dtype is not None
+    if needs_norm or loss_scale is not None or is_checked or _clips_norms(optimizer):
+        update.exchange_facts()
+    norm = update.global_norm() if needs_norm else None
+    update.clip(optimizer)
+    flags = None if loss_scale is None else update.finite_flags()
+    is_finite = None if flags is None else tf.reduce_all(flags)
+    if is_checked:
+        assertion = half_precision_exchange.assertion_of(tf.reduce_all(update.finite_flags()))
+        with tf.control_dependencies([assertion]):
+            update.gradients = {
+                i: accumulators.map_values(tf.identity, g) for i, g in update.gradients.items()
+            }
+    update.apply(is_finite, bucket_bytes)
+    if loss_scale is not None:
+        apply.tell_loss_scale(loss_scale, flags)
+    return apply.finish(batch, is_finite, norm)
+
+
+def _is_dense(gradient: _types.Gradient | None) -> bool:
+    return gradient is not None and not isinstance(gradient, tf.IndexedSlices)
+
+
+def _clips_norms(optimizer: _types.Optimizer) -> bool:
+    return bool(optimizer.clipnorm or optimizer.global_clipnorm)
+
+
+class _ShardedUpdate:
+    """One update of this replica's pieces.
+
+    Args:
+        state: how the optimizer's state is divided.
+        local: what this replica accumulated.
+        batch: what all replicas accumulated, without dense gradients.
+
+    Attributes:
+        gradients: this replica's pieces of dense gradients of the loss, and all rows of the
+            others, by the index of the variable.
+    """
+
+    def __init__(
+        self, state: ShardedState, local: AccumulatedGradients, batch: AccumulatedGradients
+    ) -> None:
+        self.state = state
+        self.variables = local.variables
+        self.local = local
+        self.batch = batch
+        own = _keras.collectives.replica_id()
+        # Of the variables of this update, which may be some of the optimizer's.
+        self.pieces = [state.pieces[state.index_of(v)] for v in self.variables]
+        self.own: list[Piece | None] = [pieces[own] for pieces in self.pieces]
+        self.dense = [i for i, g in enumerate(local.gradients) if _is_dense(g)]
+        self.rows = {i: g for i, g in enumerate(apply.gradients_of_loss(batch)) if g is not None}
+        self.gradients: dict[int, _types.Gradient] = {}
+
+    # --- Exchange -------------------------------------------------------------------
+
+    def scatter(self, exchange_dtype: str | None, bucket_bytes: int) -> None:
+        """Sums the dense gradients over the replicas, each piece where it belongs."""
+        dtype, weight = self.local.loss.dtype, self.batch.weight
+        tensors: list[_types.Tensor] = [self.local.gradients[i] for i in self.dense]
+        rows = _rows.Rows(
+            [self.pieces[i] for i in self.dense], [self.variables[i].shape for i in self.dense]
+        )
+
+        def sent(values: _types.Tensor) -> _types.Tensor:
+            if exchange_dtype is None:
+                return tf.cast(values, dtype)
+            return half_precision_exchange.narrowed(values, weight, exchange_dtype)
+
+        sent_as = tf.as_dtype(exchange_dtype or dtype)
+        for k, piece in rows.scatter(tensors, bucket_bytes, sent, sent_as, dtype).items():
+            if exchange_dtype is None:
+                piece = tf.math.divide_no_nan(piece, weight)
+            if self.batch.loss_scale is not None:
+                piece = tf.math.divide_no_nan(piece, tf.cast(self.batch.loss_scale, dtype))
+            self.gradients[self.dense[k]] = tf.cast(piece, tensors[k].dtype)
+        self.gradients |= self.rows
+
+    def exchange_facts(self) -> None:
+        """Tells all replicas the norms of dense gradients, and whether they are finite."""
+        dtype = self.local.loss.dtype
+        squares, non_finite = [], []
+        for i in self.dense:
+            piece = self.gradients.get(i)
+            if piece is None:
+                piece = tf.zeros([0], dtype)
+            squares.append(tf.reduce_sum(tf.square(tf.cast(piece, dtype))))
+            non_finite.append(tf.reduce_sum(tf.cast(~tf.math.is_finite(piece), dtype)))
+        facts = tf.zeros([0], dtype)
+        if self.dense:
+            facts = replicas.all_reduce_sum([tf.stack([*squares, *non_finite])])[0]
+        number = len(self.dense)
+        self._squares = dict(zip(self.dense, tf.unstack(facts[:number]), strict=True))
+        self._non_finite = dict(zip(self.dense, tf.unstack(facts[number:]), strict=True))
+
+    # --- What is known of whole gradients ----------------------------------------------
+
+    def global_norm(self) -> _types.Tensor:
+        """The global norm of the gradient, before clipping."""
+        dtype = self.local.loss.dtype
+        squares = list(self._squares.values())
+        for rows in self.rows.values():
+            # Rows of one index are one row of the gradient.
+            squares.append(tf.cast(tf.reduce_sum(tf.square(tf.convert_to_tensor(rows))), dtype))
+        return tf.sqrt(tf.add_n(squares)) if squares else tf.zeros((), dtype)
+
+    def finite_flags(self) -> _types.Tensor:
+        """Vector of booleans: for each gradient, whether all its values are finite."""
+
+        def flag(i: int) -> _types.Tensor:
+            if i in self._non_finite:
+                return tf.equal(self._non_finite[i], 0)
+            if i in self.rows:
+                return tf.reduce_all(tf.math.is_finite(accumulators.values(self.rows[i])))
+            return tf.constant(True)
+
+        return tf.stack([flag(i) for i in range(len(self.variables))])
+
+    def clip(self, optimizer: _types.Optimizer) -> None:
+        """Clips as the optimizer does, by the norms of whole gradients."""
+        if optimizer.clipnorm and optimizer.clipnorm > 0:
+            limit = optimizer.clipnorm
+            for i, gradient in self.gradients.items():
+                if i in self.rows:
+                    self.gradients[i] = optimizer._clip_by_norm(gradient)
+                else:
+                    norm = tf.cast(tf.sqrt(self._squares[i]), gradient.dtype)
+                    self.gradients[i] = gradient * limit / tf.maximum(norm, limit)
+        elif optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
+            limit = optimizer.global_clipnorm
+            squares = list(self._squares.values())
+            # As Keras does, which takes the rows of a table one by one.
+            squares += [
+                tf.cast(keras.ops.sum(keras.ops.square(rows)), self.local.loss.dtype)
+                for rows in self.rows.values()
+            ]
+            norm = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros((), self.local.loss.dtype)
+            # Not finite if the norm is not.
+            scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
+            self.gradients = {i: g * tf.cast(scale, g.dtype) for i, g in self.gradients.items()}
+        elif optimizer.clipvalue and optimizer.clipvalue > 0:
+            clipped = optimizer._clip_gradients(list(self.gradients.values()))
+            self.gradients = dict(zip(self.gradients, clipped, strict=True))
+
+    # --- Update --------------------------------------------------------------------------
+
+    def apply(self, is_finite: _types.Tensor | None, bucket_bytes: int) -> None:
+        """Updates this replica's pieces, and hands them to all replicas.
+
+        Args:
+            is_finite: whether the update is made at all; None if it is in any case.
+            bucket_bytes: bytes that are gathered at a time.
+        """
+        own = [i for i, piece in enumerate(self.own) if piece is not None]
+        gradients = [self._own_gradient(i) for i in own]
+        variables = [self.variables[i] for i in own]
+        with tf.control_dependencies([self.batch.weight]):
+            values = [self._own_value(i, g) for i, g in zip(own, gradients, strict=True)]
+
+        def updated() -> list[_types.Tensor]:
+            # The optimizer's counter would not depend on the gradients otherwise.
+            with tf.control_dependencies([self.batch.weight]):
+                return _keras.sharded_optimizer.apply_to_pieces(
+                    self.state.optimizer, gradients, variables, values
+                )
+
+        new = updated() if is_finite is None else tf.cond(is_finite, updated, lambda: values)
+        self._gather(dict(zip(own, new, strict=True)), bucket_bytes)
+
+    def _own_gradient(self, i: int) -> _types.Gradient | None:
+        """This replica's piece of a gradient; None if the loss does not depend on the variable."""
+        gradient, piece = self.gradients.get(i), self.own[i]
+        assert piece is not None
+        if i not in self.rows:
+            return gradient
+        if isinstance(gradient, tf.IndexedSlices):
+            return piece.of_rows(gradient)
+        return piece.of(gradient)
+
+    def _own_value(self, i: int, gradient: _types.Gradient | None) -> _types.Tensor:
+        """This replica's piece of a weight.
+
+        Read once its gradient is there: all pieces at the beginning of an update would take the
+        memory of one more part of the state.
+        """
+        piece = self.own[i]
+        assert piece is not None
+        after = [] if gradient is None else [accumulators.values(gradient)]
+        with tf.control_dependencies([] if tf.executing_eagerly() else after):
+            return piece.of(_keras.variables.own_copy(self.variables[i]).read_value())
+
+    def _gather(self, new: dict[int, _types.Tensor], bucket_bytes: int) -> None:
+        """Gives all replicas the new values of the weights."""
+        overwrites = self.state.optimizer.use_ema and self.state.optimizer.ema_overwrite_frequency
+        changed = [i for i, g in enumerate(self.local.gradients) if g is not None or overwrites]
+        dtypes = {tf.as_dtype(v.dtype) for v in self.variables}
+        for dtype in sorted(dtypes, key=lambda dtype: dtype.name):
+            group = [i for i in changed if tf.as_dtype(self.variables[i].dtype) == dtype]
+            rows = _rows.Rows(
+                [self.pieces[i] for i in group], [self.variables[i].shape for i in group]
+            )
+            own = {k: new[i] for k, i in enumerate(group) if i in new}
+            for k, value in rows.gather(own, bucket_bytes, dtype):
+                _keras.variables.own_copy(self.variables[group[k]]).assign(value)

@@ -1,0 +1,189 @@
+"""Tensors that are divided over the replicas travel in rows, one for each replica.
+
+A row holds a replica's pieces one after another. What is scattered is a matrix of all rows, of
+which every replica receives its own, added up; what is gathered is each replica's row. Both go in
+buckets of some elements of the rows, each after the one before it, so that the copies which an
+exchange makes take the memory of a bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
+
+from tfbig import _keras
+
+if TYPE_CHECKING:
+    from tfbig import _types
+    from tfbig.distribute._pieces import Piece
+
+__all__ = ("Rows",)
+
+
+class Rows:
+    """The rows of some variables.
+
+    Args:
+        pieces: for each variable, the `Piece` of each replica, or None where it has none.
+        shapes: the shape of each variable.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Sequence[Piece | None]], shapes: Sequence[Sequence[int]]
+    ) -> None:
+        self.pieces = pieces
+        self.shapes = shapes
+        self.replicas = len(pieces[0]) if pieces else 0
+        self._starts: list[list[int]] = []
+        widths = []
+        for r in range(self.replicas):
+            position, starts = 0, []
+            for of_variable in pieces:
+                starts.append(position)
+                piece = of_variable[r]
+                position += 0 if piece is None else piece.size
+            self._starts.append(starts)
+            widths.append(position)
+        # A shorter row is filled up.
+        self.width = max(widths, default=0)
+
+    def scatter(
+        self,
+        tensors: Sequence[_types.Tensor],
+        bucket_bytes: int,
+        sent: Callable[[_types.Tensor], _types.Tensor],
+        sent_as: _types.DType,
+        summed_as: _types.DType,
+    ) -> dict[int, _types.Tensor]:
+        """Adds up tensors over all replicas. In replica context.
+
+        Args:
+            tensors: a tensor of each variable's shape.
+            bucket_bytes: bytes of what a replica sends at a time.
+            sent: function of elements of a tensor that returns what is sent of them.
+            sent_as: dtype of what is sent.
+            summed_as: dtype in which it is added up.
+
+        Returns:
+            For each variable of which this replica has a piece, by its index, the piece of the
+            sum, of the dtype `summed_as`.
+        """
+        own = _keras.collectives.replica_id()
+        found: dict[int, list[_types.Tensor]] = {}
+        received: list[_types.Tensor] = []
+        for begin, end in self._buckets(bucket_bytes, sent_as):
+            with tf.control_dependencies(received):
+                # One copy: consecutive elements of a tensor are a view of it.
+                parts = [
+                    part
+                    for r in range(self.replicas)
+                    for part in self._filled_up(
+                        [
+                            sent(tf.reshape(tf.identity(tensors[i]), [-1])[a:b])
+                            for i, a, b in self._elements(r, begin, end)
+                        ],
+                        end - begin,
+                        sent_as,
+                    )
+                ]
+                matrix = tf.reshape(_joined(parts), [self.replicas, end - begin])
+            row = _keras.collectives.reduce_scatter(matrix, summed_as)
+            received = [] if tf.executing_eagerly() else [row]
+            self._take_apart(row, self._elements(own, begin, end), found)
+        return {i: self._shaped(i, own, parts) for i, parts in found.items()}
+
+    def gather(
+        self, tensors: dict[int, _types.Tensor], bucket_bytes: int, dtype: _types.DType
+    ) -> Iterator[tuple[int, _types.Tensor]]:
+        """Gathers the pieces of all replicas. In replica context.
+
+        Args:
+            tensors: this replica's piece of each variable, by its index.
+            bucket_bytes: bytes of what is gathered at a time.
+            dtype: dtype of all tensors.
+
+        Yields:
+            The index of a variable and all of it, as soon as it has arrived.
+        """
+        own = _keras.collectives.replica_id()
+        # For each variable, what has arrived of it: the first element, and a vector.
+        arrived: dict[int, list[tuple[int, _types.Tensor]]] = {}
+        received: list[_types.Tensor] = []
+        for begin, end in self._buckets(bucket_bytes, dtype):
+            with tf.control_dependencies(received):
+                parts = [
+                    tf.reshape(tf.identity(tensors[i]), [-1])[a - first : b - first]
+                    for i, a, b in self._elements(own, begin, end)
+                    for first in [self._piece(i, own).begin]
+                ]
+                row = _joined(self._filled_up(parts, end - begin, dtype))
+            matrix = _keras.collectives.all_gather(row)
+            received = [] if tf.executing_eagerly() else [matrix]
+            gathered = tf.reshape(matrix, [-1])
+            for r in range(self.replicas):
+                position = r * (end - begin)
+                for i, a, b in self._elements(r, begin, end):
+                    part = gathered[position : position + b - a]
+                    arrived.setdefault(i, []).append((a, part))
+                    position += b - a
+            for i in [i for i, parts in arrived.items() if self._is_complete(i, parts)]:
+                parts = [part for _, part in sorted(arrived.pop(i), key=lambda found: found[0])]
+                yield i, tf.reshape(_joined(parts), self.shapes[i])
+
+    def _buckets(self, bucket_bytes: int, dtype: _types.DType) -> list[tuple[int, int]]:
+        """The first element of each bucket's part of a row, and the one after its last."""
+        length = max(1, bucket_bytes // (dtype.size * max(1, self.replicas)))
+        return [(begin, min(begin + length, self.width)) for begin in range(0, self.width, length)]
+
+    def _elements(self, replica: int, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """Which elements lie in a part of a row: a variable, the first and the one after the last.
+
+        Elements count from the beginning of the variable.
+        """
+        found = []
+        for i, start in enumerate(self._starts[replica]):
+            piece = self.pieces[i][replica]
+            if piece is None:
+                continue
+            a, b = max(begin - start, 0), min(end - start, piece.size)
+            if a < b:
+                found.append((i, piece.begin + a, piece.begin + b))
+        return found
+
+    def _filled_up(
+        self, parts: list[_types.Tensor], length: int, dtype: _types.DType
+    ) -> list[_types.Tensor]:
+        """Vectors of a dtype with zeros after them, such that they have so many elements."""
+        missing = length - sum(part.shape[0] for part in parts)
+        parts = [tf.cast(part, dtype) for part in parts]
+        return [*parts, tf.zeros([missing], dtype)] if missing else parts
+
+    def _take_apart(
+        self,
+        row: _types.Tensor,
+        elements: list[tuple[int, int, int]],
+        found: dict[int, list[_types.Tensor]],
+    ) -> None:
+        position = 0
+        for i, a, b in elements:
+            found.setdefault(i, []).append(row[position : position + b - a])
+            position += b - a
+
+    def _piece(self, i: int, replica: int) -> Piece:
+        piece = self.pieces[i][replica]
+        assert piece is not None
+        return piece
+
+    def _shaped(self, i: int, replica: int, parts: list[_types.Tensor]) -> _types.Tensor:
+        return tf.reshape(_joined(parts), self._piece(i, replica).shape)
+
+    def _is_complete(self, i: int, parts: list[tuple[int, _types.Tensor]]) -> bool:
+        there: int = sum(part.shape[0] for _, part in parts)
+        return there == math.prod(self.shapes[i])
+
+
+def _joined(vectors: list[_types.Tensor]) -> _types.Tensor:
+    return vectors[0] if len(vectors) == 1 else tf.concat(vectors, 0)
