@@ -44,6 +44,7 @@ assert_type(model.log_grad_norm, bool)
 model.micro_batch_size = 2
 tfbig.Model(inputs, outputs, gradient_accumulation_step=4)  # error: reportCallIssue
 tfbig.Model(inputs, outputs, micro_batch_size=4.5)  # error: reportArgumentType
+tfbig.Model(inputs, outputs, loss_scale=[2.0])  # error: reportArgumentType
 
 sequential = tfbig.Sequential([keras.layers.Dense(1)], micro_batch_size="auto", memory_budget=2**30)
 sequential.add(keras.layers.Dense(1))

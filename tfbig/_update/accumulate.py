@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+import keras
 import tensorflow as tf
 
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig._update import own_step
+from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
+from tfbig._update.loss_scale import LossScaleState
 from tfbig._update.micro_batch_loss import MicroBatchLoss
 from tfbig._update.micro_batches import MicroBatches
-
-if TYPE_CHECKING:
-    import keras
-
-    from tfbig import _types
-    from tfbig._update.accumulated_gradients import AccumulatedGradients
-    from tfbig.loss_scaling import LossScaleState
 
 __all__ = ("accumulate_gradients",)
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
+import keras
 import tensorflow as tf
 
+from tfbig import _types
 from tfbig._update import accumulators, table_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import keras
-
-    from tfbig import _types
-    from tfbig._update.table_rows import Rows
-    from tfbig._update.variable_update import VariableUpdate
+from tfbig._update.table_rows import Rows
+from tfbig._update.variable_update import VariableUpdate
 
 __all__ = ("AccumulatedGradients",)
 

@@ -8,19 +8,15 @@ way of looking up; `table_rows` says which rows the whole batch has.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
+import keras
 import tensorflow as tf
 
+from tfbig import _types
 from tfbig._update import table_rows
 from tfbig._update.table_rows import Rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    import keras
-
-    from tfbig import _types
 
 __all__ = (
     "add",
@@ -39,7 +35,7 @@ __all__ = (
 _Part: TypeAlias = dict[str, Any]
 
 # A tensor, or a list of `_Part`.
-Accumulator: TypeAlias = "_types.Tensor | list[_Part]"
+Accumulator: TypeAlias = _types.Tensor | list[_Part]
 
 
 def dtype_for(dtype: _types.DType | str) -> _types.DType:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import accumulators
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig._update.accumulated_gradients import AccumulatedGradients
-    from tfbig._update.variable_update import VariableUpdate
-    from tfbig.loss_scaling import LossScaleState
+from tfbig._update.accumulated_gradients import AccumulatedGradients
+from tfbig._update.loss_scale import LossScaleState
+from tfbig._update.variable_update import VariableUpdate
 
 __all__ = (
     "Update",

@@ -10,29 +10,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeAlias, TypeVar
 
 import tensorflow as tf
 
-from tfbig import _keras, _log, errors
+from tfbig import _keras, _log, _types, errors
 from tfbig._keras import memory
 from tfbig._update import capacity, exchange, fit_context, replicas
+from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
+from tfbig._update.micro_batches import MicroBatches
+from tfbig._update.train_step import TrainStep
 from tfbig.distribute import _workers
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tfbig import _types
-    from tfbig._update.accumulated_gradients import AccumulatedGradients
-    from tfbig._update.micro_batches import MicroBatches
-    from tfbig._update.train_step import TrainStep
 
 _T = TypeVar("_T")
 
 # Tensors, or the values of all replicas.
-_Distributed: TypeAlias = "_types.Structure"
+_Distributed: TypeAlias = _types.Structure
 
 __all__ = ("AutomaticSize", "TrainFunction")
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
 import tensorflow as tf
 
-from tfbig import errors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tfbig import _types
+from tfbig import _types, errors
 
 __all__ = ("BatchSplit", "Size", "positive_integer")
 
 # A number of samples or micro-batches: an int where shapes are static, else an int32 scalar.
-Size: TypeAlias = "int | _types.Tensor"
+Size: TypeAlias = int | _types.Tensor
 
 
 def positive_integer(name: str, value: object, remedy: str) -> int:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import keras
 import tensorflow as tf
 
 from tfbig import errors
 from tfbig._keras import memory
 from tfbig._update import accumulators, batch_split
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import keras
 
 __all__ = (
     "RUN_ERRORS",

@@ -20,20 +20,17 @@ TensorFlow runs only what the denominators depend on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
-
-if TYPE_CHECKING:
-    from tfbig import _types
+from tfbig import _keras, _types, errors
 
 __all__ = ("Denominators", "LossCounter", "LossReducer")
 
 # Keras's value of a loss with a given reduction.
-_Reduced: TypeAlias = "Callable[[str | None], _types.Tensor]"
+_Reduced: TypeAlias = Callable[[str | None], _types.Tensor]
 
 
 class Denominators:

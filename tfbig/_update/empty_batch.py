@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import replicas
-
-if TYPE_CHECKING:
-    from tfbig import _types
 
 __all__ = ("refuse_empty_data", "refuse_without_active_replicas")
 

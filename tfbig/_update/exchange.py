@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
+from tfbig import _types
 from tfbig._update import empty_batch, exchange_message, half_precision_exchange, replicas
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig._update.accumulated_gradients import AccumulatedGradients
-    from tfbig.callbacks._stop import StopRequest
+from tfbig._update.accumulated_gradients import AccumulatedGradients
+from tfbig.callbacks._stop import StopRequest
 
 __all__ = ("all_reduce_accumulated", "all_reduce_counts")
 

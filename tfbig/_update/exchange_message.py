@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import tensorflow as tf
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tfbig import _types
+from tfbig import _types
 
 __all__ = ("Message", "Scalars")
 

@@ -7,19 +7,15 @@ import dataclasses
 import inspect
 import json
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig.distribute import _workers
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from tfbig import _types
 
 __all__ = ("arguments_of", "described", "prepare_fit")
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import batch_dependence, denominators, replicas, table_rows
+from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 from tfbig._update.table_rows import Rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from tfbig import _types
-    from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 
 __all__ = ("LossTrace", "LossTracer")
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import tensorflow as tf
 
-from tfbig import _keras
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig._update.batch_split import BatchSplit, Size
+from tfbig import _keras, _types
+from tfbig._update.batch_split import BatchSplit, Size
 
 __all__ = ("Step", "fold")
 
 # Of a micro-batch, its size and what is carried; returns what is carried on.
-Step: TypeAlias = "Callable[[_types.Structure, _types.Tensor, _types.Structure], _types.Structure]"
+Step: TypeAlias = Callable[[_types.Structure, _types.Tensor, _types.Structure], _types.Structure]
 
 # The first sample and the size of the micro-batch of an index.
-_Bounds: TypeAlias = "Callable[[_types.Tensor], tuple[Size, Size]]"
+_Bounds: TypeAlias = Callable[[_types.Tensor], tuple[Size, Size]]
 
 
 def fold(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from tfbig import _types
+from tfbig import _types
 
 __all__ = ("LossFunction", "MicroBatchLoss")
 
@@ -32,4 +31,4 @@ class MicroBatchLoss:
 
 
 # Takes a micro-batch: a structure of tensors `(samples, ...)`.
-LossFunction: TypeAlias = "Callable[[_types.Structure], MicroBatchLoss]"
+LossFunction: TypeAlias = Callable[[_types.Structure], MicroBatchLoss]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras
+from tfbig import _keras, _types
 from tfbig._update import accumulators, denominators, noise_scale, table_rows
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig._update.loss_trace import LossTrace
-    from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
+from tfbig._update.loss_trace import LossTrace
+from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 
 __all__ = ("MicroBatchStep", "Totals")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import (
     accumulators,
     denominators,
@@ -20,17 +22,11 @@ from tfbig._update import (
     replicas,
 )
 from tfbig._update.accumulated_gradients import AccumulatedGradients
+from tfbig._update.batch_split import BatchSplit
+from tfbig._update.micro_batch_loop import Step
+from tfbig._update.micro_batch_loss import LossFunction
+from tfbig._update.micro_batch_step import MicroBatchStep, Totals
 from tfbig._update.variable_update import VariableUpdate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from contextlib import AbstractContextManager
-
-    from tfbig import _types
-    from tfbig._update.batch_split import BatchSplit
-    from tfbig._update.micro_batch_loop import Step
-    from tfbig._update.micro_batch_loss import LossFunction
-    from tfbig._update.micro_batch_step import MicroBatchStep, Totals
 
 __all__ = ("MicroBatches",)
 

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 import keras
 import tensorflow as tf
 
-from tfbig import _keras
+from tfbig import _keras, _types
 from tfbig._update import accumulators
 
 if TYPE_CHECKING:
-    from tfbig import _types
     from tfbig._update.apply import Update
 
 __all__ = ("NoiseScale", "moments", "no_moments")

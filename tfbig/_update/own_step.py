@@ -7,7 +7,7 @@ first update.
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -15,9 +15,7 @@ import tensorflow as tf
 from tfbig import _keras, _types, errors
 from tfbig._update import option, replicas
 from tfbig._update.batch_split import BatchSplit
-
-if TYPE_CHECKING:
-    from tfbig._update.step_options import StepOptions
+from tfbig._update.step_options import StepOptions
 
 __all__ = ("accumulates", "applies", "checked", "uses_all", "warn_of_jit_compile")
 
@@ -72,7 +70,7 @@ def warn_of_jit_compile(model: keras.Model) -> None:
         )
 
 
-def _unused(model: "StepOptions", uses: set[str]) -> dict[str, Any]:
+def _unused(model: StepOptions, uses: set[str]) -> dict[str, Any]:
     """The options that the step ignores, with their values."""
     if "everything" in uses:
         return {}
@@ -80,7 +78,7 @@ def _unused(model: "StepOptions", uses: set[str]) -> dict[str, Any]:
     return {name: value for name, value in model._asked_options().items() if name not in used}
 
 
-def checked(model: "StepOptions", step: _types.AnyFunction) -> _types.AnyFunction:
+def checked(model: StepOptions, step: _types.AnyFunction) -> _types.AnyFunction:
     """A user's `train_step` that raises if it leaves an option without effect."""
 
     # Kept with the model: a tf.function of the user's is traced only once, however many train
@@ -113,7 +111,7 @@ def _undo(model: keras.Model) -> Callable[[], None]:
     return lambda: _keras.variables.assign_all(variables, values)
 
 
-def _error(model: "StepOptions", unused: dict[str, Any]) -> errors.UnsupportedModelError:
+def _error(model: StepOptions, unused: dict[str, Any]) -> errors.UnsupportedModelError:
     said = ", ".join(f"{name}={value!r}" for name, value in unused.items())
     options = option.declared(type(model))
     remedies = [options[name].passed_on or "" for name in unused]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import keras
 
-from tfbig import _keras, errors
-
-if TYPE_CHECKING:
-    from tfbig import _types
+from tfbig import _keras, _types, errors
 
 __all__ = ("Recompute", "check", "check_fits", "layers_of", "serialized")
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
+import keras
 import tensorflow as tf
 
+from tfbig import _types
 from tfbig._update.batch_split import positive_integer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import keras
-
-    from tfbig import _types
 
 __all__ = ("BUCKET_BYTES", "all_reduce_sum", "checked_bucket_bytes", "count", "count_of")
 

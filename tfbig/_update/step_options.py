@@ -14,6 +14,7 @@ from tfbig._update import (
     replicas,
     shard_option,
 )
+from tfbig._update.loss_scale import DynamicLossScale
 from tfbig._update.option import Option, declared
 
 __all__ = ("Options", "StepOptions", "make_plain", "set_options")
@@ -28,7 +29,7 @@ class Options(TypedDict, total=False):
     gradient_accumulation_steps: int | None
     micro_batch_size: int | str | None
     memory_budget: int | None
-    loss_scale: Any  # A str, a float, None or a `tfbig.DynamicLossScale`, which imports this.
+    loss_scale: str | float | DynamicLossScale | None
     log_grad_norm: bool
     log_gradient_noise_scale: bool
     recompute: Any  # True, a list of layers or of names, a function of a layer, or None.

@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tensorflow as tf
 
-from tfbig import _keras
+from tfbig import _keras, _types
 from tfbig._update import (
     apply,
     empty_batch,
@@ -31,16 +31,13 @@ from tfbig._update import (
     step_inheritance,
     training_checks,
 )
+from tfbig._update.accumulated_gradients import AccumulatedGradients
+from tfbig._update.apply import Update
+from tfbig._update.batch_split import BatchSplit
+from tfbig._update.loss_scale import LossScaleState
 from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 from tfbig._update.micro_batches import MicroBatches
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig._update.accumulated_gradients import AccumulatedGradients
-    from tfbig._update.apply import Update
-    from tfbig._update.batch_split import BatchSplit
-    from tfbig.callbacks._stop import StopRequest
-    from tfbig.loss_scaling import LossScaleState
+from tfbig.callbacks._stop import StopRequest
 
 __all__ = ("TrainStep",)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import (
     apply,
     fit_context,
@@ -23,13 +23,10 @@ from tfbig._update import (
 )
 from tfbig._update.batch_split import BatchSplit
 
-if TYPE_CHECKING:
-    from tfbig import _types
-
 __all__ = ("TrainingChecks", "check_strategy")
 
 # The step of a user or of Keras: takes data, returns logs.
-_Step: TypeAlias = "Callable[[_types.Structure], _types.Logs]"
+_Step: TypeAlias = Callable[[_types.Structure], _types.Logs]
 
 
 def check_strategy() -> None:

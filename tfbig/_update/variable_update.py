@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
+import keras
 import tensorflow as tf
 
-from tfbig import _keras
-
-if TYPE_CHECKING:
-    import keras
-
-    from tfbig import _types
+from tfbig import _keras, _types
 
 __all__ = ("VariableUpdate",)
 

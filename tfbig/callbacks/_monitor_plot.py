@@ -3,10 +3,8 @@
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tfbig.callbacks import _monitor_file
+from tfbig.callbacks import _monitor_file
 
 __all__ = ("draw",)
 
@@ -26,7 +24,7 @@ _PANELS = (
 _WIDTH, _HEIGHT, _COLUMNS = 4.5, 2.6, 3
 
 
-def draw(rows: Sequence["_monitor_file.Row"], path: str | os.PathLike[str]) -> None:
+def draw(rows: Sequence[_monitor_file.Row], path: str | os.PathLike[str]) -> None:
     """Draws the columns of the rows over the updates.
 
     Args:

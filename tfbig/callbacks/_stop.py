@@ -6,15 +6,12 @@ import threading
 import types
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
 from tfbig import _keras, _types
-
-if TYPE_CHECKING:
-    from tfbig.distribute import _workers
+from tfbig.distribute import _workers
 
 __all__ = ("StopRequest",)
 
@@ -97,7 +94,7 @@ class StopRequest:
             return self.is_made
         return bool(_keras.variables.values_of([self._received])[0] > 0)
 
-    def agree(self, workers: "_workers.Workers") -> bool:
+    def agree(self, workers: _workers.Workers) -> bool:
         """Whether any worker has the request; all ask at the same point, between updates."""
         return not self.is_handled and "stop" in workers.exchange(
             "whether to stop", "stop" if self.is_made else "continue"

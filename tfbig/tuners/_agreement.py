@@ -2,14 +2,10 @@
 
 import json
 import random
-from typing import TYPE_CHECKING
 
 from tfbig import errors
-from tfbig.tuners import _json
+from tfbig.tuners import _json, _ledger
 from tfbig.tuners._hyperparameters import HyperParameters
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _ledger
 
 __all__ = ("KIND", "agree_on_settings", "share_space")
 
@@ -22,7 +18,7 @@ _LEAVE = (
 
 
 def agree_on_settings(
-    ledger: "_ledger.Ledger", study: str, settings: dict[str, str], seed: int | None
+    ledger: _ledger.Ledger, study: str, settings: dict[str, str], seed: int | None
 ) -> int:
     """Stores the settings of a new search, or checks those of one that is resumed or joined.
 
@@ -52,7 +48,7 @@ def agree_on_settings(
     return int(known["seed"])
 
 
-def share_space(ledger: "_ledger.Ledger", study: str, hyperparameters: HyperParameters) -> None:
+def share_space(ledger: _ledger.Ledger, study: str, hyperparameters: HyperParameters) -> None:
     """Merges the hyperparameters known here with those that the study knows, both ways.
 
     Raises:

@@ -1,31 +1,30 @@
 """Attributes that KerasTuner's constructor assigns, but that only the study knows."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar, overload
-
-if TYPE_CHECKING:
-    from tfbig.tuners._oracle import StudyOracle
+from typing import Generic, TypeVar, overload
 
 __all__ = ("FromStudy",)
 
+# An oracle, and what the property returns.
+Oracle = TypeVar("Oracle")
 T = TypeVar("T")
 
 
-class FromStudy(Generic[T]):
+class FromStudy(Generic[Oracle, T]):
     """A property of an oracle, as a decorator; assigning to it has no effect."""
 
-    def __init__(self, read: "Callable[[StudyOracle], T]") -> None:
+    def __init__(self, read: Callable[[Oracle], T]) -> None:
         self._read = read
         self.__doc__ = read.__doc__
 
     @overload
-    def __get__(self, oracle: None, owner: type) -> "FromStudy[T]": ...
+    def __get__(self, oracle: None, owner: type) -> "FromStudy[Oracle, T]": ...
 
     @overload
-    def __get__(self, oracle: "StudyOracle", owner: type) -> T: ...
+    def __get__(self, oracle: Oracle, owner: type) -> T: ...
 
-    def __get__(self, oracle: "StudyOracle | None", owner: type) -> "FromStudy[T] | T":
+    def __get__(self, oracle: Oracle | None, owner: type) -> "FromStudy[Oracle, T] | T":
         return self if oracle is None else self._read(oracle)
 
-    def __set__(self, oracle: "StudyOracle", value: T) -> None:
+    def __set__(self, oracle: Oracle, value: T) -> None:
         del oracle, value

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 from optuna.trial import TrialState
 
@@ -19,15 +19,13 @@ from tfbig.tuners import (
     _oracle,
     _proposals,
     _queue,
+    _running,
     _samplers,
     _trials,
     _tuner,
     _tuner_types,
 )
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _running
-    from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("Bracket", "Hyperband", "HyperbandOracle", "brackets")
 
@@ -101,11 +99,11 @@ class BracketQueue(_queue.TrialQueue):
         self,
         trials: _trials.Trials,
         proposals: _proposals.Proposals,
-        values_for: "Callable[[int], _tuner_types.Values | None]",
-        hyperparameters: "Callable[[], HyperParameters]",
+        values_for: Callable[[int], _tuner_types.Values | None],
+        hyperparameters: Callable[[], HyperParameters],
         brackets: list[Bracket],
         direction: str,
-        score_trial: "Callable[[_tuner_types.Trial], None]",
+        score_trial: Callable[[_tuner_types.Trial], None],
     ) -> None:
         super().__init__(trials, proposals, values_for, hyperparameters)
         self._brackets = brackets
@@ -160,7 +158,7 @@ class BracketQueue(_queue.TrialQueue):
                 self._trials.end(row.index, TrialState.PRUNED, attrs)
         return None
 
-    def pause(self, running: "_running.RunningTrial") -> bool:
+    def pause(self, running: _running.RunningTrial) -> bool:
         (row,) = self._ledger.trials(index=running.index)
         rung = _rung(row)
         if rung + 1 == len(self._brackets[self.bracket_of(running.index)].sizes):

@@ -1,6 +1,6 @@
 """Hyperopt's TPE as an Optuna sampler."""
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import hyperopt
 import numpy as np
@@ -8,9 +8,7 @@ import optuna
 from hyperopt import base, tpe
 from optuna import distributions
 from optuna.distributions import BaseDistribution
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial
 
 __all__ = ("HyperoptSampler",)
 
@@ -38,7 +36,7 @@ class HyperoptSampler(optuna.samplers.BaseSampler):
         self._random = optuna.samplers.RandomSampler(seed=seed)
 
     def infer_relative_search_space(
-        self, study: optuna.Study, trial: "FrozenTrial"
+        self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         del trial
         return optuna.search_space.intersection_search_space(_complete(study))
@@ -46,7 +44,7 @@ class HyperoptSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self,
         study: optuna.Study,
-        trial: "FrozenTrial",
+        trial: FrozenTrial,
         search_space: dict[str, BaseDistribution],
     ) -> dict[str, _Value]:
         del trial
@@ -68,14 +66,14 @@ class HyperoptSampler(optuna.samplers.BaseSampler):
     def sample_independent(
         self,
         study: optuna.Study,
-        trial: "FrozenTrial",
+        trial: FrozenTrial,
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> _Value:
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
 
-def _complete(study: optuna.Study) -> "list[FrozenTrial]":
+def _complete(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
 
 

@@ -9,12 +9,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from tfbig import errors
-
-if TYPE_CHECKING:
-    from tfbig.distribute._workers import Workers
+from tfbig.distribute._workers import Workers
 
 __all__ = ("check", "end_trial_process", "is_trial_process", "run_trials")
 
@@ -25,7 +23,7 @@ _VARIABLE = "TFBIG_TRIAL_OF"
 _ONE_MORE, _NONE_LEFT = 75, 76
 
 
-def check(workers: "Workers") -> None:
+def check(workers: Workers) -> None:
     """Raises if there is no program to run again, or only part of one."""
     if workers.count > 1:
         raise errors.InvalidOptionError(

@@ -5,14 +5,12 @@ A tuple stays a tuple, True is not 1, 1.0 is not 1, and a float stays the same t
 
 import json
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from tfbig import errors
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_types
+from tfbig.tuners import _tuner_types
 
 __all__ = ("canonical", "dumps", "loads")
 
@@ -24,7 +22,7 @@ _Json: TypeAlias = Any
 _TUPLE, _DICT, _FLOAT = "__tuple__", "__dict__", "__float__"
 
 
-def dumps(value: "_tuner_types.Value") -> str:
+def dumps(value: _tuner_types.Value) -> str:
     """A value as JSON.
 
     Raises:
@@ -34,17 +32,17 @@ def dumps(value: "_tuner_types.Value") -> str:
     return json.dumps(_encoded(value), sort_keys=True)
 
 
-def loads(text: str) -> "_tuner_types.Value":
+def loads(text: str) -> _tuner_types.Value:
     """The value that `dumps` received."""
     return _decoded(json.loads(text))
 
 
-def canonical(value: "_tuner_types.Value") -> "_tuner_types.Value":
+def canonical(value: _tuner_types.Value) -> _tuner_types.Value:
     """The value with NumPy's scalars converted to Python's."""
     return loads(dumps(value))
 
 
-def _encoded(value: "_tuner_types.Value") -> _Json:
+def _encoded(value: _tuner_types.Value) -> _Json:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -68,7 +66,7 @@ def _is_marked(items: dict[str, _Json]) -> bool:
     return next(iter(items)) in (_TUPLE, _DICT, _FLOAT)
 
 
-def _decoded(value: _Json) -> "_tuner_types.Value":
+def _decoded(value: _Json) -> _tuner_types.Value:
     if isinstance(value, list):
         return [_decoded(v) for v in value]
     if not isinstance(value, dict):

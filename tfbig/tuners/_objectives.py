@@ -3,13 +3,12 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from keras_tuner.src.engine import objective as kt_objective
 from optuna.trial import FrozenTrial
 
-if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_types
+from tfbig.tuners import _tuner_types
 
 __all__ = ("Direction", "Objectives", "nan_allowed")
 
@@ -23,7 +22,7 @@ class Objectives:
         objective: KerasTuner's: one objective, or several in one.
     """
 
-    def __init__(self, objective: "_tuner_types.Objective") -> None:
+    def __init__(self, objective: _tuner_types.Objective) -> None:
         # KerasTuner's, which of several objectives has the sum.
         self.combined = objective
         self._all = getattr(objective, "objectives", [objective])

@@ -2,18 +2,15 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
+from typing import Any, TypeAlias, TypedDict, cast
 
 import keras
 import keras_tuner
 
 from tfbig import _types, errors
 from tfbig._update import step_options
-from tfbig.tuners import _tuner_types
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _outcomes, _samplers
-    from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _outcomes, _samplers, _tuner_types
+from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = (
     "Build",
@@ -33,7 +30,7 @@ ObjectiveOption: TypeAlias = (
 )
 
 # A function of hyperparameters that returns a compiled model, or an object that has one.
-Build: TypeAlias = "Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None"
+Build: TypeAlias = Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None
 
 
 class OracleOptions(TypedDict, total=False):
@@ -46,8 +43,8 @@ class OracleOptions(TypedDict, total=False):
     max_consecutive_failed_trials: int
     storage: str | None
     grace_period: float
-    constraints: "_outcomes.Constraints | None"
-    pruner: "_samplers.PrunerOption"
+    constraints: _outcomes.Constraints | None
+    pruner: _samplers.PrunerOption
 
 
 class KerasTunerOptions(TypedDict, total=False):

@@ -5,16 +5,13 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import _json, _ledger, _objectives, _processes, _trials
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _running, _tuner_types
+from tfbig.tuners import _json, _ledger, _objectives, _processes, _running, _trials, _tuner_types
 
 __all__ = ("Constraints", "Outcomes")
 
@@ -50,7 +47,7 @@ class Outcomes:
         trials: _trials.Trials,
         objectives: _objectives.Objectives,
         constraints: Constraints | None,
-        score_trial: "Callable[[_tuner_types.Trial], None]",
+        score_trial: Callable[[_tuner_types.Trial], None],
         grace: float,
     ) -> None:
         self._trials = trials
@@ -65,7 +62,7 @@ class Outcomes:
         """Forgets earlier failures: the user may have corrected the program."""
         self._ended_before = len(self._trials.ended())
 
-    def end(self, running: "_running.RunningTrial", why: str | None, max_retries: int) -> bool:
+    def end(self, running: _running.RunningTrial, why: str | None, max_retries: int) -> bool:
         """Ends a trial, or releases it to be run again.
 
         Args:
@@ -93,7 +90,7 @@ class Outcomes:
         return False
 
     def _judge(
-        self, running: "_running.RunningTrial", why: str | None, max_retries: int
+        self, running: _running.RunningTrial, why: str | None, max_retries: int
     ) -> _Outcome | None:
         """The outcome of a trial; None to run it again."""
         trial = running.trial
@@ -118,7 +115,7 @@ class Outcomes:
         (row,) = self._ledger.trials(index=index)
         return int(json.loads(row.note).get("raised", 0))
 
-    def _scored(self, trial: "_tuner_types.Trial") -> tuple[list[float], dict[str, float] | None]:
+    def _scored(self, trial: _tuner_types.Trial) -> tuple[list[float], dict[str, float] | None]:
         """The values of the objectives and constraints; sets the score of the trial."""
         if self._objectives.is_single:
             with _objectives.nan_allowed():
@@ -168,7 +165,7 @@ class Outcomes:
         raise errors.SearchError(f"None of {len(ended)} trials completed{why}")
 
 
-def _attrs(trial: "_tuner_types.Trial", why: str | None) -> dict[str, str | int]:
+def _attrs(trial: _tuner_types.Trial, why: str | None) -> dict[str, str | int]:
     """What the study stores of an ended trial."""
     attrs = {
         _trials.VALUES: _json.dumps(trial.hyperparameters.values),

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from keras_tuner.src.engine import trial as kt_trial
 
+from tfbig.tuners import _tuner_types
+from tfbig.tuners._oracle import StudyOracle
+
 if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_results, _tuner_types
-    from tfbig.tuners._oracle import StudyOracle
+    from tfbig.tuners import _tuner_results
 
 __all__ = ("Progress", "html_table", "print_summary", "shown", "status_of")
 
@@ -30,7 +32,7 @@ _WORDS = {
 }
 
 
-def status_of(trial: "_tuner_types.Trial") -> str:
+def status_of(trial: _tuner_types.Trial) -> str:
     """How a trial ended: "complete", "pruned", "infeasible", "failed" or "running"."""
     return _WORDS[trial.status]
 
@@ -84,7 +86,7 @@ def _notebook() -> _Shell | None:
 class _Table:
     """A table of the trials, below the notebook cell that searches."""
 
-    def __init__(self, oracle: "StudyOracle") -> None:
+    def __init__(self, oracle: StudyOracle) -> None:
         self._oracle = oracle
         self._cell: int | None = None
         self._handle: _Handle = None
@@ -130,7 +132,7 @@ class Progress:
         verbose: 0 prints nothing.
     """
 
-    def __init__(self, oracle: "StudyOracle") -> None:
+    def __init__(self, oracle: StudyOracle) -> None:
         self.verbose: int | str = 1
         self._oracle = oracle
         self._began: dict[str, float] = {}
@@ -138,12 +140,12 @@ class Progress:
         self._seconds: dict[str, float] = {}
         self._table = _Table(oracle)
 
-    def on_trial_begin(self, trial: "_tuner_types.Trial") -> None:
+    def on_trial_begin(self, trial: _tuner_types.Trial) -> None:
         self._began[trial.trial_id] = time.monotonic()
         if self.verbose and (shell := _notebook()):
             self._table.show(shell, self._seconds)
 
-    def on_trial_end(self, trial: "_tuner_types.Trial") -> None:
+    def on_trial_end(self, trial: _tuner_types.Trial) -> None:
         seconds = time.monotonic() - self._began.pop(trial.trial_id, time.monotonic())
         self._seconds[trial.trial_id] = seconds
         if not self.verbose:

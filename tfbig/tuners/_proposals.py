@@ -3,18 +3,15 @@
 import enum
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig.tuners import _json, _space, _study, _trials
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_types
-    from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _json, _space, _study, _trials, _tuner_types
+from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("EXHAUSTED", "Proposals", "name_of")
 
@@ -22,7 +19,7 @@ __all__ = ("EXHAUSTED", "Proposals", "name_of")
 _MAX_COLLISIONS = 20
 
 
-def name_of(values: "_tuner_types.Values") -> str:
+def name_of(values: _tuner_types.Values) -> str:
     """The name by which a combination is claimed."""
     return hashlib.sha256(_json.dumps(values).encode()).hexdigest()[:40]
 
@@ -51,8 +48,8 @@ class Proposals:
         self,
         trials: _trials.Trials,
         seed: int,
-        hyperparameters: "Callable[[], HyperParameters]",
-        values_of: "Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None]",
+        hyperparameters: Callable[[], HyperParameters],
+        values_of: Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None],
         initial: set[str],
     ) -> None:
         self._trials = trials
@@ -62,7 +59,7 @@ class Proposals:
         self._values_of = values_of
         self._initial = initial
 
-    def values_for(self, index: int) -> "_tuner_types.Values | None":
+    def values_for(self, index: int) -> _tuner_types.Values | None:
         """Values claimed for a trial; None if the space is exhausted."""
         if index == 0:
             values = _space.default_values(self._hyperparameters())
@@ -83,7 +80,7 @@ class Proposals:
         # Also if the sampler repeats itself in an infinite space.
         return None
 
-    def _suggestion(self, frozen: FrozenTrial) -> "_tuner_types.Values":
+    def _suggestion(self, frozen: FrozenTrial) -> _tuner_types.Values:
         """What the sampler suggests for a trial; nothing is stored."""
         study, sampler = self._trials.study, self._trials.study.sampler
         filtered = optuna.pruners._filter_study(study, frozen)
@@ -91,7 +88,7 @@ class Proposals:
         space = sampler.infer_relative_search_space(filtered, frozen)
         relative = sampler.sample_relative(filtered, frozen, space)
 
-        def value(name: str, distribution: BaseDistribution) -> "_tuner_types.Value":
+        def value(name: str, distribution: BaseDistribution) -> _tuner_types.Value:
             if distribution.single():
                 return distribution.to_external_repr(getattr(distribution, "low", 0))
             if name in relative:
@@ -103,18 +100,18 @@ class Proposals:
         known = self._trials.known_distributions()
         return _space.suggested(value, self._hyperparameters(), known)
 
-    def claim(self, index: int, values: "_tuner_types.Values") -> bool:
+    def claim(self, index: int, values: _tuner_types.Values) -> bool:
         """Claims a combination for a trial; returns whether the trial has it now."""
         return self._ledger.claim(index, name_of(values))
 
-    def claimed(self, index: int) -> "_tuner_types.Values | None":
+    def claimed(self, index: int) -> _tuner_types.Values | None:
         """The combination that a trial has claimed in a finite space; None if there is none."""
         own = self._ledger.claims(index=index)
         if not own or self._is_infinite():
             return None
         return next((v for v in self._combinations() if name_of(v) in own), None)
 
-    def first_untried(self) -> "_tuner_types.Values | Literal[Exhausted.EXHAUSTED] | None":
+    def first_untried(self) -> _tuner_types.Values | Literal[Exhausted.EXHAUSTED] | None:
         """The first combination that no trial has, or `EXHAUSTED`; None in an infinite space."""
         if self._is_infinite():
             return None
@@ -124,7 +121,7 @@ class Proposals:
                 return values
         return EXHAUSTED
 
-    def _known(self) -> "Callable[[_tuner_types.Values], bool]":
+    def _known(self) -> Callable[[_tuner_types.Values], bool]:
         """Returns a function: was a combination tried by a trial with fewer hyperparameters?
 
         A completed trial that never asked for a hyperparameter does not depend on it, whatever its
@@ -147,7 +144,7 @@ class Proposals:
             values = {n: v for n, v in hps.values.items() if n in own or n in added}
             found.setdefault(frozenset(values), set()).add(name_of(values))
 
-        def is_known(values: "_tuner_types.Values") -> bool:
+        def is_known(values: _tuner_types.Values) -> bool:
             return any(
                 names <= values.keys() and name_of({n: values[n] for n in names}) in known
                 for names, known in found.items()
@@ -158,5 +155,5 @@ class Proposals:
     def _is_infinite(self) -> bool:
         return any(self._values_of(hp) is None for hp in self._hyperparameters().space)
 
-    def _combinations(self) -> "Iterator[_tuner_types.Values]":
+    def _combinations(self) -> Iterator[_tuner_types.Values]:
         return _space.combinations(self._hyperparameters(), self._values_of)

@@ -1,15 +1,11 @@
 """Which trial a process runs next, and with which values."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig.tuners import _ledger, _proposals, _trials
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _running, _tuner_types
-    from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _ledger, _proposals, _running, _trials, _tuner_types
+from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("TrialQueue",)
 
@@ -31,8 +27,8 @@ class TrialQueue:
         self,
         trials: _trials.Trials,
         proposals: _proposals.Proposals,
-        values_for: "Callable[[int], _tuner_types.Values | None]",
-        hyperparameters: "Callable[[], HyperParameters]",
+        values_for: Callable[[int], _tuner_types.Values | None],
+        hyperparameters: Callable[[], HyperParameters],
     ) -> None:
         self._trials = trials
         self._ledger = trials.ledger
@@ -73,7 +69,7 @@ class TrialQueue:
             return None
         return self._ledger.take_new(max_trials)
 
-    def pause(self, running: "_running.RunningTrial") -> bool:
+    def pause(self, running: _running.RunningTrial) -> bool:
         """Hook: whether a completed trial is put back, to be continued later."""
         del running
         return False

@@ -13,10 +13,10 @@ import optuna
 import tfbig
 from tfbig import errors
 from tfbig.tuners import _agreement, _plots, _progress, _results, _study
+from tfbig.tuners._oracle import StudyOracle
 
 if TYPE_CHECKING:
     from tfbig.tuners import _tuner_results
-    from tfbig.tuners._oracle import StudyOracle
 
 __all__ = ("write",)
 
@@ -29,7 +29,7 @@ img { max-width: 100%; }
 """
 
 
-def _storage(oracle: "StudyOracle") -> str:
+def _storage(oracle: StudyOracle) -> str:
     if oracle._storage is None:
         return f"{_study.FILE} in {oracle._project_dir}"
     if oracle._storage == _study.MEMORY:

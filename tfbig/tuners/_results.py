@@ -12,13 +12,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tfbig import errors
 from tfbig.tuners import _hyperparameters as hps
-from tfbig.tuners import _progress, _space, _study, _views
+from tfbig.tuners import _progress, _space, _study, _tuner_types, _views
+from tfbig.tuners._oracle import StudyOracle
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from tfbig.tuners import _tuner_results, _tuner_types
-    from tfbig.tuners._oracle import StudyOracle
+    from tfbig.tuners import _tuner_results
 
 __all__ = (
     "Row",
@@ -43,7 +41,7 @@ class Row(TypedDict):
     epochs: int | None
     duration: float | None
     message: str
-    values: "_tuner_types.Values"
+    values: _tuner_types.Values
     frozen: FrozenTrial
 
 
@@ -73,13 +71,13 @@ def names_in(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row["values"]))
 
 
-def score_names(oracle: "StudyOracle") -> list[str]:
+def score_names(oracle: StudyOracle) -> list[str]:
     """The columns of the scores."""
     names = oracle._objectives.names
     return ["score"] if len(names) == 1 else names
 
 
-def dataframe(tuner: "_tuner_results.TunerResults") -> "pd.DataFrame":
+def dataframe(tuner: "_tuner_results.TunerResults") -> _tuner_types.DataFrame:
     """The trials of a search as a `pandas.DataFrame`; see `Tuner.to_dataframe`."""
     try:
         import pandas as pd
@@ -107,7 +105,7 @@ def dataframe(tuner: "_tuner_results.TunerResults") -> "pd.DataFrame":
 
 
 def _distribution(
-    hp: "_tuner_types.Hyperparameter", values: "list[_tuner_types.Value]"
+    hp: _tuner_types.Hyperparameter, values: list[_tuner_types.Value]
 ) -> distributions.BaseDistribution:
     """An Optuna distribution over real values that includes all that occurred."""
     if isinstance(hp, hps.Int | hps.Float) and all(type(v) in (int, float) for v in values):
@@ -121,21 +119,21 @@ def _distribution(
     return distributions.CategoricalDistribution(choices)
 
 
-def _choices(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Value]":
+def _choices(hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value]:
     choices: Iterable[_tuner_types.Value] = ()
     if isinstance(hp, hps.Choice | hps.Boolean):
         choices = hp.values
     return choices
 
 
-def _category(value: "_tuner_types.Value") -> str:
+def _category(value: _tuner_types.Value) -> str:
     """A value as text: Optuna compares with ==, so that 1 and True are the same."""
     return value if isinstance(value, str) else repr(value)
 
 
 def _labels(
     hyperparameters: hps.HyperParameters,
-) -> "Iterator[tuple[_tuner_types.Hyperparameter, str]]":
+) -> Iterator[tuple[_tuner_types.Hyperparameter, str]]:
     """The hyperparameters that are searched, each with a unique name."""
     searched = [hp for hp in hyperparameters.space if not isinstance(hp, hps.Fixed)]
     names = [hp.name for hp in searched]

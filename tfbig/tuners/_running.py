@@ -2,15 +2,11 @@
 
 import threading
 import warnings
-from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from tfbig.tuners import _ledger, _objectives, _study, _trials
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_types
+from tfbig.tuners import _ledger, _objectives, _study, _trials, _tuner_types
 
 __all__ = ("RunningTrial", "RunningTrials", "restore_metrics")
 
@@ -30,7 +26,7 @@ class RunningTrial:
 
     def __init__(
         self,
-        trial: "_tuner_types.Trial",
+        trial: _tuner_types.Trial,
         storage_id: int,
         ledger: _ledger.Ledger,
         index: int,
@@ -90,12 +86,12 @@ class RunningTrials:
     def of_tuner(self, tuner_id: str) -> RunningTrial | None:
         return next((r for r in self._by_id.values() if r.tuner_id == tuner_id), None)
 
-    def by_tuner(self) -> "dict[str, _tuner_types.Trial]":
+    def by_tuner(self) -> dict[str, _tuner_types.Trial]:
         """The trials by the id of the tuner that runs them."""
         return {running.tuner_id: running.trial for running in self._by_id.values()}
 
     def add(
-        self, trial: "_tuner_types.Trial", frozen: FrozenTrial, index: int, tuner_id: str
+        self, trial: _tuner_types.Trial, frozen: FrozenTrial, index: int, tuner_id: str
     ) -> None:
         self._by_id[trial.trial_id] = RunningTrial(
             trial, frozen._trial_id, self._ledger, index, tuner_id
@@ -117,7 +113,7 @@ class RunningTrials:
         best: float | None = metrics.get_best_value(name) if metrics.exists(name) else None
         return best
 
-    def report(self, trial_id: str, values: "_tuner_types.Metrics", step: int) -> bool:
+    def report(self, trial_id: str, values: _tuner_types.Metrics, step: int) -> bool:
         """Writes the value of the objective to the study; returns whether to prune the trial."""
         running, objective = self[trial_id], self._objectives.combined
         if not self._objectives.is_single or not objective.has_value(values):
@@ -138,9 +134,7 @@ class RunningTrials:
             filtered = optuna.pruners._filter_study(study, frozen)
             return study.pruner.prune(filtered, frozen)
 
-    def update(
-        self, trial_id: str, metrics: "_tuner_types.Metrics", step: int
-    ) -> "_tuner_types.Trial":
+    def update(self, trial_id: str, metrics: _tuner_types.Metrics, step: int) -> _tuner_types.Trial:
         """Adds metrics to a trial."""
         self[trial_id].is_updated = True
         trial = self[trial_id].trial
@@ -153,7 +147,7 @@ class RunningTrials:
 
 
 def restore_metrics(
-    trial: "_tuner_types.Trial", frozen: FrozenTrial, objective: "_tuner_types.Objective"
+    trial: _tuner_types.Trial, frozen: FrozenTrial, objective: _tuner_types.Objective
 ) -> None:
     """Gives a trial the values of the objective that it has reported to the study."""
     for step, value in frozen.intermediate_values.items():

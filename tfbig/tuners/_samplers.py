@@ -8,15 +8,12 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import optuna
 
 from tfbig import errors
-from tfbig.tuners import _study
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_types
+from tfbig.tuners import _study, _tuner_types
 
 __all__ = ("Maker", "PrunerOption", "SamplerOption", "pruner", "sampler")
 
@@ -155,7 +152,7 @@ def sampler(given: SamplerOption, storage: str | None) -> Maker:
     return found
 
 
-def pruner(given: PrunerOption, objective: "_tuner_types.Objective") -> Maker | None:
+def pruner(given: PrunerOption, objective: _tuner_types.Objective) -> Maker | None:
     """Makes the pruners that a user asks for; None for none."""
     if given is None:
         return None

@@ -2,15 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from optuna import distributions
 
 from tfbig.tuners import _hyperparameters as hps
-from tfbig.tuners import _json
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_types
+from tfbig.tuners import _json, _tuner_types
 
 __all__ = (
     "all_values",
@@ -23,7 +20,7 @@ __all__ = (
 
 
 # From a value of a parameter to one of a hyperparameter, or back.
-_Convert: TypeAlias = "Callable[[_tuner_types.Value], _tuner_types.Value]"
+_Convert: TypeAlias = Callable[[_tuner_types.Value], _tuner_types.Value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Parameter:
 
 
 def parameter_of(
-    hp: "_tuner_types.Hyperparameter",
+    hp: _tuner_types.Hyperparameter,
     known: Mapping[str, distributions.BaseDistribution] | None = None,
 ) -> Parameter | None:
     """The parameter of a hyperparameter; None if there is nothing to search.
@@ -77,11 +74,11 @@ def _are_compatible(a: distributions.BaseDistribution, b: distributions.BaseDist
     return True
 
 
-def _unchanged(value: "_tuner_types.Value") -> "_tuner_types.Value":
+def _unchanged(value: _tuner_types.Value) -> _tuner_types.Value:
     return value
 
 
-def _of_choice(hp: "_tuner_types.Hyperparameter") -> Parameter:
+def _of_choice(hp: _tuner_types.Hyperparameter) -> Parameter:
     texts = [_json.dumps(v) for v in hp.values]
     simple = all(v is None or isinstance(v, bool | int | float | str) for v in hp.values)
     # Optuna compares with ==, so that 1, 1.0 and True are the same; and it has no tuples.
@@ -92,12 +89,12 @@ def _of_choice(hp: "_tuner_types.Hyperparameter") -> Parameter:
     return Parameter(hp.name, kinds, _json.loads, _json.dumps)
 
 
-def _of_boolean(hp: "_tuner_types.Hyperparameter") -> Parameter:
+def _of_boolean(hp: _tuner_types.Hyperparameter) -> Parameter:
     kinds = distributions.CategoricalDistribution([False, True])
     return Parameter(hp.name, kinds, _unchanged, _unchanged)
 
 
-def _of_number(hp: "_tuner_types.Hyperparameter") -> Parameter:
+def _of_number(hp: _tuner_types.Hyperparameter) -> Parameter:
     kind = type(hp.min_value)
     low, high = hp.min_value, hp.max_value
     is_log = hp.sampling != "linear"
@@ -113,7 +110,7 @@ def _of_number(hp: "_tuner_types.Hyperparameter") -> Parameter:
         distribution = distributions.FloatDistribution(low, high, log=is_log)
     if hp.sampling == "reverse_log":
 
-        def mirrored(value: "_tuner_types.Value") -> "_tuner_types.Value":
+        def mirrored(value: _tuner_types.Value) -> _tuner_types.Value:
             # Rounding may take a sum of floats out of the range.
             return min(max(low + high - value, low), high)
 
@@ -121,18 +118,18 @@ def _of_number(hp: "_tuner_types.Hyperparameter") -> Parameter:
     return Parameter(hp.name, distribution, _unchanged, _unchanged)
 
 
-def _of_steps(hp: "_tuner_types.Hyperparameter") -> Parameter:
+def _of_steps(hp: _tuner_types.Hyperparameter) -> Parameter:
     """Searches the index of a step: Optuna rounds sums of steps, and has no geometric steps."""
     values = list(hp.values)
     distribution = distributions.IntDistribution(0, len(values) - 1)
     return Parameter(f"{hp.name} (step)", distribution, values.__getitem__, values.index)
 
 
-def _of_fixed(hp: "_tuner_types.Hyperparameter") -> None:
+def _of_fixed(hp: _tuner_types.Hyperparameter) -> None:
     del hp
 
 
-_MAKERS: "dict[str, Callable[[_tuner_types.Hyperparameter], Parameter | None]]" = {
+_MAKERS: dict[str, Callable[[_tuner_types.Hyperparameter], Parameter | None]] = {
     hps.Boolean.__name__: _of_boolean,
     hps.Choice.__name__: _of_choice,
     hps.Fixed.__name__: _of_fixed,
@@ -142,10 +139,10 @@ _MAKERS: "dict[str, Callable[[_tuner_types.Hyperparameter], Parameter | None]]" 
 
 
 def suggested(
-    value_of: "Callable[[str, distributions.BaseDistribution], _tuner_types.Value]",
+    value_of: Callable[[str, distributions.BaseDistribution], _tuner_types.Value],
     hyperparameters: hps.HyperParameters,
     known: Mapping[str, distributions.BaseDistribution],
-) -> "_tuner_types.Values":
+) -> _tuner_types.Values:
     """Values for all active hyperparameters.
 
     Args:
@@ -168,9 +165,9 @@ def suggested(
 
 def parameters_of(
     hyperparameters: hps.HyperParameters,
-    values: "_tuner_types.Values",
+    values: _tuner_types.Values,
     known: Mapping[str, distributions.BaseDistribution],
-) -> "tuple[_tuner_types.Values, dict[str, distributions.BaseDistribution]]":
+) -> tuple[_tuner_types.Values, dict[str, distributions.BaseDistribution]]:
     """What the study stores of a trial with these values.
 
     Values out of range, which defaults may be, are left out.
@@ -199,7 +196,7 @@ def parameters_of(
     return params, by_name
 
 
-def all_values(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Value] | None":
+def all_values(hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value] | None:
     """All values that a hyperparameter may have; None if there are infinitely many."""
     if isinstance(hp, hps.Float) and hp.step is None:
         return None
@@ -209,7 +206,7 @@ def all_values(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Valu
     return values
 
 
-def grid_values(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Value]":
+def grid_values(hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value]:
     """The values of a hyperparameter in a grid; ten if there are infinitely many."""
     values: Iterable[_tuner_types.Value] = hp.values
     return values
@@ -217,8 +214,8 @@ def grid_values(hp: "_tuner_types.Hyperparameter") -> "Iterable[_tuner_types.Val
 
 def combinations(
     hyperparameters: hps.HyperParameters,
-    values_of: "Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None]",
-) -> "Iterator[_tuner_types.Values]":
+    values_of: Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None],
+) -> Iterator[_tuner_types.Values]:
     """All combinations of values, the defaults first.
 
     Args:
@@ -227,7 +224,7 @@ def combinations(
     """
     values = hps.HyperParameters()
 
-    def rest(index: int) -> "Iterator[_tuner_types.Values]":
+    def rest(index: int) -> Iterator[_tuner_types.Values]:
         if index == len(hyperparameters.space):
             yield dict(values.values)
             return
@@ -244,8 +241,8 @@ def combinations(
 
 
 def _default_first(
-    hp: "_tuner_types.Hyperparameter", values: "Iterable[_tuner_types.Value]"
-) -> "Iterator[_tuner_types.Value]":
+    hp: _tuner_types.Hyperparameter, values: Iterable[_tuner_types.Value]
+) -> Iterator[_tuner_types.Value]:
     yield hp.default
     default = _json.dumps(hp.default)
     for value in values:
@@ -253,6 +250,6 @@ def _default_first(
             yield value
 
 
-def default_values(hyperparameters: hps.HyperParameters) -> "_tuner_types.Values":
+def default_values(hyperparameters: hps.HyperParameters) -> _tuner_types.Values:
     """The defaults of all active hyperparameters."""
     return next(combinations(hyperparameters, grid_values))

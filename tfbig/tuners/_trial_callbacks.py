@@ -4,20 +4,15 @@ import json
 import math
 import os
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import keras
 
 import tfbig
-from tfbig import errors
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tfbig import _types
-    from tfbig.distribute._workers import Workers
-    from tfbig.tuners import _tuner_types
-    from tfbig.tuners._oracle import StudyOracle
+from tfbig import _types, errors
+from tfbig.distribute._workers import Workers
+from tfbig.tuners import _tuner_types
+from tfbig.tuners._oracle import StudyOracle
 
 __all__ = ("KeepBestWeights", "KeepState", "ReportObjective", "TrialLost", "TrialPruned")
 
@@ -47,10 +42,10 @@ class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     def __init__(
         self,
-        oracle: "StudyOracle",
-        workers: "Workers",
+        oracle: StudyOracle,
+        workers: Workers,
         trial_id: str,
-        wanted: "Sequence[str]",
+        wanted: Sequence[str],
         reports: bool,
     ) -> None:
         super().__init__()
@@ -62,7 +57,7 @@ class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._is_pruned = self._is_lost = False
         self._epochs = 0
 
-    def on_epoch_end(self, epoch: int, logs: "_types.Logs | None" = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         self._epochs += 1
         self._check_objective(logs or {})
         if self._reports:
@@ -77,7 +72,7 @@ class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         """None if a user's own training loop does not say."""
         return (self.params or {}).get("epochs")
 
-    def decide(self, metrics: "_tuner_types.Metrics", step: int) -> None:
+    def decide(self, metrics: _tuner_types.Metrics, step: int) -> None:
         """Finds out whether the trial is pruned or lost, the same on all workers."""
         self._is_pruned = self._oracle.report(self._trial_id, metrics, step)
         self._is_lost = self._oracle.is_lost(self._trial_id)
@@ -86,7 +81,7 @@ class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             answers = self._workers.exchange("whether a trial is pruned", decided)
             self._is_pruned, self._is_lost = json.loads(answers[0])
 
-    def _check_objective(self, logs: "_types.Logs") -> None:
+    def _check_objective(self, logs: _types.Logs) -> None:
         for objective in self._wanted:
             is_late = objective.startswith("val_") and not any(n.startswith("val_") for n in logs)
             is_last = self._epochs == self._last_epoch
@@ -115,7 +110,7 @@ class KeepState(tfbig.callbacks.BackupAndRestore):
     def __init__(self, trial_dir: str) -> None:
         super().__init__(os.path.join(trial_dir, STATE), on_preemption=None)
 
-    def on_train_end(self, logs: "_types.Logs | None" = None) -> None:
+    def on_train_end(self, logs: _types.Logs | None = None) -> None:
         # The last epoch was backed up already; after it, Keras may replace weights by averages.
         pass
 
@@ -129,13 +124,13 @@ class KeepBestWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         best: The best value of an earlier training of the trial; None if there was none.
     """
 
-    def __init__(self, objective: "_tuner_types.Objective", path: str, best: float | None) -> None:
+    def __init__(self, objective: _tuner_types.Objective, path: str, best: float | None) -> None:
         super().__init__()
         self._objective = objective
         self._path = pathlib.Path(path)
         self._best = best
 
-    def on_epoch_end(self, epoch: int, logs: "_types.Logs | None" = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         is_single = not hasattr(self._objective, "objectives")
         if is_single and self._objective.has_value(logs):
             value = self._objective.get_value(logs)

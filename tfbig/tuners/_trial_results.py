@@ -1,23 +1,18 @@
 """What the training of one trial returns: a history, a dictionary of metrics, or a number."""
 
 import math
-from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 from keras_tuner.src.engine import tuner_utils
 
 from tfbig import errors
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _tuner_types
+from tfbig.tuners import _tuner_types
 
 __all__ = ("best_of", "check")
 
 
-def check(
-    results: "_tuner_types.Results", objective: "_tuner_types.Objective", function: str
-) -> None:
+def check(results: _tuner_types.Results, objective: _tuner_types.Objective, function: str) -> None:
     """Raises if results are not a history, a dictionary with the objectives, or a number.
 
     Args:
@@ -38,8 +33,8 @@ def check(
 
 
 def best_of(
-    results: "_tuner_types.Results", objective: "_tuner_types.Objective"
-) -> "tuple[_tuner_types.Metrics, int]":
+    results: _tuner_types.Results, objective: _tuner_types.Objective
+) -> tuple[_tuner_types.Metrics, int]:
     """Metrics at the best epoch, averaged over executions; and that epoch, from 0."""
     if isinstance(results, list):
         parts = [best_of(r, objective) for r in results]
@@ -52,8 +47,8 @@ def best_of(
 
 
 def _best_epoch(
-    history: keras.callbacks.History, objective: "_tuner_types.Objective"
-) -> "tuple[_tuner_types.Metrics, int]":
+    history: keras.callbacks.History, objective: _tuner_types.Objective
+) -> tuple[_tuner_types.Metrics, int]:
     """Metrics of the best epoch; of the last one with several objectives."""
     steps = getattr(history, "epoch", None)
     if steps is None:  # The user has filled the history.

@@ -2,18 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from keras_tuner.src.engine import metrics_tracking
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig.tuners import _json, _ledger, _space, _study
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _samplers, _tuner_types
-    from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _json, _ledger, _samplers, _space, _study, _tuner_types
+from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("Trials", "as_keras_tuner")
 
@@ -42,8 +39,8 @@ class Trials:
         self,
         study: optuna.Study,
         ledger: _ledger.Ledger,
-        sampler: "_samplers.Maker",
-        pruner: "_samplers.Maker | None",
+        sampler: _samplers.Maker,
+        pruner: _samplers.Maker | None,
         seed: int,
     ) -> None:
         self.study = study
@@ -88,8 +85,8 @@ class Trials:
     def store(
         self,
         frozen: FrozenTrial,
-        hyperparameters: "HyperParameters",
-        values: "_tuner_types.Values",
+        hyperparameters: HyperParameters,
+        values: _tuner_types.Values,
     ) -> FrozenTrial:
         """Stores the values of a trial; returns it with them."""
         storage, trial_id = self.study._storage, frozen._trial_id
@@ -154,8 +151,8 @@ _STATUS = kt_trial.TrialStatus
 
 
 def as_keras_tuner(
-    frozen: FrozenTrial, trial_id: str, hyperparameters: "HyperParameters"
-) -> "_tuner_types.Trial":
+    frozen: FrozenTrial, trial_id: str, hyperparameters: HyperParameters
+) -> _tuner_types.Trial:
     """A trial of the study as KerasTuner's.
 
     Args:

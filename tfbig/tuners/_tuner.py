@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import traceback
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+from typing import Any, Unpack, cast, overload
 
 import keras
 import keras_tuner
@@ -18,7 +18,7 @@ from keras_tuner.src.engine import trial as kt_trial
 from keras_tuner.src.engine import tuner_utils
 
 import tfbig
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig._update import step_options
 from tfbig._update.option import declared
 from tfbig._update.train_step import TrainStep
@@ -38,9 +38,6 @@ from tfbig.tuners import (
 )
 from tfbig.tuners._hyperparameters import HyperParameters
 from tfbig.tuners._trial_callbacks import BUILD, CHECKPOINT, STATE, TrialLost, TrialPruned
-
-if TYPE_CHECKING:
-    from tfbig import _types
 
 __all__ = ("Tuner",)
 
@@ -166,7 +163,7 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
         batch_size: int | None = None,
         epochs: int = 1,
         verbose: int | str = "auto",
-        callbacks: "list[_types.Callback] | None" = None,
+        callbacks: list[_types.Callback] | None = None,
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
@@ -437,7 +434,7 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
         super().search_space_summary(extended)
 
     def _configure_tensorboard_dir(
-        self, callbacks: "list[_types.Callback]", trial: _tuner_types.Trial, execution: int = 0
+        self, callbacks: list[_types.Callback], trial: _tuner_types.Trial, execution: int = 0
     ) -> None:
         boards = [c for c in callbacks if isinstance(c, keras.callbacks.TensorBoard)]
         if not boards:
@@ -448,8 +445,8 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
 
 
 def _hparams_callbacks(
-    boards: "list[_types.Callback]", trial: _tuner_types.Trial
-) -> "list[_types.Callback]":
+    boards: list[_types.Callback], trial: _tuner_types.Trial
+) -> list[_types.Callback]:
     """Callbacks that show the hyperparameters of a trial in TensorBoard."""
     if importlib.util.find_spec("tensorboard") is None:
         return []
@@ -466,7 +463,7 @@ def _hparams_callbacks(
     ]
 
 
-def _set_clipping(optimizer: "_types.Optimizer", hp: HyperParameters) -> None:
+def _set_clipping(optimizer: _types.Optimizer, hp: HyperParameters) -> None:
     """Gives an optimizer the clipping that the hyperparameters say."""
     for name in CLIPPING:
         if name in hp.values:

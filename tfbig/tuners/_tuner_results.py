@@ -1,18 +1,12 @@
 """What a tuner says about its search: the best trials, tables, and a report."""
 
 import os
-from typing import TYPE_CHECKING
 
 import keras
 
-from tfbig.tuners import _progress
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from tfbig.tuners import _tuner_types
-    from tfbig.tuners._hyperparameters import HyperParameters
-    from tfbig.tuners._oracle import StudyOracle
+from tfbig.tuners import _progress, _tuner_types
+from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners._oracle import StudyOracle
 
 __all__ = ("TunerResults",)
 
@@ -26,11 +20,11 @@ class TunerResults:
         project_dir: The directory of its files.
     """
 
-    oracle: "StudyOracle"
+    oracle: StudyOracle
     project_name: str
     project_dir: str
 
-    def load_model(self, trial: "_tuner_types.Trial") -> keras.Model:
+    def load_model(self, trial: _tuner_types.Trial) -> keras.Model:
         """The model of a trial with the weights of its best epoch."""
         raise NotImplementedError
 
@@ -38,11 +32,11 @@ class TunerResults:
         """The models of the best trials, best first, with the weights of their best epoch."""
         return [self.load_model(trial) for trial in self.oracle.get_best_trials(num_models)]
 
-    def get_best_hyperparameters(self, num_trials: int = 1) -> "list[HyperParameters]":
+    def get_best_hyperparameters(self, num_trials: int = 1) -> list[HyperParameters]:
         """The hyperparameters of the best trials, best first."""
         return [trial.hyperparameters for trial in self.oracle.get_best_trials(num_trials)]
 
-    def get_pareto_trials(self) -> "list[_tuner_types.Trial]":
+    def get_pareto_trials(self) -> list[_tuner_types.Trial]:
         """The trials that no other trial beats in all objectives."""
         return self.oracle.get_best_trials(len(self.oracle.trials))
 
@@ -55,7 +49,7 @@ class TunerResults:
         """How many trials may still begin, in all processes; None for any number."""
         return self.oracle.remaining_trials()
 
-    def to_dataframe(self) -> "pd.DataFrame":
+    def to_dataframe(self) -> _tuner_types.DataFrame:
         """The trials as a `pandas.DataFrame`, one in each row; needs pandas.
 
         Returns:

@@ -1,9 +1,15 @@
 """Names for what KerasTuner leaves without types; to mypy, each is `Any`."""
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras_tuner
 from keras_tuner.src.engine import trial as kt_trial
+
+if TYPE_CHECKING:
+    from pandas import DataFrame as DataFrame
+else:
+    # tfbig does not require pandas, which takes long to import.
+    DataFrame = Any
 
 Trial: TypeAlias = kt_trial.Trial
 Objective: TypeAlias = keras_tuner.Objective

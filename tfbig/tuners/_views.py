@@ -1,15 +1,11 @@
 """The trials of a search as KerasTuner sees them."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig.tuners import _trials
-
-if TYPE_CHECKING:
-    from tfbig.tuners import _objectives, _running, _tuner_types
-    from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _objectives, _running, _trials, _tuner_types
+from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("TrialViews", "trial_id_of")
 
@@ -32,9 +28,9 @@ class TrialViews:
     def __init__(
         self,
         trials: _trials.Trials,
-        running: "_running.RunningTrials",
-        objectives: "_objectives.Objectives",
-        hyperparameters: "Callable[[], HyperParameters]",
+        running: _running.RunningTrials,
+        objectives: _objectives.Objectives,
+        hyperparameters: Callable[[], HyperParameters],
     ) -> None:
         self._trials = trials
         self._running = running
@@ -43,7 +39,7 @@ class TrialViews:
         # Ended trials, by their number in the study: they do not change any more.
         self._ended: dict[int, _tuner_types.Trial] = {}
 
-    def _view(self, frozen: FrozenTrial) -> "_tuner_types.Trial":
+    def _view(self, frozen: FrozenTrial) -> _tuner_types.Trial:
         trial_id = trial_id_of(frozen.user_attrs[_trials.INDEX])
         if (running := self._running.get(trial_id)) is not None:
             return running.trial
@@ -54,12 +50,12 @@ class TrialViews:
             self._ended[frozen.number] = trial
         return trial
 
-    def by_id(self) -> "dict[str, _tuner_types.Trial]":
+    def by_id(self) -> dict[str, _tuner_types.Trial]:
         """All trials by id, in order."""
         found = sorted(self._trials.by_index().items())
         return {trial_id_of(index): self._view(frozen) for index, frozen in found}
 
-    def of(self, trial_id: str) -> "_tuner_types.Trial":
+    def of(self, trial_id: str) -> _tuner_types.Trial:
         """The trial of an id."""
         if (running := self._running.get(trial_id)) is not None:
             return running.trial
@@ -69,7 +65,7 @@ class TrialViews:
         """Ids of ended trials, in the order in which they ended."""
         return [trial_id_of(t.user_attrs[_trials.INDEX]) for t in self._trials.ended()]
 
-    def best(self, count: int) -> "list[_tuner_types.Trial]":
+    def best(self, count: int) -> list[_tuner_types.Trial]:
         """The best feasible trials, best first; with several objectives, the Pareto front."""
         if not self._objectives.is_single:
             best = self._trials.study.best_trials

@@ -1,17 +1,14 @@
 """Trials that several workers train together: the chief asks for them, all train, it ends them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_tuner.src.engine import trial as kt_trial
 
 from tfbig import errors
-from tfbig.tuners import _json
+from tfbig.distribute._workers import Workers
+from tfbig.tuners import _json, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
-
-if TYPE_CHECKING:
-    from tfbig.distribute._workers import Workers
-    from tfbig.tuners import _tuner_types
-    from tfbig.tuners._oracle import StudyOracle
+from tfbig.tuners._oracle import StudyOracle
 
 __all__ = ("WorkerOracle", "shared_trial")
 
@@ -25,7 +22,7 @@ class WorkerOracle:
         oracle: Answers everything else, such as what the results are.
     """
 
-    def __init__(self, oracle: "StudyOracle") -> None:
+    def __init__(self, oracle: StudyOracle) -> None:
         self._oracle = oracle
         self._epochs: int | None = None
         self.verbose: int | str = 0
@@ -34,7 +31,7 @@ class WorkerOracle:
         return getattr(self._oracle, name)
 
     # `message` is of JSON, from `shared_trial`.
-    def adopt(self, message: dict[str, Any]) -> "_tuner_types.Trial":
+    def adopt(self, message: dict[str, Any]) -> _tuner_types.Trial:
         """The trial that the chief has announced."""
         hps = HyperParameters.from_config(message["hyperparameters"])
         self._epochs = message["epochs"]
@@ -52,7 +49,7 @@ class WorkerOracle:
     def best_reported(self, trial_id: str) -> None:
         del trial_id
 
-    def report(self, trial_id: str, values: "_tuner_types.Metrics", step: int) -> bool:
+    def report(self, trial_id: str, values: _tuner_types.Metrics, step: int) -> bool:
         del trial_id, values, step
         return False
 
@@ -64,10 +61,10 @@ class WorkerOracle:
         del trial_id
         return False
 
-    def update_trial(self, trial_id: str, metrics: "_tuner_types.Metrics", step: int = 0) -> None:
+    def update_trial(self, trial_id: str, metrics: _tuner_types.Metrics, step: int = 0) -> None:
         del trial_id, metrics, step
 
-    def end_trial(self, trial: "_tuner_types.Trial") -> None:
+    def end_trial(self, trial: _tuner_types.Trial) -> None:
         del trial
 
     def release(self) -> None:
@@ -78,8 +75,8 @@ class WorkerOracle:
 
 
 def shared_trial(
-    oracle: "StudyOracle | WorkerOracle", workers: "Workers", tuner_id: str
-) -> "_tuner_types.Trial":
+    oracle: StudyOracle | WorkerOracle, workers: Workers, tuner_id: str
+) -> _tuner_types.Trial:
     """The next trial, the same on all workers.
 
     Args:
