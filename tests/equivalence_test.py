@@ -24,7 +24,7 @@ class RunningMean(keras.layers.Layer):
 
 
 class SummedPenalty(keras.layers.Layer):
-    """`add_loss` with a sum over samples, which no cut can know to be one."""
+    """`add_loss` with a sum over samples, which no split can know to be one."""
 
     def call(self, x):
         self.add_loss(keras.ops.sum(x**2))

@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(12, 4)), RNG.normal(size=(12, 2))
 
 on_strategies = pytest.mark.parametrize("name", ["default", "mirrored_2"])
-on_cuts = pytest.mark.parametrize("steps", [1, 3])
+on_splits = pytest.mark.parametrize("steps", [1, 3])
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ everywhere = pytest.mark.parametrize("enter", ENTRANCES)
 @everywhere
 @pytest.mark.parametrize("name", ["gradient_accumulation_steps", "micro_batch_size"])
 @pytest.mark.parametrize("value", [0, -1, True, np.True_, 2.0, "3", [2]], ids=repr)
-def test_a_cut_must_be_a_positive_integer(enter, name, value):
+def test_a_split_must_be_a_positive_integer(enter, name, value):
     with refused(
         errors.InvalidOptionError,
         ValueError,
@@ -106,7 +106,7 @@ def test_numpy_integers_are_integers(value):
 
 
 @pytest.mark.parametrize("enter", [e for e in ENTRANCES if e != "property"])
-def test_only_one_of_the_cuts(enter):
+def test_only_one_of_the_splits(enter):
     with refused(
         errors.InvalidOptionError,
         ValueError,
@@ -125,7 +125,7 @@ def test_auto_is_a_micro_batch_size(enter):
         ENTRANCES[enter](micro_batch_size="all")
 
 
-def test_auto_is_one_of_the_cuts():
+def test_auto_is_one_of_the_splits():
     with refused(errors.InvalidOptionError, ValueError, "Exactly one", "'auto'"):
         functional(gradient_accumulation_steps=2, micro_batch_size="auto")
 
@@ -295,7 +295,7 @@ def of_compute_loss(function):
 
 
 @on_strategies
-@on_cuts
+@on_splits
 @pytest.mark.parametrize("method", ["fit", "evaluate"])
 def test_compute_loss_must_return_a_scalar(name, steps, method):
     def vector(self, x, y, y_pred, sample_weight):
@@ -412,7 +412,7 @@ def test_a_batch_must_hold_samples(name, steps, loss_scale, run):
 
 
 @on_strategies
-@on_cuts
+@on_splits
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_an_empty_batch_after_good_ones_does_no_harm(name, steps):
     with make_strategy(name).scope():
@@ -425,7 +425,7 @@ def test_an_empty_batch_after_good_ones_does_no_harm(name, steps):
 
 
 @on_strategies
-@on_cuts
+@on_splits
 def test_evaluation_of_an_empty_batch_is_refused(name, steps):
     with make_strategy(name).scope():
         model = sequential(gradient_accumulation_steps=steps)
@@ -488,7 +488,7 @@ def test_extend_names_unknown_options():
         tfbig.extend(keras.Sequential, micro_batch_size=2)
 
 
-def test_accumulate_gradients_takes_one_cut():
+def test_accumulate_gradients_takes_one_split():
     w = keras.Variable([1.0, 2.0])
     with refused(
         errors.InvalidOptionError,

@@ -1,4 +1,4 @@
-"""Models of KerasHub, with random weights: cut into micro-batches, their update is the same."""
+"""Models of KerasHub, with random weights: split into micro-batches, their update is the same."""
 
 import inspect
 
@@ -180,7 +180,7 @@ def test_a_task_whose_class_is_extended_compiles_in_its_constructor():
 
 
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
-def test_a_detector_is_extended_and_not_cut():
+def test_a_detector_is_extended_and_not_split():
     keras.config.set_floatx("float32")  # In float64 its own `compute_loss` fails.
     x = RNG.normal(size=(2, 32, 32, 3)).astype("float32")
     boxes = [[2.0, 2.0, 15.0, 15.0], [10.0, 10.0, 30.0, 25.0]]
@@ -194,10 +194,10 @@ def test_a_detector_is_extended_and_not_cut():
     assert histories[0] == histories[1]
     for a, b in zip(*weights, strict=True):
         np.testing.assert_array_equal(a, b)
-    cut = tfbig.extend(model, micro_batch_size=1)
+    split = tfbig.extend(model, micro_batch_size=1)
     with pytest.raises(tfbig.errors.UnsupportedModelError, match="divides by the anchors of all"):
-        cut.fit(x, y, batch_size=2, verbose=0, shuffle=False)
-    for a, b in zip(cut.get_weights(), weights[1], strict=True):
+        split.fit(x, y, batch_size=2, verbose=0, shuffle=False)
+    for a, b in zip(split.get_weights(), weights[1], strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -636,22 +636,22 @@ class Inherited(tfbig.Model):
 )
 def test_models_of_every_constructor_train_and_are_saved(make, tmp_path, float64):
     keras.utils.set_random_seed(1)
-    cut, whole = compiled(make(micro_batch_size=2)), compiled(make())
-    assert cut.micro_batch_size == 2
-    for model in (cut, whole):
+    split, whole = compiled(make(micro_batch_size=2)), compiled(make())
+    assert split.micro_batch_size == 2
+    for model in (split, whole):
         fit(model)
-    assert_same(cut.get_weights(), whole.get_weights())
-    cut.save(tmp_path / "model.keras")
+    assert_same(split.get_weights(), whole.get_weights())
+    split.save(tmp_path / "model.keras")
     copies = [keras.saving.load_model(tmp_path / "model.keras")]
-    copies.append(type(cut).from_config(cut.get_config()))
-    if cut.built and not isinstance(cut, TwoNumbers):
-        copies.append(keras.models.clone_model(cut))
+    copies.append(type(split).from_config(split.get_config()))
+    if split.built and not isinstance(split, TwoNumbers):
+        copies.append(keras.models.clone_model(split))
     for copy_ in copies:
-        assert type(copy_) is type(cut)
+        assert type(copy_) is type(split)
         assert copy_.micro_batch_size == 2
-    fit(cut)
+    fit(split)
     fit(copies[0])
-    assert_same(copies[0].get_weights(), cut.get_weights())
+    assert_same(copies[0].get_weights(), split.get_weights())
 
 
 # --- extend ------------------------------------------------------------------

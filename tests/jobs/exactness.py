@@ -2,7 +2,7 @@
 
     exactness.py DIRECTORY COMBINATION...
 
-A combination is `feature/cut/optimizer/batch`. Leaves a digest of each result and, on
+A combination is `feature/split/optimizer/batch`. Leaves a digest of each result and, on
 the chief, its deviation from plain Keras on one device.
 """
 
@@ -31,16 +31,16 @@ def main(directory, *combinations):
     strategy = tfbig.distribute.get_strategy(timeout=60)
     result = {"replicas": strategy.num_replicas_in_sync, "digests": {}, "deviations": {}}
     for combination in combinations:
-        feature, cut, optimizer, batch = combination.split("/")
+        feature, split, optimizer, batch = combination.split("/")
         keras.backend.clear_session()
         with strategy.scope():
-            cut_over_workers = suite.train(
-                tfbig.Model, feature, optimizer, batch, **suite.CUTS[cut]
+            split_over_workers = suite.train(
+                tfbig.Model, feature, optimizer, batch, **suite.SPLITS[split]
             )
-        result["digests"][combination] = digest(cut_over_workers)
+        result["digests"][combination] = digest(split_over_workers)
         if tfbig.distribute.is_chief(strategy):
             whole = suite.trained_by_keras(feature, optimizer, batch)
-            result["deviations"][combination] = cut_over_workers.deviation(whole)
+            result["deviations"][combination] = split_over_workers.deviation(whole)
     job.leave(directory, result)
 
 

@@ -96,9 +96,9 @@ class Killer:
         trials = oracle.study.get_trials()
         found = {
             "states": [t.state.name for t in trials],
-            "slots": [t.user_attrs[_trials.INDEX] for t in trials],
+            "indices": [t.user_attrs[_trials.INDEX] for t in trials],
             "values": [json.loads(t.user_attrs[_trials.VALUES]) for t in trials],
-            "rows": [s.state for s in oracle._ledger.trials()],
+            "rows": [row.state for row in oracle._ledger.trials()],
         }
         (self.options.directory / f"{self.name}.json").write_text(json.dumps(found))
 

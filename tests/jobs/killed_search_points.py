@@ -7,7 +7,7 @@ from tfbig.tuners import _ledger, _queue, _trials
 
 # A method, and whether the process dies before or after it.
 POINTS = {
-    "slot taken": (_ledger.Ledger, "take_new", "after"),
+    "trial taken": (_ledger.Ledger, "take_new", "after"),
     "trial made": (_trials.Trials, "store", "before"),
     "values stored": (_queue.TrialQueue, "begin", "after"),
     "result stored": (_ledger.Ledger, "set_state", "after"),

@@ -47,9 +47,9 @@ def main(directory):
     deviations = {}
     for name, (arguments, options) in MODES.items():
         with strategy.scope():
-            cut = train(tfbig.Sequential, arguments, gradient_accumulation_steps=3, **options)
+            split = train(tfbig.Sequential, arguments, gradient_accumulation_steps=3, **options)
         deviations[name] = max(
-            float(np.max(np.abs(np.subtract(a, b)))) for a, b in zip(cut, whole, strict=True)
+            float(np.max(np.abs(np.subtract(a, b)))) for a, b in zip(split, whole, strict=True)
         )
     job.leave(directory, deviations)
 

@@ -28,7 +28,7 @@ def compile_update(samples, steps, name):
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     with strategy.scope():
         inner = [keras.layers.Dense(WIDTH, "tanh") for _ in range(LAYERS)]
-        # With the norm of the gradient it is tfbig's step, also where it is not cut.
+        # With the norm of the gradient it is tfbig's step, also where it is not split.
         model = tfbig.Sequential(
             [keras.Input((WIDTH,)), *inner], gradient_accumulation_steps=steps, log_grad_norm=True
         )

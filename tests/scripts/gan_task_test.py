@@ -20,19 +20,19 @@ def test_digit_score_wants_certainty_and_variety():
     assert score.of(images[labels < 2]) < 2.2
 
 
-def adversaries_of(cut):
+def adversaries_of(split):
     keras.utils.set_random_seed(0)
-    model = adversaries.Adversaries(noise=4, **cut)
+    model = adversaries.Adversaries(noise=4, **split)
     model.compile(keras.optimizers.Adam(1e-3))
     return model
 
 
 @pytest.mark.usefixtures("float64")
-def test_adversaries_learn_the_same_however_the_batch_is_cut():
+def test_adversaries_learn_the_same_however_the_batch_is_split():
     (images, _), _ = digits_data.load()
     results = []
-    for cut in ({}, {"micro_batch_size": 5}, {"gradient_accumulation_steps": 4}):
-        model = adversaries_of(cut)
+    for split in ({}, {"micro_batch_size": 5}, {"gradient_accumulation_steps": 4}):
+        model = adversaries_of(split)
         begun = model.get_weights()
         model.fit(images[:24], batch_size=12, epochs=2, shuffle=False, verbose=0)
         for optimizer in (model.optimizer, model.generator_optimizer):

@@ -132,13 +132,13 @@ def test_loss_and_metrics_leave_padding_out():
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_cut_batch_of_padded_text_is_the_whole_batch():
+def test_a_split_batch_of_padded_text_is_the_whole_batch():
     texts = [b"a few words of text", b"x", b"and so on", b"the end"]
     before, after = language.windows(texts, tokens.Bytes(), 8)
     weights = []
-    for cut in (None, 1, 2):
+    for size in (None, 1, 2):
         keras.utils.set_random_seed(0)
-        model = decoder(micro_batch_size=cut)
+        model = decoder(micro_batch_size=size)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.SGD(0.5), loss)
         model.fit(before, after, batch_size=len(before), epochs=2, shuffle=False, verbose=0)

@@ -322,16 +322,16 @@ def test_benchmark_takes_the_median_of_runs_that_are_interleaved(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("cut", "batches"),
+    ("option", "batches"),
     [("--micro_batch_size=8", [8, 32]), ("--batch_size=32", [32, 32])],
     ids=["micro_batch_stays", "effective_batch_stays"],
 )
-def test_benchmark_varies_the_number_of_micro_batches(cut, batches, tmp_path, monkeypatch):
+def test_benchmark_varies_the_number_of_micro_batches(option, batches, tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     grows = "{'growth_mib': 100.0 * task['gradient_accumulation_steps']}"
     done = run(
         BENCHMARK,
-        *("--models=gpt", "--rows=", "--peers=jax", "--gradient_accumulation_steps=1,4", cut),
+        *("--models=gpt", "--rows=", "--peers=jax", "--gradient_accumulation_steps=1,4", option),
         fake_peers(tmp_path, monkeypatch, jax=grows),
         f"--json={path}",
     )

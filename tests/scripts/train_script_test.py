@@ -82,7 +82,7 @@ def arguments_of(task, cache):
 
 
 @pytest.mark.parametrize(
-    ("task", "options", "cut"),
+    ("task", "options", "micro_batches"),
     [
         ("language", ("--micro_batch_size=auto",), None),
         ("speech", ("--precision=mixed_float16", "--gradient_accumulation_steps=3"), "3"),
@@ -90,7 +90,7 @@ def arguments_of(task, cache):
     ],
 )
 def test_a_task_leaves_a_run_and_says_whether_it_reached_its_bar(
-    task, options, cut, cache, tmp_path
+    task, options, micro_batches, cache, tmp_path
 ):
     arguments = (*arguments_of(task, cache), *options, f"--output_dir={tmp_path}")
     done = run(TRAIN, *arguments, "--epochs=1", "--require_bar", timeout=300)
@@ -103,8 +103,8 @@ def test_a_task_leaves_a_run_and_says_whether_it_reached_its_bar(
     assert re.fullmatch(rf"{name} \d+\.\d{{4}} \(bar (below )?[\d.]+, missed\)", last)
     (epoch,) = history(tmp_path)
     assert f"{float(epoch[name]):.4f}" == last.split()[1]
-    if cut is not None:
-        assert table(done.stdout)["micro-batches per update"] == f"{cut} per replica"
+    if micro_batches is not None:
+        assert table(done.stdout)["micro-batches per update"] == f"{micro_batches} per replica"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     module, updates = load(task, tmp_path / "model.keras", tmp_path / "elsewhere")
     assert module.startswith("tasks." if task == "gan" else "tfbig.")

@@ -58,7 +58,7 @@ def killed(directory, storage, kind, *options):
 def assert_each_once(result, kind, trials=None):
     """Each trial of a search has completed, exactly once."""
     trials = trials or KINDS[kind]
-    assert sorted(result["slots"]) == list(range(trials))
+    assert sorted(result["indices"]) == list(range(trials))
     assert set(result["rows"]) == {"told"}
     # No two trials have the same values, and one has the defaults.
     texts = [json.dumps(v, sort_keys=True) for v in result["values"]]

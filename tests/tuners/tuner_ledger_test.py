@@ -1,4 +1,4 @@
-"""The ledger: of many threads and processes, one at a time has a slot or a name."""
+"""The ledger: of many threads and processes, one at a time has a trial or a name."""
 
 import collections
 import concurrent.futures
@@ -146,16 +146,16 @@ def in_threads(calls):
         return [f.result(timeout=60) for f in [pool.submit(run, call) for call in calls]]
 
 
-# --- Slots -------------------------------------------------------------------
+# --- Trials ------------------------------------------------------------------
 
 
-def test_new_slots_are_numbered_up_to_the_bound(make):
+def test_new_trials_are_numbered_up_to_the_bound(make):
     a, b = make(), make()
     assert [a.take_new(3), b.take_new(3), a.take_new(3), b.take_new(3)] == [0, 1, 2, None]
     assert a.take_new(None) == 3
-    slots = b.trials()
-    assert [s.owner for s in slots] == [a.owner, b.owner, a.owner, a.owner]
-    assert {(s.state, s.heartbeat, s.deaths, s.note) for s in slots} == {
+    rows = b.trials()
+    assert [row.owner for row in rows] == [a.owner, b.owner, a.owner, a.owner]
+    assert {(row.state, row.heartbeat, row.deaths, row.note) for row in rows} == {
         (_ledger.RUNNING, 0, 0, "{}")
     }
 
@@ -172,7 +172,7 @@ def test_studies_do_not_see_each_other(make):
     assert (len(other.trials()), other.claims()) == (1, {"name"})
 
 
-def test_threads_take_each_new_slot_once(make):
+def test_threads_take_each_new_trial_once(make):
     ledgers = [make() for _ in range(4)]
 
     def all_of(ledger):
@@ -180,23 +180,23 @@ def test_threads_take_each_new_slot_once(make):
 
     taken = in_threads([lambda led=led: all_of(led) for led in ledgers])
     assert sorted(itertools.chain(*taken)) == list(range(30))
-    owners = collections.Counter(s.owner for s in ledgers[0].trials())
+    owners = collections.Counter(row.owner for row in ledgers[0].trials())
     assert owners == {led.owner: len(t) for led, t in zip(ledgers, taken, strict=True) if t}
 
 
-def test_one_of_many_takes_a_slot_that_they_all_saw(make):
+def test_one_of_many_takes_a_trial_that_they_all_saw(make):
     first = make()
     first.take_new(None)
     first.release(0)
     ledgers = [make() for _ in range(6)]
     seen = [led.abandoned()[0] for led in ledgers]
     pairs = zip(ledgers, seen, strict=True)
-    won = in_threads([lambda led=led, slot=slot: led.take(slot) for led, slot in pairs])
+    won = in_threads([lambda led=led, row=row: led.take(row) for led, row in pairs])
     assert sum(won) == 1
     assert first.trials()[0].owner == ledgers[won.index(True)].owner
 
 
-def test_a_slot_that_moved_since_it_was_seen_is_not_taken(make):
+def test_a_trial_that_moved_since_it_was_seen_is_not_taken(make):
     a, b = make(), make()
     a.take_new(None)
     (seen,) = b.trials()
@@ -204,8 +204,8 @@ def test_a_slot_that_moved_since_it_was_seen_is_not_taken(make):
     assert not b.take(seen)
     (seen,) = b.trials()
     assert b.take(seen, note=json.dumps({"rung": 1}), died=True)
-    (slot,) = b.trials()
-    assert (slot.owner, slot.heartbeat, slot.deaths, slot.note) == (b.owner, 0, 1, '{"rung": 1}')
+    (row,) = b.trials()
+    assert (row.owner, row.heartbeat, row.deaths, row.note) == (b.owner, 0, 1, '{"rung": 1}')
 
 
 def test_what_is_done_in_the_name_of_another_is_refused(make):
@@ -228,9 +228,9 @@ def test_a_note_is_added_to(make):
     ledger.take_new(None)
     assert ledger.set_state(0, _ledger.RUNNING, raised=1)
     assert ledger.set_state(0, _ledger.PAUSED, scores={"0": 0.1})
-    (slot,) = ledger.trials()
-    assert json.loads(slot.note) == {"raised": 1, "scores": {"0": 0.1}}
-    assert slot.state == _ledger.PAUSED
+    (row,) = ledger.trials()
+    assert json.loads(row.note) == {"raised": 1, "scores": {"0": 0.1}}
+    assert row.state == _ledger.PAUSED
     # It is not its own any more.
     assert not ledger.set_state(0, _ledger.ENDED)
     assert not ledger.heartbeat(0)
@@ -243,7 +243,7 @@ def test_beats_are_counted(make):
     assert ledger.trials()[0].heartbeat == 5
 
 
-def test_a_slot_is_moved_on_once(make):
+def test_a_trial_is_moved_on_once(make):
     a, b = make(), make()
     a.take_new(None)
     a.set_state(0, _ledger.ENDED, end={})
@@ -252,23 +252,23 @@ def test_a_slot_is_moved_on_once(make):
         True,
         False,
     ]
-    assert [(s.state, s.owner) for s in a.trials()] == [(_ledger.RECORDED, "")]
+    assert [(row.state, row.owner) for row in a.trials()] == [(_ledger.RECORDED, "")]
 
 
 # --- What is abandoned -------------------------------------------------------
 
 
-def test_a_slot_that_was_released_is_free_at_once(make):
+def test_a_trial_that_was_released_is_free_at_once(make):
     a, b = make(grace=1000), make(grace=1000)
     a.take_new(None)
     assert b.abandoned() == []
     a.release(0, raised=1)
-    assert [s.index for s in b.abandoned()] == [0]
-    assert [s.index for s in a.abandoned()] == [0]
+    assert [row.index for row in b.abandoned()] == [0]
+    assert [row.index for row in a.abandoned()] == [0]
     assert json.loads(a.trials()[0].note) == {"raised": 1}
 
 
-def test_a_slot_without_beats_is_abandoned_after_the_grace_period(make, monkeypatch):
+def test_a_trial_without_beats_is_abandoned_after_the_grace_period(make, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(_ledger.time, "monotonic", lambda: now[0])
     a, b = make(grace=10), make(grace=10)
@@ -283,7 +283,7 @@ def test_a_slot_without_beats_is_abandoned_after_the_grace_period(make, monkeypa
     now[0] += 9.9
     assert b.abandoned() == []
     now[0] += 0.2
-    assert [s.index for s in b.abandoned()] == [0]
+    assert [row.index for row in b.abandoned()] == [0]
     assert a.abandoned() == []
 
 
@@ -315,7 +315,7 @@ def test_a_process_is_known_by_its_id_and_its_begin():
 # --- Claims ------------------------------------------------------------------
 
 
-def test_a_name_is_claimed_by_one_slot(make):
+def test_a_name_is_claimed_by_one_trial(make):
     a, b = make(), make()
     assert a.claim(0, "x")
     assert a.claim(0, "x")
@@ -329,10 +329,10 @@ def test_threads_claim_each_name_once(make):
     ledgers = [make() for _ in range(4)]
     names = [f"{i}" for i in range(12)]
 
-    def claim_all(slot):
-        return [n for n in names if ledgers[slot].claim(slot, n)]
+    def claim_all(index):
+        return [n for n in names if ledgers[index].claim(index, n)]
 
-    won = in_threads([lambda slot=slot: claim_all(slot) for slot in range(4)])
+    won = in_threads([lambda i=i: claim_all(i) for i in range(4)])
     assert sorted(itertools.chain(*won)) == sorted(names)
 
 
@@ -412,16 +412,16 @@ def test_a_ledger_in_memory_bears_beats_of_a_thread(tmp_path):
         finally:
             ended.set()
         count = beats.result(timeout=30)
-    (slot,) = ledger.trials()
-    assert slot.heartbeat == count
-    assert json.loads(slot.note) == {"number": 99}
+    (row,) = ledger.trials()
+    assert row.heartbeat == count
+    assert json.loads(row.note) == {"number": 99}
     assert len(ledger.claims()) == 100
 
 
 # --- Processes ---------------------------------------------------------------
 
 
-def test_two_processes_share_slots_and_names(processes):
+def test_two_processes_share_trials_and_names(processes):
     both = processes(2)
     for process in both:
         process.begin("list(iter(lambda: ledger.take_new(40), None))")
@@ -432,7 +432,7 @@ def test_two_processes_share_slots_and_names(processes):
     assert sorted(itertools.chain(*[p.answer() for p in both])) == list(range(40))
 
 
-def test_the_slot_of_a_killed_process_is_free_at_once(processes, make):
+def test_the_trial_of_a_killed_process_is_free_at_once(processes, make):
     (process,) = processes(1)
     ledger = make(grace=1000)
     process.ask("ledger.join()")
@@ -444,9 +444,9 @@ def test_the_slot_of_a_killed_process_is_free_at_once(processes, make):
     assert ledger.abandoned() == []
     process.popen.kill()
     process.popen.wait(10)
-    (slot,) = ledger.abandoned()
+    (row,) = ledger.abandoned()
     assert not ledger.has_others()
-    assert ledger.take(slot, died=True)
+    assert ledger.take(row, died=True)
     assert ledger.trials()[0].deaths == 1
 
 
@@ -463,7 +463,7 @@ def test_the_late_result_of_a_stopped_process_is_refused(processes, tmp_path):
     assert process.ask("[held.append(oracle.create_trial('a')), held[0].trial_id][1]") == "0000"
     values = process.ask("held[0].hyperparameters.values")
     # It beats, although it does nothing else.
-    assert [s.index for s in mine._ledger.abandoned()] == []
+    assert [row.index for row in mine._ledger.abandoned()] == []
     time.sleep(2 * GRACE)
     assert mine._ledger.abandoned() == []
     process.popen.send_signal(signal.SIGSTOP)

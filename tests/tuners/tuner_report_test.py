@@ -32,12 +32,12 @@ class Search(tuners.OptunaSearch):
         if hp.Boolean("deep", default=True):
             hp.Int("depth", 2, 5, parent_name="deep", parent_values=[True])
         hp.Fixed("fixed", 7)
-        slot = int(trial.trial_id)
-        if slot == FAILED:
+        index = int(trial.trial_id)
+        if index == FAILED:
             raise keras_tuner.errors.FailedTrialError
         for step in (1, 2, 3):
             self.oracle.report(trial.trial_id, {"loss": x + 1 / step}, step)
-            if slot == PRUNED and step == 2:
+            if index == PRUNED and step == 2:
                 raise _trial_callbacks.TrialPruned
         return {"loss": x + 1 / 3}
 

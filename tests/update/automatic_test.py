@@ -14,7 +14,7 @@ from tfbig._update import automatic_size
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-# Another cut is another order of floating-point sums.
+# Another split is another order of floating-point sums.
 TOLERANCE = 1e-10
 
 RNG = np.random.default_rng(0)

@@ -2,10 +2,10 @@
 
 Everything runs through compiled `fit` in float64. The same layers, from the same
 weights on the same data, are trained twice: once as a plain Keras model with the
-default strategy, the effective batch whole; once as a tfbig model, cut, under some
+default strategy, the effective batch whole; once as a tfbig model, split, under some
 strategy. Weights, optimizer variables, history and `evaluate` must agree.
 
-The combinations cover every pair of feature, optimizer, strategy, cut and batch.
+The combinations cover every pair of feature, optimizer, strategy, split and batch.
 Run with `--replicas 2` and `--replicas 4` for all of them. If the environment
 variable TFBIG_EXACTNESS_REPORT names a file, each combination appends a line of
 JSON with its parameters and its largest deviation, `{"deviation": 1e-16, ...}`.
@@ -37,15 +37,15 @@ EPOCHS = 2
 
 # Samples in the data and in a batch.
 BATCHES = {
-    "64by32": (64, 32),  # divides by every cut and number of replicas
+    "64by32": (64, 32),  # divides by every split and number of replicas
     "37by8": (37, 8),  # last batch of 5
     "37by10": (37, 10),  # 10 divides neither by 4 nor by 3; last batch of 7
     "37by12": (37, 12),  # last batch of 1: replicas without a sample
     "14by3": (14, 3),  # fewer samples than 4 replicas or 8 micro-batches
 }
 
-CUTS = {f"K{k}": {"gradient_accumulation_steps": k} for k in (1, 2, 3, 8)}
-CUTS |= {f"b{b}": {"micro_batch_size": b} for b in (1, 3)}
+SPLITS = {f"K{k}": {"gradient_accumulation_steps": k} for k in (1, 2, 3, 8)}
+SPLITS |= {f"b{b}": {"micro_batch_size": b} for b in (1, 3)}
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.02, momentum=0.9),
@@ -565,7 +565,7 @@ def pairwise(**dimensions):
 
 
 COMBINATIONS = pairwise(
-    feature=FEATURES, cut=CUTS, optimizer=OPTIMIZERS, batch=BATCHES, strategy=STRATEGIES
+    feature=FEATURES, split=SPLITS, optimizer=OPTIMIZERS, batch=BATCHES, strategy=STRATEGIES
 )
 COMBINATIONS += [("plain", "K2", "ema", "37by8", strategy) for strategy in STRATEGIES]
 
@@ -583,7 +583,7 @@ ADAPTIVE = {
 }
 COMBINATIONS += pairwise(
     feature=LOOK_UPS,
-    cut=("K1", "K3", "b3"),
+    split=("K1", "K3", "b3"),
     optimizer=ADAPTIVE,
     batch=("37by10", "37by12", "14by3"),
     strategy=STRATEGIES,
@@ -605,12 +605,12 @@ COMBINATIONS = list(dict.fromkeys(COMBINATIONS))
 
 def test_combinations_hold_every_pair():
     rows = set(COMBINATIONS)
-    dimensions = (FEATURES, CUTS, OPTIMIZERS, BATCHES, STRATEGIES)
+    dimensions = (FEATURES, SPLITS, OPTIMIZERS, BATCHES, STRATEGIES)
     for (i, a), (j, b) in itertools.combinations(enumerate(dimensions), 2):
         assert {(row[i], row[j]) for row in rows} >= set(itertools.product(a, b))
 
 
-# For the oldest supported Keras: each feature once, with one cut or another.
+# For the oldest supported Keras: each feature once, with one split or another.
 CORE = dict.fromkeys(row[0] for row in COMBINATIONS)
 CORE = [
     next(row for row in COMBINATIONS[i::7] + COMBINATIONS if row[0] == f)
@@ -694,18 +694,20 @@ def report(deviation, **parameters):
 @pytest.mark.filterwarnings("ignore:`gradient_accumulation_steps` is larger")
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize(
-    ("feature", "cut", "optimizer", "batch", "strategy"),
+    ("feature", "split", "optimizer", "batch", "strategy"),
     [
         pytest.param(*row, marks=[pytest.mark.core] if row in CORE else [], id="-".join(row))
         for row in COMBINATIONS
     ],
 )
-def test_cut_batch_trains_as_the_whole_batch_in_keras(feature, cut, optimizer, batch, strategy):
+def test_split_batch_trains_as_the_whole_batch_in_keras(feature, split, optimizer, batch, strategy):
     expected = trained_by_keras(feature, optimizer, batch)
     with make_strategy(strategy).scope():
-        result = train(tfbig.Model, feature, optimizer, batch, **CUTS[cut])
+        result = train(tfbig.Model, feature, optimizer, batch, **SPLITS[split])
     deviation = result.deviation(expected)
-    report(deviation, feature=feature, cut=cut, optimizer=optimizer, batch=batch, strategy=strategy)
+    report(
+        deviation, feature=feature, split=split, optimizer=optimizer, batch=batch, strategy=strategy
+    )
     assert deviation < TOLERANCE
 
 
@@ -759,7 +761,7 @@ def largest_deviation(weights, others):
     return max(float(np.max(np.abs(a - b))) for a, b in zip(weights, others, strict=True))
 
 
-cuts = st.sampled_from(["gradient_accumulation_steps", "micro_batch_size"]).flatmap(
+splits = st.sampled_from(["gradient_accumulation_steps", "micro_batch_size"]).flatmap(
     lambda name: st.integers(2, 7).map(lambda value: {name: value})
 )
 
@@ -767,12 +769,12 @@ cuts = st.sampled_from(["gradient_accumulation_steps", "micro_batch_size"]).flat
 @pytest.mark.core
 @pytest.mark.usefixtures("float64")
 @pytest.mark.filterwarnings("ignore:`gradient_accumulation_steps` is larger")
-def test_any_cut_of_any_batch_equals_no_cut(update):
+def test_any_split_of_any_batch_equals_no_split(update):
     @PROPERTY
-    @given(samples=st.integers(1, 20), cut=cuts)
-    def equal(samples, cut):
+    @given(samples=st.integers(1, 20), split=splits)
+    def equal(samples, split):
         data = batch(samples)
-        assert largest_deviation(update(*data, **cut), update(*data)) < TOLERANCE
+        assert largest_deviation(update(*data, **split), update(*data)) < TOLERANCE
 
     equal()
 
@@ -785,8 +787,8 @@ def test_order_of_samples_in_a_batch_changes_nothing(update):
     def equal(order):
         data = batch(len(order))
         shuffled = [a[list(order)] for a in data]
-        cut = {"gradient_accumulation_steps": 3}
-        assert largest_deviation(update(*data, **cut), update(*shuffled, **cut)) < TOLERANCE
+        split = {"gradient_accumulation_steps": 3}
+        assert largest_deviation(update(*data, **split), update(*shuffled, **split)) < TOLERANCE
 
     equal()
 

@@ -1,4 +1,4 @@
-"""What is exchanged, traced and applied for one update, whatever it is cut into."""
+"""What is exchanged, traced and applied for one update, whatever it is split into."""
 
 import keras
 import numpy as np

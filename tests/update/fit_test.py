@@ -44,8 +44,8 @@ BY_2 = {"micro_batch_size": 2}
 REPLICATED = ("default", "mirrored_2")
 
 on_strategies = pytest.mark.parametrize("name", REPLICATED)
-# A cut on one device, and replicas with and without one: the rest is the sum of these.
-on_strategies_and_cuts = pytest.mark.parametrize(
+# A split on one device, and replicas with and without one: the rest is the sum of these.
+on_strategies_and_splits = pytest.mark.parametrize(
     ("name", "options"),
     [
         pytest.param("default", K3, id="default-k3"),
@@ -53,7 +53,7 @@ on_strategies_and_cuts = pytest.mark.parametrize(
         pytest.param("mirrored_2", BY_2, id="mirrored_2-by2"),
     ],
 )
-on_cuts = pytest.mark.parametrize("options", [K1, K3, BY_2], ids=["k1", "k3", "by2"])
+on_splits = pytest.mark.parametrize("options", [K1, K3, BY_2], ids=["k1", "k3", "by2"])
 
 
 def dense(units, seed, **kwargs):
@@ -245,7 +245,7 @@ def test_feeds_on_other_strategies(name, feed):
     assert_same_training(trained, plain_training(feed))
 
 
-@on_strategies_and_cuts
+@on_strategies_and_splits
 @pytest.mark.parametrize(
     "feed",
     [
@@ -262,7 +262,7 @@ def test_jit_compile(name, options, feed):
     assert_same_training(trained, plain_training(feed))
 
 
-@on_strategies_and_cuts
+@on_strategies_and_splits
 def test_jit_compile_of_batches_that_divide(name, options):
     # Keras knows the size of every batch then, and XLA sees a static shape.
     feed = arrays(12, 6, validation_data=(X[12:24], Y[12:24]), validation_batch_size=4)
@@ -301,7 +301,7 @@ def test_jit_compile_auto_asks_the_devices_of_the_replicas(name, monkeypatch):
     assert not resolved(keras.layers.Embedding(5, 2), inputs=(4,))
 
 
-@on_strategies_and_cuts
+@on_strategies_and_splits
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_run_eagerly_is_the_compiled_training(name, options):
     feed = "last_batch_of_one_sample"
@@ -543,7 +543,7 @@ MODELS = {
 }
 
 
-@on_strategies_and_cuts
+@on_strategies_and_splits
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_models_that_users_write(name, options, kind):
@@ -631,7 +631,7 @@ def test_spectral_normalization_whole_is_exact():
 
 
 @on_strategies
-def test_spectral_normalization_cut_is_refused(name):
+def test_split_spectral_normalization_is_refused(name):
     with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"assign a trainable.*kernel"):
         train(big(**K3), name, spectral, compile_mse, arrays(14, 7))
 
@@ -639,7 +639,7 @@ def test_spectral_normalization_cut_is_refused(name):
 # --- Settings between and during fits ----------------------------------------
 
 
-@on_strategies_and_cuts
+@on_strategies_and_splits
 def test_frozen_layers_then_recompiled(name, options):
     def feed(model):
         arrays(12, 6)(model)
@@ -759,7 +759,7 @@ def test_mixed_bfloat16_whole_is_plain_keras():
 
 
 @on_strategies
-def test_mixed_bfloat16_cut_trains(name):
+def test_split_batches_train_in_mixed_bfloat16(name):
     feed = arrays(36, 12, epochs=6)
     model, history = train(big(**K3), name, mixed_bfloat16, compile_classifier, feed)
     _, expected = train(PLAIN, "default", mixed_bfloat16, compile_classifier, feed)
@@ -838,7 +838,7 @@ def test_predict_keeps_order(twins, compile_args):
     assert_same_values(model.predict(dataset, verbose=0), plain(X[:19]).numpy())
 
 
-@on_cuts
+@on_splits
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_on_batch_methods(twins, options):
     model, plain = twins(options)

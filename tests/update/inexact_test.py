@@ -1,4 +1,4 @@
-"""What a cut changes whatever tfbig does is refused, or said once, before training."""
+"""What a split changes whatever tfbig does is refused, or said once, before training."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from tests.conftest import make_strategy
 X = np.random.default_rng(0).normal(size=(6, 4, 4, 2))
 Y = (np.random.default_rng(1).uniform(size=(6, 4, 4, 1)) > 0.5).astype("float32")
 
-CUT = {"gradient_accumulation_steps": 3}
+SPLIT = {"gradient_accumulation_steps": 3}
 
 
 def net(*between, loss="mse", strategy="default", **options):
@@ -38,7 +38,7 @@ def fit(model, **arguments):
 
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("default", CUT), ("default", {"micro_batch_size": 2}), ("mirrored_2", {})],
+    [("default", SPLIT), ("default", {"micro_batch_size": 2}), ("mirrored_2", {})],
 )
 def test_batch_normalization_that_trains_is_warned_of_once(strategy, options):
     model = net(
@@ -54,9 +54,9 @@ def test_batch_normalization_that_trains_is_warned_of_once(strategy, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "arguments"), [({}, {}), ({"micro_batch_size": 6}, {}), (CUT, {"batch_size": 1})]
+    ("options", "arguments"), [({}, {}), ({"micro_batch_size": 6}, {}), (SPLIT, {"batch_size": 1})]
 )
-def test_batch_that_is_not_cut_is_not_warned_of(options, arguments):
+def test_batch_that_is_not_split_is_not_warned_of(options, arguments):
     model = net(layers.BatchNormalization, loss=keras.losses.Dice(), **options)
     if arguments:
         with pytest.warns(UserWarning, match="larger than a replica's share"):
@@ -76,7 +76,7 @@ def test_batch_that_is_not_cut_is_not_warned_of(options, arguments):
     ],
 )
 def test_loss_that_couples_samples_is_warned_of(loss, name, strategy):
-    model = net(loss=loss(), strategy=strategy, **CUT)
+    model = net(loss=loss(), strategy=strategy, **SPLIT)
     (message,) = warnings_of(fit(model))
     assert "couples the samples of a batch" in message
     assert f"Received: {name}." in message
@@ -84,7 +84,7 @@ def test_loss_that_couples_samples_is_warned_of(loss, name, strategy):
 
 def test_circle_loss_is_warned_of():
     model = tfbig.Sequential(
-        [keras.Input((4,)), layers.Dense(3), layers.UnitNormalization()], **CUT
+        [keras.Input((4,)), layers.Dense(3), layers.UnitNormalization()], **SPLIT
     )
     model.compile("sgd", keras.losses.Circle())
     x, y = np.ones((6, 4), "float32"), np.arange(6) % 2
@@ -94,7 +94,7 @@ def test_circle_loss_is_warned_of():
 
 @pytest.mark.parametrize("loss", [keras.losses.Dice, keras.losses.Tversky])
 def test_loss_of_each_sample_alone_is_exact(loss):
-    model = net(loss=loss(axis=(1, 2, 3)), **CUT)
+    model = net(loss=loss(axis=(1, 2, 3)), **SPLIT)
     assert warnings_of(fit(model)) == []
     assert tfbig.check_equivalence(model, X, Y).is_equivalent
 
@@ -107,7 +107,7 @@ def test_rows_of_embeddings_under_xla_are_warned_of():
             layers.Flatten(),
             layers.Dense(1),
         ],
-        **CUT,
+        **SPLIT,
     )
     model.compile("adam", "mse", jit_compile=True)
     x, y = np.ones((6, 3), "int32"), np.ones((6, 1))
@@ -132,13 +132,13 @@ SEQUENCES = np.ones((6, 5, 2), "float32"), np.ones((6, 1), "float32")
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        ("default", CUT),
+        ("default", SPLIT),
         ("default", {"micro_batch_size": 2}),
         ("default", {"micro_batch_size": "auto"}),
         ("mirrored_2", {}),
     ],
 )
-def test_stateful_layers_that_are_cut_are_refused(strategy, options):
+def test_stateful_layers_that_are_split_are_refused(strategy, options):
     model = recurrent(strategy, **options)
     before = model.get_weights()
     with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"gru.*stateful=False"):
@@ -147,13 +147,13 @@ def test_stateful_layers_that_are_cut_are_refused(strategy, options):
         np.testing.assert_array_equal(old, new)
 
 
-def test_evaluation_of_stateful_layers_that_is_cut_is_refused():
+def test_evaluation_of_stateful_layers_that_is_split_is_refused():
     model = recurrent(micro_batch_size=2)
     with pytest.raises(tfbig.errors.UnsupportedModelError, match="must not be split"):
         model.evaluate(*SEQUENCES, batch_size=6, verbose=0)
 
 
-def test_stateful_layers_that_are_not_cut_train():
+def test_stateful_layers_that_are_not_split_train():
     model = recurrent(micro_batch_size=6)
     model.fit(*SEQUENCES, batch_size=6, verbose=0)
     assert int(model.optimizer.iterations.numpy()) == 1

@@ -98,13 +98,13 @@ class OfHalves(tfbig.Sequential):
             x, y = micro_batch
             return self.compute_loss(x, y, self(x, training=True))
 
-        cuts = ("gradient_accumulation_steps", "micro_batch_size")
+        splits = ("gradient_accumulation_steps", "micro_batch_size")
         scale = {"loss_scale": self.loss_scale_state} if "loss_scale" in self.passed else {}
         share = tfbig.accumulate_gradients(
             loss,
             self.trainable_variables,
             data,
-            **{name: getattr(self, name) for name in cuts if name in self.passed},
+            **{name: getattr(self, name) for name in splits if name in self.passed},
             **scale,
         )
         further = ("log_grad_norm", "exchange_dtype", "exchange_bucket_bytes")
@@ -137,8 +137,8 @@ each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
 def given(option):
-    cut = {"gradient_accumulation_steps": 2} if option == "log_gradient_noise_scale" else {}
-    return cut | {option: OPTIONS[option]}
+    split = {"gradient_accumulation_steps": 2} if option == "log_gradient_noise_scale" else {}
+    return split | {option: OPTIONS[option]}
 
 
 RUNS = {
@@ -211,12 +211,12 @@ def test_a_step_that_calls_that_of_tfbig_uses_all(option):
 
 @with_optimizers
 def test_a_step_that_calls_that_of_tfbig_is_exact(optimizer, float64):
-    cut = sequential(Calling, micro_batch_size=2, loss_scale=8.0)
+    split = sequential(Calling, micro_batch_size=2, loss_scale=8.0)
     plain = sequential(keras.Sequential)
-    for model in (cut, plain):
+    for model in (split, plain):
         model.compile(OPTIMIZERS[optimizer](), "mse")
         fit(model, batch_size=5)
-    assert_same(cut, plain)
+    assert_same(split, plain)
 
 
 @with_optimizers

@@ -166,14 +166,14 @@ JIT, EAGERLY = {"jit_compile": True}, {"run_eagerly": True}
     ids=lambda v: v.__name__ if callable(v) else "-".join(v) if isinstance(v, dict) else v,
 )
 def test_training_is_the_same(build, name, compile_kwargs):
-    cut = {"micro_batch_size": 3, "compile_kwargs": compile_kwargs}
-    assert_same(train(build, name, recompute=True, **cut), train(build, name, **cut))
+    options = {"micro_batch_size": 3, "compile_kwargs": compile_kwargs}
+    assert_same(train(build, name, recompute=True, **options), train(build, name, **options))
 
 
 def test_generator_that_layers_share():
     names = ["first", "second"]
-    cut = {"micro_batch_size": 3}
-    assert_same(train(shared_generator, recompute=names, **cut), train(shared_generator, **cut))
+    split = {"micro_batch_size": 3}
+    assert_same(train(shared_generator, recompute=names, **split), train(shared_generator, **split))
 
 
 def test_whole_batch_is_recomputed_too():

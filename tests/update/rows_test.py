@@ -256,7 +256,7 @@ def test_errors_of_the_graph_are_explained(message, error, remedy):
 
 
 class Sampled(keras.layers.Layer):
-    """Looks up a table by the order of the samples, which a cut changes."""
+    """Looks up a table by the order of the samples, which a split changes."""
 
     def build(self, shape):
         self.table = self.add_weight(shape=(20, shape[-1]), name="table")

@@ -63,7 +63,7 @@ class Program:
     Attributes:
         make: Function that returns the model. Its arguments depend on `by`.
         shape: The kind of program it stands for.
-        exercises: What in it could change the update when the batch is cut.
+        exercises: What in it could change the update when the batch is split.
         data: Function of a generator and a number of samples that returns x, and optionally y and
             sample weights; or a batched `tf.data.Dataset`.
         adaptive: Name in `ADAPTIVE`: its optimizer besides SGD. Adafactor and Lamb divide by the
@@ -86,7 +86,7 @@ class Program:
             tfbig cannot distinguish the lookups of one table.
         is_on_replicas: Whether it also runs on replicas without `--slow`, which takes half of its
             time. True if no other program of its kind does.
-        warns: The warning in the first `fit` of the cut model, if cutting the batch changes its
+        warns: The warning in the first `fit` of the split model, if splitting the batch changes its
             result by nature.
         couples: Whether the loss couples samples in a way that tfbig cannot detect, so that
             `check_equivalence` must report it.
@@ -117,7 +117,7 @@ class Program:
 
     @property
     def is_exact(self):
-        """Whether the cut batch has the same update as the whole batch."""
+        """Whether the split batch has the same update as the whole batch."""
         return not (self.warns or self.couples)
 
     def model(self, is_plain, **options):

@@ -1,13 +1,13 @@
-"""Programs of the kinds people write train as in plain Keras, cut or on replicas.
+"""Programs of the kinds people write train as in plain Keras, split or on replicas.
 
 Each program runs in float64, with a last batch of one sample: whole in plain Keras on one
-device, cut into three micro-batches, and cut into two on each of two replicas. It runs with SGD
+device, split into three micro-batches, and split into two on each of two replicas. It runs with SGD
 and with an adaptive optimizer: SGD would hide a wrong square, and most others a constant factor,
-though not in their state. Weights, optimizer variables and history must agree. Then the cut model
+though not in their state. Weights, optimizer variables and history must agree. Then the split model
 is saved, loaded and trained further.
 
-Tracing takes nearly all of the time. So plain Keras runs eagerly. A program is only cut, or the
-cut and the replicated run use one optimizer each, in turn. `--slow` runs all combinations.
+Tracing takes nearly all of the time. So plain Keras runs eagerly. A program is only split, or
+the split and the replicated run use one optimizer each, in turn. `--slow` runs all combinations.
 
 `TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` stores docs/zoo.md.
 """
@@ -56,7 +56,7 @@ def each(programs):
 
 
 def deviation(program, optimizer, strategy, directory=None):
-    """Deviation of a cut program from plain Keras; given a directory, also of the loaded one."""
+    """Deviation of a split program from plain Keras; given a directory, also of the loaded one."""
     kept = page.FOUND[program.name]
     keras.backend.clear_session()
     plain = trained.plain(program.name, optimizer, directory)
@@ -74,7 +74,7 @@ def deviation(program, optimizer, strategy, directory=None):
 
 
 def turns(program):
-    """The optimizers for the cut program and for the one on two replicas."""
+    """The optimizers for the split program and for the one on two replicas."""
     if not program.is_on_replicas:
         return program.adaptive, None
     pairs = [program.adaptive, "sgd"]
@@ -84,8 +84,8 @@ def turns(program):
 
 @each(EXACT)
 def test_program_trains_as_in_plain_keras(program, tmp_path):
-    cut, on_replicas = turns(program)
-    found = {f"{cut}, cut": deviation(program, cut, "default", tmp_path)}
+    on_one_device, on_replicas = turns(program)
+    found = {f"{on_one_device}, split": deviation(program, on_one_device, "default", tmp_path)}
     if program.is_on_replicas:
         found[f"{on_replicas}, 2 replicas"] = deviation(program, on_replicas, "mirrored_2")
     assert not {k: d for k, d in found.items() if d > program.tolerance}
@@ -103,20 +103,20 @@ def test_program_trains_as_in_plain_keras_with_both_optimizers(program, strategy
 
 
 @each(INEXACT)
-def test_program_that_a_cut_changes_says_so(program):
+def test_program_that_a_split_changes_says_so(program):
     plain = trained.plain(program.name, program.adaptive)
-    uncut = trained.Training(program, program.adaptive, plain.initial, loss_scale=None)
-    assert uncut.run().deviation(plain.result) <= program.tolerance
+    whole = trained.Training(program, program.adaptive, plain.initial, loss_scale=None)
+    assert whole.run().deviation(plain.result) <= program.tolerance
 
-    cut = trained.Training(
+    split = trained.Training(
         program, program.adaptive, plain.initial, gradient_accumulation_steps=STEPS["default"]
     )
     page.FOUND[program.name] = {}
     if program.couples:
-        report = tfbig.check_equivalence(cut.model, *cut.batch())
+        report = tfbig.check_equivalence(split.model, *split.batch())
         assert not report.is_equivalent
     with pytest.warns(UserWarning, match=program.warns) if program.warns else nullcontext():
-        result = cut.run()
+        result = split.run()
     # Otherwise there would be nothing to warn about.
     assert result.deviation(plain.result) > 1e-6
 
