@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 Tensor: TypeAlias = tf.Tensor
@@ -20,6 +21,9 @@ Dataset: TypeAlias = tf.data.Dataset
 Layer: TypeAlias = keras.layers.Layer
 Optimizer: TypeAlias = keras.optimizers.Optimizer
 Callback: TypeAlias = keras.callbacks.Callback
+
+# Any: of all shapes and dtypes.
+Array: TypeAlias = np.ndarray[Any, Any]
 
 # Nested tuples, lists and dictionaries, as `tf.nest` and `keras.tree` take them apart; what lies
 # in the leaves is said where the name is used.

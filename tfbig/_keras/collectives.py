@@ -6,13 +6,10 @@ its part of it, at half of the traffic.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import tensorflow as tf
 from tensorflow.python.ops import gen_collective_ops as _collective_ops
 
-if TYPE_CHECKING:
-    from tfbig import _types
+from tfbig import _types
 
 __all__ = ("all_gather", "local_replicas", "reduce_scatter", "replica_id", "strategy_of_replica")
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig._keras import variables as _variables
 from tfbig._keras.sharded_variable import ShardedVariable
 from tfbig._keras.thread import current, holding
-
-if TYPE_CHECKING:
-    from tfbig import _types
 
 __all__ = (
     "apply_to_pieces",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -13,12 +13,8 @@ import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig._keras import collectives
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig._keras.variables import Array
 
 __all__ = ("ShardedVariable", "Span", "bytes_of_pieces", "chief_alone")
 
@@ -57,7 +53,9 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     # By the number of the replica, for those of this process.
     _parts: dict[int, _types.Variable]
 
-    def divide(self, spans: Sequence[Span | None], strategy: _types.Strategy, value: Array) -> None:
+    def divide(
+        self, spans: Sequence[Span | None], strategy: _types.Strategy, value: _types.Array
+    ) -> None:
         """Gives each replica of this process its piece of a value.
 
         Args:
@@ -111,7 +109,7 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
         own = self._own
         return self._maybe_autocast(tf.convert_to_tensor(self.numpy()) if own is None else own)
 
-    def numpy(self) -> Array:
+    def numpy(self) -> _types.Array:
         """All of it. Every worker must call it."""
         if isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
             return _from_all_workers(self)
@@ -121,7 +119,7 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
             whole[span.begin : span.end] = part.numpy().reshape([-1])
         return whole.reshape(self.shape)
 
-    def __array__(self, dtype: Any = None) -> Array:  # Any: what NumPy takes for a dtype.
+    def __array__(self, dtype: Any = None) -> _types.Array:  # Any: what NumPy takes for a dtype.
         whole = self.numpy()
         return whole if dtype is None else whole.astype(dtype)
 
@@ -219,7 +217,7 @@ def chief_alone(who: str) -> Iterator[None]:
 _SUMS: dict[tuple[int, str], Callable[[_types.Tensor], _types.Tensor]] = {}
 
 
-def _sum_over_workers(strategy: _types.Strategy, vector: Array) -> Array:
+def _sum_over_workers(strategy: _types.Strategy, vector: _types.Array) -> _types.Array:
     key = id(strategy), vector.dtype.name
     if key not in _SUMS:
 
@@ -236,11 +234,11 @@ def _sum_over_workers(strategy: _types.Strategy, vector: Array) -> Array:
             return strategy.experimental_local_results(sums)[0]
 
         _SUMS[key] = tf.function(summed, autograph=False, reduce_retracing=True)
-    result: Array = _SUMS[key](tf.convert_to_tensor(vector)).numpy()
+    result: _types.Array = _SUMS[key](tf.convert_to_tensor(vector)).numpy()
     return result
 
 
-def _from_all_workers(variable: ShardedVariable) -> Array:
+def _from_all_workers(variable: ShardedVariable) -> _types.Array:
     """All of a variable whose pieces lie on several workers.
 
     Each sends its pieces and zeros for the others', as integers of the same bits: the sum has the

@@ -2,19 +2,14 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
 from tfbig import _types
 from tfbig._keras.devices import is_tpu
 from tfbig._keras.sharded_variable import ShardedVariable
-
-# Any: of all shapes and dtypes.
-Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def native(variable: _types.KerasVariable | _types.Variable) -> _types.Variable:
@@ -106,7 +101,7 @@ def updated(tensor: _types.Tensor, kind: str, value: _types.Gradient | float) ->
 
 def values_of(
     variables: Iterable[_types.KerasVariable | _types.Variable],
-) -> list[Array]:
+) -> list[_types.Array]:
     """NumPy values of variables that are the same on all replicas.
 
     For variables that are summed over the replicas, such as those of metrics, the sum. All of a
@@ -115,17 +110,17 @@ def values_of(
     return [_value_of(v) for v in variables]
 
 
-def _value_of(variable: _types.KerasVariable | _types.Variable) -> Array:
+def _value_of(variable: _types.KerasVariable | _types.Variable) -> _types.Array:
     if isinstance(variable, ShardedVariable):
         return variable.numpy()
-    value: Array = _copies(variable)[0].numpy()
+    value: _types.Array = _copies(variable)[0].numpy()
     parts = _parts(variable)
     return value * parts if parts > 1 else value
 
 
 def assign_all(
     variables: Iterable[_types.KerasVariable | _types.Variable],
-    values: Iterable[Array | float],
+    values: Iterable[_types.Array | float],
 ) -> None:
     """Assigns what `values_of` returned; nothing is exchanged with other workers."""
     for variable, value in zip(variables, values, strict=True):

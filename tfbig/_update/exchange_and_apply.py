@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import keras
 
 from tfbig._update import (
     apply,
@@ -13,13 +13,9 @@ from tfbig._update import (
     sharded_state,
     sharded_update,
 )
-
-if TYPE_CHECKING:
-    import keras
-
-    from tfbig._update.accumulated_gradients import AccumulatedGradients
-    from tfbig.callbacks._stop import StopRequest
-    from tfbig.loss_scaling import LossScaleState
+from tfbig._update.accumulated_gradients import AccumulatedGradients
+from tfbig._update.loss_scale import LossScaleState
+from tfbig.callbacks._stop import StopRequest
 
 __all__ = ("apply_gradients", "exchange_and_apply")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import keras
 
 from tfbig import _keras, _log, errors
 from tfbig._update import replicas, sharded_state
-
-if TYPE_CHECKING:
-    import keras
 
 __all__ = ("apply_to_optimizers", "checked", "update_optimizers")
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _log
+from tfbig import _keras, _log, _types
 from tfbig.distribute import _pieces
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tfbig import _types
-    from tfbig.distribute._pieces import Piece
+from tfbig.distribute._pieces import Piece
 
 __all__ = ("ShardedState", "divide", "is_divided", "make_whole", "state_of")
 

@@ -8,22 +8,18 @@ Losses, counts and flags are the same on all replicas, as without it.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras
+from tfbig import _keras, _types
 from tfbig._update import accumulators, apply, exchange, half_precision_exchange, replicas
+from tfbig._update.accumulated_gradients import AccumulatedGradients
+from tfbig._update.loss_scale import LossScaleState
+from tfbig._update.sharded_state import ShardedState
+from tfbig.callbacks._stop import StopRequest
 from tfbig.distribute import _rows
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig._update.accumulated_gradients import AccumulatedGradients
-    from tfbig._update.sharded_state import ShardedState
-    from tfbig.callbacks._stop import StopRequest
-    from tfbig.distribute._pieces import Piece
-    from tfbig.loss_scaling import LossScaleState
+from tfbig.distribute._pieces import Piece
 
 __all__ = ("exchange_and_apply",)
 

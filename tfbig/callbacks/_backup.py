@@ -51,7 +51,7 @@ class Backup:
     seed: int
     ended_of: int | None
     described: list[str]
-    arrays: list[_keras.variables.Array]
+    arrays: list[_types.Array]
 
 
 class State:

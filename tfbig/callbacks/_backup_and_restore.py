@@ -132,8 +132,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self._seed = self._backup.seed if self._backup else self._new_seed()
         self._epoch = self._batch = self._since_backup = 0
         # The metrics to restore at the start of the epoch, and those that a validation resets.
-        self._metrics: list[_keras.variables.Array] = []
-        self._metrics_of_training: list[_keras.variables.Array] = []
+        self._metrics: list[_types.Array] = []
+        self._metrics_of_training: list[_types.Array] = []
         is_shared = self._workers.count > 1
         # With other workers it is part of the step, which must not be traced again.
         self._request = model.stop_request or _stop.StopRequest(

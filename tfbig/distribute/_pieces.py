@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
-if TYPE_CHECKING:
-    from tfbig import _types
+from tfbig import _types
 
 __all__ = ("Piece", "balanced_owners", "in_chunks", "on_one_replica")
 

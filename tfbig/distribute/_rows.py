@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
-from tfbig import _keras
-
-if TYPE_CHECKING:
-    from tfbig import _types
-    from tfbig.distribute._pieces import Piece
+from tfbig import _keras, _types
+from tfbig.distribute._pieces import Piece
 
 __all__ = ("Rows",)
 
