@@ -136,6 +136,7 @@ class Session:
                 micro_batch_size=settings.micro_batch_size(),
                 gradient_accumulation_steps=settings.STEPS.value,
                 loss_scale=settings.loss_scale(),
+                shard=settings.SHARD.value,
                 name=settings.TASK.value,
             )
             model.compile(

@@ -50,6 +50,12 @@ STEPS = flags.DEFINE_integer(
     "Micro-batches per replica and update, instead of --micro_batch_size.",
     lower_bound=1,
 )
+SHARD = flags.DEFINE_enum(
+    "shard",
+    None,
+    ["optimizer"],
+    "What is divided over the replicas instead of copied to each. By default nothing.",
+)
 PRECISION = flags.DEFINE_enum(
     "precision",
     "float32",

@@ -74,6 +74,9 @@ def test_rows_are_the_logs_of_updates(tmp_path, strategy):
     assert float(rows[-1]["loss"]) == pytest.approx(history["loss"][-1], rel=1e-6)
     assert all(float(row["learning_rate"]) == pytest.approx(0.01) for row in rows)
     assert all(float(row["host_mib"]) > 100 for row in rows)
+    held = {id(v): v for v in (*model.variables, *model.optimizer.variables)}
+    state = sum(v.numpy().nbytes for v in held.values()) / 2**20
+    assert [float(row["state_mib"]) for row in rows] == pytest.approx([state] * 8)
     seconds = [float(row["seconds"]) for row in rows]
     assert seconds == sorted(seconds)
     assert rows[0]["update_seconds"] == ""  # It was traced.

@@ -215,6 +215,20 @@ def test_each_replica_has_its_share_of_the_state(strategy, optimizer, slack):
     assert max(shares) <= whole / number * slack
 
 
+def test_the_monitor_shows_what_a_replica_holds(tmp_path):
+    def shown(shard):
+        with make_strategy("mirrored_2").scope():
+            model = tfbig.Sequential([keras.Input((64,)), layers.Dense(512)], shard=shard)
+            model.compile("adam", "mse")
+        monitor = tfbig.callbacks.TrainingMonitor(tmp_path / str(shard), plot=False)
+        model.fit(np.ones((4, 64)), np.ones((4, 512)), verbose=0, callbacks=[monitor])
+        return monitor.rows[-1]["state_mib"] * 2**20 / model.count_params()
+
+    # 4 bytes of weights, 8 of Adam's state, and a few of counters.
+    assert shown(None) == pytest.approx(12, abs=0.01)
+    assert shown("optimizer") == pytest.approx(8, abs=0.01)
+
+
 def test_a_value_that_is_not_finite_on_one_replica_is_skipped_by_all():
     with make_strategy("mirrored_2").scope():
         model = tfbig.Sequential(

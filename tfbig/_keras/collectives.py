@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow.python.ops import gen_collective_ops as _collective_ops
 
 from tfbig import _types
+from tfbig._keras.devices import STRATEGIES, devices_of
 
 __all__ = ("all_gather", "local_replicas", "reduce_scatter", "replica_id", "strategy_of_replica")
 
@@ -28,7 +29,9 @@ def strategy_of_replica() -> _types.Strategy | None:
 
 def local_replicas(strategy: _types.Strategy) -> dict[int, str]:
     """The replicas of this process: their numbers, and the devices that they run on."""
-    devices = strategy.extended.worker_devices
+    is_known = isinstance(strategy, STRATEGIES)
+    # The default strategy names no devices.
+    devices = strategy.extended.worker_devices if is_known else devices_of(strategy)
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         first = strategy.cluster_resolver.task_id * len(devices)
         return {first + i: device for i, device in enumerate(devices)}

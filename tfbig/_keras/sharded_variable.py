@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -16,7 +16,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from tfbig import _types, errors
 from tfbig._keras import collectives
 
-__all__ = ("ShardedVariable", "Span", "bytes_of_pieces", "chief_alone")
+__all__ = ("ShardedVariable", "Span", "bytes_on_a_replica", "chief_alone")
 
 # Bytes that workers exchange at a time when a variable is read as a whole.
 _PART_BYTES = 32 * 2**20
@@ -188,10 +188,18 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
         return f"<ShardedVariable path={self.path}, shape={self.shape}, dtype={self.dtype}>"
 
 
-def bytes_of_pieces(variable: ShardedVariable) -> int:
-    """Bytes of the largest of the pieces that replicas of this process have."""
-    sizes = (math.prod(part.shape) * part.dtype.size for part in variable.pieces.values())
-    return max(sizes, default=0)
+def bytes_on_a_replica(variables: Iterable[_types.KerasVariable], strategy: _types.Strategy) -> int:
+    """Bytes of variables on the replica of this process that has most of them."""
+    pieces = dict.fromkeys(collectives.local_replicas(strategy), 0)
+    copied = 0
+    for variable in variables:
+        element = int(tf.as_dtype(variable.dtype).size)
+        if isinstance(variable, ShardedVariable):
+            for replica, part in variable.pieces.items():
+                pieces[replica] += math.prod(part.shape) * element
+        else:
+            copied += math.prod(variable.shape) * element
+    return copied + max(pieces.values())
 
 
 # --- Several workers ---------------------------------------------------------------

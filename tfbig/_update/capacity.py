@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import errors
-from tfbig._keras import memory
+from tfbig._keras import memory, sharded_variable
 from tfbig._update import accumulators, batch_split
 
 __all__ = (
@@ -153,7 +153,9 @@ class Capacity:
         """Bytes of variables, with a budget; refuses one that does not hold the model itself."""
         if self.memory_budget is None:
             return 0
-        fixed: int = memory.size_of([*model.variables, *model.optimizer.variables])
+        fixed: int = sharded_variable.bytes_on_a_replica(
+            [*model.variables, *model.optimizer.variables], model.distribute_strategy
+        )
         # The sums of gradients, and those of a micro-batch.
         gradients = 2 * accumulators.size_of(model.trainable_variables)
         if fixed + gradients > self.memory_budget:

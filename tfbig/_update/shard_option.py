@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
-
 from tfbig import _keras, _log, errors
 from tfbig._update import replicas, sharded_state
 
-__all__ = ("apply_to_optimizers", "checked", "update_optimizers")
+__all__ = ("apply_to_optimizers", "checked", "say_if_nothing_is_divided", "update_optimizers")
 
 _VALUES = ("optimizer",)
 
@@ -38,9 +36,6 @@ def apply_to_optimizers(model: Any) -> None:  # Any: a tfbig model, which import
             "one program, in which no core has a piece of its own. Received: "
             f"shard={model.shard!r} under TPUStrategy. Use shard=None."
         )
-    if replicas.count_of(model) == 1:
-        _say_once(model)
-        return
     for _, optimizer in _keras.optimizer.optimizers_of(model):
         sharded_state.divide(optimizer, model.distribute_strategy)
 
@@ -55,8 +50,10 @@ def update_optimizers(model: Any) -> None:
     model._rebuild_step()
 
 
-def _say_once(model: keras.Model) -> None:
-    if not vars(model).get("_has_said_nothing_is_divided"):
+def say_if_nothing_is_divided(model: Any) -> None:  # Any: as above.
+    """Says once in a log line that `shard` has nothing to divide."""
+    is_said = vars(model).get("_has_said_nothing_is_divided")
+    if model.shard is not None and replicas.count_of(model) == 1 and not is_said:
         vars(model)["_has_said_nothing_is_divided"] = True
         _log.logger().info(
             "tfbig: shard=%r has nothing to divide, since there is one replica", model.shard

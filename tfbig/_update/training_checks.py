@@ -176,6 +176,7 @@ class TrainingChecks(step_options.StepOptions):
         super().make_test_function(force)
 
     def _prepare_training(self, batch_size: int | None) -> None:
+        shard_option.say_if_nothing_is_divided(self)
         split, number = self._batch_split(), replicas.count_of(self)
         is_split = split.may_split(batch_size)
         if self.log_gradient_noise_scale and not is_split and number == 1:

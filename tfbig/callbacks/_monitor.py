@@ -34,6 +34,7 @@ COLUMNS = (
     "learning_rate",
     "device_mib",
     "host_mib",
+    "state_mib",
 )
 
 # Seconds between rows, long enough that the cost of a row does not show.
@@ -57,9 +58,10 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     with deterministic operations, nor are samples per second for data of unknown batch size: a
     Python generator, a `PyDataset`, a dataset with batches of several sizes. Then follow the
     learning rate, the peak memory (MiB) on the first device of this process and of the process
-    itself, and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates`
-    while scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that
-    are not a single number are left out. `update` counts updates since the model was made,
+    itself, what a replica holds of weights and optimizer state (`state_mib`; less with `shard`),
+    and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
+    scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that are
+    not a single number are left out. `update` counts updates since the model was made,
     including skipped ones; with an optimizer that the model does not hold, only updates of a `fit`
     with the callback count, and the learning rate is not known. Times exclude validation and the
     first update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
@@ -302,6 +304,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             _learning_rate(optimizer) if optimizer else None,
             _device_mib(self.model.distribute_strategy),
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
+            _state_mib(self.model),
         )
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -343,6 +346,15 @@ def _numbers(logs: _types.Logs) -> _monitor_file.Row:
 
 def _learning_rate(optimizer: _types.Optimizer) -> float:
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def _state_mib(model: keras.Model) -> float:
+    """What a replica holds of the weights and of the states of optimizers."""
+    held = {id(v): v for v in model.variables}
+    for _, optimizer in _keras.optimizer.optimizers_of(model):
+        held |= {id(v): v for v in optimizer.variables}
+    strategy = model.distribute_strategy
+    return _keras.sharded_variable.bytes_on_a_replica(held.values(), strategy) / 2**20
 
 
 def _device_mib(strategy: _types.Strategy) -> float | None:

@@ -18,7 +18,7 @@ _PANELS = (
     ("samples per second", ("samples_per_second",), False),
     ("seconds of an update", ("update_seconds", "input_seconds"), False),
     ("learning rate", ("learning_rate",), False),
-    ("peak memory, MiB", ("device_mib", "host_mib"), False),
+    ("peak memory, MiB", ("device_mib", "host_mib", "state_mib"), False),
 )
 
 _WIDTH, _HEIGHT, _COLUMNS = 4.5, 2.6, 3
