@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import math
+import random
+import time
 
 import keras
 import numpy as np
@@ -441,3 +443,56 @@ def test_only_tfbigs_update_applies_divided_state():
     gradients = [tf.zeros(v.shape) for v in model.trainable_variables]
     with pytest.raises(tfbig.errors.UnsupportedModelError, match="divided over the replicas"):
         model.optimizer.apply(gradients)
+
+
+# --- Order ---------------------------------------------------------------------------
+
+
+class Delay(layers.Layer):
+    """Passes on its inputs, on one replica some time later."""
+
+    def call(self, x):
+        # The first column says by how many milliseconds at most.
+        y = tf.numpy_function(self._wait, [x], x.dtype)
+        return tf.ensure_shape(y, x.shape)
+
+    @staticmethod
+    def _wait(x):
+        time.sleep(random.random() * float(x[0, 0]) / 1000)
+        return x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+@pytest.mark.parametrize(
+    ("runs", "updates"), [(3, 20), pytest.param(10, 200, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_no_replica_reads_what_another_has_not_written(optimizer, runs, updates):
+    """With one slow replica, all runs end with the same bits, as do both replicas of each."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8 * updates, 5)).astype("float32")
+    y = rng.normal(size=(8 * updates, 3)).astype("float32")
+    # Of each batch, the second replica gets the second half.
+    x[:, 0] = np.where(np.arange(len(x)) % 8 < 4, 0, 4)
+
+    def train():
+        keras.utils.set_random_seed(1)
+        with make_strategy("mirrored_2").scope():
+            inputs = keras.Input((5,))
+            h = layers.Dense(40, "tanh")(Delay()(inputs))
+            model = tfbig.Model(
+                inputs, layers.Dense(3)(h), shard="optimizer", exchange_bucket_bytes=200
+            )
+            model.compile(OPTIMIZERS[optimizer](), "mse", steps_per_execution=5)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        for v in model.trainable_variables:
+            first, second = (copy.numpy() for copy in v.value.values)
+            np.testing.assert_array_equal(first, second)
+        return state(model)
+
+    expected = train()
+    for _ in range(runs - 1):
+        for a, b in zip(train(), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
