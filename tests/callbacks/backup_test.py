@@ -1,5 +1,6 @@
 """Training that is interrupted and resumed ends as if it had not been interrupted."""
 
+import contextlib
 import errno
 import json
 import random
@@ -130,11 +131,17 @@ def gone(pid, processes, seconds=30):
 
 
 @pytest.mark.parametrize(
-    ("kills", "terms"), [(1, 1), pytest.param(10, 5, marks=pytest.mark.slow)], ids=["2", "15"]
+    ("kills", "terms", "options"),
+    [
+        pytest.param(1, 1, [], id="2"),
+        pytest.param(1, 1, ["--shard"], id="2, divided", marks=pytest.mark.slow),
+        pytest.param(10, 5, [], id="15", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.timeout(1500)
-def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, tmp_path):
-    whole = job.finish(job.start(job_with_restarts(tmp_path / "whole", restarts=0)), 120)
+def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, options, tmp_path):
+    whole = job_with_restarts(tmp_path / "whole", *options, restarts=0)
+    whole = job.finish(job.start(whole), 120)
     assert whole.returncode == 0, whole.stderr
     rng = random.Random(kills)
     signals = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
@@ -145,6 +152,7 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, t
             "--seconds",
             0.2,
             "--terminate_in_validation",
+            *options,
             restarts=len(signals) + 1,
         )
     )
@@ -172,6 +180,52 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, t
     assert_same_end(tmp_path / "run", end_of(tmp_path / "whole"))
     assert list((tmp_path / "run" / "backup").iterdir()) == []
     assert job.alive(str(tmp_path)) == []
+
+
+# Where a run is killed, where it resumes, and on how many workers each is.
+CHANGES = {
+    "2 mirrored, then one": (("mirrored", 1), ("auto", 1)),
+    "2 workers, then 2 mirrored": (("auto", 2), ("mirrored", 1)),
+    "one, then 2 workers": (("auto", 1), ("auto", 2)),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(name, id=name, marks=[pytest.mark.slow] if name.startswith("one") else [])
+        for name in CHANGES
+    ],
+)
+def test_divided_state_is_resumed_on_another_number_of_replicas(change, tmp_path):
+    def command(directory, strategy, workers, *options):
+        directory.mkdir(exist_ok=True)
+        options = ["--shard", "--exact", "--strategy", strategy, *options]
+        arguments = [directory, directory / "backup", *options]
+        if workers == 1:
+            return [sys.executable, PROGRAM, *arguments]
+        return job.launcher("training", *arguments, workers=workers)
+
+    def to_the_end(directory, strategy, workers):
+        done = job.finish(job.start(command(directory, strategy, workers)), 120)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    before, after = CHANGES[change]
+    to_the_end(tmp_path / "whole", "auto", 1)
+    process = job.start(command(tmp_path / "run", *before, "--seconds", 0.1))
+    next_update(process, 6)
+    # If one worker dies, the other, which waits for its pieces, ends as well.
+    job.send(job.children(process.pid)[-1] if before[1] > 1 else process.pid, signal.SIGKILL)
+    assert job.finish(process, 60).returncode != 0
+    resumed = to_the_end(tmp_path / "run", *after)
+    assert int(re.search(r"update (\d+)", resumed.stdout)[1]) > 1
+    (arrays, logs), (expected, expected_logs) = map(end_of, (tmp_path / "run", tmp_path / "whole"))
+    for array, wanted in zip(arrays, expected, strict=True):
+        # All floats are of 64 bits; sums over replicas have another order.
+        np.testing.assert_allclose(array, wanted, rtol=0, atol=1e-10)
+    for name, value in expected_logs.items():
+        np.testing.assert_allclose(logs[name], value, rtol=0, atol=1e-10)
 
 
 # --- In this process ---------------------------------------------------------
@@ -490,9 +544,12 @@ def test_a_function_replaces_the_exit(tmp_path):
                 signal.raise_signal(signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    backup = tfbig.callbacks.BackupAndRestore(
-        tmp_path, on_preemption=lambda: called.append(_backup.read(tmp_path).batch)
-    )
+
+    def batches_of_backup():
+        with contextlib.closing(_backup.read(tmp_path)) as saved:
+            called.append(saved.backup.batch)
+
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path, on_preemption=batches_of_backup)
     fit(model, Preempt(), backup)
     assert called == [3]
     assert model.optimizer.iterations.numpy() == 3
@@ -556,29 +613,33 @@ def test_a_backup_of_another_format_is_refused_and_kept(tmp_path, monkeypatch):
     assert _backup.path_in(tmp_path).read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [b"", b"no archive", None], ids=["empty", "text", "cut"])
+DAMAGES = {
+    "empty": lambda before: b"",
+    "text": lambda before: b"no archive",
+    "cut": lambda before: before[: len(before) // 2],
+    # In the values of the first array, behind its name and its header.
+    "a bit": lambda before: before[:220] + bytes([before[220] ^ 1]) + before[221:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_backup_is_refused_and_kept(damage, tmp_path):
     before = backed_up(tmp_path)
-    damaged = before[: len(before) // 2] if damage is None else damage
+    damaged = DAMAGES[damage](before)
     _backup.path_in(tmp_path).write_bytes(damaged)
     with pytest.raises(errors.BackupError, match="cannot be read"):
         fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
     assert _backup.path_in(tmp_path).read_bytes() == damaged
 
 
-_savez = np.savez
-
-
-def full_disk(file, *args, **kwargs):
-    """Replaces `np.savez`."""
-    _savez(file, *args, **kwargs)
-    file.truncate(100)
+def full_disk(*_, **__):
+    """Replaces what writes an array."""
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_full_disk_raises_a_warning_and_the_last_backup_stays(tmp_path, monkeypatch):
     before = backed_up(tmp_path)
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(np.lib.format, "write_array", full_disk)
     model = compiled()
     with pytest.warns(UserWarning, match=r"could not be written.*No space left.*continues"):
         fit(model, tfbig.callbacks.BackupAndRestore(tmp_path, 1, delete_checkpoint=False))
@@ -588,7 +649,7 @@ def test_a_full_disk_raises_a_warning_and_the_last_backup_stays(tmp_path, monkey
 
 
 def test_a_preemption_whose_backup_cannot_be_written_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(np.lib.format, "write_array", full_disk)
     backup = tfbig.callbacks.BackupAndRestore(tmp_path)
     with (
         pytest.warns(UserWarning, match="could not be written"),

@@ -49,7 +49,7 @@ class TerminateInValidation(keras.callbacks.Callback):
 
 def arrays():
     rng = np.random.default_rng(0)
-    return [rng.normal(size=(SAMPLES, n)).astype("float32") for n in (4, 2)]
+    return [rng.normal(size=(SAMPLES, n)).astype(keras.config.floatx()) for n in (4, 2)]
 
 
 def data(kind):
@@ -67,15 +67,16 @@ def data(kind):
 
 
 def build(options):
+    of_replicas = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.3)]
     model = tfbig.Sequential(
         [
             keras.Input((4,)),
             keras.layers.Dense(8, "relu"),
-            keras.layers.BatchNormalization(),
-            keras.layers.Dropout(0.3),
+            *([] if options.exact else of_replicas),
             keras.layers.Dense(options.units),
         ],
         gradient_accumulation_steps=2,
+        shard="optimizer" if options.shard else None,
         loss_scale=tfbig.DynamicLossScale(initial_scale=2.0**10, growth_interval=3),
     )
     schedule = keras.optimizers.schedules.CosineDecay(0.02, UPDATES)
@@ -99,6 +100,12 @@ def parse():
     parser.add_argument("--steps_per_execution", type=int, default=1)
     parser.add_argument("--units", type=int, default=2)
     parser.add_argument("--terminate_in_validation", action="store_true")
+    parser.add_argument("--shard", action="store_true")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="in float64, without layers whose outputs depend on the number of replicas",
+    )
     return parser.parse_args()
 
 
@@ -106,6 +113,8 @@ def main():
     options = parse()
     tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(5)
+    if options.exact:
+        keras.config.set_floatx("float64")
     devices = 2 if options.strategy == "mirrored" else None
     strategy = tfbig.distribute.get_strategy(options.strategy, devices=devices, timeout=60)
     with strategy.scope():
@@ -123,8 +132,9 @@ def main():
         validation_data=arrays(),
         validation_batch_size=BATCH,
     )
+    # All workers take part in reading what is divided over them.
+    values = [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables)]
     if tfbig.distribute.is_chief(strategy):
-        values = [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables)]
         np.savez(options.directory / "end.npz", *values)
         logs = {k: v[-1] for k, v in history.history.items()}
         (options.directory / "end.json").write_text(json.dumps(logs))

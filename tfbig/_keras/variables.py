@@ -107,7 +107,24 @@ def values_of(
     For variables that are summed over the replicas, such as those of metrics, the sum. All of a
     variable that is divided over the replicas, for which every worker must call this.
     """
-    return [_value_of(v) for v in variables]
+    return list(each_value_of(variables))
+
+
+def each_value_of(
+    variables: Iterable[_types.KerasVariable | _types.Variable],
+) -> Iterator[_types.Array]:
+    """What `values_of` returns, one by one."""
+    return map(_value_of, variables)
+
+
+def divided_values_of(
+    variables: Iterable[_types.KerasVariable | _types.Variable],
+) -> Iterator[_types.Array]:
+    """The values of those variables that are divided over the replicas.
+
+    For workers that only take part in reading what another worker asks for with `each_value_of`.
+    """
+    return each_value_of(v for v in variables if isinstance(v, ShardedVariable))
 
 
 def _value_of(variable: _types.KerasVariable | _types.Variable) -> _types.Array:

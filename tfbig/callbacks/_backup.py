@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import zipfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -19,7 +20,7 @@ import tensorflow as tf
 
 from tfbig import _keras, _types, errors
 
-__all__ = ("Backup", "read", "write")
+__all__ = ("Backup", "SavedBackup", "State", "path_in", "read", "remove", "write")
 
 FILE = "backup.npz"
 
@@ -41,7 +42,6 @@ class Backup:
         seed: what the data are shuffled by.
         ended_of: the number of epochs, once training has ended; else None.
         described: what tells one model from another: a line for each array.
-        arrays: the values of `State.variables`.
     """
 
     first_epoch: int
@@ -51,7 +51,6 @@ class Backup:
     seed: int
     ended_of: int | None
     described: list[str]
-    arrays: list[_types.Array]
 
 
 class State:
@@ -102,27 +101,27 @@ def path_in(directory: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(directory) / FILE
 
 
-def write(directory: str | os.PathLike[str], backup: Backup) -> None:
+def write(
+    directory: str | os.PathLike[str], backup: Backup, arrays: Iterable[_types.Array]
+) -> None:
     """Writes a backup in place of the previous one.
+
+    Args:
+        directory: the directory, which need not exist yet.
+        backup: what the backup says besides.
+        arrays: the values of `State.variables`. Each is written before the next is asked for, so
+            that only one is in memory.
 
     Raises:
         OSError: If it cannot be written; the previous one is then untouched.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # Any: of JSON.
-    about: dict[str, Any] = {
-        "format": FORMAT,
-        **{k: v for k, v in dataclasses.asdict(backup).items() if k != "arrays"},
-    }
-    arrays = {str(i): array for i, array in enumerate(backup.arrays)}
-    # A .npy file keeps only the size of bfloat16 and the like.
-    about["dtypes"] = [array.dtype.name for array in backup.arrays]
-    arrays[_ABOUT] = np.array(json.dumps(about))
     temporary = directory / f".backup-{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            with zipfile.ZipFile(file, "w") as archive:
+                _write_all(archive, backup, arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path_in(directory))
@@ -131,6 +130,23 @@ def write(directory: str | os.PathLike[str], backup: Backup) -> None:
             temporary.unlink()
         raise
     _sync(directory)
+
+
+def _write_all(archive: zipfile.ZipFile, backup: Backup, arrays: Iterable[_types.Array]) -> None:
+    """Writes what `np.savez` would, one array at a time."""
+
+    def add(name: str, array: _types.Array) -> None:
+        # Its size is not known before it is written.
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+
+    # A .npy file keeps only the size of bfloat16 and the like.
+    dtypes = []
+    for i, array in enumerate(arrays):
+        dtypes.append(array.dtype.name)
+        add(str(i), array)
+    about = {"format": FORMAT, **dataclasses.asdict(backup), "dtypes": dtypes}
+    add(_ABOUT, np.array(json.dumps(about)))
 
 
 def _sync(directory: pathlib.Path) -> None:
@@ -143,35 +159,76 @@ def _sync(directory: pathlib.Path) -> None:
             os.close(descriptor)
 
 
-def read(directory: str | os.PathLike[str]) -> Backup | None:
-    """The backup in a directory; None if there is none.
+class SavedBackup:
+    """The backup in a directory, whose arrays are read one by one, while it is open.
+
+    Args:
+        directory: a directory that has a backup.
+
+    Attributes:
+        backup: what it says.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        BackupError: If the file is damaged or has another format. Reading an array may raise it
+            too.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._path = path_in(directory)
+        with contextlib.ExitStack() as stack:
+            with self._reading():
+                # Open from here on: the file may be replaced.
+                file = stack.enter_context(open(self._path, "rb"))
+                self._file = stack.enter_context(np.load(file, allow_pickle=False))
+                # Any: of JSON.
+                about: dict[str, Any] = json.loads(str(self._file[_ABOUT]))
+                found = about.pop("format")
+                if found != FORMAT:
+                    raise errors.BackupError(
+                        f"The backup {self._path} has format {found}, and this version of tfbig "
+                        f"reads format {FORMAT}. The file is kept. Use the version that wrote it, "
+                        "or another directory."
+                    )
+                dtypes = about.pop("dtypes")
+                self._dtypes = [tf.as_dtype(name).as_numpy_dtype for name in dtypes]
+                self.backup = Backup(**about)
+            self._closing = stack.pop_all()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._closing.close()
+
+    def arrays(self, begin: int = 0) -> Iterator[_types.Array]:
+        """The values of `State.variables`, from one on."""
+        for i in range(begin, len(self._dtypes)):
+            with self._reading():
+                array = self._file[str(i)].view(self._dtypes[i])
+            yield array
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (errors.BackupError, FileNotFoundError):
+            raise
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as e:
+            raise errors.BackupError(
+                f"The backup {self._path} cannot be read: {e}. The file is kept. Move it away, or "
+                "use another directory."
+            ) from None
+
+
+def read(directory: str | os.PathLike[str]) -> SavedBackup | None:
+    """The backup in a directory, open; None if there is none.
 
     Raises:
         BackupError: If the file is damaged or has another format.
     """
-    path = path_in(directory)
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            about = json.loads(str(file[_ABOUT]))
-            found = about.pop("format")
-            if found != FORMAT:
-                raise errors.BackupError(
-                    f"The backup {path} has format {found}, and this version of tfbig reads "
-                    f"format {FORMAT}. The file is kept. Use the version that wrote it, or another "
-                    "directory."
-                )
-            dtypes = [tf.as_dtype(name).as_numpy_dtype for name in about.pop("dtypes")]
-            arrays = [file[str(i)].view(dtype) for i, dtype in enumerate(dtypes)]
-        return Backup(arrays=arrays, **about)
+        return SavedBackup(directory)
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        if isinstance(e, errors.BackupError):
-            raise
-        raise errors.BackupError(
-            f"The backup {path} cannot be read: {e}. The file is kept. Move it away, or use "
-            "another directory."
-        ) from None
 
 
 def remove(directory: str | os.PathLike[str]) -> None:

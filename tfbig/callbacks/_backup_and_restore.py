@@ -1,6 +1,7 @@
 """Backups that training resumes from: `tfbig.callbacks.BackupAndRestore`."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -35,7 +36,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     Restores before the other callbacks of `fit` act, and backs up after them.
 
     With several workers, all must have the callback, with the same directory, which all can read.
-    The chief writes.
+    The chief writes; with `shard`, all workers take part in reading what is divided over them. A
+    backup holds whole arrays, so training may resume on another number of replicas.
 
     The backup is one file, replaced atomically once it is complete. If it cannot be written,
     training continues with a warning, and the previous backup stays.
@@ -128,8 +130,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         """Entered by `fit` of a tfbig model; the callback works only within it."""
         self._first_epoch = arguments.get("initial_epoch") or 0
         self._workers = _workers.Workers.of(model.distribute_strategy)
-        self._backup = self._read()
-        self._seed = self._backup.seed if self._backup else self._new_seed()
+        self._saved = self._read()
+        self._seed = self._saved.backup.seed if self._saved else self._new_seed()
         self._epoch = self._batch = self._since_backup = 0
         # The metrics to restore at the start of the epoch, and those that a validation resets.
         self._metrics: list[_types.Array] = []
@@ -159,16 +161,19 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 yield
         finally:
             _keras.epoch_iterator.set_initial_epoch(model, 0)
-            self._request = self._data = self._backup = None
+            if self._saved is not None:
+                self._saved.close()
+            self._request = self._data = self._saved = None
 
     @property
     def _running_request(self) -> _stop.StopRequest:
         assert self._request is not None
         return self._request
 
-    def _read(self) -> _backup.Backup | None:
+    def _read(self) -> _backup.SavedBackup | None:
         """The backup, which must be the same on all workers."""
-        backup = _backup.read(self.backup_dir)
+        saved = _backup.read(self.backup_dir)
+        backup = saved.backup if saved is not None else None
         seen = f"epoch {backup.epoch}, batch {backup.batch}" if backup else "none"
         is_function = callable(self.on_preemption)
         settings = {
@@ -176,8 +181,13 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             "delete_checkpoint": str(self.delete_checkpoint),
             "on_preemption": "a function" if is_function else str(self.on_preemption),
         }
-        self._workers.agree("BackupAndRestore", settings)
-        return backup
+        try:
+            self._workers.agree("BackupAndRestore", settings)
+        except BaseException:
+            if saved is not None:
+                saved.close()
+            raise
+        return saved
 
     def _new_seed(self) -> int:
         return int(self._workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0])
@@ -196,24 +206,28 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     def _restore(self) -> None:
         self._data = _keras.epoch_iterator.of_fit(self.model)
-        backup, self._backup = self._backup, None
+        saved, self._saved = self._saved, None
         # Raises if a variable cannot be backed up: before training, even without a backup.
         state = _backup.State(self.model)
-        if backup is None:
-            return
+        if saved is not None:
+            with contextlib.closing(saved):
+                self._restore_from(saved, state)
+
+    def _restore_from(self, saved: _backup.SavedBackup, state: _backup.State) -> None:
+        backup = saved.backup
         if backup.described != state.described:
             raise errors.BackupError(
                 f"The backup in {self.backup_dir} belongs to another model, optimizer or loss "
                 f"scale: {_first_difference(backup.described, state.described)}. The file is kept. "
                 "Use another directory, or the model that the backup was made from."
             )
-        _keras.variables.assign_all(state.variables, backup.arrays)
+        _keras.variables.assign_all(state.variables, saved.arrays())
         self._epoch, self._batch = backup.epoch, backup.batch
         self._first_epoch = backup.first_epoch
         if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
             _keras.epoch_iterator.set_initial_epoch(self.model, self.params["epochs"])
             return
-        self._metrics = backup.arrays[len(backup.arrays) - len(state.metrics) :]
+        self._metrics = list(saved.arrays(len(state.variables) - len(state.metrics)))
         _keras.epoch_iterator.set_initial_epoch(self.model, self._epoch)
         complete = backup.epoch - backup.first_epoch
         _keras.epoch_iterator.resume(self._data, complete, backup.batch, backup.num_batches)
@@ -275,14 +289,23 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             _backup.remove(self.backup_dir)
 
     def _write(self, ended: bool = False) -> bool:
-        """Writes a backup, on the chief; returns whether it could be written."""
+        """Writes a backup, on the chief; returns whether it could be written.
+
+        All workers take part in reading what is divided over them.
+        """
         self._since_backup = 0
-        if not self._workers.is_chief:
-            return True
         state = _backup.State(self.model)
-        arrays = _keras.variables.values_of(state.variables)
+        if not self._workers.is_chief:
+            for _ in _keras.variables.divided_values_of(state.variables):
+                pass
+            return True
+        # One is read after another is written.
+        arrays = _keras.variables.each_value_of(state.variables)
         if self._metrics_of_training:
-            arrays[-len(state.metrics) :] = self._metrics_of_training
+            others = state.variables[: len(state.variables) - len(state.metrics)]
+            arrays = itertools.chain(
+                _keras.variables.each_value_of(others), self._metrics_of_training
+            )
         backup = _backup.Backup(
             first_epoch=self._first_epoch,
             epoch=self._epoch,
@@ -291,16 +314,18 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             seed=self._seed,
             ended_of=self.params["epochs"] if ended else None,
             described=state.described,
-            arrays=arrays,
         )
         try:
-            _backup.write(self.backup_dir, backup)
+            _backup.write(self.backup_dir, backup, arrays)
         except OSError as e:
             warnings.warn(
                 f"The backup in {self.backup_dir} could not be written: {e}. Training continues; "
                 "the previous backup, if there is one, is intact.",
                 stacklevel=2,
             )
+            # The other workers are reading all of them.
+            for _ in arrays:
+                pass
             return False
         return True
 
