@@ -204,17 +204,20 @@ def bytes_on_a_replica(variables: Iterable[_types.KerasVariable], strategy: _typ
 
 # --- Several workers ---------------------------------------------------------------
 
-_alone: list[str] = []
+# Who acts on the chief alone, and the function that asks the other workers to take part.
+_alone: list[tuple[str, Callable[[ShardedVariable], bool] | None]] = []
 
 
 @contextlib.contextmanager
-def chief_alone(who: str) -> Iterator[None]:
+def chief_alone(who: str, ask: Callable[[ShardedVariable], bool] | None = None) -> Iterator[None]:
     """Within it, reading a variable of several workers raises instead of waiting for them.
 
     Args:
         who: what runs on the chief alone, for the message.
+        ask: function that asks the other workers to take part in reading a variable, and returns
+            whether they will; None if they do not listen.
     """
-    _alone.append(who)
+    _alone.append((who, ask))
     try:
         yield
     finally:
@@ -253,11 +256,13 @@ def _from_all_workers(variable: ShardedVariable) -> _types.Array:
     bits of every piece.
     """
     if _alone:
-        raise errors.UnsupportedStrategyError(
-            f"{variable.path} is divided over the workers, and all of them must take part in "
-            f"reading it; the others would be waited for. Received: {_alone[-1]} on the chief "
-            "alone. Save on all workers, each to a directory of its own."
-        )
+        who, ask = _alone[-1]
+        if ask is None or not ask(variable):
+            raise errors.UnsupportedStrategyError(
+                f"All workers must take part in reading {variable.path}, which is divided over "
+                f"them. Received: {who} on the chief alone. Do it at the end of an epoch, or on "
+                "all workers, each with files of its own."
+            )
     dtype = tf.as_dtype(variable._dtype)
     sent_as = {2: np.int32, 4: np.int32, 8: np.int64}[dtype.size]
     bits = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.size]

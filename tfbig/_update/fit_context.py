@@ -114,10 +114,20 @@ def _fingerprint(
     for name, value in arguments.items():
         if name == "callbacks":
             # Others may differ: what only writes files is often left to the chief.
-            value = [type(c).__name__ for c in _callbacks(value) if hasattr(c, "around_fit")]
+            texts = [_described_callback(c, model) for c in _callbacks(value)]
+            value = [text for text in texts if text is not None]
         if name != "verbose":
             found[f"argument {name}"] = keras.tree.map_structure(_described, value)
     return {k: json.dumps(v, default=_described, sort_keys=True) for k, v in found.items()}
+
+
+def _described_callback(callback: _types.Callback, model: keras.Model) -> str | None:
+    """What must be the same of a callback; None if there may be none on another worker."""
+    if hasattr(callback, "around_fit"):
+        return type(callback).__name__
+    same = getattr(callback, "same_on_all_workers", None)
+    found: str | None = None if same is None else same(model)
+    return found
 
 
 def described(layers: Iterable[_types.Layer]) -> list[list[Any]]:

@@ -63,7 +63,7 @@ class Workers:
         """Whether this is the worker that writes files and prints."""
         return self.index == 0
 
-    def exchange(self, subject: str, text: str) -> list[str]:
+    def exchange(self, subject: str, text: str, seconds: float | None = None) -> list[str]:
         """Sends a text to all workers, and returns the texts of all, in order.
 
         All workers must call it equally often and in the same order.
@@ -71,15 +71,16 @@ class Workers:
         Args:
             subject: What the texts are about, for the error message.
             text: This worker's text.
+            seconds: How long to wait for the others; None stands for `timeout`.
 
         Raises:
-            WorkerUnavailableError: If a worker does not answer within `timeout` seconds.
+            WorkerUnavailableError: If a worker does not answer in time, or the chief has ended.
         """
         if self.count == 1:
             return [text]
         service, question = _context.context(), next(_questions)
         service.set_config_key_value(f"tfbig/{question}/{self.index}", text)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + (timeout if seconds is None else seconds)
         answers = [
             self._answer(service, f"tfbig/{question}/{i}", i, subject, deadline)
             for i in range(self.count)
