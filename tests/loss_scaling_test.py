@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfbig
+from tests.combinations import in_turn
 
 from .conftest import make_strategy
 
@@ -94,18 +95,18 @@ def dropout():
     return keras.layers.Dropout(0.5, seed=3)
 
 
-@pytest.mark.parametrize("layers", [(), (normalization, dropout)], ids=["plain", "state"])
-@pytest.mark.parametrize(
-    ("dtype", "loss_scale"),
-    [
-        (None, "dynamic"),
-        # 2**15 overflows float16 with these data before anything is injected.
-        ("mixed_float16", tfbig.DynamicLossScale(initial_scale=2.0**10)),
-    ],
-    ids=["float32", "mixed_float16"],
+@in_turn(
+    {
+        "strategy": ["mirrored_2", "mirrored_4"],
+        "steps": [1, 3, 4],
+        "dtype, loss_scale": {
+            "float32": (None, "dynamic"),
+            # 2**15 overflows float16 with these data before anything is injected.
+            "mixed_float16": ("mixed_float16", tfbig.DynamicLossScale(initial_scale=2.0**10)),
+        },
+        "layers": {"plain": (), "state": (normalization, dropout)},
+    }
 )
-@pytest.mark.parametrize("steps", [1, 3, 4])
-@pytest.mark.parametrize("strategy", ["mirrored_2", "mirrored_4"])
 def test_one_non_finite_value_skips_exactly_that_update(strategy, steps, dtype, loss_scale, layers):
     model = net(strategy, dtype, layers, gradient_accumulation_steps=steps, loss_scale=loss_scale)
     x, y = batches("g", strategy)
@@ -156,20 +157,21 @@ def test_the_reported_loss_is_that_of_the_finite_batches():
     assert fit(model, x, y)[-1]["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
-@pytest.mark.parametrize(
-    ("loss_scale", "pattern", "scales"),
-    [
-        ({"growth_interval": 2, "max_scale": 16.0}, "gggggg", [4, 8, 8, 16, 16, 16]),
-        ({"growth_interval": 2}, "gbgg", [4, 2, 2, 4]),
-        ({"min_scale": 1.0}, "bbbb", [2, 1, 1, 1]),
-        ({"backoff_factor": 0.25, "growth_factor": 3.0, "growth_interval": 1}, "bg", [1, 3]),
-        ({"hysteresis": 2}, "bbb", [4, 2, 1]),
-        ({"hysteresis": 2, "growth_interval": 2}, "bbggbb", [4, 2, 2, 4, 4, 2]),
-        (4.0, "bgbg", [4, 4, 4, 4]),
-        (0.5, "bg", [0.5, 0.5]),
-    ],
-    ids=["growth", "reset", "floor", "factors", "hysteresis", "regained", "fixed", "small"],
+FACTORS = {"backoff_factor": 0.25, "growth_factor": 3.0, "growth_interval": 1}
+MOVES = {
+    "growth": ({"growth_interval": 2, "max_scale": 16.0}, "gggggg", [4, 8, 8, 16, 16, 16]),
+    "reset": ({"growth_interval": 2}, "gbgg", [4, 2, 2, 4]),
+    "floor": ({"min_scale": 1.0}, "bbbb", [2, 1, 1, 1]),
+    "factors": (FACTORS, "bg", [1, 3]),
+    "hysteresis": ({"hysteresis": 2}, "bbb", [4, 2, 1]),
+    "regained": ({"hysteresis": 2, "growth_interval": 2}, "bbggbb", [4, 2, 2, 4, 4, 2]),
+    "fixed": (4.0, "bgbg", [4, 4, 4, 4]),
+    "small": (0.5, "bg", [0.5, 0.5]),
+}
+
+
+@in_turn(
+    {"loss_scale, pattern, scales": MOVES, "strategy": ["default", "mirrored_2", "mirrored_4"]}
 )
 def test_the_scale_moves_as_its_settings_say(strategy, loss_scale, pattern, scales):
     if isinstance(loss_scale, dict):
@@ -197,8 +199,9 @@ class SecondOverflows(keras.layers.Layer):
         return tf.matmul(x, overflowing(tf.convert_to_tensor(self.kernel)))
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 4])
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
+@in_turn(
+    {"steps_per_execution": [4, 1], "strategy": ["default", "mirrored_2", "mirrored_4"]},
+)
 def test_too_many_skips_end_in_an_error_that_names_the_variable(strategy, steps_per_execution):
     def model():
         return net(
@@ -325,9 +328,13 @@ def test_loss_scale_can_be_set(strategy):
     assert fit(model, x, y)[0]["loss_scale"] == 4.0
 
 
-@pytest.mark.parametrize("loss_scale", [None, 64.0])
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
+@in_turn(
+    {
+        "strategy": ["default", "mirrored_2", "mirrored_4"],
+        "steps": [1, 3],
+        "loss_scale": [None, 64.0],
+    }
+)
 def test_grad_norm_is_that_of_the_whole_batch_before_clipping(strategy, steps, loss_scale):
     model = net(
         strategy,

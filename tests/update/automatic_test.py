@@ -8,6 +8,7 @@ from keras import layers
 
 import tfbig
 from tests import job
+from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig._keras import memory
 from tfbig._update import automatic_size
@@ -134,8 +135,12 @@ def test_largest_that_fits_on_every_replica(name, told):
         np.testing.assert_allclose(history[key], values, rtol=TOLERANCE)
 
 
-@names
-@pytest.mark.parametrize("kwargs", [{}, {"steps_per_execution": 2}, {"run_eagerly": True}], ids=str)
+@in_turn(
+    {
+        "kwargs": [{}, {"run_eagerly": True}, {"steps_per_execution": 2}],
+        "name": ["mirrored_2", "default"],
+    }
+)
 def test_memory_that_runs_out_later(name, kwargs, told):
     if kwargs.get("run_eagerly") and name != "default":
         pytest.skip("plain Keras fails with eager mirrored CPUs too")

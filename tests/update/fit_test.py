@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context as tf_context
 
 import tfbig
+from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig._update import fit_context
 
@@ -45,15 +46,19 @@ REPLICATED = ("default", "mirrored_2")
 
 on_strategies = pytest.mark.parametrize("name", REPLICATED)
 # A split on one device, and replicas with and without one: the rest is the sum of these.
+STRATEGIES_AND_SPLITS = {
+    "mirrored_2-by2": ("mirrored_2", BY_2),
+    "default-k3": ("default", K3),
+    "mirrored_2-k1": ("mirrored_2", K1),
+}
+SLOW = ("mirrored_2-k1",)
 on_strategies_and_splits = pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param("default", K3, id="default-k3"),
-        pytest.param("mirrored_2", K1, id="mirrored_2-k1", marks=pytest.mark.slow),
-        pytest.param("mirrored_2", BY_2, id="mirrored_2-by2"),
+        pytest.param(*row, id=k, marks=[pytest.mark.slow] if k in SLOW else [])
+        for k, row in STRATEGIES_AND_SPLITS.items()
     ],
 )
-on_splits = pytest.mark.parametrize("options", [K1, K3, BY_2], ids=["k1", "k3", "by2"])
 
 
 def dense(units, seed, **kwargs):
@@ -220,9 +225,16 @@ def test_every_feed_trains_as_on_one_device(feed, steps):
     assert_same_training(trained, plain_training(feed))
 
 
-@on_strategies
-@pytest.mark.parametrize("options", [K1, K3, K1 | {"loss_scale": 64.0}], ids=["k1", "k3", "scaled"])
-@pytest.mark.parametrize(("feed", "updates"), [("unknown_cardinality", 6), ("finite_generator", 3)])
+@in_turn(
+    {
+        "name": REPLICATED,
+        "options": {"k1": K1, "k3": K3, "scaled": K1 | {"loss_scale": 64.0}},
+        "feed, updates": {
+            "unknown_cardinality": ("unknown_cardinality", 6),
+            "finite_generator": ("finite_generator", 3),
+        },
+    }
+)
 def test_the_end_of_the_data_is_not_an_update(name, options, feed, updates):
     model, _ = train(big(**options), name, functional, compile_classifier, FEEDS[feed])
     assert model.optimizer.iterations.numpy() == updates
@@ -245,14 +257,12 @@ def test_feeds_on_other_strategies(name, feed):
     assert_same_training(trained, plain_training(feed))
 
 
-@on_strategies_and_splits
-@pytest.mark.parametrize(
-    "feed",
-    [
-        "last_batch_of_one_sample",
-        pytest.param("sample_weight", marks=pytest.mark.slow),
-        "validation_data",
-    ],
+@in_turn(
+    {
+        "name, options": STRATEGIES_AND_SPLITS,
+        "feed": ["validation_data", "last_batch_of_one_sample", "sample_weight"],
+    },
+    slow=SLOW,
 )
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_jit_compile(name, options, feed):
@@ -319,12 +329,15 @@ def embedded(api):
     return api.Model(x, dense(3, 2)(keras.layers.Flatten()(table(x))), **api.options)
 
 
-@pytest.mark.parametrize("options", [K1, BY_2], ids=["k1", "by2"])
-@pytest.mark.parametrize(
-    ("samples", "kwargs"),
-    # In the last batch of the second, a replica has none.
-    [(22, {"steps_per_execution": 3}), (17, {"run_eagerly": True})],
-    ids=["loop", "eager"],
+@in_turn(
+    {
+        "options": {"by2": BY_2, "k1": K1},
+        "samples, kwargs": {
+            "loop": (22, {"steps_per_execution": 3}),
+            # In the last batch, a replica has none.
+            "eager": (17, {"run_eagerly": True}),
+        },
+    }
 )
 def test_rows_of_embeddings_on_replicas_may_be_fewer_or_none(options, samples, kwargs):
     def feed(model):
@@ -382,15 +395,26 @@ STRUCTURES = {
 }
 
 
+# A structure is trained on replicas or without; that None fails on replicas is quickly seen.
 @pytest.mark.parametrize(
-    ("name", "compile_args"),
+    ("name", "compile_args", "structure"),
     [
-        ("default", {}),
-        pytest.param("mirrored_2", {}, marks=pytest.mark.slow),
-        ("mirrored_2", {"steps_per_execution": 2}),
+        ("mirrored_2", {"steps_per_execution": 2}, "bool_and_int"),
+        ("default", {}, "dict"),
+        ("mirrored_2", {"steps_per_execution": 2}, "tuple"),
+        ("default", {}, "optional"),
+        ("mirrored_2", {"steps_per_execution": 2}, "optional"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [
+                ("default", {}, "bool_and_int"),
+                ("mirrored_2", {"steps_per_execution": 2}, "dict"),
+                ("default", {}, "tuple"),
+                *(("mirrored_2", {}, structure) for structure in STRUCTURES),
+            ]
+        ),
     ],
 )
-@pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures_of_inputs_and_outputs(name, structure, compile_args):
     build, x, y = STRUCTURES[structure]
     x, y = keras.tree.map_structure(lambda v: v if v is None else v[:15], (x, y))
@@ -543,8 +567,7 @@ MODELS = {
 }
 
 
-@on_strategies_and_splits
-@pytest.mark.parametrize("kind", MODELS)
+@in_turn({"kind": list(MODELS), "name, options": STRATEGIES_AND_SPLITS}, slow=SLOW)
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_models_that_users_write(name, options, kind):
     def feed(model):
@@ -600,11 +623,13 @@ class Counter(keras.layers.Layer):
         return x
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "calls"),
-    [("default", K1, 4), ("default", K3, 12), ("mirrored_2", K1, 4), ("mirrored_2", K3, 12)],
+@in_turn(
+    {
+        "name": REPLICATED,
+        "options, calls": {"k1": (K1, 4), "k3": (K3, 12)},
+        "jit_compile": [False, True],
+    }
 )
-@pytest.mark.parametrize("jit_compile", [False, True])
 def test_integer_state_counts_micro_batches(name, options, calls, jit_compile):
     def build(api):
         return api.Sequential([keras.Input((4,)), Counter(), dense(3, 1)], **api.options)
@@ -673,18 +698,16 @@ def test_several_fits_continue(name):
     both(name, BY_2, functional, compile_classifier, feed)
 
 
-@on_strategies
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_ema": True, "ema_momentum": 0.8},
-        {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 2},
-        {"weight_decay": 0.01, "global_clipnorm": 0.1},
-        {"clipnorm": 0.05},
-        {"clipvalue": 0.01},
-    ],
-    ids=lambda s: "-".join(s),
-)
+SETTINGS = [
+    {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 2},
+    {"use_ema": True, "ema_momentum": 0.8},
+    {"clipvalue": 0.01},
+    {"weight_decay": 0.01, "global_clipnorm": 0.1},
+    {"clipnorm": 0.05},
+]
+
+
+@in_turn({"settings": {"-".join(s): s for s in SETTINGS}, "name": REPLICATED})
 def test_optimizer_settings_count_updates(name, settings):
     def compile_model(model, **kwargs):
         rate = keras.optimizers.schedules.PiecewiseConstantDecay([3, 5], [0.05, 0.02, 0.01])
@@ -789,14 +812,14 @@ def test_variables_of_several_dtypes(name):
 # --- evaluate, predict, *_on_batch -------------------------------------------
 
 
-@pytest.fixture(params=["default", "mirrored_2", "mirrored_4"])
-def twins(request):
+@pytest.fixture
+def twins(name):
     """A tfbig model and a plain one with the same weights, on 19 samples."""
 
     def make(options, **compile_args):
         models = []
-        for api, name in ((big(**options), request.param), (PLAIN, "default")):
-            with make_strategy(name).scope():
+        for api, strategy in ((big(**options), name), (PLAIN, "default")):
+            with make_strategy(strategy).scope():
                 model = functional(api)
                 compile_classifier(model, **(compile_args if api is not PLAIN else {}))
             models.append(model)
@@ -805,13 +828,18 @@ def twins(request):
     return make
 
 
-COMPILE_ARGS = [{}, {"steps_per_execution": 2}, {"jit_compile": True}]
+TWINS = ["mirrored_2", "default", "mirrored_4"]
 
 
-@pytest.mark.parametrize(
-    ("options", "compile_args"),
-    zip((K1, K3, BY_2), COMPILE_ARGS, strict=True),
-    ids=["k1", "k3-2steps", "by2-jit"],
+@in_turn(
+    {
+        "options, compile_args": {
+            "k1": (K1, {}),
+            "k3-2steps": (K3, {"steps_per_execution": 2}),
+            "by2-jit": (BY_2, {"jit_compile": True}),
+        },
+        "name": TWINS,
+    }
 )
 def test_evaluate(twins, options, compile_args):
     model, plain = twins(options, **compile_args)
@@ -828,7 +856,16 @@ def test_evaluate(twins, options, compile_args):
     assert_same_values(*(m.evaluate(dataset, steps=4, verbose=0) for m in (model, plain)))
 
 
-@pytest.mark.parametrize("compile_args", COMPILE_ARGS, ids=["", "2steps", "jit"])
+@in_turn(
+    {
+        "compile_args": {
+            "2steps": {"steps_per_execution": 2},
+            "": {},
+            "jit": {"jit_compile": True},
+        },
+        "name": TWINS,
+    }
+)
 def test_predict_keeps_order(twins, compile_args):
     model, plain = twins(K3, **compile_args)
     for samples, batch_size in ((19, 7), (15, 7), (3, 1)):
@@ -838,7 +875,7 @@ def test_predict_keeps_order(twins, compile_args):
     assert_same_values(model.predict(dataset, verbose=0), plain(X[:19]).numpy())
 
 
-@on_splits
+@in_turn({"options": {"k3": K3, "k1": K1, "by2": BY_2}, "name": TWINS})
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_on_batch_methods(twins, options):
     model, plain = twins(options)
