@@ -1,4 +1,4 @@
-"""scripts/train.py with its tasks, as a user starts it: in a process of its own."""
+"""scripts/train.py with its tasks, as a user starts it: in a process of its own, or in a fork."""
 
 import csv
 import os
@@ -13,6 +13,7 @@ import pytest
 
 import tfbig
 from tests import job
+from tests.scripts import forked
 from tests.scripts.scripts_test import TRAIN, run, table
 
 # So small that tracing takes most of the time.
@@ -93,7 +94,7 @@ def test_a_task_leaves_a_run_and_says_whether_it_reached_its_bar(
     task, options, micro_batches, cache, tmp_path
 ):
     arguments = (*arguments_of(task, cache), *options, f"--output_dir={tmp_path}")
-    done = run(TRAIN, *arguments, "--epochs=1", "--require_bar", timeout=300)
+    done = forked.run(TRAIN, *arguments, "--epochs=1", "--require_bar", timeout=300)
     # So little training misses the bar.
     assert done.returncode == 3, done.stderr
     said = "tfbig: micro_batch_size='auto' is 4 samples of the 4 of a replica\n"
@@ -121,7 +122,7 @@ def test_a_task_leaves_a_run_and_says_whether_it_reached_its_bar(
 
 def test_a_bar_that_is_reached_is_exit_code_0_and_the_model_needs_only_tfbig(tmp_path):
     arguments = ("--batch_size=64", "--epochs=8", "--verbose=0", "--require_bar")
-    done = run(TRAIN, *arguments, f"--output_dir={tmp_path / 'run'}")
+    done = forked.run(TRAIN, *arguments, f"--output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
         r"val_accuracy (0\.9[7-9]\d\d|1\.0000) \(bar 0\.97\)", done.stdout.splitlines()[-1]
@@ -163,7 +164,7 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert interrupt(start(*arguments, directory), how, "Epoch 3/") == code
     # After a SIGTERM there may be no time to draw.
     assert (tmp_path / "parts/monitor/training.png").exists() == (how == signal.SIGINT)
-    resumed = run(TRAIN, *arguments, directory, "--resume")
+    resumed = forked.run(TRAIN, *arguments, directory, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "Epoch 1/" not in resumed.stdout
     assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
@@ -174,7 +175,7 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert set(monitored) >= {i * UPDATES for i in range(1, 7)}
     if how == signal.SIGINT:
         return
-    whole = run(TRAIN, *arguments, f"--output_dir={tmp_path / 'whole'}")
+    whole = forked.run(TRAIN, *arguments, f"--output_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     pairs = zip(history(tmp_path / "whole"), history(tmp_path / "parts"), strict=True)
     for one, other in pairs:
@@ -182,7 +183,7 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
         assert float(one["val_loss"]) == pytest.approx(float(other["val_loss"]), abs=0.02)
 
     # It is complete now.
-    again = run(TRAIN, *arguments, directory, "--resume")
+    again = forked.run(TRAIN, *arguments, directory, "--resume")
     assert again.returncode == 2
     assert "complete" in again.stderr
 
@@ -214,14 +215,14 @@ def test_an_interruption_takes_a_backup(is_written, tmp_path):
     assert again.returncode == 2
     (line,) = again.stderr.splitlines()
     assert "was interrupted. Resume it with --resume" in line
-    resumed = run(TRAIN, *arguments, "--resume")
+    resumed = forked.run(TRAIN, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert ("training starts over" in resumed.stderr) == (not is_written)
     assert ("Epoch 1/" in resumed.stdout) == (not is_written)
     assert table(resumed.stdout)["updates"] == str(6 * UPDATES)
     assert [row["epoch"] for row in history(tmp_path)] == list("012345")
     # It is complete now.
-    assert "complete" in run(TRAIN, *arguments, "--resume").stderr
+    assert "complete" in forked.run(TRAIN, *arguments, "--resume").stderr
 
 
 INTERRUPTED_TWICE = """
@@ -258,7 +259,7 @@ def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
     assert interrupt(start(*arguments), signal.SIGKILL, "Epoch 2/") == -signal.SIGKILL
     (tmp_path / "backup").mkdir(exist_ok=True)
     (tmp_path / "backup/.backup-1.tmp").write_bytes(b"half")
-    resumed = run(TRAIN, *arguments, "--resume")
+    resumed = forked.run(TRAIN, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert table(resumed.stdout)["updates"] == str(8 * UPDATES)
     assert not (tmp_path / "backup").exists()
@@ -274,13 +275,13 @@ def test_a_history_that_cannot_be_read_is_named_and_one_that_is_gone_is_not_made
             path.mkdir()
         else:
             path.write_bytes(text)
-        done = run(TRAIN, *arguments, "--resume")
+        done = forked.run(TRAIN, *arguments, "--resume")
         assert done.returncode == 2, done.stderr
         (line,) = done.stderr.splitlines()
         assert "history.csv holds the epochs so far, and cannot be read" in line
         assert "Epoch" not in done.stdout
     path.rmdir()
-    done = run(TRAIN, *arguments, "--resume")
+    done = forked.run(TRAIN, *arguments, "--resume")
     assert done.returncode == 0, done.stderr
     numbers = [int(row["epoch"]) for row in history(tmp_path)]
     assert numbers == list(range(numbers[0], 6))
@@ -340,7 +341,7 @@ def test_a_run_that_ends_between_its_training_and_its_files_is_concluded(how, tm
         assert "Traceback" not in done.stderr
     (directory / "model.keras").unlink()
 
-    concluded = run(TRAIN, *arguments, "--resume")
+    concluded = forked.run(TRAIN, *arguments, "--resume")
     assert concluded.returncode == 0, concluded.stderr
     assert "Epoch" not in concluded.stdout
     assert table(concluded.stdout)["updates"] == "6"
@@ -375,7 +376,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("arguments", REFUSED)
 def test_what_cannot_be_done_gets_one_line_and_exit_code_2(arguments, tmp_path):
-    done = run(TRAIN, *arguments.split(), cwd=tmp_path)
+    done = forked.run(TRAIN, *arguments.split(), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("train.py: ")
@@ -429,7 +430,7 @@ def test_without_matplotlib_a_run_leaves_all_but_pictures(task, tmp_path):
 
 
 def test_a_directory_of_another_run_is_left_alone(tmp_path):
-    done = run(TRAIN, "--epochs=1", "--verbose=0", f"--output_dir={tmp_path}")
+    done = forked.run(TRAIN, "--epochs=1", "--verbose=0", f"--output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     cases = {
@@ -449,7 +450,7 @@ def test_a_directory_of_another_run_is_left_alone(tmp_path):
 def test_a_backup_elsewhere_is_gone_on_with_by_the_same_run_only(tmp_path):
     backup = f"--backup_dir={tmp_path / 'backup'}"
     arguments = ("--epochs=1", "--verbose=2", f"--output_dir={tmp_path / 'run'}")
-    assert run(TRAIN, *arguments, backup).returncode == 0
+    assert forked.run(TRAIN, *arguments, backup).returncode == 0
     about = (tmp_path / "run/run.json").read_text()
     cases = {
         ("--seed=7", "--learning_rate=0.5", backup): "learning_rate=0.5, seed=7",
@@ -458,12 +459,12 @@ def test_a_backup_elsewhere_is_gone_on_with_by_the_same_run_only(tmp_path):
         (f"--backup_dir={tmp_path}",): "already holds a run",
     }
     for others, text in cases.items():
-        done = run(TRAIN, *arguments, *others)
+        done = forked.run(TRAIN, *arguments, *others)
         assert done.returncode == 2, done.stderr
         (line,) = done.stderr.splitlines()
         assert text in line
     assert (tmp_path / "run/run.json").read_text() == about
-    done = run(TRAIN, *arguments, backup)
+    done = forked.run(TRAIN, *arguments, backup)
     assert done.returncode == 0, done.stderr
     assert "Epoch" not in done.stdout
 
@@ -473,17 +474,17 @@ def test_a_damaged_backup_is_named(tmp_path):
     interrupt(start(*arguments), signal.SIGTERM, "Epoch 2/")
     backup = tmp_path / "backup/backup.npz"
     backup.write_bytes(backup.read_bytes()[:100])
-    done = run(TRAIN, *arguments)
+    done = forked.run(TRAIN, *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "was interrupted. Resume it with --resume" in line
-    done = run(TRAIN, *arguments, "--resume")
+    done = forked.run(TRAIN, *arguments, "--resume")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "cannot be read" in line
     assert "Epoch" not in done.stdout
     (tmp_path / "run.json").write_text("{")
-    done = run(TRAIN, *arguments, "--resume")
+    done = forked.run(TRAIN, *arguments, "--resume")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "run.json" in line
