@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import tfbig
+from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig._update import accumulators, apply, table_rows
 
@@ -41,8 +42,12 @@ def _model(name, *layers, **options):
     return model
 
 
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
-@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 3}, {"micro_batch_size": 4}])
+@in_turn(
+    {
+        "strategy": ["default", "mirrored_2"],
+        "options": [{"gradient_accumulation_steps": 3}, {"micro_batch_size": 4}],
+    }
+)
 @pytest.mark.usefixtures("float64")
 def test_exact_model_is_equivalent(strategy, options):
     model = _model(strategy, **options)
@@ -62,16 +67,21 @@ def test_exact_model_is_equivalent(strategy, options):
     assert len(names["optimizer"]) == 2 * len(paths)
 
 
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
-@pytest.mark.parametrize(
-    ("make_layer", "cause"),
-    [
-        (lambda: keras.layers.BatchNormalization(name="norm"), "BatchNormalization ('norm')"),
-        (lambda: keras.layers.Dropout(0.5, name="drop"), "Dropout ('drop') draws random"),
-        (lambda: RunningMean(name="running"), "RunningMean ('running') changes its state (mean)"),
-        (SummedPenalty, "Unknown. If a scalar loss, or one from `add_loss`"),
-    ],
-)
+INEXACT = {
+    "normalization": (
+        lambda: keras.layers.BatchNormalization(name="norm"),
+        "BatchNormalization ('norm')",
+    ),
+    "dropout": (lambda: keras.layers.Dropout(0.5, name="drop"), "Dropout ('drop') draws random"),
+    "state": (
+        lambda: RunningMean(name="running"),
+        "RunningMean ('running') changes its state (mean)",
+    ),
+    "penalty": (SummedPenalty, "Unknown. If a scalar loss, or one from `add_loss`"),
+}
+
+
+@in_turn({"make_layer, cause": INEXACT, "strategy": ["default", "mirrored_2"]})
 def test_inexact_model_is_named(strategy, make_layer, cause):
     with make_strategy(strategy).scope():
         layer = make_layer()
@@ -161,15 +171,18 @@ def test_division_of_the_code_that_trains_is_checked(monkeypatch):
     assert report.largest.kind == "gradient"
 
 
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
-@pytest.mark.parametrize(
-    ("loss", "name"),
-    [
-        (keras.losses.Dice(), "Dice"),
-        (keras.losses.Tversky(), "Tversky"),
-        (lambda y, y_pred: keras.ops.mean((y_pred @ keras.ops.transpose(y_pred)) ** 2), None),
-    ],
-)
+def similarity(y, y_pred):
+    return keras.ops.mean((y_pred @ keras.ops.transpose(y_pred)) ** 2)
+
+
+COUPLING = {
+    "dice": (keras.losses.Dice(), "Dice"),
+    "tversky": (keras.losses.Tversky(), "Tversky"),
+    "similarity": (similarity, None),
+}
+
+
+@in_turn({"loss, name": COUPLING, "strategy": ["default", "mirrored_2"]})
 def test_loss_that_couples_samples_is_named(loss, name, strategy):
     model = _model(strategy)
     with make_strategy(strategy).scope():

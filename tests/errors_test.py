@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 import tfbig
+from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig import errors
 
@@ -294,9 +295,9 @@ def of_compute_loss(function):
     return Net
 
 
-@on_strategies
-@on_splits
-@pytest.mark.parametrize("method", ["fit", "evaluate"])
+@in_turn(
+    {"name": ["default", "mirrored_2"], "steps": [1, 3], "method": ["fit", "evaluate"]},
+)
 def test_compute_loss_must_return_a_scalar(name, steps, method):
     def vector(self, x, y, y_pred, sample_weight):
         return keras.ops.mean((y - y_pred) ** 2, axis=-1)
@@ -394,9 +395,13 @@ EMPTY = {
 }
 
 
-@on_strategies
-@pytest.mark.parametrize(("steps", "loss_scale"), [(1, None), (3, None), (1, "dynamic")])
-@pytest.mark.parametrize("run", EMPTY)
+@in_turn(
+    {
+        "name": ["default", "mirrored_2"],
+        "steps, loss_scale": {"1": (1, None), "3": (3, None), "dynamic": (1, "dynamic")},
+        "run": list(EMPTY),
+    }
+)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # What Keras itself says.
 def test_a_batch_must_hold_samples(name, steps, loss_scale, run):
     with make_strategy(name).scope():
@@ -718,8 +723,7 @@ def test_another_backend_is_refused_at_import(source, tmp_path):
 # --- No warnings -------------------------------------------------------------
 
 
-@on_strategies
-@pytest.mark.parametrize("jit_compile", [False, True])
+@in_turn({"name": ["default", "mirrored_2"], "jit_compile": [False, True]})
 def test_an_ordinary_fit_warns_of_nothing(name, jit_compile):
     records = []
     handler = logging.Handler(logging.WARNING)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfbig
+from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig._update import accumulators
 from tfbig._update.table_rows import Rows
@@ -162,8 +163,12 @@ def test_no_retrace_after_the_first_epoch(strategy):
         assert before < model.traces <= before + 2
 
 
-@pytest.mark.parametrize("layers", [(), (keras.layers.BatchNormalization,)], ids=["plain", "state"])
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
+@in_turn(
+    {
+        "strategy": ["default", "mirrored_2", "mirrored_4"],
+        "layers": {"plain": (), "state": (keras.layers.BatchNormalization,)},
+    }
+)
 def test_the_graph_does_not_grow_with_the_micro_batches(strategy, layers):
     def size(steps):
         model = net(strategy, layers, gradient_accumulation_steps=steps, loss_scale="dynamic")
@@ -179,9 +184,13 @@ class Subtract1(keras.optimizers.SGD):
         self.assign_sub(variable, tf.ones_like(variable))
 
 
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("loss_scale", [None, "dynamic"])
+@in_turn(
+    {
+        "strategy": ["default", "mirrored_2", "mirrored_4"],
+        "steps": [1, 4],
+        "loss_scale": [None, "dynamic"],
+    }
+)
 def test_the_optimizer_is_applied_once_per_update(strategy, steps, loss_scale):
     model = net(
         strategy,
@@ -214,8 +223,7 @@ def test_accumulators_are_float32_or_wider(dtype, accumulator, rows):
         assert part["values"].dtype == accumulator
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
+@in_turn({"strategy": ["default", "mirrored_2", "mirrored_4"], "dtype": ["float16", "bfloat16"]})
 def test_a_sum_of_many_small_gradients_does_not_stall(strategy, dtype):
     with make_strategy(strategy).scope():
         dense = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones", dtype=dtype)
@@ -236,9 +244,13 @@ def shares_of(x, replicas, steps):
 
 @pytest.mark.filterwarnings("ignore:.*larger than a replica")
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("loss_scale", [None, "dynamic"])
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
+@in_turn(
+    {
+        "strategy": ["default", "mirrored_2", "mirrored_4"],
+        "steps": [1, 3],
+        "loss_scale": [None, "dynamic"],
+    }
+)
 def test_moving_statistics_are_the_mean_over_the_replicas_with_samples(strategy, steps, loss_scale):
     model = net(
         strategy,
@@ -370,9 +382,13 @@ def gan(strategy, steps, **options):
 
 @pytest.mark.filterwarnings("ignore:.*larger than a replica")
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("loss_scale", [None, "dynamic"])
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
+@in_turn(
+    {
+        "strategy": ["default", "mirrored_2", "mirrored_4"],
+        "steps": [1, 4],
+        "loss_scale": [None, "dynamic"],
+    }
+)
 def test_two_optimizers_in_a_train_step_of_the_user(strategy, steps, loss_scale):
     noise, real = samples(21, outputs=2)
     reference = gan("default", 1, loss_scale=None)
