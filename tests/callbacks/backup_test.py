@@ -72,7 +72,8 @@ VARIANTS = {
     "dataset, 2 steps": ["--data", "dataset", "--steps_per_execution", "2", "--save_freq", "2"],
     "by epoch": ["--save_freq", "epoch"],
 }
-QUICK = ("mirrored",)
+# On replicas, training resumes bit for bit in this process below.
+QUICK = ("default",)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,9 @@ def gone(pid, processes, seconds=30):
 @pytest.mark.parametrize(
     ("kills", "terms", "options"),
     [
-        pytest.param(1, 1, [], id="2"),
+        # There is a SIGTERM besides.
+        pytest.param(1, 0, [], id="1"),
+        pytest.param(1, 1, [], id="2", marks=pytest.mark.slow),
         pytest.param(1, 1, ["--shard"], id="2, divided", marks=pytest.mark.slow),
         pytest.param(10, 5, [], id="15", marks=pytest.mark.slow),
     ],
@@ -176,7 +179,7 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, o
     # Each ended the job that was running; the last ones may find training complete.
     assert len(failures) == sent + 1
     assert "preempted after batch 4 of epoch 1" in done.stderr
-    assert sent >= 2 * len(signals) // 3
+    assert sent >= max(1, 2 * len(signals) // 3)
     assert_same_end(tmp_path / "run", end_of(tmp_path / "whole"))
     assert list((tmp_path / "run" / "backup").iterdir()) == []
     assert job.alive(str(tmp_path)) == []
