@@ -403,6 +403,93 @@ class OwnClipping(keras.optimizers.SGD):
         return [0 * g for g in gradients]
 
 
+class OwnUpdate(keras.optimizers.SGD):
+    """Looks at the gradients of all weights."""
+
+    def _backend_update_step(self, gradients, variables, learning_rate):
+        norm = keras.ops.sqrt(sum(keras.ops.sum(keras.ops.square(g)) for g in gradients))
+        gradients = [g / norm for g in gradients]
+        super()._backend_update_step(gradients, variables, learning_rate)
+
+
+class AddingUp(keras.optimizers.SGD):
+    """What it adds up over the weights would be another number on each replica."""
+
+    def build(self, variables):
+        if not self.built:
+            super().build(variables)
+            self.total = self.add_variable((), name="total")
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign_add(self.total, keras.ops.sum(keras.ops.square(gradient)))
+        self.assign_sub(variable, learning_rate * gradient / self.total)
+
+
+class InDictionary(keras.optimizers.SGD):
+    """Keeps its state by the index of the weight."""
+
+    def build(self, variables):
+        if not self.built:
+            super().build(variables)
+            self.means = {
+                self._get_variable_index(v): self.add_variable_from_reference(v, "mean")
+                for v in variables
+            }
+
+    def update_step(self, gradient, variable, learning_rate):
+        mean = self.means[self._get_variable_index(variable)]
+        self.assign(mean, 0.9 * mean + gradient)
+        self.assign_sub(variable, learning_rate * mean)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (OwnUpdate, r"OwnUpdate.*_backend_update_step"),
+        (AddingUp, r"AddingUp.*assigns adding_up\S*/total"),
+        (InDictionary, r"InDictionary.*kernel_mean is in none"),
+    ],
+)
+def test_an_optimizer_that_looks_beyond_a_weight_is_refused(optimizer, message):
+    def train(shard):
+        with make_strategy("mirrored_2").scope():
+            model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)])
+            model.shard = shard
+            model.compile(optimizer(0.1), "mse")
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+        return model
+
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=message):
+        train("optimizer")
+    model = train(None)
+
+    def divide_and_train():
+        model.shard = "optimizer"
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=message):
+        divide_and_train()
+
+
+def test_an_optimizer_that_is_not_built_is_refused():
+    class Model(tfbig.Sequential):
+        def train_step(self, data):
+            gradients = tfbig.accumulate_gradients(
+                lambda part: tf.reduce_mean(tf.square(self(part[0]) - part[1])),
+                self.trainable_variables,
+                data,
+                gradient_accumulation_steps=1,
+            )
+            return {"loss": tfbig.apply_gradients(self.second, gradients).loss}
+
+    with make_strategy("mirrored_2").scope():
+        model = Model([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+        model.compile("sgd")
+        model.second = keras.optimizers.Adam()
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=r"must be built.*Adam"):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+
 class HeldBack(keras.optimizers.Adam):
     """Looks at the norm of a variable, so it must not see a part of it."""
 

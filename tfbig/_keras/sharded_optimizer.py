@@ -26,6 +26,7 @@ __all__ = (
     "build_divided",
     "clip_by_norm",
     "is_elementwise",
+    "refuse_state_in_no_list",
     "refuse_unsupported",
     "state_of",
 )
@@ -43,6 +44,18 @@ _ELEMENTWISE = (
     keras.optimizers.Lion,
 )
 
+# Methods that get all gradients or weights at once, or that tfbig does the work of. One of an
+# optimizer's own would be passed over, or see those of one replica.
+_WHOLE_UPDATE = (
+    "_backend_apply_gradients",
+    "_backend_update_step",
+    "_clip_by_norm",
+    "_clip_gradients",
+    "_update_model_variables_moving_average",
+    "apply",
+    "apply_gradients",
+)
+
 
 def is_elementwise(optimizer: _types.Optimizer) -> bool:
     """Whether an optimizer is known to treat each element of a variable by itself.
@@ -57,8 +70,13 @@ def is_elementwise(optimizer: _types.Optimizer) -> bool:
 def refuse_unsupported(optimizer: _types.Optimizer) -> None:
     """Raises for an optimizer whose state cannot be divided."""
     cls = type(optimizer)
-    names = ("_clip_gradients", "_backend_apply_gradients", "apply")
-    changed = [name for name in names if getattr(cls, name) is not getattr(TFOptimizer, name)]
+    changed = [
+        name
+        for name in _WHOLE_UPDATE
+        if getattr(cls, name) is not getattr(TFOptimizer, name)
+        # Its scalar depends on the number of the update alone.
+        and getattr(cls, name) is not getattr(keras.optimizers.Nadam, name)
+    ]
     if changed:
         raise errors.InvalidOptionError(
             "`shard` needs an optimizer that updates variables in `update_step` alone. Received: "
@@ -147,11 +165,24 @@ def build_divided(
             variable.__class__ = keras.Variable
             variable._initialize(initial)
         else:
-            raise errors.InvalidOptionError(
-                "`shard` needs an optimizer that keeps its state in lists with an entry for each "
-                f"weight. Received: {type(optimizer).__name__}, whose {variable.path} is in none. "
-                "Use shard=None."
-            )
+            raise _in_no_list(optimizer, variable)
+
+
+def refuse_state_in_no_list(optimizer: _types.Optimizer) -> None:
+    """Raises for a built optimizer of which it is not known what part of the state is whose."""
+    owners = _weights_of_state(optimizer)
+    for variable in optimizer.variables:
+        if id(variable) not in owners and tuple(variable.shape):
+            raise _in_no_list(optimizer, variable)
+
+
+def _in_no_list(
+    optimizer: _types.Optimizer, variable: _types.KerasVariable
+) -> errors.InvalidOptionError:
+    return errors.InvalidOptionError(
+        "`shard` needs an optimizer that keeps its state in lists with an entry for each weight. "
+        f"Received: {type(optimizer).__name__}, whose {variable.path} is in none. Use shard=None."
+    )
 
 
 def _weights_of_state(optimizer: _types.Optimizer) -> dict[int, int]:
@@ -315,8 +346,18 @@ def _backend_update_step(
     variables: Sequence[_types.KerasVariable],
     learning_rate: _types.Tensor,
 ) -> None:
+    scope, own = get_stateless_scope(), _own_pieces() or set()
+    before = {id(v) for v in scope.assigned}
     for gradient, variable in zip(gradients, variables, strict=True):
         self.update_step(gradient, variable, learning_rate)
+    shared = [v.path for v in scope.assigned if id(v) not in before | own]
+    if shared:
+        # Each replica would make of it something else.
+        raise errors.InvalidOptionError(
+            "`shard` needs an optimizer whose `update_step` assigns only the weight and state of "
+            "that weight, in lists with an entry for each. Received: "
+            f"{type(self).__name__}, which assigns {', '.join(shared)}. Use shard=None."
+        )
 
 
 @_replaced_for_pieces("_update_model_variables_moving_average")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _log, _types
+from tfbig import _keras, _log, _types, errors
 from tfbig.distribute import _pieces
 from tfbig.distribute._pieces import Piece
 
@@ -43,6 +43,12 @@ class ShardedState:
 
     def index_of(self, variable: keras.Variable) -> int:
         """The index of a weight of the optimizer."""
+        if not self.pieces:
+            raise errors.InvalidOptionError(
+                "An optimizer must be built before tfbig.apply_gradients in a `train_step`. "
+                f"Received: a {type(self.optimizer).__name__} that is not. Call its `build` with "
+                "the variables that it will update."
+            )
         return int(self.optimizer._get_variable_index(variable))
 
     def build(self, variables: list[keras.Variable]) -> None:
@@ -58,6 +64,7 @@ class ShardedState:
 
     def take_over(self) -> None:
         """Divides the state that the optimizer has, a part at a time."""
+        _keras.sharded_optimizer.refuse_state_in_no_list(self.optimizer)
         self._divide(self.optimizer._trainable_variables)
         for index, variable in _keras.sharded_optimizer.state_of(self.optimizer):
             value = _keras.variables.values_of([variable])[0]
