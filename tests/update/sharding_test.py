@@ -297,6 +297,52 @@ def test_a_constraint_looks_at_the_whole_variable(float64):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("frequency", [None, 3])
+def test_an_update_of_some_weights_averages_all(frequency, float64):
+    class Plain(keras.Sequential):
+        def train_step(self, data):
+            x, y = data
+            for layer in self.layers:
+                weights = layer.trainable_variables
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean(tf.square(self(x) - y))
+                gradients = tape.gradient(loss, weights)
+                self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+            return {"loss": loss}
+
+    class Divided(tfbig.Sequential):
+        def train_step(self, data):
+            def loss(part):
+                return tf.reduce_mean(tf.square(self(part[0]) - part[1]))
+
+            for layer in self.layers:
+                gradients = tfbig.accumulate_gradients(
+                    loss, layer.trainable_variables, data, gradient_accumulation_steps=2
+                )
+                update = tfbig.apply_gradients(self.optimizer, gradients)
+            return {"loss": update.loss}
+
+    def train(base, **options):
+        keras.utils.set_random_seed(2)
+        model = base([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)], **options)
+        model.compile(
+            keras.optimizers.SGD(
+                0.1, momentum=0.9, use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=frequency
+            )
+        )
+        model.optimizer.build(model.trainable_variables)
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
+        return state(model)
+
+    expected = train(Plain)
+    with make_strategy("mirrored_2").scope():
+        found = train(Divided, shard="optimizer", gradient_accumulation_steps=2)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
 # --- Files, and state that is divided or put together later ------------------------
 
 

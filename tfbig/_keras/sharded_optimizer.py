@@ -229,7 +229,8 @@ def apply_to_pieces(
 
     Args:
         optimizer: built, with a divided state.
-        gradients: the replica's piece of each gradient; None where there is none.
+        gradients: the replica's piece of each gradient; None where there is none. Those of the
+            first weights; the others are only averaged.
         variables: the weights of which the replica has pieces.
         values: the pieces. Those of weights that are divided are assigned in place.
     """
@@ -240,7 +241,7 @@ def apply_to_pieces(
                 # Past the constructor of the scope, which wants values of the variable's shape.
                 scope.state_mapping[id(variable)] = value
         if any(g is not None for g in gradients):
-            optimizer.apply(gradients, variables)
+            optimizer.apply(gradients, variables[: len(gradients)])
         else:
             # Keras takes that for a mistake; other replicas may have pieces.
             optimizer._backend_apply_gradients([], [])

@@ -80,6 +80,16 @@ def _clips_norms(optimizer: _types.Optimizer) -> bool:
     return bool(optimizer.clipnorm or optimizer.global_clipnorm)
 
 
+def _averaged(
+    optimizer: _types.Optimizer, variables: list[_types.KerasVariable]
+) -> list[_types.KerasVariable]:
+    """The weights that an update averages without updating them."""
+    if not optimizer.use_ema:
+        return []
+    updated = {id(v) for v in variables}
+    return [v for v in optimizer._trainable_variables if id(v) not in updated]
+
+
 class _ShardedUpdate:
     """One update of this replica's pieces.
 
@@ -97,11 +107,13 @@ class _ShardedUpdate:
         self, state: ShardedState, local: AccumulatedGradients, batch: AccumulatedGradients
     ) -> None:
         self.state = state
-        self.variables = local.variables
+        self.updated = len(local.variables)
+        self.variables = [*local.variables, *_averaged(state.optimizer, local.variables)]
         self.local = local
         self.batch = batch
         own = _keras.collectives.replica_id()
-        # Of the variables of this update, which may be some of the optimizer's.
+        # Of the variables of this update, which may be some of the optimizer's; those that it only
+        # averages come last.
         self.pieces = [state.pieces[state.index_of(v)] for v in self.variables]
         self.own: list[Piece | None] = [pieces[own] for pieces in self.pieces]
         self.dense = [i for i, g in enumerate(local.gradients) if _is_dense(g)]
@@ -170,7 +182,7 @@ class _ShardedUpdate:
                 return tf.reduce_all(tf.math.is_finite(accumulators.values(self.rows[i])))
             return tf.constant(True)
 
-        return tf.stack([flag(i) for i in range(len(self.variables))])
+        return tf.stack([flag(i) for i in range(self.updated)])
 
     def clip(self, optimizer: _types.Optimizer) -> None:
         """Clips as the optimizer does, by the norms of whole gradients."""
@@ -208,10 +220,15 @@ class _ShardedUpdate:
             bucket_bytes: bytes that are gathered at a time.
         """
         own = [i for i, piece in enumerate(self.own) if piece is not None]
-        gradients = [self._own_gradient(i) for i in own]
+        gradients = [self._own_gradient(i) for i in own if i < self.updated]
         variables = [self.variables[i] for i in own]
         with tf.control_dependencies([self.batch.weight]):
-            values = [self._own_value(i, g) for i, g in zip(own, gradients, strict=True)]
+            values = [
+                self._own_value(i, g)
+                for i, g in zip(
+                    own, [*gradients, *[None] * (len(own) - len(gradients))], strict=True
+                )
+            ]
 
         def updated() -> list[_types.Tensor]:
             # The optimizer's counter would not depend on the gradients otherwise.
@@ -248,7 +265,11 @@ class _ShardedUpdate:
     def _gather(self, new: dict[int, _types.Tensor], bucket_bytes: int) -> None:
         """Gives all replicas the new values of the weights."""
         overwrites = self.state.optimizer.use_ema and self.state.optimizer.ema_overwrite_frequency
-        changed = [i for i, g in enumerate(self.local.gradients) if g is not None or overwrites]
+        changed = [
+            i
+            for i in range(len(self.variables))
+            if overwrites or (i < self.updated and self.local.gradients[i] is not None)
+        ]
         dtypes = {tf.as_dtype(v.dtype) for v in self.variables}
         for dtype in sorted(dtypes, key=lambda dtype: dtype.name):
             group = [i for i in changed if tf.as_dtype(self.variables[i].dtype) == dtype]
