@@ -343,6 +343,22 @@ def test_an_update_of_some_weights_averages_all(frequency, float64):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
+def test_check_equivalence_compares_with_an_optimizer_that_is_not_divided(float64):
+    expected = plain("adam")[1]
+    model = sharded("mirrored_2", "adam")
+    fit(model, epochs=1)
+    before = state(model)
+    batch = keras.tree.map_structure(lambda v: v[:7], data())
+    report = tfbig.check_equivalence(model, *batch)
+    assert report.is_equivalent, report
+    for a, b in zip(state(model), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(isinstance(v, ShardedVariable) for v in model.optimizer.variables)
+    fit(model, epochs=1)
+    for a, b in zip(state(model), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
 # --- Files, and state that is divided or put together later ------------------------
 
 

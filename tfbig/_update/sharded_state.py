@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import keras
 import tensorflow as tf
@@ -12,7 +13,7 @@ from tfbig import _keras, _log, _types, errors
 from tfbig.distribute import _pieces
 from tfbig.distribute._pieces import Piece
 
-__all__ = ("ShardedState", "divide", "is_divided", "make_whole", "state_of")
+__all__ = ("ShardedState", "divide", "is_divided", "make_whole", "state_of", "undivided")
 
 _ATTRIBUTE = "_tfbig_sharded_state"
 
@@ -161,3 +162,20 @@ def make_whole(optimizer: _types.Optimizer) -> None:
         if optimizer.built:
             state.give_back()
         del vars(optimizer)[_ATTRIBUTE], vars(optimizer)["build"]
+
+
+@contextlib.contextmanager
+def undivided(model: keras.Model) -> Iterator[None]:
+    """Within it, the state of a model's optimizer is not divided."""
+    optimizer = model.optimizer
+    state = state_of(optimizer)
+    if state is None:
+        yield
+        return
+    make_whole(optimizer)
+    try:
+        yield
+    finally:
+        divide(optimizer, state.strategy)
+        # It had the pieces of before.
+        model._rebuild_step()

@@ -11,7 +11,7 @@ import tensorflow as tf
 from numpy import typing as npt
 
 from tfbig import _keras, _types
-from tfbig._update import accumulators, train_step
+from tfbig._update import accumulators, sharded_state, train_step
 from tfbig.equivalence import _deviations
 from tfbig.equivalence._deviations import Arrays, root_mean_square
 from tfbig.equivalence._report import Deviation
@@ -104,12 +104,11 @@ class Trainings:
             tolerance,
         )
 
-        runs = (
-            self._changes(slots, self._whole),
-            self._changes(slots, self._cut),
-            self._changes(slots, self._whole, epsilon),
-        )
-        of_weights, of_slots = zip(*runs, strict=True)
+        with sharded_state.undivided(self.model):
+            of_whole = self._changes(slots, self._whole)
+            of_rounded = self._changes(slots, self._whole, epsilon)
+        of_cut = self._changes(slots, self._cut)
+        of_weights, of_slots = zip(of_whole, of_cut, of_rounded, strict=True)
         found += _deviations.of_changes("weight", self.weights, *of_weights, tolerance)
         found += _deviations.of_changes("optimizer", slots, *of_slots, tolerance)
         return found
