@@ -297,6 +297,34 @@ def test_a_constraint_looks_at_the_whole_variable(float64):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
+class Overwriting(layers.Layer):
+    """A weight whose gradient is its new value, as those of float8 quantization."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 2), initializer="ones", name="kernel")
+        self.history = self.add_weight(shape=(7,), initializer="ones", name="history")
+        self.history.overwrite_with_gradient = True
+
+    def call(self, x):
+        return keras.ops.matmul(x, self.kernel) * keras.ops.mean(self.history)
+
+
+def test_a_weight_whose_gradient_is_its_value_is_whole(float64):
+    def train(base, **options):
+        model = base([keras.Input((3,)), Overwriting()], **options)
+        model.compile(OPTIMIZERS["adam"](), "mse")
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
+        return state(model)
+
+    expected = train(keras.Sequential)
+    with make_strategy("mirrored_2").scope():
+        found = train(tfbig.Sequential, shard="optimizer", gradient_accumulation_steps=2)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("frequency", [None, 3])
 def test_an_update_of_some_weights_averages_all(frequency, float64):
     class Plain(keras.Sequential):

@@ -84,8 +84,14 @@ class ShardedState:
 
     def _divide(self, variables: list[keras.Variable]) -> None:
         number = self.strategy.num_replicas_in_sync
-        # A constraint looks at all of its variable.
-        is_whole = [not self._is_elementwise or v.constraint is not None for v in variables]
+        # A constraint looks at all of its variable, and Keras assigns all of one whose gradient
+        # is its new value.
+        is_whole = [
+            not self._is_elementwise
+            or v.constraint is not None
+            or self.optimizer._overwrite_variable_with_gradient(v)
+            for v in variables
+        ]
         sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables]
         owned = [i for i, whole in enumerate(is_whole) if whole]
         owners = dict(
@@ -103,7 +109,7 @@ class ShardedState:
             if not owned
             else f"each variable on one of them, since {name} looks at whole variables"
             if len(owned) == len(variables)
-            else f"in equal chunks, but for {len(owned)} variables with a constraint, each on one"
+            else f"in equal chunks, but for {len(owned)} that must be whole, each on one"
         )
         _log.logger().info("tfbig: the state of %s lies on %d replicas, %s", name, number, how)
 
