@@ -325,6 +325,27 @@ def test_a_weight_whose_gradient_is_its_value_is_whole(float64):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("swaps_on_epoch", [False, True])
+def test_keras_swaps_weights_and_averages(swaps_on_epoch, float64):
+    def train(base, **options):
+        keras.utils.set_random_seed(2)
+        model = base([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)], **options)
+        model.compile(keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5), "mse")
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        history = model.fit(
+            x, y, batch_size=10, epochs=3, shuffle=False, verbose=0, validation_data=(x, y),
+            callbacks=[keras.callbacks.SwapEMAWeights(swaps_on_epoch)],
+        ).history  # fmt: skip
+        return [*state(model), history["val_loss"]]
+
+    expected = train(keras.Sequential)
+    with make_strategy("mirrored_2").scope():
+        found = train(tfbig.Sequential, shard="optimizer")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("frequency", [None, 3])
 def test_an_update_of_some_weights_averages_all(frequency, float64):
     class Plain(keras.Sequential):

@@ -402,3 +402,34 @@ def _backend_apply_gradients(self: TFOptimizer, gradients: object, variables: ob
 
 
 TFOptimizer._backend_apply_gradients = _backend_apply_gradients
+
+
+_swap_of_keras = keras.callbacks.SwapEMAWeights._tf_swap_variables
+
+
+def _swap_averages(self: keras.callbacks.SwapEMAWeights, optimizer: _types.Optimizer) -> None:
+    averages = optimizer._model_variables_moving_average
+    if not any(isinstance(v, ShardedVariable) for v in averages):
+        _swap_of_keras(self, optimizer)
+        return
+    for weight, average in zip(optimizer._trainable_variables, averages, strict=True):
+        if average is not None:
+            kept, mean = _variables.values_of([weight, average])
+            _variables.assign_all([weight, average], [mean, kept])
+
+
+_finalize_of_keras = keras.callbacks.SwapEMAWeights._tf_finalize_ema_values
+
+
+def _finalize_averages(self: keras.callbacks.SwapEMAWeights, optimizer: _types.Optimizer) -> None:
+    averages = optimizer._model_variables_moving_average
+    if not any(isinstance(v, ShardedVariable) for v in averages):
+        _finalize_of_keras(self, optimizer)
+        return
+    for weight, average in zip(optimizer._trainable_variables, averages, strict=True):
+        if average is not None:
+            _variables.assign_all([average], _variables.values_of([weight]))
+
+
+keras.callbacks.SwapEMAWeights._tf_swap_variables = _swap_averages
+keras.callbacks.SwapEMAWeights._tf_finalize_ema_values = _finalize_averages
