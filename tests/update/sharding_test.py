@@ -601,6 +601,16 @@ def test_an_optimizer_that_is_not_built_is_refused():
         model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
 
 
+def test_a_loss_that_depends_on_no_weight_is_refused():
+    with make_strategy("mirrored_2").scope():
+        x = keras.Input((2,))
+        outputs = layers.Lambda(tf.stop_gradient)(layers.Dense(1)(x))
+        model = tfbig.Model(x, outputs, shard="optimizer")
+        model.compile("adam", "mse")
+    with pytest.raises(ValueError, match="No gradients provided"):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+
 class HeldBack(keras.optimizers.Adam):
     """Looks at the norm of a variable, so it must not see a part of it."""
 

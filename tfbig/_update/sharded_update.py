@@ -45,6 +45,9 @@ def exchange_and_apply(
         bucket_bytes: see `apply.apply_gradients`.
         stop_request: see `exchange.all_reduce_accumulated`.
     """
+    if all(g is None for g in local.gradients):
+        # As Keras does, which here sees the gradients of one replica's pieces.
+        raise ValueError("No gradients provided for any variable.")
     # The rows of tables go to all replicas, as does what all must know.
     rest = dataclasses.replace(
         local, gradients=[None if _is_dense(g) else g for g in local.gradients]
