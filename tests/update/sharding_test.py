@@ -458,6 +458,21 @@ def test_state_is_divided_and_put_together_in_the_course_of_training(float64):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
+def test_a_saved_model_has_the_whole_state(tmp_path):
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential([keras.Input((3,)), layers.Dense(4)], shard="optimizer")
+        model.compile("adam", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 4)), verbose=0)
+    tf.saved_model.save(model, str(tmp_path / "saved"))
+    saved = tf.train.load_checkpoint(str(tmp_path / "saved" / "variables" / "variables"))
+    values = [saved.get_tensor(name) for name in saved.get_variable_to_shape_map()]
+    for variable in model.optimizer.variables:
+        if isinstance(variable, ShardedVariable):
+            assert any(np.array_equal(variable.numpy(), value) for value in values)
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    assert loaded is not None
+
+
 class Sharding(keras.callbacks.Callback):
     """Sets `shard` after some updates."""
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable, UninitializedVariable
 
 from tfbig import _types, errors
 from tfbig._keras import collectives
@@ -177,11 +177,20 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     def _export_to_saved_model_graph(
         self, object_map: dict[object, object], *args: object, **kwargs: object
     ) -> list[object]:
-        with tf.init_scope():
-            whole = tf.Variable(self.numpy(), name=self.name)
-        resources: list[object] = whole._export_to_saved_model_graph(object_map, *args, **kwargs)
-        object_map[self] = object_map[whole]
-        return resources
+        # Without a value, which is in the files of variables: this runs in a graph.
+        object_map[self] = UninitializedVariable(
+            shape=self.shape, dtype=self._dtype, trainable=False, name=self.name
+        )
+        return []
+
+    def _write_object_proto(self, proto: Any, options: object) -> None:  # Any: of TensorFlow.
+        del options
+        described = proto.variable
+        described.SetInParent()
+        described.name = self.name
+        described.trainable = False
+        described.dtype = tf.as_dtype(self._dtype).as_datatype_enum
+        described.shape.CopyFrom(tf.TensorShape(self.shape).as_proto())
 
     def __repr__(self) -> str:
         # Without the value, for which all workers would be needed.
