@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import gc
 import math
 import random
 import time
+import weakref
 
 import keras
 import numpy as np
@@ -471,6 +473,25 @@ def test_a_saved_model_has_the_whole_state(tmp_path):
             assert any(np.array_equal(variable.numpy(), value) for value in values)
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
     assert loaded is not None
+
+
+def test_state_that_is_put_together_leaves_no_pieces():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential([keras.Input((3,)), layers.Dense(4)], shard="optimizer")
+        model.compile("adam", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 4)), verbose=0)
+    pieces = [
+        weakref.ref(piece)
+        for v in model.optimizer.variables
+        if isinstance(v, ShardedVariable)
+        for piece in v.pieces.values()
+    ]
+    assert len(pieces) == 8
+    model.shard = None
+    model.train_function = None
+    gc.unfreeze()
+    gc.collect()
+    assert not any(piece() is not None for piece in pieces)
 
 
 class Sharding(keras.callbacks.Callback):

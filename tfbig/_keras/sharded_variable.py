@@ -78,6 +78,10 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
         # What Keras reads past `value`.
         self._value = None
 
+    def give_up_pieces(self) -> None:
+        """Frees the memory of the pieces; the variable then has no value."""
+        del self._spans, self._strategy, self._parts
+
     @property
     def key(self) -> str:
         """What optimizers know the variable by."""

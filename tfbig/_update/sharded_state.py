@@ -78,6 +78,7 @@ class ShardedState:
         """Gives every replica all of the state again, a part at a time."""
         for _, variable in _keras.sharded_optimizer.state_of(self.optimizer):
             value = variable.numpy()
+            variable.give_up_pieces()
             variable.__class__ = keras.Variable
             with self.strategy.scope():
                 variable._initialize(tf.constant(value))
