@@ -511,6 +511,15 @@ class Sharding(keras.callbacks.Callback):
 # --- Bad input -----------------------------------------------------------------------
 
 
+def test_it_can_be_set_before_compile():
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+        model.shard = None
+        model.compile("adam", "mse")
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    assert not any(isinstance(v, ShardedVariable) for v in model.optimizer.variables)
+
+
 def test_values_are_checked():
     with pytest.raises(tfbig.errors.InvalidOptionError, match="shard='optimiser'"):
         tfbig.Sequential([layers.Dense(1)], shard="optimiser")

@@ -72,7 +72,8 @@ def optimizers_of(model: keras.Model) -> list[tuple[str, _types.Optimizer]]:
         return [value]
 
     found: dict[int, tuple[str, _types.Optimizer]] = {}
-    if model.optimizer is not None:
+    # A model that was never compiled has no such attribute.
+    if getattr(model, "optimizer", None) is not None:
         found[id(model.optimizer)] = "", model.optimizer
     for name, value in sorted(vars(model).items()):
         for i, leaf in enumerate(leaves(name, value)):
