@@ -550,8 +550,14 @@ def test_an_optimizer_that_copies_variables_is_refused():
     with make_strategy("mirrored_2").scope():
         model = tfbig.Sequential([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
         model.compile(keras.optimizers.ScheduleFreeAdamW(), "mse")
-    with pytest.raises(tfbig.errors.InvalidOptionError, match=r"ScheduleFreeAdamW.*copies"):
-        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+    for _ in range(2):
+        with pytest.raises(tfbig.errors.InvalidOptionError, match=r"ScheduleFreeAdamW.*copies"):
+            model.fit(x, y, verbose=0)
+    # The optimizer is as it was.
+    model.shard = None
+    model.fit(x, y, verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 1
 
 
 class OwnClipping(keras.optimizers.SGD):
@@ -566,6 +572,15 @@ class OwnUpdate(keras.optimizers.SGD):
         norm = keras.ops.sqrt(sum(keras.ops.sum(keras.ops.square(g)) for g in gradients))
         gradients = [g / norm for g in gradients]
         super()._backend_update_step(gradients, variables, learning_rate)
+
+
+class OwnDecay(keras.optimizers.SGD):
+    """Looks at all weights."""
+
+    def _apply_weight_decay(self, variables):
+        norm = sum(keras.ops.sum(keras.ops.square(v)) for v in variables)
+        for variable in variables:
+            self.assign_sub(variable, 0.1 * norm * variable)
 
 
 class AddingUp(keras.optimizers.SGD):
@@ -602,6 +617,7 @@ class InDictionary(keras.optimizers.SGD):
     ("optimizer", "message"),
     [
         (OwnUpdate, r"OwnUpdate.*_backend_update_step"),
+        (OwnDecay, r"OwnDecay.*_apply_weight_decay"),
         (AddingUp, r"AddingUp.*assigns adding_up\S*/total"),
         (InDictionary, r"InDictionary.*kernel_mean is in none"),
     ],
@@ -644,6 +660,90 @@ def test_an_optimizer_that_is_not_built_is_refused():
         model.second = keras.optimizers.Adam()
     with pytest.raises(tfbig.errors.InvalidOptionError, match=r"must be built.*Adam"):
         model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+
+class Duel(tfbig.Model):
+    """Two networks, each with an optimizer of its own."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.networks = [layers.Dense(3, "tanh"), layers.Dense(3, "tanh")]
+        for network in self.networks:
+            network.build((None, 3))
+
+    def call(self, x):
+        return self.networks[0](x)
+
+    def compile_both(self, optimizers):
+        self.compile(optimizers[0])
+        self.second = optimizers[1]
+        for optimizer, network in zip(optimizers, self.networks, strict=True):
+            optimizer.build(network.trainable_variables)
+
+    def train_step(self, data):
+        losses = {}
+        for i, optimizer in enumerate(self.applied()):
+            accumulated = tfbig.accumulate_gradients(
+                lambda x, i=i: (
+                    tf.reduce_mean((self.networks[i](x) - self.networks[1 - i](x)) ** 2) * (-1) ** i
+                ),
+                self.networks[i].trainable_variables,
+                data,
+                gradient_accumulation_steps=self.gradient_accumulation_steps or 1,
+            )
+            losses[f"loss_{i}"] = tfbig.apply_gradients(optimizer, accumulated).loss
+        return losses
+
+    def applied(self):
+        return self.optimizer, self.second
+
+
+def duel(strategy, weights=None, cls=Duel, **options):
+    with make_strategy(strategy).scope():
+        model = cls(**options)
+        if weights is not None:
+            model.set_weights(weights)
+        model.compile_both([OPTIMIZERS["adam"](), OPTIMIZERS["muon"]()])
+    return model
+
+
+def test_two_optimizers_of_an_own_step_are_divided(float64):
+    x = np.random.default_rng(0).normal(size=(13, 3))
+    whole = duel("default")
+    model = duel(
+        "mirrored_2", whole.get_weights(), shard="optimizer", gradient_accumulation_steps=2
+    )
+    for trained in (whole, model):
+        trained.fit(x, batch_size=6, epochs=2, shuffle=False, verbose=0)
+    for optimizer in model.applied():
+        assert any(isinstance(v, ShardedVariable) for v in optimizer.variables)
+    pairs = [
+        (model.weights, whole.weights),
+        *(
+            (a.variables, b.variables)
+            for a, b in zip(model.applied(), whole.applied(), strict=True)
+        ),
+    ]
+    for found, expected in pairs:
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_an_optimizer_that_the_model_does_not_hold_is_refused():
+    kept = []
+
+    class Hidden(Duel):
+        def compile_both(self, optimizers):
+            super().compile_both(optimizers)
+            kept.append(self.second)
+            del self.second
+
+        def applied(self):
+            return self.optimizer, kept[0]
+
+    model = duel("mirrored_2", cls=Hidden, shard="optimizer")
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="shard='optimizer'"):
+        model.fit(np.ones((4, 3)), batch_size=4, verbose=0)
 
 
 def test_a_loss_that_depends_on_no_weight_is_refused():

@@ -77,6 +77,9 @@ def refuse_unsupported(optimizer: _types.Optimizer) -> None:
         # Its scalar depends on the number of the update alone.
         and getattr(cls, name) is not getattr(keras.optimizers.Nadam, name)
     ]
+    if cls._apply_weight_decay.__module__.split(".")[0] != "keras":
+        # It is given all weights; each replica would see only its own.
+        changed.append("_apply_weight_decay")
     if changed:
         raise errors.InvalidOptionError(
             "`shard` needs an optimizer that updates variables in `update_step` alone. Received: "
@@ -146,7 +149,15 @@ def build_divided(
     vars(optimizer)["add_variable"] = add_later
     try:
         build()
-    except _ReadInBuildError:
+        refuse_state_in_no_list(optimizer)
+    except (_ReadInBuildError, errors.InvalidOptionError) as e:
+        # As it was, so that it can be built without `shard`.
+        for variable in later:
+            optimizer._untrack_variable(variable)
+        optimizer._trainable_variables_indices.clear()
+        optimizer.built = False
+        if isinstance(e, errors.InvalidOptionError):
+            raise
         raise errors.InvalidOptionError(
             "`shard` needs an optimizer that makes its state in `build` without reading it. "
             f"Received: {type(optimizer).__name__}, which copies variables in `build`. Use "
@@ -160,12 +171,10 @@ def build_divided(
         if id(variable) in owners:
             variable.__class__ = ShardedVariable
             place(owners[id(variable)], variable, initial)
-        elif not tuple(variable.shape):
-            # Of the optimizer as a whole: each replica has it.
+        else:
+            # A scalar of the optimizer as a whole: each replica has it.
             variable.__class__ = keras.Variable
             variable._initialize(initial)
-        else:
-            raise _in_no_list(optimizer, variable)
 
 
 def refuse_state_in_no_list(optimizer: _types.Optimizer) -> None:
@@ -173,16 +182,11 @@ def refuse_state_in_no_list(optimizer: _types.Optimizer) -> None:
     owners = _weights_of_state(optimizer)
     for variable in optimizer.variables:
         if id(variable) not in owners and tuple(variable.shape):
-            raise _in_no_list(optimizer, variable)
-
-
-def _in_no_list(
-    optimizer: _types.Optimizer, variable: _types.KerasVariable
-) -> errors.InvalidOptionError:
-    return errors.InvalidOptionError(
-        "`shard` needs an optimizer that keeps its state in lists with an entry for each weight. "
-        f"Received: {type(optimizer).__name__}, whose {variable.path} is in none. Use shard=None."
-    )
+            raise errors.InvalidOptionError(
+                "`shard` needs an optimizer that keeps its state in lists with an entry for each "
+                f"weight. Received: {type(optimizer).__name__}, whose {variable.path} is in none. "
+                "Use shard=None."
+            )
 
 
 def _weights_of_state(optimizer: _types.Optimizer) -> dict[int, int]:

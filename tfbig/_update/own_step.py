@@ -58,6 +58,8 @@ def applies(
         "shard": is_sharded,
     }
     _use(*(name for name, is_passed in passed.items() if is_passed))
+    if not is_sharded:
+        _use("an undivided optimizer")
 
 
 def warn_of_jit_compile(model: keras.Model) -> None:
@@ -74,6 +76,9 @@ def _unused(model: StepOptions, uses: set[str]) -> dict[str, Any]:
     """The options that the step ignores, with their values."""
     if "everything" in uses:
         return {}
+    if "an undivided optimizer" in uses:
+        # One of several, which the model does not hold.
+        uses = uses - {"shard"}
     used = uses | ({"loss_scale"} if {"scaled", "unscaled"} <= uses else set())
     return {name: value for name, value in model._asked_options().items() if name not in used}
 
