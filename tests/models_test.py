@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 import tfbig
+from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig import errors
 
@@ -692,8 +693,16 @@ def test_extend_of_an_extended_model_changes_options():
     assert (again.micro_batch_size, model.micro_batch_size) == (3, 2)
 
 
-@on_strategies
-@pytest.mark.parametrize("make", [functional, sequential, lambda cls: PlainNet()])
+@in_turn(
+    {
+        "make": {
+            "functional": functional,
+            "sequential": sequential,
+            "subclassed": lambda cls: PlainNet(),
+        },
+        "name": ["mirrored_2", "default"],
+    }
+)
 def test_extend_of_a_trained_model_continues_it(name, make, float64):
     def trained(name):
         keras.backend.clear_session()
@@ -804,8 +813,7 @@ def test_extended_classes_keep_the_signature_of_compile():
         assert inspect.signature(extended.compile) == inspect.signature(cls.compile)
 
 
-@on_strategies
-@pytest.mark.parametrize("arguments", [(), ("auto",), ("sgd", "mse")], ids=str)
+@in_turn({"arguments": [(), ("auto",), ("sgd", "mse")], "name": ["default", "mirrored_2"]})
 def test_extended_classes_keep_the_defaults_of_compile(name, arguments, tmp_path, float64):
     plain = sequential(OwnDefaults)
     plain.compile(*arguments, metrics=["mse"])
@@ -964,8 +972,12 @@ def test_export(kind, tmp_path):
     np.testing.assert_allclose(served, model.predict(X, verbose=0), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["functional", "sequential", "extended_functional"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@in_turn(
+    {
+        "kind": ["functional", "sequential", "extended_functional"],
+        "duplicate": {"copy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))},
+    }
+)
 def test_copies_are_models_of_their_own(kind, duplicate):
     model = compiled(MODELS[kind][0]())
     fit(model)
