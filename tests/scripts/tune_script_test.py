@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests.scripts import forked
+
 TUNE = pathlib.Path(__file__).parents[2] / "scripts" / "tune.py"
 TINY = ("--epochs=1", "--threads=1")
 
@@ -39,6 +41,12 @@ def finish(process):
 
 def run(*arguments, **options):
     return finish(start(*arguments, **options))
+
+
+def run_forked(*arguments):
+    """The same in a process that need not import TensorFlow."""
+    done = forked.run(TUNE, *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def trials(output):
@@ -76,12 +84,12 @@ def test_a_search_goes_on_and_is_not_another(search):
     path = search[0]
     report = path.parent / "other.html"
     arguments = (f"--output_dir={path}", f"--report={report}")
-    code, stdout, _ = run("--max_trials=3", *TINY, *arguments)
+    code, stdout, _ = run_forked("--max_trials=3", *TINY, *arguments)
     assert code == 0
     assert trials(stdout) == ["0002"]
     assert "<td>0002</td>" in report.read_text()
     # What was there is refused to another search.
-    code, stdout, stderr = run("--tuner=grid", *TINY, *arguments)
+    code, stdout, stderr = run_forked("--tuner=grid", *TINY, *arguments)
     assert (code, stdout) == (2, "")
     (line,) = stderr.splitlines()
     assert "created by a different search" in line
@@ -175,7 +183,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 def test_a_password_is_not_printed(tmp_path):
     # Nothing listens at port 1.
     storage = "--storage=postgresql://user:s3cret@127.0.0.1:1/db"
-    code, stdout, stderr = run(storage, *TINY, f"--output_dir={tmp_path}")
+    code, stdout, stderr = run_forked(storage, *TINY, f"--output_dir={tmp_path}")
     assert (code, stdout) == (2, "")
     (line,) = stderr.splitlines()
     assert "s3cret" not in line
