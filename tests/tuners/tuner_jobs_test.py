@@ -75,7 +75,6 @@ def assert_each_once(result, kind, trials=None):
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
-        ("grid", 10),
         ("hyperband", 10),
         *(pytest.param(kind, 40, marks=slow) for kind in KINDS),
     ],
