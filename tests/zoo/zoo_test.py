@@ -7,7 +7,8 @@ though not in their state. Weights, optimizer variables and history must agree. 
 is saved, loaded and trained further.
 
 Tracing takes nearly all of the time. So plain Keras runs eagerly. A program is only split, or
-the split and the replicated run use one optimizer each, in turn. `--slow` runs all combinations.
+the split and the replicated run use one optimizer each, in turn; every second pair of programs has
+its optimizer's state divided over the replicas. `--slow` runs all combinations.
 
 `TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` stores docs/zoo.md.
 """
@@ -55,13 +56,13 @@ def each(programs):
     return pytest.mark.parametrize("program", programs, ids=lambda p: p.name)
 
 
-def deviation(program, optimizer, strategy, directory=None):
+def deviation(program, optimizer, strategy, directory=None, shard=None):
     """Deviation of a split program from plain Keras; given a directory, also of the loaded one."""
     kept = page.FOUND[program.name]
     keras.backend.clear_session()
     plain = trained.plain(program.name, optimizer, directory)
     keras.backend.clear_session()
-    options = {"gradient_accumulation_steps": STEPS[strategy]}
+    options = {"gradient_accumulation_steps": STEPS[strategy]} | ({"shard": shard} if shard else {})
     with make_strategy(strategy).scope():
         training = trained.Training(program, optimizer, plain.initial, **options)
         found = training.run().deviation(plain.result)
@@ -74,20 +75,22 @@ def deviation(program, optimizer, strategy, directory=None):
 
 
 def turns(program):
-    """The optimizers for the split program and for the one on two replicas."""
+    """The optimizers for the split program and for the one on two replicas, and `shard` of that."""
     if not program.is_on_replicas:
-        return program.adaptive, None
+        return program.adaptive, None, None
     pairs = [program.adaptive, "sgd"]
-    on_replicas = [p.name for p in EXACT if p.is_on_replicas]
-    return pairs if on_replicas.index(program.name) % 2 else pairs[::-1]
+    index = [p.name for p in EXACT if p.is_on_replicas].index(program.name)
+    return *(pairs if index % 2 else pairs[::-1]), "optimizer" if index % 4 < 2 else None
 
 
 @each(EXACT)
 def test_program_trains_as_in_plain_keras(program, tmp_path):
-    on_one_device, on_replicas = turns(program)
+    on_one_device, on_replicas, shard = turns(program)
     found = {f"{on_one_device}, split": deviation(program, on_one_device, "default", tmp_path)}
     if program.is_on_replicas:
-        found[f"{on_replicas}, 2 replicas"] = deviation(program, on_replicas, "mirrored_2")
+        found[f"{on_replicas}, 2 replicas"] = deviation(
+            program, on_replicas, "mirrored_2", shard=shard
+        )
     assert not {k: d for k, d in found.items() if d > program.tolerance}
 
 
@@ -98,8 +101,12 @@ def test_program_trains_as_in_plain_keras(program, tmp_path):
 @each(EXACT)
 @pytest.mark.parametrize("strategy", ["default", "mirrored_2", "mirrored_4"])
 def test_program_trains_as_in_plain_keras_with_both_optimizers(program, strategy):
-    found = {o: deviation(program, o, strategy) for o in (program.adaptive, "sgd")}
-    assert not {o: d for o, d in found.items() if d > program.tolerance}
+    found = {
+        (optimizer, shard): deviation(program, optimizer, strategy, shard=shard)
+        for optimizer in (program.adaptive, "sgd")
+        for shard in (None, "optimizer" if strategy != "default" else None)
+    }
+    assert not {k: d for k, d in found.items() if d > program.tolerance}
 
 
 @each(INEXACT)
