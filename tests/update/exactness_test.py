@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from keras import layers
 
 import tfbig
+from tests.combinations import pairwise
 from tests.conftest import STRATEGIES, make_strategy
 
 # All values are of order 1 and 64 samples are summed in another order, some updates
@@ -528,40 +529,6 @@ def vector_add_loss(rng, n):
 
 
 # --- Combinations ------------------------------------------------------------
-
-
-def pairwise(**dimensions):
-    """A list of combinations in which every pair of values of two dimensions occurs.
-
-    Greedy: takes a pair that is missing, then the values that make up most missing
-    pairs with it.
-    """
-    names = list(dimensions)
-    pairs = itertools.combinations(names, 2)
-    # A dictionary, for its order: the list must be the same in every process.
-    missing = dict.fromkeys(
-        frozenset(pair)
-        for a, b in pairs
-        for pair in itertools.product(
-            [(a, value) for value in dimensions[a]], [(b, value) for value in dimensions[b]]
-        )
-    )
-    rows, counts = [], dict.fromkeys(((n, v) for n in names for v in dimensions[n]), 0)
-    while missing:
-        chosen = dict(next(iter(missing)))
-        for name in sorted(set(names) - set(chosen), key=names.index):
-
-            def gain(value, name=name, chosen=chosen):
-                new = sum(frozenset([(name, value), c]) in missing for c in chosen.items())
-                return new, -counts[name, value]
-
-            chosen[name] = max(dimensions[name], key=gain)
-        for pair in itertools.combinations(chosen.items(), 2):
-            missing.pop(frozenset(pair), None)
-        for item in chosen.items():
-            counts[item] += 1
-        rows.append(tuple(chosen[name] for name in names))
-    return rows
 
 
 COMBINATIONS = pairwise(

@@ -17,6 +17,7 @@ from keras import layers
 import tfbig
 from tests.conftest import make_strategy
 from tfbig._keras.sharded_variable import ShardedVariable
+from tfbig._update import sharded_state
 
 TOLERANCE = 1e-10
 STRATEGIES = ("mirrored_2", "mirrored_4")
@@ -150,6 +151,8 @@ def sharded(strategy, optimizer, arguments=None, **options):
         )
         model.set_weights(initial_weights())
         compile_model(model, optimizer, **arguments or {})
+    # All numbers would be the same without it.
+    assert sharded_state.is_divided(model.optimizer)
     return model
 
 
@@ -278,25 +281,37 @@ def test_an_overflow_of_half_precision_raises():
         model.fit(np.full((4, 1), 1e6), np.ones((4, 1)), batch_size=4, verbose=0)
 
 
-def test_a_constraint_looks_at_the_whole_variable(float64):
+def assert_small_model_trains_as_plain(between, optimizer):
+    """Compares a model of three inputs and two outputs with plain Keras, weights and state.
+
+    Args:
+        between: Function that returns its layers.
+        optimizer: Function that returns its optimizer.
+    """
+
     def train(base, **options):
         keras.utils.set_random_seed(2)
-        constraint = keras.constraints.MaxNorm(0.5, axis=0)
-        model = base(
-            [keras.Input((3,)), layers.Dense(6, kernel_constraint=constraint), layers.Dense(2)],
-            **options,
-        )
-        model.compile(OPTIMIZERS["adam"](), "mse")
+        model = base([keras.Input((3,)), *between()], **options)
+        model.compile(optimizer(), "mse")
         rng = np.random.default_rng(0)
         x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
         model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
-        return state(model)
+        return model
 
     expected = train(keras.Sequential)
     with make_strategy("mirrored_2").scope():
         found = train(tfbig.Sequential, shard="optimizer", gradient_accumulation_steps=2)
-    for a, b in zip(found, expected, strict=True):
+    assert sharded_state.is_divided(found.optimizer)
+    for a, b in zip(state(found), state(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_a_constraint_looks_at_the_whole_variable(float64):
+    def constrained():
+        constraint = keras.constraints.MaxNorm(0.5, axis=0)
+        return layers.Dense(6, kernel_constraint=constraint), layers.Dense(2)
+
+    assert_small_model_trains_as_plain(constrained, OPTIMIZERS["adam"])
 
 
 class Overwriting(layers.Layer):
@@ -312,19 +327,7 @@ class Overwriting(layers.Layer):
 
 
 def test_a_weight_whose_gradient_is_its_value_is_whole(float64):
-    def train(base, **options):
-        model = base([keras.Input((3,)), Overwriting()], **options)
-        model.compile(OPTIMIZERS["adam"](), "mse")
-        rng = np.random.default_rng(0)
-        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
-        model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
-        return state(model)
-
-    expected = train(keras.Sequential)
-    with make_strategy("mirrored_2").scope():
-        found = train(tfbig.Sequential, shard="optimizer", gradient_accumulation_steps=2)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    assert_small_model_trains_as_plain(lambda: [Overwriting()], OPTIMIZERS["adam"])
 
 
 @pytest.mark.parametrize("swaps_on_epoch", [False, True])
@@ -772,20 +775,9 @@ def test_an_optimizer_that_clips_in_its_own_way_is_refused():
 
 
 def test_an_unknown_optimizer_has_whole_variables(float64):
-    def train(base, **options):
-        keras.utils.set_random_seed(2)
-        model = base([keras.Input((3,)), layers.Dense(6), layers.Dense(2)], **options)
-        model.compile(HeldBack(0.1), "mse")
-        rng = np.random.default_rng(0)
-        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
-        model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
-        return state(model)
-
-    expected = train(keras.Sequential)
-    with make_strategy("mirrored_2").scope():
-        found = train(tfbig.Sequential, shard="optimizer")
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    assert_small_model_trains_as_plain(
+        lambda: [layers.Dense(6), layers.Dense(2)], lambda: HeldBack(0.1)
+    )
 
 
 def test_only_tfbigs_update_applies_divided_state():

@@ -24,6 +24,7 @@ from tests import job
 from tests.conftest import make_strategy
 from tests.zoo import page, program, trained
 from tests.zoo.program import PROGRAMS
+from tfbig._update import sharded_state
 
 program.load()
 
@@ -66,6 +67,10 @@ def deviation(program, optimizer, strategy, directory=None, shard=None):
     with make_strategy(strategy).scope():
         training = trained.Training(program, optimizer, plain.initial, **options)
         found = training.run().deviation(plain.result)
+        if shard is not None:
+            optimizers = [getattr(training.model, name) for name in program.optimizers]
+            # All numbers would be the same without it.
+            assert all(sharded_state.is_divided(o) for o in optimizers)
         if directory is not None:
             training.reload(directory)
             assert training.model.gradient_accumulation_steps == STEPS[strategy]

@@ -25,10 +25,14 @@ __all__ = (
     "apply_to_pieces",
     "build_divided",
     "clip_by_norm",
+    "clip_by_value",
+    "index_of",
     "is_elementwise",
+    "is_overwritten",
     "refuse_state_in_no_list",
     "refuse_unsupported",
     "state_of",
+    "weights_of",
 )
 
 # Optimizers that treat each element by itself, by the class that has the update.
@@ -87,6 +91,37 @@ def refuse_unsupported(optimizer: _types.Optimizer) -> None:
         )
 
 
+# --- What Keras's optimizers know ------------------------------------------------------
+
+
+def weights_of(optimizer: _types.Optimizer) -> list[_types.KerasVariable]:
+    """The weights that an optimizer was built on; none before that."""
+    return list(optimizer._trainable_variables)
+
+
+def index_of(optimizer: _types.Optimizer, variable: _types.KerasVariable) -> int:
+    """The index of a weight among those of `weights_of`."""
+    return int(optimizer._get_variable_index(variable))
+
+
+def is_overwritten(optimizer: _types.Optimizer, variable: _types.KerasVariable) -> bool:
+    """Whether the gradient of a weight is its new value."""
+    return bool(optimizer._overwrite_variable_with_gradient(variable))
+
+
+def clip_by_norm(optimizer: _types.Optimizer, rows: tf.IndexedSlices) -> tf.IndexedSlices:
+    """Rows clipped as the optimizer's `clipnorm` says."""
+    return optimizer._clip_by_norm(rows)
+
+
+def clip_by_value(
+    optimizer: _types.Optimizer, gradients: list[_types.Gradient]
+) -> list[_types.Gradient]:
+    """Gradients, or pieces of them, clipped as the optimizer's `clipvalue` says."""
+    clipped: list[_types.Gradient] = optimizer._clip_gradients(gradients)
+    return clipped
+
+
 # --- State ---------------------------------------------------------------------------
 
 
@@ -109,7 +144,7 @@ class _ReadInBuildError(Exception):
 def build_divided(
     optimizer: _types.Optimizer,
     build: Callable[[], object],
-    place: Callable[[int, ShardedVariable, Callable[[], _types.Tensor]], None],
+    place: Callable[[int, _types.KerasVariable, Callable[[], _types.Tensor]], None],
 ) -> None:
     """Builds an optimizer whose state is never whole: it is placed part by part.
 
@@ -117,7 +152,8 @@ def build_divided(
         optimizer: the optimizer.
         build: builds it.
         place: function of the index of a weight, a part of the state that belongs to it, and a
-            function without arguments that returns the initial value of that part.
+            function without arguments that returns the initial value of that part, which it
+            divides.
 
     Raises:
         InvalidOptionError: If it reads its state in `build`, or it cannot be told to which weight
@@ -169,7 +205,6 @@ def build_divided(
     for variable in later:
         initial = functools.partial(variable._initial, tuple(variable.shape), dtype=variable._dtype)
         if id(variable) in owners:
-            variable.__class__ = ShardedVariable
             place(owners[id(variable)], variable, initial)
         else:
             # A scalar of the optimizer as a whole: each replica has it.
@@ -255,11 +290,6 @@ def apply_to_pieces(
         if id(variable) not in weights:
             _variables.own_copy(variable).assign(scope.get_current_value(variable))
     return new
-
-
-def clip_by_norm(optimizer: _types.Optimizer, rows: tf.IndexedSlices) -> tf.IndexedSlices:
-    """Rows clipped as the optimizer's `clipnorm` says."""
-    return optimizer._clip_by_norm(rows)
 
 
 def _own_pieces() -> set[int] | None:

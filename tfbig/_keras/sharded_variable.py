@@ -16,7 +16,14 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable, Uninit
 from tfbig import _types, errors
 from tfbig._keras import collectives
 
-__all__ = ("ShardedVariable", "Span", "bytes_on_a_replica", "chief_alone")
+__all__ = (
+    "ShardedVariable",
+    "Span",
+    "bytes_on_a_replica",
+    "chief_alone",
+    "divide",
+    "make_whole",
+)
 
 # Bytes that workers exchange at a time when a variable is read as a whole.
 _PART_BYTES = 32 * 2**20
@@ -45,7 +52,7 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     assignments assign that; elsewhere, value and assignments are of the whole, which all workers
     must read together.
 
-    It is made of a variable that is there, which keeps its identity, its name and its path.
+    `divide` makes it of a variable that is there.
     """
 
     _spans: Sequence[Span | None]
@@ -53,16 +60,9 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     # By the number of the replica, for those of this process.
     _parts: dict[int, _types.Variable]
 
-    def divide(
+    def _give_pieces(
         self, spans: Sequence[Span | None], strategy: _types.Strategy, value: _types.Array
     ) -> None:
-        """Gives each replica of this process its piece of a value.
-
-        Args:
-            spans: the elements that each replica has; None where it has none.
-            strategy: the strategy of the replicas.
-            value: array of the variable's shape.
-        """
         self._spans, self._strategy = spans, strategy
         flat = np.reshape(value, [-1])
         self._parts = {}
@@ -75,12 +75,6 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
                     self._parts[replica] = ResourceVariable(
                         piece, trainable=self.trainable, name=self.name, dtype=self._dtype
                     )
-        # What Keras reads past `value`.
-        self._value = None
-
-    def give_up_pieces(self) -> None:
-        """Frees the memory of the pieces; the variable then has no value."""
-        del self._spans, self._strategy, self._parts
 
     @property
     def key(self) -> str:
@@ -199,6 +193,35 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     def __repr__(self) -> str:
         # Without the value, for which all workers would be needed.
         return f"<ShardedVariable path={self.path}, shape={self.shape}, dtype={self.dtype}>"
+
+
+def divide(
+    variable: _types.KerasVariable,
+    spans: Sequence[Span | None],
+    strategy: _types.Strategy,
+    value: _types.Array,
+) -> None:
+    """Makes a variable a `ShardedVariable`: each replica of this process gets its piece of a value.
+
+    Args:
+        variable: the variable, which keeps its identity.
+        spans: the elements that each replica has; None where it has none.
+        strategy: the strategy of the replicas.
+        value: array of the variable's shape.
+    """
+    # Its copies go before the pieces are made.
+    variable._value = None
+    variable.__class__ = ShardedVariable
+    variable._give_pieces(spans, strategy, value)
+
+
+def make_whole(variable: ShardedVariable) -> None:
+    """Takes `divide` back: every replica gets all of the variable."""
+    value, strategy = variable.numpy(), variable._strategy
+    del variable._spans, variable._strategy, variable._parts
+    variable.__class__ = keras.Variable
+    with strategy.scope():
+        variable._initialize(tf.constant(value))
 
 
 def bytes_on_a_replica(variables: Iterable[_types.KerasVariable], strategy: _types.Strategy) -> int:

@@ -96,7 +96,9 @@ def updated(tensor: _types.Tensor, kind: str, value: _types.Gradient | float) ->
         values = tf.cast(value.values, tensor.dtype)
         return scatter(tensor, value.indices[:, tf.newaxis], values)
     value = tf.cast(value, tensor.dtype)
-    return {"update": value, "add": tensor + value, "sub": tensor - value}[kind]
+    if kind == "update":
+        return value
+    return tensor + value if kind == "add" else tensor - value
 
 
 def values_of(

@@ -50,7 +50,8 @@ class ShardedState:
                 f"Received: a {type(self.optimizer).__name__} that is not. Call its `build` with "
                 "the variables that it will update."
             )
-        return int(self.optimizer._get_variable_index(variable))
+        index: int = _keras.sharded_optimizer.index_of(self.optimizer, variable)
+        return index
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Builds the optimizer; no replica ever has all of its state."""
@@ -66,22 +67,16 @@ class ShardedState:
     def take_over(self) -> None:
         """Divides the state that the optimizer has, a part at a time."""
         _keras.sharded_optimizer.refuse_state_in_no_list(self.optimizer)
-        self._divide(self.optimizer._trainable_variables)
+        self._divide(_keras.sharded_optimizer.weights_of(self.optimizer))
         for index, variable in _keras.sharded_optimizer.state_of(self.optimizer):
             value = _keras.variables.values_of([variable])[0]
-            # Its copies can go before the pieces are made.
-            variable._value = None
-            variable.__class__ = _keras.sharded_variable.ShardedVariable
-            variable.divide(self._pieces_of(index, variable), self.strategy, value)
+            pieces = self._pieces_of(index, variable)
+            _keras.sharded_variable.divide(variable, pieces, self.strategy, value)
 
     def give_back(self) -> None:
         """Gives every replica all of the state again, a part at a time."""
         for _, variable in _keras.sharded_optimizer.state_of(self.optimizer):
-            value = variable.numpy()
-            variable.give_up_pieces()
-            variable.__class__ = keras.Variable
-            with self.strategy.scope():
-                variable._initialize(tf.constant(value))
+            _keras.sharded_variable.make_whole(variable)
 
     def _divide(self, variables: list[keras.Variable]) -> None:
         number = self.strategy.num_replicas_in_sync
@@ -90,7 +85,7 @@ class ShardedState:
         is_whole = [
             not self._is_elementwise
             or v.constraint is not None
-            or self.optimizer._overwrite_variable_with_gradient(v)
+            or _keras.sharded_optimizer.is_overwritten(self.optimizer, v)
             for v in variables
         ]
         sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables]
@@ -115,20 +110,18 @@ class ShardedState:
         _log.logger().info("tfbig: the state of %s lies on %d replicas, %s", name, number, how)
 
     def _place(
-        self,
-        index: int,
-        variable: _keras.sharded_variable.ShardedVariable,
-        initial: Callable[[], _types.Tensor],
+        self, index: int, variable: keras.Variable, initial: Callable[[], _types.Tensor]
     ) -> None:
         with tf.device("CPU:0"):
             value = initial().numpy()
-        variable.divide(self._pieces_of(index, variable), self.strategy, value)
+        pieces = self._pieces_of(index, variable)
+        _keras.sharded_variable.divide(variable, pieces, self.strategy, value)
 
     def _pieces_of(self, index: int, variable: keras.Variable) -> list[Piece | None]:
         """The pieces of a part of the state that belongs to a weight."""
         pieces = self.pieces[index]
-        weight = self.optimizer._trainable_variables
-        if weight and tuple(variable.shape) == tuple(weight[index].shape):
+        weight = _keras.sharded_optimizer.weights_of(self.optimizer)[index]
+        if tuple(variable.shape) == tuple(weight.shape):
             return pieces
         # It is owned by one replica: what is divided in chunks has only state of its own shape.
         owner = next(r for r, piece in enumerate(pieces) if piece is not None)

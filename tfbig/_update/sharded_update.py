@@ -8,6 +8,7 @@ Losses, counts and flags are the same on all replicas, as without it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import keras
 import tensorflow as tf
@@ -90,7 +91,8 @@ def _averaged(
     if not optimizer.use_ema:
         return []
     updated = {id(v) for v in variables}
-    return [v for v in optimizer._trainable_variables if id(v) not in updated]
+    weights = _keras.sharded_optimizer.weights_of(optimizer)
+    return [v for v in weights if id(v) not in updated]
 
 
 class _ShardedUpdate:
@@ -193,7 +195,7 @@ class _ShardedUpdate:
             limit = optimizer.clipnorm
             for i, gradient in self.gradients.items():
                 if i in self.rows:
-                    self.gradients[i] = optimizer._clip_by_norm(gradient)
+                    self.gradients[i] = _keras.sharded_optimizer.clip_by_norm(optimizer, gradient)
                 else:
                     norm = tf.cast(tf.sqrt(self._squares[i]), gradient.dtype)
                     self.gradients[i] = gradient * limit / tf.maximum(norm, limit)
@@ -210,7 +212,8 @@ class _ShardedUpdate:
             scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
             self.gradients = {i: g * tf.cast(scale, g.dtype) for i, g in self.gradients.items()}
         elif optimizer.clipvalue and optimizer.clipvalue > 0:
-            clipped = optimizer._clip_gradients(list(self.gradients.values()))
+            gradients = list(self.gradients.values())
+            clipped = _keras.sharded_optimizer.clip_by_value(optimizer, gradients)
             self.gradients = dict(zip(self.gradients, clipped, strict=True))
 
     # --- Update --------------------------------------------------------------------------
@@ -226,12 +229,9 @@ class _ShardedUpdate:
         gradients = [self._own_gradient(i) for i in own if i < self.updated]
         variables = [self.variables[i] for i in own]
         with tf.control_dependencies([self.batch.weight]):
-            values = [
-                self._own_value(i, g)
-                for i, g in zip(
-                    own, [*gradients, *[None] * (len(own) - len(gradients))], strict=True
-                )
-            ]
+            # What is only averaged comes last, and has no gradient.
+            pairs = itertools.zip_longest(own, gradients)
+            values = [self._own_value(i, g) for i, g in pairs]
 
         def updated() -> list[_types.Tensor]:
             # The optimizer's counter would not depend on the gradients otherwise.
