@@ -286,6 +286,7 @@ def test_every_option_is_an_argument_of_the_constructor():
         "memory_budget",
         "micro_batch_size",
         "recompute",
+        "shard",
     }
     assert signatures - {"self", "args", "kwargs"} == names
     assert names <= set(functional(tfbig.Model).get_config())

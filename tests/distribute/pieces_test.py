@@ -31,7 +31,7 @@ def test_chunks_cover_a_variable_without_overlap(shape, replicas):
     np.testing.assert_array_equal(np.concatenate([p.reshape(-1) for p in parts]), value.reshape(-1))
 
 
-@pytest.mark.parametrize("shape", [(40, 3), (5, 3), (40, 2, 2), (17,)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 3), (5, 3), (5, 1), (40, 2, 2), (17,)], ids=str)
 def test_rows_go_to_the_piece_that_they_belong_to(shape):
     rng = np.random.default_rng(0)
     indices = rng.integers(0, shape[0], 12)

@@ -59,7 +59,9 @@ class Piece:
         if self.row_size != width:
             # Each row becomes as many rows of one element.
             indices = indices[:, tf.newaxis] * width + tf.range(width, dtype=tf.int64)
-            values, indices, width = tf.reshape(values, [-1]), tf.reshape(indices, [-1]), 1
+            indices, width = tf.reshape(indices, [-1]), 1
+        # Rows of one element may be a vector, as the piece is.
+        values = tf.reshape(values, [-1, *self.shape[1:]])
         first, last = self.begin // width, self.end // width
         is_own = (indices >= first) & (indices < last)
         return tf.IndexedSlices(
