@@ -97,9 +97,12 @@ class GradientAccumulationMixin(train_step.TrainStep):
             share in memory. Optimizers that treat each element by itself, such as Adam, divide each
             variable; others, such as Muon, give each variable to one replica. Files are those of
             an undivided model, and every worker must take part in saving. Under MirroredStrategy
-            and MultiWorkerMirroredStrategy; on one replica there is nothing to divide. Defaults
-            to None. Reference: Rajbhandari et al. 2020, "ZeRO", stage 1 (with gradients that are
-            scattered, as in stage 2).
+            and MultiWorkerMirroredStrategy; on one replica there is nothing to divide.
+            "weights": weights and gradients are divided as well. Layers gather their weights when
+            they compute, and recompute their activations; see
+            `tfbig.distribute.sharded_weights`. Takes least memory, and exchanges more. Defaults
+            to None. Reference: Rajbhandari et al. 2020, "ZeRO", stages 1 (with gradients that
+            are scattered, as in stage 2) and 3.
         log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in samples:
             the batch size at which the gradient has as much noise as signal. Much larger batches
             save few updates. Exponentially averaged over roughly the last hundred updates. Needs

@@ -137,7 +137,7 @@ def gone(pid, processes, seconds=30):
         # There is a SIGTERM besides.
         pytest.param(1, 0, [], id="1"),
         pytest.param(1, 1, [], id="2", marks=pytest.mark.slow),
-        pytest.param(1, 1, ["--shard"], id="2, divided", marks=pytest.mark.slow),
+        pytest.param(1, 1, ["--shard=optimizer"], id="2, divided", marks=pytest.mark.slow),
         pytest.param(10, 5, [], id="15", marks=pytest.mark.slow),
     ],
 )
@@ -203,7 +203,7 @@ CHANGES = {
 def test_divided_state_is_resumed_on_another_number_of_replicas(change, tmp_path):
     def command(directory, strategy, workers, *options):
         directory.mkdir(exist_ok=True)
-        options = ["--shard", "--exact", "--strategy", strategy, *options]
+        options = ["--shard=weights", "--exact", "--strategy", strategy, *options]
         arguments = [directory, directory / "backup", *options]
         if workers == 1:
             return [sys.executable, PROGRAM, *arguments]

@@ -10,25 +10,47 @@ from tests.update.sharding_test import TOLERANCE
 
 
 @pytest.mark.parametrize(
-    ("workers", "optimizers"),
+    ("workers", "programs"),
     [
-        (2, ["sgd", "adam", "muon", "adamw"]),
+        (2, ["sgd/weights", "adam/optimizer", "muon/optimizer", "lamb/weights", "adamw/weights"]),
         pytest.param(
-            3, ["sgd", "adam", "muon", "lamb", "overwriting", "adamw"], marks=pytest.mark.slow
+            2,
+            ["sgd/optimizer", "adam/weights", "muon/weights", "lamb/optimizer", "adamw/optimizer"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            3,
+            [
+                f"{optimizer}/{shard}"
+                for optimizer in (
+                    "sgd",
+                    "adam",
+                    "muon",
+                    "lamb",
+                    "adafactor",
+                    "overwriting",
+                    "adamw",
+                )
+                for shard in ("optimizer", "weights")
+            ],
+            marks=pytest.mark.slow,
         ),
     ],
+    ids=["2", "2, the other way round", "3"],
 )
-def test_workers_train_and_save_as_plain_keras_on_one_device(workers, optimizers, tmp_path):
-    done = job.run("sharding", tmp_path, *optimizers, workers=workers, timeout=240)
+def test_workers_train_and_save_as_plain_keras_on_one_device(workers, programs, tmp_path):
+    done = job.run("sharding", tmp_path, *programs, workers=workers, timeout=300 * (workers - 1))
     assert done.returncode == 0, done.stderr
     results = job.results(tmp_path)
     assert len(results) == workers
     for result in results:
-        assert set(result["deviations"]) == set(optimizers)
+        assert set(result["deviations"]) == set(programs)
         assert max(result["deviations"].values()) < TOLERANCE
         # All workers save; whatever loads the files goes on as plain Keras does.
         assert len(result["files"]) == 5
         assert max(result["files"].values()) < TOLERANCE
+    # The random ones are those of the chief.
+    assert all(result["initial"] == results[0]["initial"] for result in results)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """Trains with `shard` on all workers, and saves on all of them.
 
-    sharding.py DIRECTORY OPTIMIZER...
+    sharding.py DIRECTORY OPTIMIZER/SHARD...
 
 Leaves the deviations from plain Keras on one device, of the programs of the suite's optimizers and
-of the files of one of them.
+of the files of the last of them.
 """
 
 import pathlib
@@ -16,6 +16,7 @@ import numpy as np
 import tfbig
 from tests import job
 from tests.update import sharding_test as suite
+from tfbig.distribute import _sharded_weights
 
 
 def deviation(found, expected):
@@ -24,25 +25,26 @@ def deviation(found, expected):
     return max(float(np.max(np.abs(np.subtract(a, b)), initial=0)) for a, b in pairs)
 
 
-def sharded(strategy, optimizer):
+def sharded(strategy, optimizer, shard):
     with strategy.scope():
-        model = tfbig.Model(*suite.graph(), shard="optimizer", **suite.OPTIONS.get(optimizer, {}))
+        model = tfbig.Model(*suite.graph(), shard=shard, **suite.OPTIONS.get(optimizer, {}))
         model.set_weights(suite.initial_weights())
         suite.compile_model(model, optimizer)
+    suite.assert_divided(model)
     return model
 
 
-def trained(strategy, optimizer):
+def trained(strategy, optimizer, shard):
     """The deviation of a model that is trained on all workers."""
     expected_history, expected = suite.plain(optimizer)
-    model = sharded(strategy, optimizer)
+    model = sharded(strategy, optimizer, shard)
     history = suite.fit(model)
     # A loss scale adds to it.
     found = [*suite.state(model), *(history[name] for name in expected_history)]
     return deviation(found, [*expected, *expected_history.values()])
 
 
-def saved(strategy, optimizer, directory):
+def saved(strategy, optimizer, shard, directory):
     """The deviations of what is loaded from files that all workers write, and of what follows."""
     directory.mkdir()
     whole = keras.Model(*suite.graph())
@@ -50,7 +52,7 @@ def saved(strategy, optimizer, directory):
     suite.compile_model(whole, optimizer)
     suite.fit(whole, epochs=1)
     expected = suite.state(whole)
-    model = sharded(strategy, optimizer)
+    model = sharded(strategy, optimizer, shard)
     suite.fit(model, epochs=1)
     model.save(directory / "model.keras")
     model.save_weights(directory / "model.weights.h5")
@@ -70,15 +72,25 @@ def saved(strategy, optimizer, directory):
     return deviations
 
 
-def main(directory, *optimizers):
+def initial(strategy):
+    """A sum of the initial values of each weight, of weights that are divided from the start."""
+    with tfbig.distribute.sharded_weights(strategy):
+        model = tfbig.Model(*suite.graph(), shard="weights")
+    assert all(np.std(v) > 0 for v in model.get_weights() if v.ndim == 2)
+    return [float(np.sum(np.abs(v))) for v in model.get_weights()]
+
+
+def main(directory, *programs):
     directory = pathlib.Path(directory)
     keras.config.set_floatx("float64")
     warnings.filterwarnings("ignore", "`gradient_accumulation_steps` is larger")
     strategy = tfbig.distribute.get_strategy(timeout=60)
     worker = strategy.cluster_resolver.task_id
-    deviations = {name: trained(strategy, name) for name in optimizers}
-    files = saved(strategy, optimizers[-1], directory / f"worker_{worker}")
-    job.leave(directory, {"deviations": deviations, "files": files})
+    _sharded_weights.SMALLEST = 1
+    deviations = {name: trained(strategy, *name.split("/")) for name in programs}
+    files = saved(strategy, *programs[-1].split("/"), directory / f"worker_{worker}")
+    sums = initial(strategy)
+    job.leave(directory, {"deviations": deviations, "files": files, "initial": sums})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfbig
+from tfbig.distribute import _sharded_weights
 
 SAMPLES, BATCH, EPOCHS = 60, 16, 4
 UPDATES = EPOCHS * 4
@@ -67,6 +68,8 @@ def data(kind):
 
 
 def build(options):
+    # Those of this model are smaller than what is divided else.
+    _sharded_weights.SMALLEST = 1
     of_replicas = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.3)]
     model = tfbig.Sequential(
         [
@@ -76,7 +79,7 @@ def build(options):
             keras.layers.Dense(options.units),
         ],
         gradient_accumulation_steps=2,
-        shard="optimizer" if options.shard else None,
+        shard=options.shard,
         loss_scale=tfbig.DynamicLossScale(initial_scale=2.0**10, growth_interval=3),
     )
     schedule = keras.optimizers.schedules.CosineDecay(0.02, UPDATES)
@@ -100,7 +103,7 @@ def parse():
     parser.add_argument("--steps_per_execution", type=int, default=1)
     parser.add_argument("--units", type=int, default=2)
     parser.add_argument("--terminate_in_validation", action="store_true")
-    parser.add_argument("--shard", action="store_true")
+    parser.add_argument("--shard")
     parser.add_argument(
         "--exact",
         action="store_true",

@@ -16,11 +16,14 @@ from keras import layers
 
 import tfbig
 from tests.conftest import make_strategy
-from tfbig._keras.sharded_variable import ShardedVariable
+from tfbig._keras.sharded_variable import ShardedVariable, ShardedWeight
 from tfbig._update import sharded_state
+from tfbig.distribute import _sharded_weights
 
 TOLERANCE = 1e-10
 STRATEGIES = ("mirrored_2", "mirrored_4")
+SHARDS = ("optimizer", "weights")
+both = pytest.mark.parametrize("shard", SHARDS)
 
 pytestmark = [
     # The tied layer has a weight on which the loss does not depend.
@@ -59,6 +62,12 @@ OPTIONS = {
     "lamb": {"gradient_accumulation_steps": 8, "recompute": True},
     "muon": {"micro_batch_size": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_divided(monkeypatch):
+    """Those of these models are smaller than what is divided else."""
+    monkeypatch.setattr(_sharded_weights, "SMALLEST", 1)
 
 
 class Tied(layers.Layer):
@@ -151,9 +160,17 @@ def sharded(strategy, optimizer, arguments=None, **options):
         )
         model.set_weights(initial_weights())
         compile_model(model, optimizer, **arguments or {})
-    # All numbers would be the same without it.
-    assert sharded_state.is_divided(model.optimizer)
+    assert_divided(model)
     return model
+
+
+def assert_divided(model):
+    """All numbers would be the same without it."""
+    assert sharded_state.is_divided(model.optimizer)
+    if model.shard == "weights":
+        divided = [v for v in model.weights if isinstance(v, ShardedWeight)]
+        # Frozen layers too.
+        assert len(divided) == sum(len(x._trainable_variables) for x in model._flatten_layers())
 
 
 def assert_equal(model, optimizer, history=None):
@@ -165,11 +182,12 @@ def assert_equal(model, optimizer, history=None):
         np.testing.assert_allclose(history[name], values, rtol=0, atol=TOLERANCE)
 
 
+@both
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_trains_as_plain_keras_on_one_device(strategy, optimizer, float64):
+def test_it_trains_as_plain_keras_on_one_device(strategy, optimizer, shard, float64):
     plain(optimizer)
-    model = sharded(strategy, optimizer)
+    model = sharded(strategy, optimizer, shard=shard)
     history = fit(model)
     assert_equal(model, optimizer, history)
     evaluated = model.evaluate(*data()[:2], batch_size=10, verbose=0, return_dict=True)
@@ -177,21 +195,25 @@ def test_it_trains_as_plain_keras_on_one_device(strategy, optimizer, float64):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"steps_per_execution": 3}, {"run_eagerly": True}],
-    ids=lambda a: next(iter(a)),
+    ("arguments", "shard"),
+    [
+        ({"steps_per_execution": 3}, "optimizer"),
+        ({"run_eagerly": True}, "optimizer"),
+        ({"steps_per_execution": 3}, "weights"),
+    ],
+    ids=["steps_per_execution", "run_eagerly", "steps_per_execution, weights"],
 )
-def test_it_trains_the_same_in_other_modes(arguments, float64):
+def test_it_trains_the_same_in_other_modes(arguments, shard, float64):
     plain("adam")
-    model = sharded("mirrored_2", "adam", arguments)
+    model = sharded("mirrored_2", "adam", arguments, shard=shard)
     history = fit(model)
     assert_equal(model, "adam", history)
 
 
-def held(optimizer, replica):
-    """Bytes of an optimizer's state on a replica, without scalars."""
+def held(variables, replica):
+    """Bytes of variables on a replica, without scalars."""
     total = 0
-    for v in optimizer.variables:
+    for v in variables:
         if isinstance(v, ShardedVariable):
             part = v.pieces.get(replica)
             total += 0 if part is None else math.prod(part.shape) * part.dtype.size
@@ -217,7 +239,7 @@ def test_each_replica_has_its_share_of_the_state(strategy, optimizer, slack):
     model.optimizer.build(model.trainable_variables)
     slots = [v for v in model.optimizer.variables if len(v.shape)]
     whole = sum(math.prod(v.shape) * 4 for v in slots)
-    shares = [held(model.optimizer, r) for r in range(number)]
+    shares = [held(model.optimizer.variables, r) for r in range(number)]
     assert sum(shares) == whole
     assert max(shares) <= whole / number * slack
 
@@ -234,16 +256,19 @@ def test_the_monitor_shows_what_a_replica_holds(tmp_path):
     # 4 bytes of weights, 8 of Adam's state, and a few of counters.
     assert shown(None) == pytest.approx(12, abs=0.01)
     assert shown("optimizer") == pytest.approx(8, abs=0.01)
+    assert shown("weights") == pytest.approx(6, abs=0.01)
 
 
-def test_a_value_that_is_not_finite_on_one_replica_is_skipped_by_all():
+@pytest.mark.parametrize("optimizer", ["overwriting", "muon"])
+@both
+def test_a_value_that_is_not_finite_on_one_replica_is_skipped_by_all(optimizer, shard):
     with make_strategy("mirrored_2").scope():
         model = tfbig.Sequential(
             [keras.Input((3,)), layers.Dense(4), layers.Dense(1)],
-            shard="optimizer",
+            shard=shard,
             loss_scale=8.0,
         )
-        model.compile(OPTIMIZERS["overwriting"](), "mse")
+        model.compile(OPTIMIZERS[optimizer](), "mse")
     x, y = np.ones((8, 3), "float32"), np.ones((8, 1), "float32")
     model.train_on_batch(x, y)
     before = state(model)
@@ -252,9 +277,9 @@ def test_a_value_that_is_not_finite_on_one_replica_is_skipped_by_all():
     assert model.skipped_updates == 1
     for a, b in zip(state(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
-    copies = [v.value.values for v in model.trainable_variables]
-    for first, second in copies:
-        np.testing.assert_array_equal(first, second)
+    if shard == "optimizer":
+        for first, second in [v.value.values for v in model.trainable_variables]:
+            np.testing.assert_array_equal(first, second)
 
 
 def test_half_precision_is_exchanged_as_without_it(float64):
@@ -281,12 +306,13 @@ def test_an_overflow_of_half_precision_raises():
         model.fit(np.full((4, 1), 1e6), np.ones((4, 1)), batch_size=4, verbose=0)
 
 
-def assert_small_model_trains_as_plain(between, optimizer):
+def assert_small_model_trains_as_plain(between, optimizer, shard):
     """Compares a model of three inputs and two outputs with plain Keras, weights and state.
 
     Args:
         between: Function that returns its layers.
         optimizer: Function that returns its optimizer.
+        shard: The option.
     """
 
     def train(base, **options):
@@ -300,18 +326,19 @@ def assert_small_model_trains_as_plain(between, optimizer):
 
     expected = train(keras.Sequential)
     with make_strategy("mirrored_2").scope():
-        found = train(tfbig.Sequential, shard="optimizer", gradient_accumulation_steps=2)
-    assert sharded_state.is_divided(found.optimizer)
+        found = train(tfbig.Sequential, shard=shard, gradient_accumulation_steps=2)
+    assert_divided(found)
     for a, b in zip(state(found), state(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-def test_a_constraint_looks_at_the_whole_variable(float64):
+@both
+def test_a_constraint_looks_at_the_whole_variable(shard, float64):
     def constrained():
         constraint = keras.constraints.MaxNorm(0.5, axis=0)
         return layers.Dense(6, kernel_constraint=constraint), layers.Dense(2)
 
-    assert_small_model_trains_as_plain(constrained, OPTIMIZERS["adam"])
+    assert_small_model_trains_as_plain(constrained, OPTIMIZERS["adam"], shard)
 
 
 class Overwriting(layers.Layer):
@@ -326,12 +353,15 @@ class Overwriting(layers.Layer):
         return keras.ops.matmul(x, self.kernel) * keras.ops.mean(self.history)
 
 
-def test_a_weight_whose_gradient_is_its_value_is_whole(float64):
-    assert_small_model_trains_as_plain(lambda: [Overwriting()], OPTIMIZERS["adam"])
+@both
+def test_a_weight_whose_gradient_is_its_value_is_whole(shard, float64):
+    assert_small_model_trains_as_plain(lambda: [Overwriting()], OPTIMIZERS["adam"], shard)
 
 
-@pytest.mark.parametrize("swaps_on_epoch", [False, True])
-def test_keras_swaps_weights_and_averages(swaps_on_epoch, float64):
+@pytest.mark.parametrize(
+    ("swaps_on_epoch", "shard"), [(False, "optimizer"), (True, "optimizer"), (True, "weights")]
+)
+def test_keras_swaps_weights_and_averages(swaps_on_epoch, shard, float64):
     def train(base, **options):
         keras.utils.set_random_seed(2)
         model = base([keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)], **options)
@@ -346,13 +376,15 @@ def test_keras_swaps_weights_and_averages(swaps_on_epoch, float64):
 
     expected = train(keras.Sequential)
     with make_strategy("mirrored_2").scope():
-        found = train(tfbig.Sequential, shard="optimizer")
+        found = train(tfbig.Sequential, shard=shard)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("frequency", [None, 3])
-def test_an_update_of_some_weights_averages_all(frequency, float64):
+@pytest.mark.parametrize(
+    ("frequency", "shard"), [(None, "optimizer"), (3, "optimizer"), (3, "weights")]
+)
+def test_an_update_of_some_weights_averages_all(frequency, shard, float64):
     class Plain(keras.Sequential):
         def train_step(self, data):
             x, y = data
@@ -392,7 +424,7 @@ def test_an_update_of_some_weights_averages_all(frequency, float64):
 
     expected = train(Plain)
     with make_strategy("mirrored_2").scope():
-        found = train(Divided, shard="optimizer", gradient_accumulation_steps=2)
+        found = train(Divided, shard=shard, gradient_accumulation_steps=2)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
@@ -416,9 +448,10 @@ def test_check_equivalence_compares_with_an_optimizer_that_is_not_divided(float6
 # --- Files, and state that is divided or put together later ------------------------
 
 
-def test_files_are_those_of_a_model_that_is_not_divided(float64, tmp_path):
+@both
+def test_files_are_those_of_a_model_that_is_not_divided(shard, float64, tmp_path):
     expected = plain("adam")[1]
-    model = sharded("mirrored_2", "adam")
+    model = sharded("mirrored_2", "adam", shard=shard)
     fit(model, epochs=1)
     model.save(tmp_path / "model.keras")
     model.save_weights(tmp_path / "model.weights.h5")
@@ -439,7 +472,7 @@ def test_files_are_those_of_a_model_that_is_not_divided(float64, tmp_path):
     twin = restored(keras.Model)
     twin.load_weights(tmp_path / "model.weights.h5")
     with make_strategy("mirrored_2").scope():
-        again = restored(tfbig.Model, shard="optimizer")
+        again = restored(tfbig.Model, shard=shard)
     tf.train.Checkpoint(model=again).read(str(tmp_path / "checkpoint")).expect_partial()
     assert isinstance(two.optimizer.variables[2], ShardedVariable)
     for other in (one, two, twin, again, model):
@@ -448,16 +481,18 @@ def test_files_are_those_of_a_model_that_is_not_divided(float64, tmp_path):
             np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-def test_state_is_divided_and_put_together_in_the_course_of_training(float64):
+@both
+def test_state_is_divided_and_put_together_in_the_course_of_training(shard, float64):
     expected = plain("lamb")[1]
     with make_strategy("mirrored_2").scope():
         model = tfbig.Model(*graph(), gradient_accumulation_steps=2)
         model.set_weights(initial_weights())
         compile_model(model, "lamb")
-    fit(model, epochs=1, callbacks=[Sharding({2: "optimizer"})])
-    assert any(isinstance(v, ShardedVariable) for v in model.optimizer.variables)
+    fit(model, epochs=1, callbacks=[Sharding({2: shard})])
+    assert_divided(model)
     model.shard = None
-    assert not any(isinstance(v, ShardedVariable) for v in model.optimizer.variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    assert not any(isinstance(v, ShardedVariable) for v in variables)
     fit(model, epochs=1)
     for a, b in zip(state(model), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
@@ -710,12 +745,11 @@ def duel(strategy, weights=None, cls=Duel, **options):
     return model
 
 
-def test_two_optimizers_of_an_own_step_are_divided(float64):
+@both
+def test_two_optimizers_of_an_own_step_are_divided(shard, float64):
     x = np.random.default_rng(0).normal(size=(13, 3))
     whole = duel("default")
-    model = duel(
-        "mirrored_2", whole.get_weights(), shard="optimizer", gradient_accumulation_steps=2
-    )
+    model = duel("mirrored_2", whole.get_weights(), shard=shard, gradient_accumulation_steps=2)
     for trained in (whole, model):
         trained.fit(x, batch_size=6, epochs=2, shuffle=False, verbose=0)
     for optimizer in model.applied():
@@ -774,9 +808,10 @@ def test_an_optimizer_that_clips_in_its_own_way_is_refused():
             model.compile(OwnClipping(0.1), "mse")
 
 
-def test_an_unknown_optimizer_has_whole_variables(float64):
+@both
+def test_an_unknown_optimizer_has_whole_variables(shard, float64):
     assert_small_model_trains_as_plain(
-        lambda: [layers.Dense(6), layers.Dense(2)], lambda: HeldBack(0.1)
+        lambda: [layers.Dense(6), layers.Dense(2)], lambda: HeldBack(0.1), shard
     )
 
 
@@ -814,7 +849,8 @@ class Delay(layers.Layer):
     ("runs", "updates"), [(3, 20), pytest.param(10, 200, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_no_replica_reads_what_another_has_not_written(optimizer, runs, updates):
+@both
+def test_no_replica_reads_what_another_has_not_written(optimizer, runs, updates, shard):
     """With one slow replica, all runs end with the same bits, as do both replicas of each."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8 * updates, 5)).astype("float32")
@@ -827,12 +863,10 @@ def test_no_replica_reads_what_another_has_not_written(optimizer, runs, updates)
         with make_strategy("mirrored_2").scope():
             inputs = keras.Input((5,))
             h = layers.Dense(40, "tanh")(Delay()(inputs))
-            model = tfbig.Model(
-                inputs, layers.Dense(3)(h), shard="optimizer", exchange_bucket_bytes=200
-            )
+            model = tfbig.Model(inputs, layers.Dense(3)(h), shard=shard, exchange_bucket_bytes=200)
             model.compile(OPTIMIZERS[optimizer](), "mse", steps_per_execution=5)
         model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
-        for v in model.trainable_variables:
+        for v in model.trainable_variables if shard == "optimizer" else ():
             first, second = (copy.numpy() for copy in v.value.values)
             np.testing.assert_array_equal(first, second)
         return state(model)

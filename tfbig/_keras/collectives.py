@@ -6,13 +6,22 @@ its part of it, at half of the traffic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import tensorflow as tf
 from tensorflow.python.ops import gen_collective_ops as _collective_ops
 
 from tfbig import _types
 from tfbig._keras.devices import STRATEGIES, devices_of
 
-__all__ = ("all_gather", "local_replicas", "reduce_scatter", "replica_id", "strategy_of_replica")
+__all__ = (
+    "all_gather",
+    "local_replicas",
+    "reduce_scatter",
+    "replica_id",
+    "strategy_of_replica",
+    "while_loop",
+)
 
 
 def replica_id() -> int:
@@ -36,6 +45,31 @@ def local_replicas(strategy: _types.Strategy) -> dict[int, str]:
         first = strategy.cluster_resolver.task_id * len(devices)
         return {first + i: device for i, device in enumerate(devices)}
     return dict(enumerate(devices))
+
+
+def while_loop(
+    is_left: Callable[..., _types.Tensor],
+    body: Callable[..., tuple[_types.Structure, ...]],
+    start: tuple[_types.Structure, ...],
+) -> tuple[_types.Structure, ...]:
+    """A `tf.while_loop` in which collectives may stand. All replicas must run it as often.
+
+    In a graph.
+
+    TensorFlow lowers a loop into its graph, and tells iterations by the name of the loop: a
+    collective would wait for ever for that of another replica of this process, whose loop has
+    another name. Here it stays a function, in which there is nothing to tell.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    results: tuple[_types.Structure, ...]
+    results = tf.while_loop(is_left, body, start, parallel_iterations=1)
+    if len(local_replicas(tf.distribute.get_strategy())) > 1:
+        for operation in graph.get_operations()[before:]:
+            if operation.type in ("StatelessWhile", "While"):
+                is_lowered = tf.compat.v1.AttrValue(b=False)
+                operation._set_attr("_lower_using_switch_merge", is_lowered)
+    return results
 
 
 def reduce_scatter(rows: _types.Tensor, summed_as: _types.DType) -> _types.Tensor:

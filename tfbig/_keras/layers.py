@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _types, errors
+from tfbig._keras.sharded_variable import ShardedVariable
 from tfbig._keras.variables import native
 
 
@@ -96,7 +97,11 @@ def check_scope(model: keras.Model) -> None:
     if strategy is None:
         return
     for variable in model.variables:
-        if not strategy.extended.variable_created_in_scope(native(variable)):
+        if isinstance(variable, ShardedVariable):
+            is_of_strategy = variable.strategy is strategy
+        else:
+            is_of_strategy = strategy.extended.variable_created_in_scope(native(variable))
+        if not is_of_strategy:
             raise errors.UnsupportedStrategyError(
                 "All variables must be made in the scope of the model's strategy. Received: "
                 f"{variable.path}, made outside of {_name(strategy)}. Build the layers inside "

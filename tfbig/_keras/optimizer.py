@@ -8,8 +8,9 @@ import tensorflow as tf
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
 from tfbig import _types
+from tfbig._keras.sharded_variable import ShardedVariable
 from tfbig._keras.thread import current, holding
-from tfbig._keras.variables import native
+from tfbig._keras.variables import assign_all, native, values_of
 
 _GradientAndVariable = tuple[_types.Gradient, _types.KerasVariable]
 
@@ -46,10 +47,14 @@ def _overwrite_with_average(
 ) -> None:
     # With `ema_overwrite_frequency`, tfbig calls it in replica context, where Keras's own
     # raises; every replica writes its own copy there.
+    averages = self._model_variables_moving_average
+    if any(isinstance(v, ShardedVariable) for v in trainable_variables):
+        for variable, average in zip(trainable_variables, averages, strict=True):
+            assign_all([variable], values_of([average]))
+        return
     if tf.distribute.in_cross_replica_context():
         _overwrite_in_cross_replica_context(self, trainable_variables)
         return
-    averages = self._model_variables_moving_average
     for variable, average in zip(trainable_variables, averages, strict=True):
         native(variable).assign(native(average))
 

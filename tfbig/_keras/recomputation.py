@@ -22,6 +22,7 @@ from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
 from tfbig._keras.devices import is_on_cpu
+from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
 
@@ -93,6 +94,7 @@ class _RepeatableCall:
         self.scope = get_stateless_scope()
         self.state: _State = dict(self.scope.state_mapping)
         self.variables = list(layer.variables)
+        self.gathering: Gathering | None = current("gathering")
         leaves = tf.nest.flatten(self.arguments, expand_composites=True)
         self.is_tensor = [tf.is_tensor(x) for x in leaves]
         self.leaves = leaves
@@ -105,7 +107,9 @@ class _RepeatableCall:
         self.autocast = None if autocast is None else autocast.dtype
 
     def __call__(self) -> _types.Structure:
-        values = [tf.convert_to_tensor(self.scope.get_current_value(v)) for v in self.variables]
+        if self.gathering is not None:
+            self.gathering.reach(self.inputs)
+        values = [tf.convert_to_tensor(self._source_of(v)) for v in self.variables]
         # Of the first pass: the outputs, and the scope with what it assigned. Any: of two types.
         first: list[Any] = []
 
@@ -144,6 +148,12 @@ class _RepeatableCall:
             self._replace_loss(old, new)
         return outputs
 
+    def _source_of(self, variable: _types.KerasVariable) -> _types.Tensor:
+        """What the call is a function of in place of a variable: its value, or its piece."""
+        if self.gathering is not None and isinstance(variable, ShardedWeight):
+            return self.gathering.source_of(variable)
+        return self.scope.get_current_value(variable)
+
     def _run(
         self, tensors: Sequence[_types.Tensor], state: _State
     ) -> tuple[_types.Structure, VariableValues]:
@@ -154,6 +164,8 @@ class _RepeatableCall:
             state: what the `VariableValues` around the call maps.
         """
         values, inputs = tensors[: len(self.variables)], tensors[len(self.variables) :]
+        if self.gathering is not None:
+            values = self.gathering.values_of(self.variables, values)
         for tensor, mask in zip(inputs, self.masks, strict=True):
             if mask is not None:
                 masking.set_keras_mask(tensor, mask)
@@ -182,12 +194,14 @@ class _RepeatableCall:
         def second_pass() -> list[_types.Gradient]:
             # The second pass must wait until the backward pass reaches it, and must not be
             # taken for a repetition of the first.
+            if self.gathering is not None:
+                self.gathering.reach(upstream)
             again, values = _after(upstream, [tensors, [*self.state.values()]], self.compiled)
             state = dict(zip(self.state, values, strict=True))
             wanted = [t for t, f in zip(again, is_float, strict=True) if f]
             with tf.GradientTape() as tape:
                 tape.watch(wanted)
-                with self._surroundings():
+                with self._surroundings(), holding("gathering", self.gathering):
                     outputs, scope = self._run(again, state)
                 for loss in scope.losses:
                     self._forget_loss(loss)
@@ -244,7 +258,8 @@ def _cannot(layer: _types.Layer, reason: str) -> str:
     return (
         f"A layer in `recompute` must be a function of its inputs and its variables. Received: "
         f"{type(layer).__name__} {layer.path or layer.name!r}: {reason}. Leave it out of "
-        "`recompute`."
+        "`recompute`; with shard='weights', which recomputes every layer that has divided weights, "
+        "use shard='optimizer'."
     )
 
 

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from tfbig import _types, errors
 from tfbig._keras import variables as _variables
@@ -29,6 +30,7 @@ __all__ = (
     "index_of",
     "is_elementwise",
     "is_overwritten",
+    "know_weights",
     "refuse_state_in_no_list",
     "refuse_unsupported",
     "state_of",
@@ -104,6 +106,14 @@ def index_of(optimizer: _types.Optimizer, variable: _types.KerasVariable) -> int
     return int(optimizer._get_variable_index(variable))
 
 
+def know_weights(optimizer: _types.Optimizer) -> None:
+    """Has an optimizer know its weights again, some of which were divided or put together."""
+    if optimizer.built:
+        optimizer._trainable_variables_indices = {
+            optimizer._var_key(v): i for i, v in enumerate(optimizer._trainable_variables)
+        }
+
+
 def is_overwritten(optimizer: _types.Optimizer, variable: _types.KerasVariable) -> bool:
     """Whether the gradient of a weight is its new value."""
     return bool(optimizer._overwrite_variable_with_gradient(variable))
@@ -123,6 +133,21 @@ def clip_by_value(
 
 
 # --- State ---------------------------------------------------------------------------
+
+
+_add_beside = TFOptimizer.add_variable_from_reference
+
+
+def _add_variable_from_reference(
+    self: TFOptimizer, reference_variable: _types.KerasVariable, *args: Any, **kwargs: Any
+) -> _types.KerasVariable:  # Any: of Keras.
+    # Keras puts it where the weight lies, which here is in several places.
+    is_divided = isinstance(reference_variable, ShardedVariable)
+    add = BaseOptimizer.add_variable_from_reference if is_divided else _add_beside
+    return add(self, reference_variable, *args, **kwargs)
+
+
+TFOptimizer.add_variable_from_reference = _add_variable_from_reference
 
 
 class _LaterVariable(keras.Variable):  # type: ignore[misc]  # Keras has no types.
@@ -259,7 +284,7 @@ def apply_to_pieces(
     optimizer: _types.Optimizer,
     gradients: list[_types.Gradient | None],
     variables: list[_types.KerasVariable],
-    values: list[_types.Tensor],
+    values: list[_types.Tensor | None],
 ) -> list[_types.Tensor]:
     """Updates the pieces of a replica; returns the new ones. In replica context.
 
@@ -271,12 +296,12 @@ def apply_to_pieces(
         gradients: the replica's piece of each gradient; None where there is none. Those of the
             first weights; the others are only averaged.
         variables: the weights of which the replica has pieces.
-        values: the pieces. Those of weights that are divided are assigned in place.
+        values: the pieces; None for what the replica has of a divided weight, which is assigned.
     """
     weights = {id(v) for v in variables}
     with _variables.VariableValues() as scope, holding("own_pieces", weights):
         for variable, value in zip(variables, values, strict=True):
-            if not isinstance(variable, ShardedVariable):
+            if value is not None:
                 # Past the constructor of the scope, which wants values of the variable's shape.
                 scope.state_mapping[id(variable)] = value
         if any(g is not None for g in gradients):
@@ -335,7 +360,8 @@ def _assigns(kind: str) -> _types.AnyFunction:
     def assign(
         self: TFOptimizer, variable: _types.KerasVariable, value: _types.Gradient | float
     ) -> None:
-        if isinstance(variable, ShardedVariable):
+        is_in_place = id(variable) not in get_stateless_scope().state_mapping
+        if isinstance(variable, ShardedVariable) and is_in_place:
             variable.update_own(kind, value)
         else:
             # Of a weight, the new piece; of what is not divided, the new value.

@@ -5,28 +5,33 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable, UninitializedVariable
 
 from tfbig import _types, errors
 from tfbig._keras import collectives
+from tfbig._keras.thread import current, holding
 
 __all__ = (
+    "Gathering",
     "ShardedVariable",
+    "ShardedWeight",
     "Span",
     "bytes_on_a_replica",
     "chief_alone",
     "divide",
+    "initialized_by",
     "make_whole",
 )
 
 # Bytes that workers exchange at a time when a variable is read as a whole.
-_PART_BYTES = 32 * 2**20
+_PART_BYTES = 4 * 2**20
 
 
 class Span(Protocol):
@@ -77,6 +82,16 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
                     )
 
     @property
+    def strategy(self) -> _types.Strategy:
+        """The strategy of the replicas that have the pieces."""
+        return self._strategy
+
+    @property
+    def spans(self) -> Sequence[Span | None]:
+        """The elements that each replica has; None where it has none."""
+        return self._spans
+
+    @property
     def key(self) -> str:
         """What optimizers know the variable by."""
         return f"sharded_{id(self)}"
@@ -105,7 +120,17 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
             if mapped is not None:
                 return self._maybe_autocast(mapped)
         own = self._own
-        return self._maybe_autocast(tf.convert_to_tensor(self.numpy()) if own is None else own)
+        return self._maybe_autocast(self._whole() if own is None else own)
+
+    def _whole(self) -> _types.Tensor:
+        """All of it, outside of the replicas. Every worker must call it."""
+        if tf.executing_eagerly():
+            return tf.convert_to_tensor(self.numpy())
+        if isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            gathered = self._strategy.run(lambda: self.gathered(self.own_piece()))
+            return self._strategy.experimental_local_results(gathered)[0]
+        parts = [tf.reshape(self._parts[r], [-1]) for r in sorted(self._parts)]
+        return tf.reshape(tf.concat(parts, 0), self.shape)
 
     def numpy(self) -> _types.Array:
         """All of it. Every worker must call it."""
@@ -125,6 +150,35 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
         span = self._spans[replica]
         assert span is not None
         return span
+
+    # --- Exchange with the other replicas -------------------------------------------
+
+    def own_piece(self) -> _types.Tensor:
+        """The piece of the replica in whose context this is; of no elements if it has none."""
+        own = self._parts.get(collectives.replica_id())
+        return tf.zeros([0], self._dtype) if own is None else tf.identity(own)
+
+    def gathered(self, piece: _types.Tensor) -> _types.Tensor:
+        """All of the variable, of which each replica passes its piece. In replica context."""
+        rows = collectives.all_gather(_filled_up(tf.reshape(piece, [-1]), self._longest()))
+        size = math.prod(self.shape)
+        if math.prod(rows.shape) > size:
+            # The last pieces may be shorter than the others.
+            rows = tf.reshape(rows, [-1])[:size]
+        return tf.reshape(rows, self.shape)
+
+    def scattered(self, whole: _types.Tensor) -> _types.Tensor:
+        """This replica's piece of what all replicas pass, added up. In replica context."""
+        replicas, length = len(self._spans), self._longest()
+        rows = tf.reshape(
+            _filled_up(tf.reshape(whole, [-1]), replicas * length), [replicas, length]
+        )
+        row = collectives.reduce_scatter(rows, whole.dtype)
+        span = self._spans[collectives.replica_id()]
+        return row[:0] if span is None else tf.reshape(row[: span.end - span.begin], span.shape)
+
+    def _longest(self) -> int:
+        return max(span.end - span.begin for span in self._spans if span is not None)
 
     # --- Assignments --------------------------------------------------------------
 
@@ -195,11 +249,80 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
         return f"<ShardedVariable path={self.path}, shape={self.shape}, dtype={self.dtype}>"
 
 
+class Gathering(Protocol):
+    """What gives weights their values while a replica's micro-batches run."""
+
+    def value_of(self, weight: ShardedWeight) -> _types.Tensor:
+        """All of a weight."""
+
+    def source_of(self, weight: ShardedWeight) -> _types.Tensor:
+        """What a layer that recomputes is a function of in place of a weight."""
+
+    def values_of(
+        self, weights: Sequence[_types.KerasVariable], sources: Sequence[_types.Tensor]
+    ) -> list[_types.Tensor]:
+        """All of the weights of a layer.
+
+        Args:
+            weights: its variables, divided or not.
+            sources: what `source_of` returned for those that are divided, and the values of the
+                others.
+        """
+
+    def reach(self, tensors: Sequence[_types.Tensor | None]) -> None:
+        """Says that a layer begins, in the forward or backward pass, with these tensors."""
+
+
+class ShardedWeight(ShardedVariable):
+    """A weight of which every replica has a piece; whoever reads it gathers all of it.
+
+    Only where an optimizer updates the pieces, its value is the piece. Assignments are of the whole
+    everywhere else.
+    """
+
+    @property
+    def value(self) -> _types.Tensor:
+        if not in_stateless_scope():
+            return self._maybe_autocast(self.read())
+        scope = get_stateless_scope()
+        value = scope.get_current_value(self)
+        return self._maybe_autocast(self.read() if value is None else value)
+
+    def read(self) -> _types.Tensor:
+        """What its value is where no scope says otherwise."""
+        gathering: Gathering | None = current("gathering")
+        if gathering is not None:
+            return gathering.value_of(self)
+        if in_symbolic_scope():
+            # Keras asks for shapes.
+            return tf.zeros(self.shape, self._dtype)
+        if self._own_strategy() is None:
+            return self._whole()
+        return self.own_piece() if self._is_updated() else self.gathered(self.own_piece())
+
+    def _own_strategy(self) -> _types.Strategy | None:
+        strategy = collectives.strategy_of_replica()
+        return strategy if strategy is self._strategy else None
+
+    def _is_updated(self) -> bool:
+        return id(self) in (current("own_pieces") or ())
+
+    def assign(self, value: _types.Tensor) -> _types.Tensor:
+        if in_stateless_scope() or self._own_strategy() is None:
+            return keras.Variable.assign(self, value)
+        span = self._spans[collectives.replica_id()]
+        if span is not None:
+            flat = tf.reshape(tf.cast(value, self._dtype), [-1])
+            self.update_own("update", tf.reshape(flat[span.begin : span.end], span.shape))
+        return value
+
+
 def divide(
     variable: _types.KerasVariable,
     spans: Sequence[Span | None],
     strategy: _types.Strategy,
     value: _types.Array,
+    is_weight: bool = False,
 ) -> None:
     """Makes a variable a `ShardedVariable`: each replica of this process gets its piece of a value.
 
@@ -208,11 +331,54 @@ def divide(
         spans: the elements that each replica has; None where it has none.
         strategy: the strategy of the replicas.
         value: array of the variable's shape.
+        is_weight: whether to make it a `ShardedWeight`, whose pieces must be equal chunks.
     """
     # Its copies go before the pieces are made.
     variable._value = None
-    variable.__class__ = ShardedVariable
+    variable.__class__ = ShardedWeight if is_weight else ShardedVariable
     variable._give_pieces(spans, strategy, value)
+
+
+@contextlib.contextmanager
+def initialized_by(
+    is_divided: Callable[[_types.KerasVariable], bool],
+    divide: Callable[[_types.KerasVariable, _types.Array], None],
+    strategy: _types.Strategy,
+) -> Iterator[None]:
+    """Within it, this thread divides trainable variables when they are made.
+
+    Args:
+        is_divided: function of a variable without value: whether to divide it.
+        divide: function of the variable and its initial value.
+        strategy: the strategy whose workers get the chief's value.
+    """
+
+    def initialize(
+        variable: _types.KerasVariable, initializer: Callable[..., _types.Tensor]
+    ) -> bool:
+        if not variable.trainable or not is_divided(variable):
+            return False
+        with tf.init_scope():
+            value = initializer(tuple(variable.shape), dtype=variable._dtype)
+            divide(variable, _of_chief(strategy, tf.convert_to_tensor(value).numpy()))
+        return True
+
+    with holding("initialize", initialize):
+        yield
+
+
+_initialize_of_keras = keras.Variable._initialize_with_initializer
+
+
+def _initialize_with_initializer(
+    self: _types.KerasVariable, initializer: Callable[..., _types.Tensor]
+) -> None:
+    initialize = current("initialize")
+    if initialize is None or type(self) is not keras.Variable or not initialize(self, initializer):
+        _initialize_of_keras(self, initializer)
+
+
+keras.Variable._initialize_with_initializer = _initialize_with_initializer
 
 
 def make_whole(variable: ShardedVariable) -> None:
@@ -222,6 +388,12 @@ def make_whole(variable: ShardedVariable) -> None:
     variable.__class__ = keras.Variable
     with strategy.scope():
         variable._initialize(tf.constant(value))
+
+
+def _filled_up(vector: _types.Tensor, length: int) -> _types.Tensor:
+    """A vector with zeros after it, such that it has so many elements."""
+    missing = length - vector.shape[0]
+    return tf.pad(vector, [[0, missing]]) if missing else vector
 
 
 def bytes_on_a_replica(variables: Iterable[_types.KerasVariable], strategy: _types.Strategy) -> int:
@@ -286,11 +458,7 @@ def _sum_over_workers(strategy: _types.Strategy, vector: _types.Array) -> _types
 
 
 def _from_all_workers(variable: ShardedVariable) -> _types.Array:
-    """All of a variable whose pieces lie on several workers.
-
-    Each sends its pieces and zeros for the others', as integers of the same bits: the sum has the
-    bits of every piece.
-    """
+    """All of a variable whose pieces lie on several workers."""
     if _alone:
         who, ask = _alone[-1]
         if ask is None or not ask(variable):
@@ -299,22 +467,60 @@ def _from_all_workers(variable: ShardedVariable) -> _types.Array:
                 f"them. Received: {who} on the chief alone. Do it at the end of an epoch, or on "
                 "all workers, each with files of its own."
             )
-    dtype = tf.as_dtype(variable._dtype)
+    held = [
+        (variable._span(replica), part.numpy().reshape([-1]))
+        for replica, part in variable.pieces.items()
+    ]
+    return _joined(variable._strategy, held, variable.shape, tf.as_dtype(variable._dtype))
+
+
+def _of_chief(strategy: _types.Strategy, value: _types.Array) -> _types.Array:
+    """What worker 0 passes, on all workers."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return value
+    all_of_it = _Elements(0, value.size, value.shape)
+    held = [(all_of_it, value.reshape([-1]))] if strategy.cluster_resolver.task_id == 0 else []
+    return _joined(strategy, held, value.shape, tf.as_dtype(value.dtype))
+
+
+class _Elements(NamedTuple):
+    """A `Span`."""
+
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+
+
+def _joined(
+    strategy: _types.Strategy,
+    held: Sequence[tuple[Span, _types.Array]],
+    shape: Sequence[int],
+    dtype: _types.DType,
+) -> _types.Array:
+    """An array of which each worker holds some elements, and no two the same.
+
+    Each sends its elements and zeros for the others', as integers of the same bits: the sum has the
+    bits of every element.
+
+    Args:
+        strategy: the strategy of the workers.
+        held: elements that this worker holds, and their values.
+        shape: shape of the array.
+        dtype: its dtype.
+    """
     sent_as = {2: np.int32, 4: np.int32, 8: np.int64}[dtype.size]
     bits = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.size]
-    size = math.prod(variable.shape)
+    size = math.prod(shape)
     whole = np.empty([size], dtype.as_numpy_dtype)
-    held = {replica: part.numpy().reshape([-1]) for replica, part in variable.pieces.items()}
     step = _PART_BYTES // np.dtype(sent_as).itemsize
     for begin in range(0, size, step):
         end = min(begin + step, size)
         sent = np.zeros([end - begin], sent_as)
-        for replica, piece in held.items():
-            span = variable._span(replica)
+        for span, piece in held:
             a, b = max(begin, span.begin), min(end, span.end)
             if a < b:
                 values = piece[a - span.begin : b - span.begin]
                 sent[a - begin : b - begin] = np.ascontiguousarray(values).view(bits)
-        summed = _sum_over_workers(variable._strategy, sent)
+        summed = _sum_over_workers(strategy, sent)
         whole[begin:end] = summed.astype(bits).view(dtype.as_numpy_dtype)
-    return whole.reshape(variable.shape)
+    return whole.reshape(shape)

@@ -8,8 +8,9 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 
 from tfbig import _types
+from tfbig._keras.collectives import replica_id
 from tfbig._keras.devices import is_tpu
-from tfbig._keras.sharded_variable import ShardedVariable
+from tfbig._keras.sharded_variable import ShardedVariable, ShardedWeight
 
 
 def native(variable: _types.KerasVariable | _types.Variable) -> _types.Variable:
@@ -36,6 +37,8 @@ class VariableValues(keras.StatelessScope):  # type: ignore[misc]  # Keras has n
 
     def get_current_value(self, variable: _types.KerasVariable) -> _types.Tensor:
         value = super().get_current_value(variable)
+        if value is None and isinstance(variable, ShardedWeight):
+            return variable.read()
         # Keras takes regularized weights from the scope, and expects all of them in it.
         return variable._value if value is None else value
 
@@ -74,7 +77,12 @@ def assigned_locally(variables: Iterable[_types.KerasVariable]) -> Iterator[None
 
 
 def own_copy(variable: _types.KerasVariable | _types.Variable) -> _types.Variable:
-    """The copy of the replica in whose context this is; what it is assigned stays there."""
+    """The copy of the replica in whose context this is; what it is assigned stays there.
+
+    Of a variable that is divided, the piece.
+    """
+    if isinstance(variable, ShardedVariable):
+        return variable.pieces[replica_id()]
     copies = _copies(variable)
     if len(copies) == 1:
         return copies[0]

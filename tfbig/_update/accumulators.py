@@ -19,6 +19,7 @@ from tfbig._update import table_rows
 from tfbig._update.table_rows import Rows
 
 __all__ = (
+    "Accumulator",
     "add",
     "dtype_for",
     "map_values",

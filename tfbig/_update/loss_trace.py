@@ -11,7 +11,14 @@ import keras
 import tensorflow as tf
 
 from tfbig import _keras, _types, errors
-from tfbig._update import batch_dependence, denominators, replicas, table_rows
+from tfbig._keras.sharded_variable import ShardedWeight
+from tfbig._update import (
+    batch_dependence,
+    denominators,
+    gathered_weights,
+    replicas,
+    table_rows,
+)
 from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 from tfbig._update.table_rows import Rows
 
@@ -33,6 +40,8 @@ class LossTrace:
         values: structure of specs of the further values.
         logs: structure of specs of the logs.
         has_weight: whether the loss function says the weight of a micro-batch.
+        divided: the weights that are read and divided over the replicas.
+        counts_need_weights: whether the denominators of losses depend on them.
     """
 
     kinds: list[str]
@@ -43,6 +52,8 @@ class LossTrace:
     values: _types.Structure
     logs: _types.Structure
     has_weight: bool
+    divided: list[ShardedWeight]
+    counts_need_weights: bool
 
 
 @dataclasses.dataclass
@@ -54,6 +65,8 @@ class _Probe:
     kinds: list[str]
     assigned: list[keras.Variable]
     gradients: list[_types.Gradient | None]
+    divided: list[ShardedWeight]
+    counts_need_weights: bool
 
 
 class LossTracer:
@@ -111,24 +124,37 @@ class LossTracer:
             values=keras.tree.map_structure(_spec, probe.result.values),
             logs=keras.tree.map_structure(_spec, probe.result.logs),
             has_weight=probe.result.weight is not None and not self.is_whole,
+            divided=probe.divided,
+            counts_need_weights=probe.counts_need_weights,
         )
 
     def _probe(self, data: _types.Structure) -> None:
         samples = _keras.batches.batch_size(data)
         counter = denominators.LossCounter(samples if isinstance(samples, int) else None)
+        weights = gathered_weights.WeightStandIns(self.variables)
         with (
             self.scope(),
             tf.GradientTape() as tape,
             _keras.losses.intercepted_losses(counter),
             _keras.variables.VariableValues() as values,
+            _keras.thread.holding("gathering", weights),
         ):
+            tape.watch(weights.tensors())
             result = self.loss_fn(data)
         gradients: list[_types.Gradient | None] = [None] * len(self.variables)
-        if tf.executing_eagerly() or (not self.compiled and _looks_up_rows()):
-            gradients = tape.gradient(
-                result.loss, [_keras.variables.native(v) for v in self.variables]
+        if tf.executing_eagerly() or (not self.compiled and (weights.read or _looks_up_rows())):
+            gradients = tape.gradient(result.loss, weights.gradient_sources(self.variables))
+        self._probes.append(
+            _Probe(
+                data,
+                result,
+                counter.kinds,
+                values.assigned,
+                gradients,
+                weights.read,
+                weights.are_needed_for(counter.counted),
             )
-        self._probes.append(_Probe(data, result, counter.kinds, values.assigned, gradients))
+        )
 
     def _probe_in_graph(self) -> None:
         """Traces the loss of a micro-batch of any number of samples."""

@@ -96,13 +96,7 @@ class MicroBatchStep:
                 gradients, size, self.loss_scale, self.dtype, self.compiled
             )
         return {
-            "gradients": accumulators.add(
-                totals["gradients"],
-                gradients,
-                weight,
-                self.is_uniform,
-                tf.equal(totals["weight"], 0),
-            ),
+            "gradients": self._add(totals, gradients, weight),
             "loss": totals["loss"] + weight * loss,
             "values": keras.tree.map_structure(
                 lambda total, value: total + weight * tf.cast(value, self.dtype),
@@ -115,21 +109,42 @@ class MicroBatchStep:
             "noise_moments": moments,
         }
 
+    def _add(
+        self, totals: Totals, gradients: list[_types.Gradient | None], weight: _types.Tensor
+    ) -> list[accumulators.Accumulator]:
+        """The totals of gradients with those of a micro-batch added."""
+        is_first = tf.equal(totals["weight"], 0)
+        return accumulators.add(totals["gradients"], gradients, weight, self.is_uniform, is_first)
+
     def _differentiate(
         self, micro_batch: _types.Structure, samples: _types.Tensor, state: list[_types.Tensor]
     ) -> tuple[MicroBatchLoss, _types.Tensor, list[_types.Gradient | None], list[_types.Tensor]]:
         """Forward and backward pass: the result, the loss, its scaled gradients, the new state."""
         values = _keras.variables.VariableValues(zip(self.trace.state, state, strict=True))
         with tf.GradientTape() as tape:
+            self._watch(tape)
             with _keras.losses.intercepted_losses(self._reducer(samples)), values:
                 result = self.loss_fn(micro_batch)
             loss = scaled_loss = tf.cast(result.loss, self.dtype)
             if self.loss_scale is not None:
                 scaled_loss = loss * tf.cast(self.loss_scale, self.dtype)
-        gradients = tape.gradient(scaled_loss, [_keras.variables.native(v) for v in self.variables])
+        gradients = self._gradients(tape, scaled_loss, self._weight(result, samples))
         self.connected.update(i for i, g in enumerate(gradients) if g is not None)
         self._warn_of_unseen_rows(gradients)
         return result, loss, gradients, [values.get_current_value(v) for v in self.trace.state]
+
+    def _watch(self, tape: tf.GradientTape) -> None:
+        """Hook: has the tape watch what is no variable."""
+
+    def _gradients(
+        self, tape: tf.GradientTape, loss: _types.Tensor, weight: _types.Tensor
+    ) -> list[_types.Gradient | None]:
+        """The gradients of a micro-batch's scaled loss, which counts `weight`."""
+        del weight
+        gradients: list[_types.Gradient | None] = tape.gradient(
+            loss, [_keras.variables.native(v) for v in self.variables]
+        )
+        return gradients
 
     def _reducer(self, samples: _types.Tensor) -> denominators.LossReducer | None:
         if self.is_whole:

@@ -16,6 +16,9 @@ from tfbig._update import (
     denominators,
     empty_batch,
     exchange,
+    gathered_step,
+    gathered_weights,
+    lockstep_loop,
     loss_trace,
     micro_batch_loop,
     micro_batch_step,
@@ -92,6 +95,13 @@ class MicroBatches:
             compiled=self.compiled,
             scope=trace_scope,
         ).trace()
+        self.is_gathered = bool(self.trace.divided)
+        if self.is_gathered and (self.compiled or tf.executing_eagerly()):
+            raise errors.UnsupportedModelError(
+                "Divided weights are gathered from other replicas in a graph, not in an XLA "
+                "program and not eagerly. Received: shard='weights' and "
+                f"{'compiled=True' if self.compiled else 'eager execution'}. Use one of them."
+            )
 
     def exchanged_counts(self) -> _types.Tensor | None:
         """The denominators of the whole batch, see `counts`."""
@@ -108,18 +118,37 @@ class MicroBatches:
             return None
         counts = [tf.cast(self.samples, self.dtype)]
 
+        pieces = {id(v): v.own_piece() for v in self.trace.divided}
+
         def count(
-            micro_batch: _types.Structure, size: _types.Tensor, totals: list[_types.Tensor]
+            micro_batch: _types.Structure,
+            size: _types.Tensor,
+            totals: list[_types.Tensor],
+            counts: _types.Tensor | None = None,
         ) -> list[_types.Tensor]:
             del size
             counter = denominators.LossCounter()
-            with _keras.losses.intercepted_losses(counter), _keras.variables.VariableValues():
+            weights: gathered_weights.Gathering = gathered_weights.WeightStandIns([])
+            if self.trace.counts_need_weights:
+                weights = gathered_weights.GatheredWeights(pieces)
+            with (
+                _keras.losses.intercepted_losses(counter),
+                _keras.variables.VariableValues(),
+                _keras.thread.holding("gathering", weights),
+            ):
                 self.loss_fn(micro_batch)
             pairs = zip(totals, counter.counted, strict=True)
-            return [total + tf.cast(value, self.dtype) for total, value in pairs]
+            added = [total + tf.cast(value, self.dtype) for total, value in pairs]
+            if counts is None:
+                return added
+            return [tf.where(counts, a, b) for a, b in zip(added, totals, strict=True)]
 
         if number := self.trace.kinds.count("counted"):
-            counts += self._for_each(count, [tf.zeros((), self.dtype)] * number)
+            zeros = [tf.zeros((), self.dtype)] * number
+            if self.trace.counts_need_weights and not self.unrolled:
+                counts += lockstep_loop.fold(self.split, self.data, count, zeros)
+            else:
+                counts += self._for_each(count, zeros)
         return tf.stack(counts)
 
     def accumulate(
@@ -134,7 +163,8 @@ class MicroBatches:
         if loss_scale is not None:
             loss_scale = tf.convert_to_tensor(loss_scale)
         is_uniform, size = self._uniform_micro_batch_size()
-        step = micro_batch_step.MicroBatchStep(
+        kind = gathered_step.GatheredStep if self.is_gathered else micro_batch_step.MicroBatchStep
+        step = kind(
             self.loss_fn,
             self.variables,
             self.trace,
@@ -147,7 +177,7 @@ class MicroBatches:
             compiled=self.compiled,
         )
         start = step.start()
-        accumulated = self._gathered(step, start, self._for_each(step, start))
+        accumulated = self._gathered(step, start, self._run(step, start))
         # On one replica, it does not matter in what the weights are counted.
         if size is None or replicas.count() == 1:
             return accumulated
@@ -178,6 +208,16 @@ class MicroBatches:
             logs=totals["logs"],
             noise_moments=totals["noise_moments"],
         )
+
+    def _run(self, step: MicroBatchStep, start: Totals) -> Totals:
+        totals: Totals
+        if not isinstance(step, gathered_step.GatheredStep):
+            totals = self._for_each(step, start)
+        elif self.unrolled:
+            totals = self._for_each(step.always, start)
+        else:
+            totals = lockstep_loop.fold(self.split, self.data, step.counting, start)
+        return totals
 
     def _for_each(self, step: Step, start: _types.Structure) -> _types.Structure:
         """What `step` makes of `start`, micro-batch by micro-batch; compiled if asked for."""
@@ -214,6 +254,7 @@ class MicroBatches:
         if (
             self.is_whole
             or self.compiled
+            or self.is_gathered
             or self.valid_samples is not None
             or self.trace.has_weight
         ):

@@ -9,7 +9,7 @@ import keras
 
 from tfbig import _keras, _types, errors
 
-__all__ = ("Recompute", "check", "check_fits", "layers_of", "serialized")
+__all__ = ("Recompute", "blocks", "check", "check_fits", "layers_of", "serialized", "without_inner")
 
 # All blocks, layers or their names, a predicate of layers, or nothing.
 Recompute: TypeAlias = (
@@ -49,7 +49,7 @@ def layers_of(model: keras.Model, recompute: Recompute) -> list[_types.Layer]:
     if isinstance(recompute, list):
         chosen = _named(model, recompute)
     elif recompute is True:
-        chosen = _blocks(model)
+        chosen = blocks(model)
     else:
         chosen = [x for x in _keras.layers.all_layers(model) if _is_call(x) and recompute(x)]
     if not chosen:
@@ -57,11 +57,20 @@ def layers_of(model: keras.Model, recompute: Recompute) -> list[_types.Layer]:
             "`recompute` must match at least one layer. Received: "
             f"recompute={recompute!r}, which matches none of {_names(model)}."
         )
-    inside = {id(x) for layer in chosen for x in _keras.layers.all_layers(layer)}
-    chosen = [x for x in chosen if id(x) not in inside]
-    for layer in chosen:
+    return without_inner(chosen)
+
+
+def without_inner(layers: list[_types.Layer]) -> list[_types.Layer]:
+    """The layers, without those inside of others.
+
+    Raises:
+        UnsupportedModelError: If a layer cannot be recomputed.
+    """
+    inside = {id(x) for layer in layers for x in _keras.layers.all_layers(layer)}
+    outer = [x for x in dict.fromkeys(layers) if id(x) not in inside]
+    for layer in outer:
         _keras.recomputation.check_can_recompute(layer)
-    return chosen
+    return outer
 
 
 def check_fits(model: keras.Model, recompute: Recompute) -> None:
@@ -82,12 +91,12 @@ def _is_call(layer: _types.Layer) -> bool:
     return not isinstance(layer, keras.layers.InputLayer)
 
 
-def _blocks(model: keras.Model) -> list[_types.Layer]:
+def blocks(model: keras.Model) -> list[_types.Layer]:
     """The layers of a model, and of the models inside it, that have variables or layers."""
     found: list[_types.Layer] = []
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            found += _blocks(layer)
+            found += blocks(layer)
         # An embedding's activations are its output, which is kept in any case.
         elif _keras.layers.all_layers(layer) or (
             layer.trainable_variables and not isinstance(layer, keras.layers.Embedding)

@@ -5,24 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from tfbig import _keras, _log, errors
-from tfbig._update import replicas, sharded_state
+from tfbig._update import replicas, sharded_state, sharded_weights
 
-__all__ = ("apply_to_optimizers", "checked", "say_if_nothing_is_divided", "update_optimizers")
+__all__ = ("apply", "checked", "say_if_nothing_is_divided", "update")
 
-_VALUES = ("optimizer",)
+_VALUES = ("optimizer", "weights")
 
 
 def checked(value: object) -> str | None:
     """Returns the option `shard`, checked."""
     if value is not None and not (isinstance(value, str) and value in _VALUES):
         raise errors.InvalidOptionError(
-            f"`shard` must be 'optimizer' or None. Received: shard={value!r}."
+            f"`shard` must be 'optimizer', 'weights' or None. Received: shard={value!r}."
         )
     return value
 
 
-def apply_to_optimizers(model: Any) -> None:  # Any: a tfbig model, which imports this.
-    """Divides the state of all optimizers that a model holds, if `shard` says so.
+def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
+    """Divides what a model has, if `shard` says so: weights, and the state of all its optimizers.
 
     Raises:
         InvalidOptionError: If the state of an optimizer cannot be divided.
@@ -36,17 +36,47 @@ def apply_to_optimizers(model: Any) -> None:  # Any: a tfbig model, which import
             "one program, in which no core has a piece of its own. Received: "
             f"shard={model.shard!r} under TPUStrategy. Use shard=None."
         )
+    if model.shard == "weights":
+        _refuse_others(model)
+        sharded_weights.divide(model, model.distribute_strategy)
     for _, optimizer in _keras.optimizer.optimizers_of(model):
         sharded_state.divide(optimizer, model.distribute_strategy)
 
 
-def update_optimizers(model: Any) -> None:
-    """Has a change of `shard` take effect on a model that is compiled already."""
+def _refuse_others(model: Any) -> None:  # Any: as above.
+    """Raises for options that do not go with divided weights."""
+    refused = {
+        "log_gradient_noise_scale": "no replica has the gradient of its samples alone",
+        "exchange_dtype": "gradients are added up over the replicas in each micro-batch",
+    }
+    for name, reason in refused.items():
+        value = getattr(model, name, None)
+        if value:
+            raise errors.InvalidOptionError(
+                f"`{name}` does not go with divided weights, since {reason}. Received: "
+                f"{name}={value!r} and shard='weights'. Leave it out, or use shard='optimizer'."
+            )
+    refused = {
+        "jit_compile": "XLA cannot compile a step that gathers weights from other replicas",
+        "run_eagerly": "The replicas of a process would take turns within a layer",
+    }
+    for name, reason in refused.items():
+        if model.compiled and getattr(model, name) is True and replicas.count_of(model) > 1:
+            raise errors.InvalidOptionError(
+                f"{reason}. Received: {name}=True and shard='weights'. Pass {name}=False to "
+                "`compile`."
+            )
+
+
+def update(model: Any) -> None:
+    """Has a change of `shard` take effect on a model that is there already."""
+    if model.shard != "weights":
+        sharded_weights.make_whole(model)
     if model.shard is None:
         for _, optimizer in _keras.optimizer.optimizers_of(model):
             sharded_state.make_whole(optimizer)
-    elif model.compiled:
-        apply_to_optimizers(model)
+    elif model.compiled or (model.built and model.shard == "weights"):
+        apply(model)
     model._rebuild_step()
 
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterator
 
 import keras
 import tensorflow as tf
 
 from tfbig import _keras, _types
-from tfbig._update import accumulators, apply, exchange, half_precision_exchange, replicas
+from tfbig._update import (
+    accumulators,
+    apply,
+    exchange,
+    gathered_weights,
+    half_precision_exchange,
+    replicas,
+)
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.loss_scale import LossScaleState
 from tfbig._update.sharded_state import ShardedState
@@ -124,16 +132,23 @@ class _ShardedUpdate:
         self.dense = [i for i, g in enumerate(local.gradients) if _is_dense(g)]
         self.rows = {i: g for i, g in enumerate(apply.gradients_of_loss(batch)) if g is not None}
         self.gradients: dict[int, _types.Gradient] = {}
+        # Where divided weights lie, whose optimizer may need all of them in one place.
+        self.divided = {
+            i: v.spans for i, v in enumerate(self.variables) if gathered_weights.is_divided(v)
+        }
+        self.moved = [i for i, spans in self.divided.items() if list(spans) != self.pieces[i]]
 
     # --- Exchange -------------------------------------------------------------------
 
     def scatter(self, exchange_dtype: str | None, bucket_bytes: int) -> None:
-        """Sums the dense gradients over the replicas, each piece where it belongs."""
+        """Sums the dense gradients over the replicas, each piece where it belongs.
+
+        Those of divided weights are summed and in pieces already.
+        """
         dtype, weight = self.local.loss.dtype, self.batch.weight
-        tensors: list[_types.Tensor] = [self.local.gradients[i] for i in self.dense]
-        rows = _rows.Rows(
-            [self.pieces[i] for i in self.dense], [self.variables[i].shape for i in self.dense]
-        )
+        whole = [i for i in self.dense if i not in self.divided]
+        tensors: list[_types.Tensor] = [self.local.gradients[i] for i in whole]
+        rows = _rows.Rows([self.pieces[i] for i in whole], [self.variables[i].shape for i in whole])
 
         def sent(values: _types.Tensor) -> _types.Tensor:
             if exchange_dtype is None:
@@ -141,12 +156,20 @@ class _ShardedUpdate:
             return half_precision_exchange.narrowed(values, weight, exchange_dtype)
 
         sent_as = tf.as_dtype(exchange_dtype or dtype)
-        for k, piece in rows.scatter(tensors, bucket_bytes, sent, sent_as, dtype).items():
-            if exchange_dtype is None:
+        scattered = rows.scatter(tensors, bucket_bytes, sent, sent_as, dtype)
+        sums = {whole[k]: piece for k, piece in scattered.items()}
+        dtypes = {i: tensor.dtype for i, tensor in zip(whole, tensors, strict=True)}
+        for i in self.dense:
+            if i in self.divided:
+                sums[i] = tf.convert_to_tensor(self.local.gradients[i])
+                dtypes[i] = sums[i].dtype
+        for i, piece in sums.items():
+            piece = tf.cast(piece, dtype)
+            if exchange_dtype is None or i in self.divided:
                 piece = tf.math.divide_no_nan(piece, weight)
             if self.batch.loss_scale is not None:
                 piece = tf.math.divide_no_nan(piece, tf.cast(self.batch.loss_scale, dtype))
-            self.gradients[self.dense[k]] = tf.cast(piece, tensors[k].dtype)
+            self.gradients[i] = tf.cast(piece, dtypes[i])
         self.gradients |= self.rows
 
     def exchange_facts(self) -> None:
@@ -225,13 +248,20 @@ class _ShardedUpdate:
             is_finite: whether the update is made at all; None if it is in any case.
             bucket_bytes: bytes that are gathered at a time.
         """
+        whole = self._bring(bucket_bytes)
         own = [i for i, piece in enumerate(self.own) if piece is not None]
         gradients = [self._own_gradient(i) for i in own if i < self.updated]
         variables = [self.variables[i] for i in own]
         with tf.control_dependencies([self.batch.weight]):
             # What is only averaged comes last, and has no gradient.
             pairs = itertools.zip_longest(own, gradients)
-            values = [self._own_value(i, g) for i, g in pairs]
+            values = [
+                whole.get(i) if i in self.divided else self._own_value(i, g) for i, g in pairs
+            ]
+
+        def unchanged() -> list[_types.Tensor]:
+            pairs = zip(variables, values, strict=True)
+            return [_keras.variables.own_copy(x).read_value() if v is None else v for x, v in pairs]
 
         def updated() -> list[_types.Tensor]:
             # The optimizer's counter would not depend on the gradients otherwise.
@@ -240,8 +270,67 @@ class _ShardedUpdate:
                     self.state.optimizer, gradients, variables, values
                 )
 
-        new = updated() if is_finite is None else tf.cond(is_finite, updated, lambda: values)
-        self._gather(dict(zip(own, new, strict=True)), bucket_bytes)
+        new = updated() if is_finite is None else tf.cond(is_finite, updated, unchanged)
+        new_of = dict(zip(own, new, strict=True))
+        self._send_back(new_of, is_finite, bucket_bytes)
+        self._gather(new_of, bucket_bytes)
+
+    def _bring(self, bucket_bytes: int) -> dict[int, _types.Tensor]:
+        """Brings divided weights, and their gradients, to where they are updated as a whole.
+
+        Returns:
+            By the index of the variable, the weights that this replica updates.
+        """
+        weights: dict[int, _types.Tensor] = {}
+        for group, dtype, rows in self._moved_rows():
+            pieces = {
+                k: self._piece_of_divided(i)
+                for k, i in enumerate(group)
+                if self.divided[i][_keras.collectives.replica_id()] is not None
+            }
+            for k, value in rows.gather(pieces, bucket_bytes, dtype):
+                if self.own[group[k]] is not None:
+                    weights[group[k]] = value
+        with_dense = set(self.gradients) - set(self.rows)
+        for group, dtype, rows in self._moved_rows(with_dense.__contains__):
+            gradients = {k: self.gradients[i] for k, i in enumerate(group)}
+            for k, value in rows.gather(gradients, bucket_bytes, dtype):
+                self.gradients[group[k]] = value
+        return weights
+
+    def _send_back(
+        self,
+        new: dict[int, _types.Tensor],
+        is_finite: _types.Tensor | None,
+        bucket_bytes: int,
+    ) -> None:
+        """Sends the new values of what `_bring` brought to where the pieces lie."""
+        for group, dtype, rows in self._moved_rows():
+            tensors = [
+                new[i] if i in new else tf.zeros(self.variables[i].shape, dtype) for i in group
+            ]
+            scattered = rows.scatter(tensors, bucket_bytes, tf.identity, dtype, dtype)
+            for k, piece in scattered.items():
+                if is_finite is not None:
+                    piece = tf.where(is_finite, piece, self._piece_of_divided(group[k]))
+                _keras.variables.own_copy(self.variables[group[k]]).assign(piece)
+
+    def _piece_of_divided(self, i: int) -> _types.Tensor:
+        return _keras.variables.own_copy(self.variables[i]).read_value()
+
+    def _moved_rows(
+        self, is_wanted: Callable[[int], bool] = lambda _: True
+    ) -> Iterator[tuple[list[int], _types.DType, _rows.Rows]]:
+        """Indices of variables that are moved, their dtype, and the rows in which they travel."""
+        dtypes = {tf.as_dtype(self.variables[i].dtype) for i in self.moved}
+        for dtype in sorted(dtypes, key=lambda dtype: dtype.name):
+            group = [
+                i
+                for i in self.moved
+                if tf.as_dtype(self.variables[i].dtype) == dtype and is_wanted(i)
+            ]
+            shapes = [self.variables[i].shape for i in group]
+            yield group, dtype, _rows.Rows([self.divided[i] for i in group], shapes)
 
     def _own_gradient(self, i: int) -> _types.Gradient | None:
         """This replica's piece of a gradient; None if the loss does not depend on the variable."""
@@ -271,7 +360,8 @@ class _ShardedUpdate:
         changed = [
             i
             for i in range(len(self.variables))
-            if overwrites or (i < self.updated and self.local.gradients[i] is not None)
+            if i not in self.divided
+            and (overwrites or (i < self.updated and self.local.gradients[i] is not None))
         ]
         dtypes = {tf.as_dtype(v.dtype) for v in self.variables}
         for dtype in sorted(dtypes, key=lambda dtype: dtype.name):

@@ -122,7 +122,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         default=None,
         check=shard_option.checked,
         doc="What is divided over the replicas instead of copied to each; None for nothing.",
-        changed=shard_option.update_optimizers,
+        changed=shard_option.update,
         passed_on="the model's optimizer to tfbig.apply_gradients",
     )
 
@@ -141,6 +141,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         if self.built:
             for name in given:
                 options[name].fits(self, options[name].value(self))
+            shard_option.apply(self)
 
     def _keep_options(self, given: Mapping[str, Any]) -> None:
         """Keeps checked options, which were given together."""

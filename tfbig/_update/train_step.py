@@ -28,6 +28,7 @@ from tfbig._update import (
     own_step,
     recomputation,
     replicas,
+    sharded_weights,
     step_inheritance,
     training_checks,
 )
@@ -212,10 +213,14 @@ class TrainStep(training_checks.TrainingChecks):
             valid_samples=valid_samples,
         )
 
+    def _recomputed_layers(self) -> list[_types.Layer]:
+        chosen = recomputation.layers_of(self, self.recompute)
+        return recomputation.without_inner([*chosen, *sharded_weights.layers_to_recompute(self)])
+
     def _loss_function(self, training: bool, compiled: bool) -> LossFunction:
         """The loss of a micro-batch, as a function."""
         is_xla = compiled or _keras.devices.is_compiled_as_a_whole()
-        recomputed = recomputation.layers_of(self, self.recompute if training else None)
+        recomputed = self._recomputed_layers() if training else []
 
         def loss_fn(micro_batch: _types.Structure) -> MicroBatchLoss:
             with (

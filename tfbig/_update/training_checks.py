@@ -102,7 +102,7 @@ class TrainingChecks(step_options.StepOptions):
             )
         self.seed_states = _keras.saving.SeedStates(self)
         self._reset_noise_scale()
-        shard_option.apply_to_optimizers(self)
+        shard_option.apply(self)
         if self.optimizer is not None:
             _keras.saving.track_for_checkpoint(self, "optimizer", self.optimizer)
 
@@ -157,11 +157,13 @@ class TrainingChecks(step_options.StepOptions):
                 _keras.optimizer.temporary_optimizer(self, None),
             ):
                 super()._build_for(specs)
+        # What was built now.
+        shard_option.apply(self)
 
     def _check_before_run(self) -> None:
         _keras.layers.check_scope(self)
         # Those too that a `compile` of the model's own has set.
-        shard_option.apply_to_optimizers(self)
+        shard_option.apply(self)
         if replicas.count_of(self) > 1:
             inexact.refuse_stateful_layers(self, self._batch_split())
 

@@ -23,7 +23,7 @@ def act_with_help(
 
     Args:
         workers: the workers.
-        model: the model whose optimizers' state the chief may read.
+        model: the model whose weights and optimizers' state the chief may read.
         who: what acts, for messages.
         action: what the chief does.
 
@@ -66,9 +66,7 @@ def act_with_help(
 
 def _divided_variables(model: keras.Model) -> list[_keras.sharded_variable.ShardedVariable]:
     """In the same order on all workers."""
-    return [
-        v
-        for _, optimizer in _keras.optimizer.optimizers_of(model)
-        for v in optimizer.variables
-        if isinstance(v, _keras.sharded_variable.ShardedVariable)
-    ]
+    variables = list(model.variables)
+    for _, optimizer in _keras.optimizer.optimizers_of(model):
+        variables += optimizer.variables
+    return [v for v in variables if isinstance(v, _keras.sharded_variable.ShardedVariable)]

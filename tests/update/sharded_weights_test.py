@@ -1,0 +1,353 @@
+"""`shard="weights"`: what differs from the optimizer's state alone."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import tfbig
+from tests.conftest import make_strategy
+from tfbig._keras.sharded_variable import ShardedWeight
+from tfbig.distribute import _sharded_weights
+
+TOLERANCE = 1e-10
+
+
+@pytest.fixture
+def small_weights_are_divided(monkeypatch):
+    monkeypatch.setattr(_sharded_weights, "SMALLEST", 1)
+
+
+def data(samples=22, shape=(6,), targets=(3,)):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(samples, *shape)), rng.normal(size=(samples, *targets))
+
+
+def divided(model):
+    return [v for v in model.weights if isinstance(v, ShardedWeight)]
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=TOLERANCE)
+
+
+def train(make, x, y, strategy="default", optimizer="adam", loss="mse", weights=None, **options):
+    """A model after two epochs; divided, if there are options."""
+    with make_strategy(strategy).scope():
+        keras.utils.set_random_seed(1)
+        model = make(tfbig.Model if options else keras.Model, **options)
+        # Models that are built late are built here.
+        model(x[:2])
+        if weights is not None:
+            model.set_weights(weights)
+        model.compile(optimizer() if callable(optimizer) else optimizer, loss)
+    model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    return model
+
+
+def assert_trains_as_plain(make, x, y, options=None, **kwargs):
+    keras.utils.set_random_seed(1)
+    start = make(keras.Model)
+    start(x[:2])
+    start = start.get_weights()
+    plain = train(make, x, y, weights=start, **kwargs)
+    model = train(
+        make, x, y, "mirrored_2", weights=start, shard="weights", **options or {}, **kwargs
+    )
+    assert len(divided(model)) == len(model.trainable_weights)
+    assert_same(model.get_weights(), plain.get_weights())
+    return model, plain
+
+
+def dense(cls, **options):
+    x = keras.Input((6,))
+    return cls(x, layers.Dense(3)(layers.Dense(8, "tanh")(x)), **options)
+
+
+# --- Programs ----------------------------------------------------------------------------
+
+
+class Branching(layers.Layer):
+    """Reads its weight in a conditional and in a loop."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(6, 6))
+
+    def call(self, x):
+        h = tf.cond(
+            tf.reduce_sum(self.kernel) > 0,
+            lambda: tf.matmul(x, self.kernel),
+            lambda: -2 * tf.matmul(x, self.kernel),
+        )
+        one = lambda i, h: (i + 1, tf.tanh(tf.matmul(h, self.kernel)))  # noqa: E731
+        return h + tf.while_loop(lambda i, _: i < 3, one, (0, x))[1]
+
+
+class Positions(layers.Layer):
+    """Tables of tokens and positions in a layer that recomputes."""
+
+    def build(self, shape):
+        self.tokens, self.positions = layers.Embedding(7, 6), layers.Embedding(9, 6)
+        self.tokens.build(shape)
+        self.positions.build(shape)
+        self.dense = layers.Dense(6)
+        self.dense.build((None, None, 6))
+
+    def call(self, tokens):
+        return self.dense(self.tokens(tokens) + self.positions(keras.ops.arange(5)))
+
+
+def sequence(*inner):
+    def make(cls, **options):
+        h = x = keras.Input((5, 6))
+        for layer in inner:
+            h = layer()(h)
+        return cls(x, layers.Dense(3)(h), **options)
+
+    return make
+
+
+def branching(cls, **options):
+    x = keras.Input((6,))
+    return cls(x, layers.Dense(3)(Branching()(x)), **options)
+
+
+def regularized(cls, **options):
+    x = keras.Input((6,))
+    h = layers.Dense(8, kernel_regularizer="l2", activity_regularizer="l1")(x)
+    return cls(x, layers.Dense(3)(h), **options)
+
+
+def late(cls, **options):
+    """Layers in a list, a weight of the model's own; built in the first call."""
+
+    class Late(cls):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.blocks = [layers.Dense(6, "tanh") for _ in range(3)]
+            self.head = layers.Dense(3)
+            self.scale = self.add_weight(shape=(6,), initializer="ones")
+
+        def call(self, x):
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x * self.scale)
+
+    return Late(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (sequence(lambda: layers.LSTM(4)), (5, 6)),
+        (sequence(lambda: layers.Bidirectional(layers.GRU(4, unroll=True))), (5, 6)),
+        (branching, (6,)),
+        (regularized, (6,)),
+        (late, (6,)),
+    ],
+    ids=["lstm", "gru", "branching", "regularized", "late"],
+)
+def test_programs_train_as_in_plain_keras(make, shape, small_weights_are_divided, float64):
+    x, y = data(shape=shape)
+    options = {"gradient_accumulation_steps": 3}
+    assert_trains_as_plain(make, x, y, options, optimizer=lambda: keras.optimizers.SGD(0.1))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_rows_of_tables_in_a_layer_that_recomputes_stay_rows(
+    optimizer, small_weights_are_divided, float64
+):
+    def make(cls, **options):
+        tokens = keras.Input((5,), dtype="int32")
+        return cls(tokens, layers.Dense(7)(Positions()(tokens)), **options)
+
+    tokens = np.random.default_rng(0).integers(0, 7, (22, 5))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    options = {"gradient_accumulation_steps": 2}
+    assert_trains_as_plain(make, tokens, tokens, options, loss=loss, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("samples", [17, 24], ids=["one_sample_left", "as_many"])
+def test_replicas_of_fewer_micro_batches_wait_for_the_others(
+    samples, small_weights_are_divided, float64
+):
+    # In the last batch, one replica has a sample and the other none, or four each.
+    x, y = data(samples)
+    assert_trains_as_plain(dense, x, y, {"micro_batch_size": 1})
+
+
+def test_what_does_not_count_may_be_no_number(small_weights_are_divided, float64):
+    """A replica without samples computes with zeros, whose logarithm is infinite."""
+
+    def make(cls, **options):
+        x = keras.Input((6,))
+        return cls(x, layers.Dense(3)(keras.ops.log(x)), **options)
+
+    x, y = data(17)
+    assert_trains_as_plain(make, np.exp(x), y, {"micro_batch_size": 2})
+
+
+def test_denominators_may_depend_on_weights(small_weights_are_divided, float64):
+    class Counting(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            mean = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+            return mean(y, y_pred, sample_weight=tf.cast(y_pred[:, 0] > 0, y_pred.dtype))
+
+    class Divided(tfbig.Model):
+        compute_loss = Counting.compute_loss
+
+    def make(cls, **options):
+        return dense(Counting if cls is keras.Model else Divided, **options)
+
+    x, y = data()
+    assert_trains_as_plain(make, x, y, {"gradient_accumulation_steps": 2}, loss=None)
+
+
+# --- Everything but training -------------------------------------------------------------
+
+
+def test_it_evaluates_and_predicts_as_plain_keras(small_weights_are_divided, float64):
+    x, y = data()
+    model, plain = assert_trains_as_plain(dense, x, y, {"gradient_accumulation_steps": 2})
+    expected = plain.predict(x, batch_size=8, verbose=0)
+    assert_same(model.predict(x, batch_size=8, verbose=0), expected)
+    assert_same([model.evaluate(x, y, batch_size=8, verbose=0)], [plain.evaluate(x, y, verbose=0)])
+    assert_same(model.predict_on_batch(x[:5]), expected[:5])
+    assert_same([model.test_on_batch(x[:5], y[:5])], [plain.test_on_batch(x[:5], y[:5])])
+    # Outside of the replicas, eagerly and in a function.
+    assert_same(model(x), expected)
+    assert_same(tf.function(lambda: model(x))(), expected)
+
+
+def test_a_language_model_generates_as_plain_keras():
+    keras_hub = pytest.importorskip("keras_hub")
+
+    def backbone():
+        keras.utils.set_random_seed(1)
+        return keras_hub.models.GPT2Backbone(
+            vocabulary_size=50, num_layers=2, num_heads=2, hidden_dim=128, intermediate_dim=256,
+            max_sequence_length=16,
+        )  # fmt: skip
+
+    prompt = {"token_ids": np.ones((2, 12), "int32"), "padding_mask": np.ones((2, 12), "int32")}
+    prompt["padding_mask"][:, 4:] = 0
+    plain = keras_hub.models.GPT2CausalLM(backbone(), preprocessor=None)
+    expected = plain.generate(prompt, stop_token_ids=None)["token_ids"]
+    with make_strategy("mirrored_2").scope():
+        model = keras_hub.models.GPT2CausalLM(backbone(), preprocessor=None)
+        model = tfbig.extend(model, shard="weights")
+    assert divided(model)
+    found = model.generate(prompt, stop_token_ids=None)["token_ids"]
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_weights_are_divided_from_the_start(small_weights_are_divided, float64):
+    strategy = make_strategy("mirrored_2")
+    with tfbig.distribute.sharded_weights(strategy):
+        model = dense(tfbig.Model, shard="weights", micro_batch_size=2)
+        model.compile("adam", "mse")
+    assert len(divided(model)) == 4
+    # Keras's initial values, not zeros.
+    assert np.std(model.get_weights()[0]) > 0.1
+    plain = dense(keras.Model)
+    plain.set_weights(model.get_weights())
+    plain.compile("adam", "mse")
+    x, y = data()
+    for trained in (model, plain):
+        trained.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    assert_same(model.get_weights(), plain.get_weights())
+    # Outside of it, weights are whole.
+    with strategy.scope():
+        assert not divided(dense(keras.Model))
+
+
+@pytest.mark.parametrize("strategy", ["mirrored_2", "mirrored_4"])
+def test_each_replica_has_its_share_of_the_weights(strategy):
+    strategy = make_strategy(strategy)
+    with strategy.scope():
+        model = tfbig.Sequential(
+            [keras.Input((256,)), *(layers.Dense(256) for _ in range(4))], shard="weights"
+        )
+    number = strategy.num_replicas_in_sync
+    # Biases are small, and stay whole.
+    assert [v.path for v in divided(model)] == [v.path for v in model.weights if len(v.shape) == 2]
+    for variable in divided(model):
+        sizes = [int(tf.size(piece)) for piece in variable.pieces.values()]
+        assert sizes == [256 * 256 // number] * number
+
+
+def test_one_replica_has_nothing_to_divide():
+    with tfbig.distribute.sharded_weights(tf.distribute.get_strategy()):
+        model = tfbig.Sequential([keras.Input((256,)), layers.Dense(256)], shard="weights")
+    model.compile("adam", "mse")
+    model.fit(np.ones((4, 256)), np.ones((4, 256)), verbose=0)
+    assert not divided(model)
+
+
+def test_the_log_names_the_layers_that_recompute(small_weights_are_divided, caplog):
+    with caplog.at_level("INFO", "tfbig"), make_strategy("mirrored_2").scope():
+        x = keras.Input((6,))
+        h = layers.Dense(8, name="first")(layers.Dropout(0.5)(x))
+        tfbig.Model(x, layers.Dense(3, name="second")(h), shard="weights")
+    assert ["first, second recompute" in r.message for r in caplog.records] == [True]
+
+
+# --- Bad input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"log_gradient_noise_scale": True}, "log_gradient_noise_scale=True"),
+        ({"exchange_dtype": "bfloat16"}, "exchange_dtype='bfloat16'"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_options_that_need_whole_gradients_are_refused(options, named):
+    with (
+        make_strategy("mirrored_2").scope(),
+        pytest.raises(tfbig.errors.InvalidOptionError, match=named),
+    ):
+        dense(tfbig.Model, shard="weights", **options)
+
+
+@pytest.mark.parametrize("name", ["jit_compile", "run_eagerly"])
+def test_other_modes_are_refused(name):
+    with make_strategy("mirrored_2").scope():
+        model = dense(tfbig.Model, shard="weights")
+        with pytest.raises(tfbig.errors.InvalidOptionError, match=f"{name}=True"):
+            model.compile("sgd", "mse", **{name: True})
+
+
+def test_a_layer_that_cannot_be_recomputed_is_named(small_weights_are_divided):
+    with make_strategy("mirrored_2").scope():
+        x = keras.Input(batch_shape=(4, 5, 6))
+        h = layers.LSTM(4, stateful=True, name="memory")(x)
+        outputs = layers.Dense(3)(h)
+        with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"LSTM 'memory'.*shard="):
+            tfbig.Model(x, outputs, shard="weights")
+
+
+def test_a_weight_that_is_read_in_a_branch_outside_of_layers_is_refused(
+    small_weights_are_divided,
+):
+    class Branch(tfbig.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.head = layers.Dense(3)
+            self.scale = self.add_weight(shape=(6,), initializer="ones", name="scale")
+
+        def call(self, x):
+            return self.head(
+                tf.cond(tf.reduce_sum(x) > 0, lambda: x * self.scale, lambda: x / self.scale)
+            )
+
+    with make_strategy("mirrored_2").scope():
+        model = Branch(shard="weights")
+        model.compile("sgd", "mse")
+    x, y = data()
+    # TensorFlow makes another error of it.
+    with pytest.raises(ValueError, match=r"scale, read in one"):
+        model.fit(x, y, verbose=0)

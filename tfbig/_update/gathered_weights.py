@@ -1,0 +1,195 @@
+"""Weights that no replica has all of, while its micro-batches run.
+
+A weight is gathered where a layer reads it, and dropped when nothing needs it any more: a layer
+that recomputes gathers it again in the backward pass. Its gradient is scattered as soon as it is
+there, so that a replica adds up the gradient of its piece alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Set
+
+import keras
+import tensorflow as tf
+
+from tfbig import _keras, _types, errors
+from tfbig._keras.sharded_variable import Gathering, ShardedWeight
+from tfbig._update import accumulators
+
+__all__ = ("GatheredWeights", "Gathering", "WeightStandIns", "is_divided")
+
+
+def is_divided(variable: _types.KerasVariable) -> bool:
+    """Whether a weight is divided over the replicas."""
+    return isinstance(variable, ShardedWeight)
+
+
+class WeightStandIns:
+    """Tensors of a weight's shape, in a trace that tells what a loss function does.
+
+    Args:
+        variables: those whose gradients are wanted.
+
+    Attributes:
+        read: the divided weights that were read, in order.
+    """
+
+    def __init__(self, variables: Iterable[keras.Variable]) -> None:
+        self.read: list[ShardedWeight] = []
+        self._tensors: dict[int, _types.Tensor] = {}
+        self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        # Not where they are read, which may be inside a loop.
+        for variable in variables:
+            if is_divided(variable):
+                self._make(variable)
+
+    def tensors(self) -> list[_types.Tensor]:
+        """All that are there."""
+        return list(self._tensors.values())
+
+    def gradient_sources(self, variables: Iterable[keras.Variable]) -> list[_types.Tensor]:
+        """What gradients are taken of, for divided weights and others."""
+        return [
+            self._tensors[id(v)] if is_divided(v) else _keras.variables.native(v) for v in variables
+        ]
+
+    def are_needed_for(self, tensors: Iterable[_types.Tensor]) -> bool:
+        """Whether one of these tensors of the trace depends on a divided weight."""
+        if self._graph is None:
+            return bool(self.read)
+        sources = {t.op.name for t in self._tensors.values()}
+        seen: set[str] = set()
+        left = [t.op for t in tensors if tf.is_tensor(t) and t.graph is self._graph]
+        while left:
+            operation = left.pop()
+            if operation.name in sources:
+                return True
+            if operation.name not in seen:
+                seen.add(operation.name)
+                left += [t.op for t in operation.inputs]
+        return False
+
+    def source_of(self, weight: ShardedWeight) -> _types.Tensor:
+        """See `Gathering`."""
+        return self.value_of(weight)
+
+    def value_of(self, weight: ShardedWeight) -> _types.Tensor:
+        """See `Gathering`."""
+        if not any(weight is v for v in self.read):
+            self.read.append(weight)
+        return self._make(weight)
+
+    def values_of(
+        self, weights: Sequence[_types.KerasVariable], sources: Sequence[_types.Tensor]
+    ) -> list[_types.Tensor]:
+        """See `Gathering`."""
+        del weights
+        return list(sources)
+
+    def reach(self, tensors: Sequence[_types.Tensor | None]) -> None:
+        """See `Gathering`."""
+
+    def _make(self, weight: ShardedWeight) -> _types.Tensor:
+        if id(weight) not in self._tensors:
+            with tf.init_scope() if self._graph is None else self._graph.as_default():
+                self._tensors[id(weight)] = tf.zeros(weight.shape, weight.dtype)
+        return self._tensors[id(weight)]
+
+
+class GatheredWeights:
+    """The weights of one micro-batch: gathered when a layer begins, or else when they are read.
+
+    A gather waits for the inputs of the layer before the one that needs it: it is under way while
+    that layer computes, and no more than two layers' weights are there at a time.
+
+    Args:
+        pieces: this replica's piece of each divided weight that is read, by its identity.
+        with_rows: identities of the weights whose gradient has rows. They are gathered once, and
+            their rows are not scattered.
+
+    Attributes:
+        weight: float scalar, what the micro-batch counts in the effective batch; to be set before
+            gradients are computed.
+        watch: has a tape watch a tensor.
+    """
+
+    def __init__(self, pieces: dict[int, _types.Tensor], with_rows: Set[int] = frozenset()) -> None:
+        self.pieces = pieces
+        self.with_rows = with_rows
+        self.weight: _types.Tensor | None = None
+        self.watch: Callable[[_types.Tensor], None] = lambda _: None
+        self._graph = tf.compat.v1.get_default_graph()
+        self._whole: dict[int, _types.Tensor] = {}
+        # Of the layer before the present one, and of the present one.
+        self._before: list[_types.Tensor] = []
+        # One after another: each takes buffers while it is under way.
+        self._last_gathered: list[_types.Tensor] = []
+        self._last_scattered: list[_types.Tensor] = []
+        self._reached: list[_types.Tensor] = []
+
+    def reach(self, tensors: Sequence[_types.Tensor | None]) -> None:
+        """See `Gathering`."""
+        self._before, self._reached = self._reached, [t for t in tensors if t is not None]
+
+    def source_of(self, weight: ShardedWeight) -> _types.Tensor:
+        """What its gradient is taken of: its piece; of a table with rows, all of it."""
+        if id(weight) in self.with_rows:
+            return self.value_of(weight)
+        return self.pieces[id(weight)]
+
+    def value_of(self, weight: ShardedWeight) -> _types.Tensor:
+        """See `Gathering`."""
+        if id(weight) not in self._whole:
+            if tf.compat.v1.get_default_graph() is not self._graph:
+                raise errors.UnsupportedModelError(
+                    "A divided weight must be read outside of conditionals and loops, or in a "
+                    f"layer that recomputes. Received: {weight.path}, read in one. Use "
+                    "shard='optimizer', or make what reads it a layer."
+                )
+            whole = self._gathered(weight, self.pieces[id(weight)])
+            if id(weight) in self.with_rows:
+                # The gradient's rows are those of the whole table.
+                whole = tf.stop_gradient(whole)
+                self.watch(whole)
+            self._whole[id(weight)] = whole
+        return self._whole[id(weight)]
+
+    def values_of(
+        self, weights: Sequence[_types.KerasVariable], sources: Sequence[_types.Tensor]
+    ) -> list[_types.Tensor]:
+        """See `Gathering`."""
+        return [
+            self._gathered(v, source) if is_divided(v) and id(v) not in self.with_rows else source
+            for v, source in zip(weights, sources, strict=True)
+        ]
+
+    def gradient_source_of(self, variable: keras.Variable) -> _types.Tensor | _types.Variable:
+        """What the gradient of a variable, divided or not, is taken of."""
+        return (
+            self.source_of(variable) if is_divided(variable) else _keras.variables.native(variable)
+        )
+
+    def _gathered(self, weight: ShardedWeight, piece: _types.Tensor) -> _types.Tensor:
+        """All of a weight, as a function of the piece."""
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        def gathered(piece: _types.Tensor) -> tuple[_types.Tensor, _types.AnyFunction]:
+            with tf.control_dependencies([*self._before, *self._last_gathered]):
+                whole = weight.gathered(tf.identity(piece))
+            self._last_gathered = [whole]
+            return whole, lambda gradient: self._scattered(weight, gradient)
+
+        return gathered(piece)
+
+    def _scattered(self, weight: ShardedWeight, gradient: _types.Gradient) -> _types.Tensor:
+        """This replica's piece of the gradient of all replicas' micro-batches."""
+        assert self.weight is not None
+        dtype = accumulators.dtype_for(weight.dtype)
+        gradient = tf.ensure_shape(tf.cast(tf.convert_to_tensor(gradient), dtype), weight.shape)
+        # Not before: a float16 gradient would overflow sooner. A weight of zero is that of a
+        # micro-batch that does not count, whatever its gradient.
+        weighted = tf.math.multiply_no_nan(gradient, tf.cast(self.weight, dtype))
+        with tf.control_dependencies(self._last_scattered):
+            piece = weight.scattered(tf.identity(weighted))
+        self._last_scattered = [piece]
+        return piece
