@@ -53,7 +53,7 @@ STEPS = flags.DEFINE_integer(
 SHARD = flags.DEFINE_enum(
     "shard",
     None,
-    ["optimizer"],
+    ["optimizer", "weights"],
     "What is divided over the replicas instead of copied to each. By default nothing.",
 )
 PRECISION = flags.DEFINE_enum(
