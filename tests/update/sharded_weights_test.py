@@ -243,6 +243,21 @@ def test_a_language_model_generates_as_plain_keras():
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
+def test_it_is_exported(small_weights_are_divided, tmp_path):
+    with make_strategy("mirrored_2").scope():
+        model = dense(tfbig.Model, shard="weights")
+    model.export(tmp_path, verbose=False)
+    x = data()[0].astype("float32")
+    loaded = tf.saved_model.load(tmp_path)
+    np.testing.assert_allclose(loaded.serve(x), model.predict(x, verbose=0), rtol=0, atol=1e-6)
+
+
+def test_the_largest_micro_batch_is_found(small_weights_are_divided, float64):
+    x, y = data()
+    model, _ = assert_trains_as_plain(dense, x, y, {"micro_batch_size": "auto"})
+    assert model.micro_batch_size == 4
+
+
 def test_weights_are_divided_from_the_start(small_weights_are_divided, float64):
     strategy = make_strategy("mirrored_2")
     with tfbig.distribute.sharded_weights(strategy):
@@ -319,6 +334,14 @@ def test_other_modes_are_refused(name):
         model = dense(tfbig.Model, shard="weights")
         with pytest.raises(tfbig.errors.InvalidOptionError, match=f"{name}=True"):
             model.compile("sgd", "mse", **{name: True})
+
+
+def test_check_equivalence_needs_whole_weights(small_weights_are_divided):
+    with make_strategy("mirrored_2").scope():
+        model = dense(tfbig.Model, shard="weights", micro_batch_size=2)
+        model.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="divided weights"):
+        tfbig.check_equivalence(model, *data(7))
 
 
 def test_a_layer_that_cannot_be_recomputed_is_named(small_weights_are_divided):

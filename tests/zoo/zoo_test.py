@@ -7,8 +7,9 @@ though not in their state. Weights, optimizer variables and history must agree. 
 is saved, loaded and trained further.
 
 Tracing takes nearly all of the time. So plain Keras runs eagerly. A program is only split, or
-the split and the replicated run use one optimizer each, in turn; every second pair of programs has
-its optimizer's state divided over the replicas. `--slow` runs all combinations.
+the split and the replicated run use one optimizer each, in turn; of three pairs of programs, one
+has its optimizer's state divided over the replicas, and one its weights, too. `--slow` runs all
+combinations.
 
 `TFBIG_STORE_ZOO=1 python -m pytest tests/zoo --slow` stores docs/zoo.md.
 """
@@ -24,7 +25,9 @@ from tests import job
 from tests.conftest import make_strategy
 from tests.zoo import page, program, trained
 from tests.zoo.program import PROGRAMS
+from tfbig._keras.sharded_variable import ShardedWeight
 from tfbig._update import sharded_state
+from tfbig.distribute import _sharded_weights
 
 program.load()
 
@@ -35,6 +38,8 @@ pytestmark = [
     # builds them when it creates the loaded model.
     pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer"),
 ]
+
+SHARDS = [None, "optimizer", "weights"]
 
 # Three micro-batches of two on one replica, two of up to two on each of two.
 STEPS = {"default": 3, "mirrored_2": 2, "mirrored_4": 2}
@@ -48,6 +53,13 @@ ON_WORKERS = (
     "gru_tagger",
     "ticket_routing",
 )
+
+
+@pytest.fixture(autouse=True)
+def small_weights_are_divided(monkeypatch):
+    """Those of these programs are smaller than what is divided else."""
+    monkeypatch.setattr(_sharded_weights, "SMALLEST", 1)
+
 
 EXACT = [p for p in PROGRAMS.values() if p.is_exact]
 INEXACT = [p for p in PROGRAMS.values() if not p.is_exact]
@@ -71,6 +83,8 @@ def deviation(program, optimizer, strategy, directory=None, shard=None):
             optimizers = [getattr(training.model, name) for name in program.optimizers]
             # All numbers would be the same without it.
             assert all(sharded_state.is_divided(o) for o in optimizers)
+            divided = [v for v in training.model.weights if isinstance(v, ShardedWeight)]
+            assert bool(divided) == (shard == "weights")
         if directory is not None:
             training.reload(directory)
             assert training.model.gradient_accumulation_steps == STEPS[strategy]
@@ -85,7 +99,7 @@ def turns(program):
         return program.adaptive, None, None
     pairs = [program.adaptive, "sgd"]
     index = [p.name for p in EXACT if p.is_on_replicas].index(program.name)
-    return *(pairs if index % 2 else pairs[::-1]), "optimizer" if index % 4 < 2 else None
+    return *(pairs if index % 2 else pairs[::-1]), SHARDS[index // 2 % 3]
 
 
 @each(EXACT)
@@ -109,7 +123,7 @@ def test_program_trains_as_in_plain_keras_with_both_optimizers(program, strategy
     found = {
         (optimizer, shard): deviation(program, optimizer, strategy, shard=shard)
         for optimizer in (program.adaptive, "sgd")
-        for shard in (None, "optimizer" if strategy != "default" else None)
+        for shard in (SHARDS if strategy != "default" else [None])
     }
     assert not {k: d for k, d in found.items() if d > program.tolerance}
 

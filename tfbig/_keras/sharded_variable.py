@@ -226,6 +226,14 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     def _copy_trackable_to_cpu(self, object_map: dict[object, object]) -> None:
         object_map[self] = tf.Variable(self.numpy())
 
+    def _trackable_children(
+        self, save_type: str = "checkpoint", **kwargs: object
+    ) -> dict[str, object]:
+        if save_type != "savedmodel":
+            return {}
+        # What functions read.
+        return {f"piece_{replica}": part for replica, part in self._parts.items()}
+
     def _export_to_saved_model_graph(
         self, object_map: dict[object, object], *args: object, **kwargs: object
     ) -> list[object]:

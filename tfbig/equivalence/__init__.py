@@ -59,6 +59,7 @@ def check_equivalence(
         InvalidOptionError: If the model is not compiled, has none of tfbig's mixins, has a
             `train_step` of its own, or has not found its micro-batch size yet.
         LossScaleError: If no loss scale yields finite gradients.
+        UnsupportedModelError: If the model has divided weights.
 
     Example:
 
@@ -76,6 +77,12 @@ def check_equivalence(
     _check_model(model)
     data = keras.tree.map_structure(_keras.batches.as_tensor, (x, y, sample_weight))
     model._maybe_symbolic_build(data_batch=data)
+    if any(isinstance(v, _keras.sharded_variable.ShardedWeight) for v in model.weights):
+        raise errors.UnsupportedModelError(
+            "`check_equivalence` needs weights that every replica has all of. Received: a model "
+            "with divided weights. Check it with shard='optimizer' or None; dividing weights "
+            "changes no number."
+        )
     with model.distribute_strategy.scope():
         model.optimizer.build(model.trainable_variables)
     dtypes = _compute_dtypes(model)
