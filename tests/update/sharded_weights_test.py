@@ -1,5 +1,8 @@
 """`shard="weights"`: what differs from the optimizer's state alone."""
 
+import math
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from keras import layers
 
 import tfbig
 from tests.conftest import make_strategy
+from tfbig._keras import memory
 from tfbig._keras.sharded_variable import ShardedWeight
 from tfbig.distribute import _sharded_weights
 
@@ -221,6 +225,28 @@ def test_it_evaluates_and_predicts_as_plain_keras(small_weights_are_divided, flo
     assert_same(tf.function(lambda: model(x))(), expected)
 
 
+@pytest.mark.parametrize("function", ["evaluate", "predict"])
+def test_no_more_than_two_layers_are_whole_at_a_time(function):
+    number, width = 12, 512
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential(
+            [keras.Input((width,)), *(layers.Dense(width) for _ in range(number))],
+            shard="weights",
+            micro_batch_size=1,
+        )
+        model.compile("sgd", "mse")
+    x = np.ones((4, width), "float32")
+    arguments = [x, x] if function == "evaluate" else [x]
+    run = lambda: getattr(model, function)(*arguments, batch_size=4, verbose=0)  # noqa: E731
+    run()
+    layer = 4 * width * width
+    # Threads of earlier tests may take memory, too. Two replicas; what travels is copied.
+    deadline, taken = time.monotonic() + 30, math.inf
+    while taken > number * layer and time.monotonic() < deadline:
+        taken = min(taken, memory.Meter(["CPU:0"])(run))
+    assert 2 * layer < taken <= number * layer
+
+
 def test_a_language_model_generates_as_plain_keras():
     keras_hub = pytest.importorskip("keras_hub")
 
@@ -326,6 +352,26 @@ def test_options_that_need_whole_gradients_are_refused(options, named):
         pytest.raises(tfbig.errors.InvalidOptionError, match=named),
     ):
         dense(tfbig.Model, shard="weights", **options)
+
+
+def test_xla_is_not_chosen(monkeypatch):
+    monkeypatch.setattr("tfbig._keras.trainer.is_on_cpu", lambda strategy: False)
+    chosen = {}
+    for shard in ("optimizer", "weights"):
+        with make_strategy("mirrored_2").scope():
+            model = dense(tfbig.Model, shard=shard)
+            model.compile("sgd", "mse")
+            chosen[shard] = model.jit_compile
+    assert chosen == {"optimizer": True, "weights": False}
+
+
+def test_divided_weights_need_the_option():
+    with tfbig.distribute.sharded_weights(make_strategy("mirrored_2")):
+        model = tfbig.Sequential([keras.Input((256,)), layers.Dense(256)])
+        model.compile("sgd", "mse")
+    assert divided(model)
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="shard='weights'"):
+        model.fit(np.ones((4, 256)), np.ones((4, 256)), verbose=0)
 
 
 @pytest.mark.parametrize("name", ["jit_compile", "run_eagerly"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import keras
 
+from tfbig import errors
 from tfbig._update import (
     apply,
     exchange,
+    gathered_weights,
     half_precision_exchange,
     own_step,
     replicas,
@@ -105,6 +107,12 @@ def exchange_and_apply(
             exchange_dtype=exchange_dtype,
             bucket_bytes=bucket_bytes,
             stop_request=stop_request,
+        )
+    if any(gathered_weights.is_divided(v) for v in local.variables):
+        raise errors.UnsupportedModelError(
+            "Divided weights need an optimizer whose state is divided as they are. Received: "
+            f"{type(optimizer).__name__}, which is not. Give the model shard='weights', and let it "
+            "hold the optimizer."
         )
     batch = exchange.all_reduce_accumulated(local, exchange_dtype, stop_request, bucket_bytes)
     return apply.apply_to_weights(optimizer, batch, loss_scale, needs_norm)

@@ -7,7 +7,8 @@ there, so that a replica adds up the gradient of its piece alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 import keras
 import tensorflow as tf
@@ -16,12 +17,36 @@ from tfbig import _keras, _types, errors
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._update import accumulators
 
-__all__ = ("GatheredWeights", "Gathering", "WeightStandIns", "is_divided")
+__all__ = ("GatheredWeights", "Gathering", "WeightStandIns", "in_prediction", "is_divided")
 
 
 def is_divided(variable: _types.KerasVariable) -> bool:
     """Whether a weight is divided over the replicas."""
     return isinstance(variable, ShardedWeight)
+
+
+@contextlib.contextmanager
+def in_prediction(
+    weights: Iterable[_types.KerasVariable], layers: Sequence[_types.Layer]
+) -> Iterator[None]:
+    """Within it, a replica that only calls a model gathers its weights layer by layer.
+
+    Args:
+        weights: the weights of the model.
+        layers: those of its layers that gather when they begin.
+    """
+    divided = [v for v in weights if is_divided(v)]
+    strategy = _keras.collectives.strategy_of_replica()
+    if not divided or divided[0].strategy is not strategy or tf.executing_eagerly():
+        yield
+        return
+    gathered = GatheredWeights({id(v): v.own_piece() for v in divided})
+    with (
+        _keras.variables.VariableValues(),
+        _keras.thread.holding("gathering", gathered),
+        _keras.recomputation.recomputed(layers),
+    ):
+        yield
 
 
 class WeightStandIns:

@@ -37,7 +37,8 @@ def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
             f"shard={model.shard!r} under TPUStrategy. Use shard=None."
         )
     if model.shard == "weights":
-        _refuse_others(model)
+        if replicas.count_of(model) > 1:
+            _refuse_others(model)
         sharded_weights.divide(model, model.distribute_strategy)
     for _, optimizer in _keras.optimizer.optimizers_of(model):
         sharded_state.divide(optimizer, model.distribute_strategy)
@@ -61,7 +62,7 @@ def _refuse_others(model: Any) -> None:  # Any: as above.
         "run_eagerly": "The replicas of a process would take turns within a layer",
     }
     for name, reason in refused.items():
-        if model.compiled and getattr(model, name) is True and replicas.count_of(model) > 1:
+        if model.compiled and getattr(model, name) is True:
             raise errors.InvalidOptionError(
                 f"{reason}. Received: {name}=True and shard='weights'. Pass {name}=False to "
                 "`compile`."

@@ -23,6 +23,7 @@ from tfbig._update import (
     empty_batch,
     exchange,
     exchange_and_apply,
+    gathered_weights,
     inexact,
     option,
     own_step,
@@ -158,6 +159,13 @@ class TrainStep(training_checks.TrainingChecks):
         local = micro_batches.accumulate(None, micro_batches.exchanged_counts())
         return self._report(apply.assign_without_gradients(exchange.all_reduce_accumulated(local)))
 
+    def predict_step(self, data: _types.Structure) -> _types.Structure:
+        """Predicts for this replica's share of a batch."""
+        with gathered_weights.in_prediction(
+            self.weights, sharded_weights.layers_to_recompute(self)
+        ):
+            return super().predict_step(data)
+
     # --- Keras's own step ----------------------------------------------------------
 
     def _is_step_of_keras(self, split: BatchSplit, data: _types.Structure = None) -> bool:
@@ -220,7 +228,9 @@ class TrainStep(training_checks.TrainingChecks):
     def _loss_function(self, training: bool, compiled: bool) -> LossFunction:
         """The loss of a micro-batch, as a function."""
         is_xla = compiled or _keras.devices.is_compiled_as_a_whole()
-        recomputed = self._recomputed_layers() if training else []
+        recomputed = (
+            self._recomputed_layers() if training else sharded_weights.layers_to_recompute(self)
+        )
 
         def loss_fn(micro_batch: _types.Structure) -> MicroBatchLoss:
             with (

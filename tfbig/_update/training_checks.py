@@ -106,6 +106,10 @@ class TrainingChecks(step_options.StepOptions):
         if self.optimizer is not None:
             _keras.saving.track_for_checkpoint(self, "optimizer", self.optimizer)
 
+    def _resolve_auto_jit_compile(self) -> bool:
+        # XLA cannot gather weights from other replicas.
+        return self.shard != "weights" and super()._resolve_auto_jit_compile()
+
     # --- fit -------------------------------------------------------------------
 
     if TYPE_CHECKING:
