@@ -53,7 +53,6 @@ def _run() -> int:
         size = 1024 * _kibibytes("VmData") + _LIMIT.value * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
-    @keras.saving.register_keras_serializable()
     class Block(keras.layers.Layer):
         """Attention to what came before, and two dense layers."""
 

@@ -193,6 +193,25 @@ def test_what_does_not_count_may_be_no_number(small_weights_are_divided, float64
     assert_trains_as_plain(make, np.exp(x), y, {"micro_batch_size": 2})
 
 
+def test_synchronized_layers_beside_divided_weights(float64):
+    def make(cls, **options):
+        x = keras.Input((128,))
+        h = layers.Dense(128)(x)
+        h = layers.BatchNormalization(synchronized=cls is tfbig.Model)(h)
+        return cls(x, layers.Dense(3)(h), **options)
+
+    x, y = data(16, (128,))
+    start = make(keras.Model)
+    sgd = lambda: keras.optimizers.SGD(0.1)  # noqa: E731
+    plain = train(make, x, y, optimizer=sgd, weights=start.get_weights())
+    model = train(
+        make, x, y, "mirrored_2", sgd, weights=start.get_weights(), shard="weights",
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
+    assert [v.shape for v in divided(model)] == [(128, 128)]
+    assert_same(model.get_weights(), plain.get_weights())
+
+
 def test_denominators_may_depend_on_weights(small_weights_are_divided, float64):
     class Counting(keras.Model):
         def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -223,6 +242,28 @@ def test_it_evaluates_and_predicts_as_plain_keras(small_weights_are_divided, flo
     # Outside of the replicas, eagerly and in a function.
     assert_same(model(x), expected)
     assert_same(tf.function(lambda: model(x))(), expected)
+
+
+class Counter(layers.Layer):
+    """Counts its calls, also those that predict."""
+
+    def build(self, shape):
+        self.calls = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, aggregation="only_first_replica"
+        )
+        self.kernel = self.add_weight(shape=(6, 6))
+
+    def call(self, x):
+        self.calls.assign(self.calls + 1)
+        return tf.matmul(x, self.kernel)
+
+
+def test_what_a_layer_assigns_in_prediction_is_kept(small_weights_are_divided):
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential([keras.Input((6,)), Counter()], shard="weights")
+    assert divided(model)
+    model.predict(data()[0], batch_size=8, verbose=0)
+    assert float(model.layers[0].calls.numpy()) == 3
 
 
 @pytest.mark.parametrize("function", ["evaluate", "predict"])
@@ -396,6 +437,14 @@ def test_a_layer_that_cannot_be_recomputed_is_named(small_weights_are_divided):
         h = layers.LSTM(4, stateful=True, name="memory")(x)
         outputs = layers.Dense(3)(h)
         with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"LSTM 'memory'.*shard="):
+            tfbig.Model(x, outputs, shard="weights")
+
+
+def test_a_synchronized_layer_with_divided_weights_is_named(small_weights_are_divided):
+    with make_strategy("mirrored_2").scope():
+        x = keras.Input((6,))
+        outputs = layers.BatchNormalization(synchronized=True, name="norm")(x)
+        with pytest.raises(tfbig.errors.UnsupportedModelError, match="'norm' with synchronized"):
             tfbig.Model(x, outputs, shard="weights")
 
 

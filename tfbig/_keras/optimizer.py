@@ -50,7 +50,8 @@ def _overwrite_with_average(
     averages = self._model_variables_moving_average
     if any(isinstance(v, ShardedVariable) for v in trainable_variables):
         for variable, average in zip(trainable_variables, averages, strict=True):
-            assign_all([variable], values_of([average]))
+            if average is not None:
+                assign_all([variable], values_of([average]))
         return
     if tf.distribute.in_cross_replica_context():
         _overwrite_in_cross_replica_context(self, trainable_variables)

@@ -197,6 +197,12 @@ class _RepeatableCall:
             if self.gathering is not None:
                 self.gathering.reach(upstream)
             again, values = _after(upstream, [tensors, [*self.state.values()]], self.compiled)
+            if self.gathering is not None:
+                # What it gathers may be on its way before the backward pass reaches the layer.
+                again = list(again)
+                for i, variable in enumerate(self.variables):
+                    if isinstance(variable, ShardedWeight):
+                        again[i] = tf.identity(tensors[i])
             state = dict(zip(self.state, values, strict=True))
             wanted = [t for t, f in zip(again, is_float, strict=True) if f]
             with tf.GradientTape() as tape:

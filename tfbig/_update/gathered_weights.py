@@ -42,11 +42,14 @@ def in_prediction(
         return
     gathered = GatheredWeights({id(v): v.own_piece() for v in divided})
     with (
-        _keras.variables.VariableValues(),
+        _keras.variables.VariableValues() as values,
         _keras.thread.holding("gathering", gathered),
         _keras.recomputation.recomputed(layers),
     ):
         yield
+    # What a layer assigns when it predicts, such as a counter.
+    for variable in values.assigned:
+        variable.assign(values.get_current_value(variable))
 
 
 class WeightStandIns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from tfbig import _keras, _log, _types
+from tfbig import _keras, _log, _types, errors
 from tfbig._update import gathered_weights, recomputation
 from tfbig.distribute import _sharded_weights
 
@@ -24,7 +24,8 @@ def divide(model: keras.Model, strategy: _types.Strategy) -> None:
         return
     found = [v for v in _weights(model) if not gathered_weights.is_divided(v)]
     found = [v for v in found if _sharded_weights.is_large(v)]
-    recomputation.without_inner(_blocks_of(model, found))
+    for layer in recomputation.without_inner(_blocks_of(model, found)):
+        _refuse_synchronized(layer)
     for variable in found:
         _sharded_weights.divide(variable, _keras.variables.values_of([variable])[0], strategy)
     if found:
@@ -40,10 +41,22 @@ def divide(model: keras.Model, strategy: _types.Strategy) -> None:
 
 def make_whole(model: keras.Model) -> None:
     """Gives every replica all of the weights again, one at a time."""
-    for variable in _weights(model):
-        if gathered_weights.is_divided(variable):
-            _keras.sharded_variable.make_whole(variable)
-    _tell_optimizers(model)
+    divided = [v for v in _weights(model) if gathered_weights.is_divided(v)]
+    for variable in divided:
+        _keras.sharded_variable.make_whole(variable)
+    if divided:
+        _tell_optimizers(model)
+
+
+def _refuse_synchronized(layer: _types.Layer) -> None:
+    """Raises for a layer that would exchange statistics once more when it recomputes."""
+    for inner in layer._flatten_layers():
+        if getattr(inner, "synchronized", False):
+            raise errors.UnsupportedModelError(
+                "A layer with divided weights recomputes, and must not exchange with other "
+                f"replicas. Received: {type(inner).__name__} {inner.path!r} with "
+                "synchronized=True. Use shard='optimizer', or synchronized=False."
+            )
 
 
 def _tell_optimizers(model: keras.Model) -> None:
