@@ -189,14 +189,13 @@ def test_budget_on_the_cpu(name, kwargs):
 
     share = 1024 // make_strategy(name).num_replicas_in_sync
     assert found(2**33) == share
-    few, many = found(16 * MIB), found(32 * MIB)
     # At least the activations and their gradients; not twice that, nor four times by XLA, of
-    # the 14 MiB that the model leaves.
+    # what the budget leaves beside the 2 MiB of the model. What is computed at the same time
+    # depends on the threads, so no closer.
     sample = 2 * 64 * 2**10
     at_most = (4 if kwargs else 2) * sample
-    assert 0.9 * 14 * MIB / at_most <= few <= 16 * MIB / sample
-    # Less what the model takes; sizes are looked for to a sixteenth.
-    assert 1.9 <= many / few <= 2.2
+    for budget in (16 * MIB, 48 * MIB):
+        assert 0.9 * (budget - 2 * MIB) / at_most <= found(budget) <= budget / sample
 
 
 def test_compiled_replicas():
