@@ -172,6 +172,48 @@ def check_same_training(model, plain, data, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+def llama():
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=4,
+        num_query_heads=2,
+        num_key_value_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+    )
+    model = keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+    return model, gpt2()[1]
+
+
+def gpt2_of_four_blocks():
+    backbone = keras_hub.models.GPT2Backbone(**SIZES | {"num_layers": 4})
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None), gpt2()[1]
+
+
+# Llama turns positions in float32, whatever the dtype.
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [(gpt2_of_four_blocks, 1e-10), (llama, 1e-6)],
+    ids=["gpt2", "llama"],
+)
+def test_a_language_model_finds_its_stages(make, tolerance, tmp_path):
+    keras.utils.set_random_seed(1)
+    plain, data = make()
+    pipeline = tfbig.distribute.Pipeline([f"CPU:{i}" for i in range(4)])
+    model = tfbig.extend(make()[0], pipeline=pipeline, gradient_accumulation_steps=4)
+    for m in (plain, model):
+        m.compile(keras.optimizers.Adam(0.01, global_clipnorm=1.0), plain.loss)
+    check_same_training(model, plain, data, tolerance)
+    devices = {v.value.device[-1] for v in model.trainable_variables}
+    assert devices == set("0123")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert {v.value.device[-1] for v in loaded.variables} == {"0"}
+    np.testing.assert_allclose(
+        loaded.predict(data[0], verbose=0), model.predict(data[0], verbose=0), atol=1e-10
+    )
+
+
 def test_a_task_whose_class_is_extended_compiles_in_its_constructor():
     plain, data = gpt2()
     cls = tfbig.extend(type(plain))

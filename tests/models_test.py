@@ -285,6 +285,7 @@ def test_every_option_is_an_argument_of_the_constructor():
         "loss_scale",
         "memory_budget",
         "micro_batch_size",
+        "pipeline",
         "recompute",
         "shard",
     }

@@ -103,6 +103,12 @@ class GradientAccumulationMixin(train_step.TrainStep):
             `tfbig.distribute.sharded_weights`. Takes least memory, and exchanges more. Defaults
             to None. Reference: Rajbhandari et al. 2020, "ZeRO", stages 1 (with gradients that
             are scattered, as in stage 2) and 3.
+        pipeline: `tfbig.distribute.Pipeline`, the devices that are responsible for a part of the
+            layers each. Micro-batches follow one another through these stages, so that give at
+            least twice as many as there are stages. The layers of a Functional or Sequential model
+            are assigned to stages of about the same work, unless they were made within
+            `pipeline.stage`. Variables, optimizer state and gradients of a layer stay on its
+            stage. Files hold no stages, and load anywhere. Defaults to None.
         log_gradient_noise_scale: bool, whether the logs hold `gradient_noise_scale`, in samples:
             the batch size at which the gradient has as much noise as signal. Much larger batches
             save few updates. Exponentially averaged over roughly the last hundred updates. Needs
@@ -114,7 +120,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
         GradientOverflowError: In `fit`, if a gradient overflows in `exchange_dtype`.
         OutOfMemoryError: In `fit`, if not even one sample fits.
         UnsupportedModelError: If a layer cannot be recomputed.
-        UnsupportedStrategyError: If state is to be divided over the cores of a TPU.
+        UnsupportedStrategyError: If state is to be divided over the cores of a TPU, or layers.
 
     Example:
 

@@ -128,6 +128,24 @@ def test_program_trains_as_in_plain_keras_with_both_optimizers(program, strategy
     assert not {k: d for k, d in found.items() if d > program.tolerance}
 
 
+@pytest.mark.slow
+@each(EXACT)
+def test_program_trains_on_stages(program):
+    plain = trained.plain(program.name, program.adaptive)
+    keras.backend.clear_session()
+    pipeline = tfbig.distribute.Pipeline(["CPU:0", "CPU:1"])
+    options = {"gradient_accumulation_steps": 3, "pipeline": pipeline}
+    try:
+        training = trained.Training(program, program.adaptive, plain.initial, **options)
+        found = training.run().deviation(plain.result)
+    except tfbig.errors.UnsupportedModelError as e:
+        if "neither Functional nor Sequential" not in str(e):
+            raise
+        pytest.skip("only its author can say which layers go together")
+    assert len({v.value.device for v in training.model.variables}) == 2
+    assert found <= program.tolerance
+
+
 @each(INEXACT)
 def test_program_that_a_split_changes_says_so(program):
     plain = trained.plain(program.name, program.adaptive)

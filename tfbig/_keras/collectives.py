@@ -6,9 +6,11 @@ its part of it, at half of the traffic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
+from tensorflow.python.distribute import collective_util as _collective_util
+from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
 from tensorflow.python.ops import gen_collective_ops as _collective_ops
 
 from tfbig import _types
@@ -16,10 +18,12 @@ from tfbig._keras.devices import STRATEGIES, devices_of
 
 __all__ = (
     "all_gather",
+    "exchange_on",
     "local_replicas",
     "reduce_scatter",
     "replica_id",
     "strategy_of_replica",
+    "sum_on",
     "while_loop",
 )
 
@@ -112,6 +116,53 @@ def all_gather(row: _types.Tensor) -> _types.Tensor:
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     gathered = _with_known_dtype(_collective_ops.collective_gather_v2, row[tf.newaxis])
     return tf.ensure_shape(gathered, [replicas, *row.shape])
+
+
+def exchange_on(devices: tuple[str, ...], strategy: _types.Strategy) -> _types.AnyFunction:
+    """What exchanges between further devices of the replicas, one of each.
+
+    The strategy's own exchange would bring all to the replicas' first devices. To be called first
+    in cross-replica context, for the same groups of devices in the same order on all workers.
+
+    Args:
+        devices: full names, one for each replica of this process.
+        strategy: the strategy of the replicas.
+
+    Returns:
+        A function of the index of a replica of this process, which returns the launcher of its
+        collectives.
+    """
+    known: dict[tuple[str, ...], _types.AnyFunction] = vars(strategy.extended).setdefault(
+        "_tfbig_exchanges", {}
+    )
+    if devices not in known:
+        operations = _cross_device_ops.CollectiveAllReduce(
+            devices=devices,
+            # Not the number of these devices, which are those of this process alone.
+            group_size=strategy.num_replicas_in_sync,
+            options=_collective_util.Options(),
+            collective_keys=strategy.extended._collective_keys,
+        )
+        known[devices] = operations._launchers.__getitem__
+    return known[devices]
+
+
+def sum_on(devices: tuple[str, ...], tensors: Sequence[_types.Gradient]) -> list[_types.Gradient]:
+    """Sums tensors over all replicas, on further devices of theirs. In replica context.
+
+    Args:
+        devices: as of `exchange_on`.
+        tensors: those of this replica, on its device of these.
+    """
+    strategy = tf.distribute.get_strategy()
+    index = replica_id() - min(local_replicas(strategy))
+    launcher = exchange_on(devices, strategy)(index)
+    dense = [t for t in tensors if not isinstance(t, tf.IndexedSlices)]
+    sums = iter(launcher.batch_all_reduce([dense]) if dense else [])
+    return [
+        launcher.all_reduce_indexed_slices(t) if isinstance(t, tf.IndexedSlices) else next(sums)
+        for t in tensors
+    ]
 
 
 def _with_known_dtype(operation: _types.AnyFunction, tensor: _types.Tensor) -> _types.Tensor:

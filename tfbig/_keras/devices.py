@@ -3,6 +3,7 @@
 import contextlib
 
 import tensorflow as tf
+from tensorflow.python.distribute import device_util as _device_util
 
 from tfbig import _types
 from tfbig._keras.thread import current, holding
@@ -23,8 +24,24 @@ def devices_of(strategy: _types.Strategy) -> list[str]:
     else:
         gpus = tf.config.list_logical_devices("GPU")
         devices = [(gpus or tf.config.list_logical_devices("CPU"))[0].name]
-    # Without the job, which functions that take a device do not understand.
-    return [f"{kind}:{index}" for kind, index in (d.split(":")[-2:] for d in devices)]
+    return [short_name(device) for device in devices]
+
+
+def short_name(device: str) -> str:
+    """The name without the job, which functions that take a device do not understand: "GPU:0"."""
+    kind, index = device.split(":")[-2:]
+    return f"{kind}:{index}"
+
+
+def full_name(device: str) -> str:
+    """The name of a device with job, replica and task: of this process, if it names none."""
+    name: str = _device_util.canonicalize(device if "/" in device else f"/device:{device}")
+    return name
+
+
+def full_names() -> list[str]:
+    """The full names of all devices that this process can use."""
+    return [full_name(device.name) for device in tf.config.list_logical_devices()]
 
 
 def is_on_cpu(strategy: _types.Strategy) -> bool:

@@ -61,6 +61,12 @@ def as_inputs(model: keras.Model, values: Iterable[_types.Structure]) -> _types.
     return keras.tree.pack_sequence_as(structure, list(values))
 
 
+def own_variables(layer: _types.Layer) -> list[_types.KerasVariable]:
+    """The variables of this very layer, not of those inside it."""
+    seeds = [generator.state for generator in layer._seed_generators]
+    return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
+
+
 def draws_random_numbers(layer: _types.Layer) -> bool:
     """Whether a layer has a random generator of its own, and uses it."""
     return bool(layer._seed_generators) and getattr(layer, "rate", 1) != 0

@@ -21,6 +21,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops as _xla_ops
 from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
+from tfbig._keras import stages
 from tfbig._keras.devices import is_on_cpu
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
@@ -181,7 +182,8 @@ class _RepeatableCall:
             holding("reducer", self._refuse_loss),
         ):
             scope.state_mapping = state | scope.state_mapping
-            outputs = _keras_call(self.layer, *args, **kwargs)
+            with stages.placing(self.layer):
+                outputs = _keras_call(self.layer, *args, **kwargs)
         return outputs, scope
 
     def _gradient(

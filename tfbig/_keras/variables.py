@@ -91,6 +91,11 @@ def own_copy(variable: _types.KerasVariable | _types.Variable) -> _types.Variabl
     return copies[extended._get_local_replica_id(context._replica_id_in_sync_group)]
 
 
+def devices_of(variable: _types.KerasVariable | _types.Variable) -> tuple[str, ...]:
+    """The devices on which the copies of this process's replicas lie, in their order."""
+    return tuple(str(copy.device) for copy in _copies(variable))
+
+
 def updated(tensor: _types.Tensor, kind: str, value: _types.Gradient | float) -> _types.Tensor:
     """What an assignment makes of a tensor.
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import keras
 import tensorflow as tf
 
-from tfbig import _types, errors
+from tfbig import _keras, _types, errors
 from tfbig._update import own_step
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
@@ -87,7 +87,8 @@ def accumulate_gradients(
     if gradient_accumulation_steps is None and micro_batch_size is None:
         gradient_accumulation_steps = 1
     split = BatchSplit(gradient_accumulation_steps, micro_batch_size)
-    own_step.accumulates(split, loss_scale)
+    is_staged = _keras.stages.in_flight_of(variables) is not None
+    own_step.accumulates(split, loss_scale, is_staged)
 
     def micro_batch_loss(micro_batch: _types.Structure) -> MicroBatchLoss:
         result = loss_fn(micro_batch)

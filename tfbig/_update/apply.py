@@ -205,7 +205,9 @@ def _apply(
     gradients: list[_types.Gradient | None],
     variables: list[keras.Variable],
 ) -> None:
-    with _keras.optimizer.without_exchange():
+    # Under a strategy, a thread of its own runs it, in no context of another.
+    is_staged = _keras.stages.in_flight_of(variables) is not None
+    with _keras.optimizer.without_exchange(), _keras.stages.following(is_staged):
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
 

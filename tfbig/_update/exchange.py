@@ -6,7 +6,7 @@ import dataclasses
 
 import tensorflow as tf
 
-from tfbig import _types
+from tfbig import _keras, _types
 from tfbig._update import empty_batch, exchange_message, half_precision_exchange, replicas
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig.callbacks._stop import StopRequest
@@ -42,9 +42,17 @@ def all_reduce_accumulated(
     stop = None if stop_request is None else stop_request.sent()
     if replicas.count() > 1:
         message = _message(local, stop)
-        summed = _all_reduce(
-            message, exchange_dtype, bucket_bytes, is_checked=local.loss_scale is None
-        )
+        stages = [
+            _keras.stages.stage_of(variable)
+            for variable, gradient in zip(local.variables, local.gradients, strict=True)
+            if gradient is not None
+        ]
+        if any(stages):
+            summed = _all_reduce_by_stage(message, stages, bucket_bytes)
+        else:
+            summed = _all_reduce(
+                message, exchange_dtype, bucket_bytes, is_checked=local.loss_scale is None
+            )
         batch = _received(local, summed)
         stop = summed.scalars.stop
     if stop_request is not None:
@@ -103,6 +111,29 @@ def _all_reduce(
         # With a loss scale, an update that overflows is skipped.
         is_checked=is_checked,
     )
+    return dataclasses.replace(summed, gradients=gradients)
+
+
+def _all_reduce_by_stage(
+    message: exchange_message.Message,
+    stages: list[_keras.stages.Stage | None],
+    bucket_bytes: int,
+) -> exchange_message.Message:
+    """The sum of the messages of all replicas, of which each stage exchanges its gradients.
+
+    Args:
+        message: what this replica sends.
+        stages: the stage of each gradient.
+        bucket_bytes: see `all_reduce_accumulated`.
+    """
+    rest = dataclasses.replace(message, gradients=[])
+    summed = rest.unpack(replicas.all_reduce_sum(rest.pack()))
+    gradients = list(message.gradients)
+    for stage in dict.fromkeys(stages):
+        own = [i for i, other in enumerate(stages) if other is stage]
+        sums = replicas.all_reduce_sum([gradients[i] for i in own], bucket_bytes, stage)
+        for i, gradient in zip(own, sums, strict=True):
+            gradients[i] = gradient
     return dataclasses.replace(summed, gradients=gradients)
 
 

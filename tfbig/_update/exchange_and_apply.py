@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from tfbig import errors
+from tfbig import _keras, errors
 from tfbig._update import (
     apply,
     exchange,
@@ -114,5 +114,6 @@ def exchange_and_apply(
             f"{type(optimizer).__name__}, which is not. Give the model shard='weights', and let it "
             "hold the optimizer."
         )
-    batch = exchange.all_reduce_accumulated(local, exchange_dtype, stop_request, bucket_bytes)
-    return apply.apply_to_weights(optimizer, batch, loss_scale, needs_norm)
+    with _keras.stages.following(_keras.stages.in_flight_of(local.variables) is not None):
+        batch = exchange.all_reduce_accumulated(local, exchange_dtype, stop_request, bucket_bytes)
+        return apply.apply_to_weights(optimizer, batch, loss_scale, needs_norm)

@@ -29,11 +29,13 @@ def fold(
     static_sizes: bool = False,
     unrolled: bool = False,
     valid_samples: _types.Tensor | None = None,
+    in_flight: int = 1,
 ) -> _types.Structure:
     """Calls `carry = step(micro_batch, size, carry)` for each micro-batch.
 
     One `tf.while_loop`, whatever the number of micro-batches. Micro-batches run
-    strictly one after another: two at a time would need the memory of two.
+    strictly one after another, since two at a time would need the memory of two; unless several are
+    `in_flight`.
 
     Args:
         split: How the data is split.
@@ -47,6 +49,8 @@ def fold(
             and as many samples.
         valid_samples: int32 scalar, how many of the samples, the first of them, are no
             padding; needs `static_sizes`. None for all.
+        in_flight: How many micro-batches may run at the same time, on stages of a model. Not with
+            `static_sizes`.
     """
     if unrolled:
         return _unrolled(split, data, step, carry)
@@ -72,7 +76,7 @@ def fold(
         begin = tf.where(k < larges, k * large, large * larges + (k - larges) * small)
         return begin, tf.where(k < larges, large, small)
 
-    return _loop(data, step, carry, larges + smalls, bounds)
+    return _loop(data, step, carry, larges + smalls, bounds, in_flight)
 
 
 def _unrolled(
@@ -133,7 +137,12 @@ def _loop_of_static_sizes(
 
 
 def _loop(
-    data: _types.Structure, step: Step, carry: _types.Structure, count: Size, bounds: _Bounds
+    data: _types.Structure,
+    step: Step,
+    carry: _types.Structure,
+    count: Size,
+    bounds: _Bounds,
+    in_flight: int = 1,
 ) -> _types.Structure:
     """So many micro-batches, one after another."""
     if isinstance(count, int) and count == 0:
@@ -144,4 +153,10 @@ def _loop(
         return k + 1, step(_keras.batches.slice_samples(data, begin, size), size, carry)
 
     start = (tf.constant(0), carry)
-    return tf.while_loop(lambda k, _: k < count, body, start, parallel_iterations=1)[1]
+
+    def is_left(k: _types.Tensor, _: _types.Structure) -> _types.Tensor:
+        return k < count
+
+    if in_flight > 1:
+        return _keras.pipelined_loop.while_loop(is_left, body, start, in_flight)[1]
+    return tf.while_loop(is_left, body, start, parallel_iterations=1)[1]

@@ -82,6 +82,10 @@ class MicroBatchStep:
             "noise_moments": noise_scale.no_moments(self.dtype, self.measures_noise),
         }
 
+    def finish(self, totals: Totals) -> Totals:
+        """Hook: the totals after the last micro-batch."""
+        return totals
+
     def __call__(
         self, micro_batch: _types.Structure, size: _types.Tensor, totals: Totals
     ) -> Totals:

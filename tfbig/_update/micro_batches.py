@@ -23,6 +23,7 @@ from tfbig._update import (
     micro_batch_loop,
     micro_batch_step,
     replicas,
+    staged_step,
 )
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
@@ -50,6 +51,8 @@ class MicroBatches:
         measures_noise: Whether to collect what the gradient noise scale needs.
         valid_samples: int32 scalar: how many of the samples, the first of them, are no padding,
             in a program that is compiled as a whole. None for all.
+        in_flight: How many micro-batches may run at the same time, if layers lie on stages. None
+            for what the variables' stages say.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class MicroBatches:
         trace_scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         measures_noise: bool = False,
         valid_samples: _types.Tensor | None = None,
+        in_flight: int | None = None,
     ) -> None:
         self.loss_fn = loss_fn
         self.data = empty_batch.refuse_empty_data(data)
@@ -95,6 +99,8 @@ class MicroBatches:
             compiled=self.compiled,
             scope=trace_scope,
         ).trace()
+        self.in_flight = in_flight or _keras.stages.in_flight_of(self.variables)
+        self.is_staged = self.in_flight is not None
         self.is_gathered = bool(self.trace.divided)
         if self.is_gathered and (self.compiled or tf.executing_eagerly()):
             raise errors.UnsupportedModelError(
@@ -163,8 +169,7 @@ class MicroBatches:
         if loss_scale is not None:
             loss_scale = tf.convert_to_tensor(loss_scale)
         is_uniform, size = self._uniform_micro_batch_size()
-        kind = gathered_step.GatheredStep if self.is_gathered else micro_batch_step.MicroBatchStep
-        step = kind(
+        step = self._kind_of_step()(
             self.loss_fn,
             self.variables,
             self.trace,
@@ -176,12 +181,18 @@ class MicroBatches:
             measures_noise=self.measures_noise,
             compiled=self.compiled,
         )
-        start = step.start()
-        accumulated = self._gathered(step, start, self._run(step, start))
+        with _keras.stages.following(self.is_staged):
+            start = step.start()
+            accumulated = self._gathered(step, start, step.finish(self._run(step, start)))
         # On one replica, it does not matter in what the weights are counted.
         if size is None or replicas.count() == 1:
             return accumulated
         return accumulated.times(size)
+
+    def _kind_of_step(self) -> type[MicroBatchStep]:
+        if self.is_gathered:
+            return gathered_step.GatheredStep
+        return staged_step.StagedStep if self.is_staged else micro_batch_step.MicroBatchStep
 
     def _gathered(
         self, step: MicroBatchStep, start: Totals, totals: Totals
@@ -233,6 +244,7 @@ class MicroBatches:
                 static_sizes=self.compiled,
                 unrolled=self.unrolled,
                 valid_samples=self.valid_samples,
+                in_flight=self.in_flight or 1,
             )
 
         if not self.compiled or self.is_inline:

@@ -34,9 +34,10 @@ def uses_all() -> None:
     _use("everything")
 
 
-def accumulates(split: BatchSplit, loss_scale: object) -> None:
+def accumulates(split: BatchSplit, loss_scale: object, is_staged: bool) -> None:
     """Records what the step passes to `accumulate_gradients`."""
     _use(
+        *(("pipeline",) if is_staged else ()),
         *(() if split.is_whole else _SPLITS),
         *(() if loss_scale is None else ("scaled",)),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from tfbig import _types
+from tfbig import _keras, _types
 from tfbig._update.batch_split import positive_integer
 
 __all__ = ("BUCKET_BYTES", "all_reduce_sum", "checked_bucket_bytes", "count", "count_of")
@@ -37,7 +37,9 @@ def count_of(model: keras.Model) -> int:
 
 
 def all_reduce_sum(
-    tensors: Sequence[_types.Gradient], bucket_bytes: int = BUCKET_BYTES
+    tensors: Sequence[_types.Gradient],
+    bucket_bytes: int = BUCKET_BYTES,
+    stage: _keras.stages.Stage | None = None,
 ) -> list[_types.Gradient]:
     """Sums each tensor over all replicas, in one exchange. In replica context.
 
@@ -47,6 +49,7 @@ def all_reduce_sum(
     Args:
         tensors: Tensors and `tf.IndexedSlices`, as many and of the same dtypes on every replica.
         bucket_bytes: Bytes of a bucket; a larger tensor has a bucket of its own.
+        stage: The stage on whose devices the tensors are; None for the replicas' own devices.
     """
     if count() == 1:
         return list(tensors)
@@ -57,7 +60,10 @@ def all_reduce_sum(
         with tf.control_dependencies(received), tf.name_scope(f"bucket_{k}"):
             # The outputs of a loop are on no device, and an exchange between workers needs one.
             sent = [tf.identity(t) for t in bucket]
-        sums = list(context.all_reduce("SUM", sent))
+        if stage is None:
+            sums = list(context.all_reduce("SUM", sent))
+        else:
+            sums = _keras.collectives.sum_on(stage.devices, sent)
         received = [] if tf.executing_eagerly() else tf.nest.flatten(sums, expand_composites=True)
         summed += sums
     return summed

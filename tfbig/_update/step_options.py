@@ -10,12 +10,14 @@ from tfbig import _keras
 from tfbig._update import (
     half_precision_exchange,
     noise_scale,
+    pipeline_option,
     recomputation,
     replicas,
     shard_option,
 )
 from tfbig._update.loss_scale import DynamicLossScale
 from tfbig._update.option import Option, declared
+from tfbig.distribute._pipeline import Pipeline
 
 __all__ = ("Options", "StepOptions", "make_plain", "set_options")
 
@@ -36,6 +38,7 @@ class Options(TypedDict, total=False):
     exchange_dtype: str | None
     exchange_bucket_bytes: int
     shard: str | None
+    pipeline: Pipeline | None
 
 
 @functools.cache
@@ -126,6 +129,17 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         passed_on="the model's optimizer to tfbig.apply_gradients",
     )
 
+    pipeline: Option[Pipeline | None] = Option(
+        default=None,
+        check=pipeline_option.checked,
+        doc="The stages that layers lie on, a `tfbig.distribute.Pipeline`; None for none.",
+        # Files hold no devices, and load anywhere.
+        saved=lambda _model, _value: None,
+        changed=pipeline_option.update,
+        needs_tfbig_step=True,
+        passed_on="the model's variables to tfbig.accumulate_gradients",
+    )
+
     # `NoiseScale`; None where it is not logged.
     noise_scale_state: noise_scale.NoiseScale | None = None
 
@@ -142,6 +156,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
             for name in given:
                 options[name].fits(self, options[name].value(self))
             shard_option.apply(self)
+            pipeline_option.apply(self)
 
     def _keep_options(self, given: Mapping[str, Any]) -> None:
         """Keeps checked options, which were given together."""
@@ -168,7 +183,11 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     def _asked_options(self) -> dict[str, Any]:
         """The options that ask for anything, as they are saved."""
         options = declared(type(self)).items()
-        return {name: option.saved(self) for name, option in options if option.is_asked(self)}
+        return {
+            name: option.value(self) if (saved := option.saved(self)) is None else saved
+            for name, option in options
+            if option.is_asked(self)
+        }
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Keras ignores a value that is there already; here a property may show a number that

@@ -30,6 +30,7 @@ from tfbig._update import (
     recomputation,
     replicas,
     sharded_weights,
+    staged_prediction,
     step_inheritance,
     training_checks,
 )
@@ -161,17 +162,24 @@ class TrainStep(training_checks.TrainingChecks):
 
     def predict_step(self, data: _types.Structure) -> _types.Structure:
         """Predicts for this replica's share of a batch."""
+        step = super().predict_step
+        if self.pipeline is not None:
+            split = self._evaluation_split()
+            if split.is_whole:
+                # So many that the stages are busy most of the time.
+                split = BatchSplit(gradient_accumulation_steps=4 * len(self.pipeline.devices))
+            return staged_prediction.predict(step, data, split, self.pipeline.in_flight)
         with gathered_weights.in_prediction(
             self.weights, sharded_weights.layers_to_recompute(self)
         ):
-            return super().predict_step(data)
+            return step(data)
 
     # --- Keras's own step ----------------------------------------------------------
 
     def _is_step_of_keras(self, split: BatchSplit, data: _types.Structure = None) -> bool:
         """Whether Keras's own step does it, number for number."""
         is_padded = isinstance(data, _keras.padding.PaddedBatch)
-        return split.is_whole and replicas.count() == 1 and not is_padded
+        return split.is_whole and replicas.count() == 1 and not is_padded and self.pipeline is None
 
     def _run_keras_step(
         self, step: Callable[[_types.Structure], _types.Logs], data: _types.Structure
@@ -219,6 +227,7 @@ class TrainStep(training_checks.TrainingChecks):
             trace_scope=functools.partial(_keras.layers.without_synchronization, self),
             measures_noise=training and self.log_gradient_noise_scale,
             valid_samples=valid_samples,
+            in_flight=None if self.pipeline is None else self.pipeline.in_flight,
         )
 
     def _recomputed_layers(self) -> list[_types.Layer]:

@@ -17,6 +17,7 @@ from tfbig._update import (
     fit_context,
     inexact,
     own_step,
+    pipeline_option,
     replicas,
     shard_option,
     step_options,
@@ -103,12 +104,17 @@ class TrainingChecks(step_options.StepOptions):
         self.seed_states = _keras.saving.SeedStates(self)
         self._reset_noise_scale()
         shard_option.apply(self)
+        pipeline_option.apply(self)
         if self.optimizer is not None:
             _keras.saving.track_for_checkpoint(self, "optimizer", self.optimizer)
 
     def _resolve_auto_jit_compile(self) -> bool:
-        # XLA cannot gather weights from other replicas.
-        return self.shard != "weights" and super()._resolve_auto_jit_compile()
+        # XLA cannot gather weights from other replicas, and compiles for one device.
+        return (
+            self.shard != "weights"
+            and self.pipeline is None
+            and super()._resolve_auto_jit_compile()
+        )
 
     # --- fit -------------------------------------------------------------------
 
@@ -163,6 +169,7 @@ class TrainingChecks(step_options.StepOptions):
                 super()._build_for(specs)
         # What was built now.
         shard_option.apply(self)
+        pipeline_option.check_before_run(self)
 
     def _check_before_run(self) -> None:
         _keras.layers.check_scope(self)
@@ -193,6 +200,9 @@ class TrainingChecks(step_options.StepOptions):
             )
         if is_split or number > 1:
             self._check_split(split)
+        if self.pipeline is not None and batch_size is not None:
+            larger, smaller = split.segments(-(-batch_size // number))
+            pipeline_option.say_bubble(self, int(larger[1] + smaller[1]))
 
     def _check_split(self, split: object) -> None:
         """Refuses what no split batch can compute, and warns once of what is not exact.

@@ -58,7 +58,8 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     with deterministic operations, nor are samples per second for data of unknown batch size: a
     Python generator, a `PyDataset`, a dataset with batches of several sizes. Then follow the
     learning rate, the peak memory (MiB) on the first device of this process and of the process
-    itself, what a replica holds of weights and optimizer state (`state_mib`; less with `shard`),
+    itself, what a replica holds of weights and optimizer state (`state_mib`; less with `shard`; with
+    `pipeline`, as `device_mib`, that of the stage which has most),
     and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
     scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that are
     not a single number are left out. `update` counts updates since the model was made,
@@ -302,7 +303,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             seconds,
             waited,
             _learning_rate(optimizer) if optimizer else None,
-            _device_mib(self.model.distribute_strategy),
+            _device_mib(self.model),
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
             _state_mib(self.model),
         )
@@ -349,18 +350,35 @@ def _learning_rate(optimizer: _types.Optimizer) -> float:
 
 
 def _state_mib(model: keras.Model) -> float:
-    """What a replica holds of the weights and of the states of optimizers."""
+    """What a replica holds of the weights and of the states of optimizers.
+
+    With stages, on the device that holds most.
+    """
     held = {id(v): v for v in model.variables}
     for _, optimizer in _keras.optimizer.optimizers_of(model):
         held |= {id(v): v for v in optimizer.variables}
     strategy = model.distribute_strategy
-    return _keras.sharded_variable.bytes_on_a_replica(held.values(), strategy) / 2**20
+    of_stages: dict[object, list[_types.KerasVariable]] = {}
+    for variable in held.values():
+        # What is on no stage, such as counters, is on the first device.
+        stage = _keras.stages.stage_of(variable)
+        of_stages.setdefault(0 if stage is None else stage.index, []).append(variable)
+    of_stages = of_stages or {0: []}
+    sizes = [_keras.sharded_variable.bytes_on_a_replica(v, strategy) for v in of_stages.values()]
+    return max(sizes) / 2**20
 
 
-def _device_mib(strategy: _types.Strategy) -> float | None:
-    """The peak memory of the first device; None if TensorFlow does not count it."""
+def _device_mib(model: keras.Model) -> float | None:
+    """The peak memory of the first device, or of a replica's stages the largest.
+
+    None if TensorFlow does not count it.
+    """
+    devices = _keras.devices.devices_of(model.distribute_strategy)[:1]
+    pipeline = getattr(model, "pipeline", None)
+    if pipeline is not None:
+        devices = [_keras.devices.short_name(stage.devices[0]) for stage in pipeline.stages]
     try:
-        info = tf.config.experimental.get_memory_info(_keras.devices.devices_of(strategy)[0])
+        found = [tf.config.experimental.get_memory_info(device)["peak"] for device in devices]
     except (ValueError, tf.errors.OpError):
         return None
-    return float(info["peak"] / 2**20)
+    return float(max(found) / 2**20)

@@ -1,0 +1,789 @@
+"""`pipeline`: layers on stages of their own train, evaluate and predict as on one device."""
+
+import contextlib
+import json
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from tensorflow.python.eager import context
+
+import tfbig
+from tests import job
+from tests.combinations import in_turn
+from tests.conftest import make_strategy
+from tfbig import errors
+from tfbig._keras import stages, variables, work
+from tfbig._update import stage_cut
+from tfbig.distribute import Pipeline
+
+TOLERANCE = 1e-10
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(44, 16)), RNG.normal(size=(44, 4))
+WEIGHTS = RNG.uniform(0.5, 2, 44)
+IDS, LABELS = RNG.integers(1, 30, (44, 7)), RNG.integers(0, 30, (44, 7))
+IDS[::3, 4:] = 0
+
+
+def on_cpus(stages=2, replicas=1, **kwargs):
+    devices = [
+        tuple(f"CPU:{s * replicas + r}" for r in range(replicas)) if replicas > 1 else f"CPU:{s}"
+        for s in range(stages)
+    ]
+    return Pipeline(devices, **kwargs)
+
+
+# --- Programs ---------------------------------------------------------------------------
+
+
+def skips(cls, **options):
+    """Skip connections over stages, by an operation and by a layer."""
+    x = keras.Input((16,))
+    h = layers.Dense(12, "tanh", kernel_regularizer="l2")(x)
+    for i in range(4):
+        new = layers.Dense(12, "tanh")(h)
+        h = new + h if i % 2 else layers.Add()([new, h])
+        h = layers.LayerNormalization()(h)
+    return cls(x, layers.Dense(4)(h), **options)
+
+
+def plain(cls, **options):
+    x = h = keras.Input((16,))
+    for _ in range(4):
+        h = layers.Dense(12, "tanh")(h)
+    return cls(x, layers.Dense(4)(h), **options)
+
+
+def two_outputs(cls, **options):
+    x = keras.Input((16,))
+    h = layers.Dense(12, "tanh")(x)
+    early = layers.Dense(4, name="early")(h)
+    for _ in range(3):
+        h = layers.Dense(12, "tanh")(h)
+    return cls(x, {"early": early, "late": layers.Dense(4, name="late")(h)}, **options)
+
+
+def masks(cls, **options):
+    """Masks that go from stage to stage, loops inside layers, and rows of a table."""
+    x = keras.Input((None,), dtype="int64")
+    h = layers.Embedding(30, 8, mask_zero=True)(x)
+    h = layers.LSTM(8, return_sequences=True)(h)
+    h = layers.MultiHeadAttention(2, 4)(h, h)
+    h = layers.GRU(8, return_sequences=True)(layers.LayerNormalization()(h))
+    return cls(x, layers.Dense(30)(h), **options)
+
+
+def state(cls, **options):
+    """Statistics that move, and seeds."""
+    x = keras.Input((16,))
+    h = x
+    for i in range(4):
+        h = layers.BatchNormalization()(layers.Dense(12, "tanh")(h))
+        h = layers.Dropout(0.3, seed=i)(h)
+    return cls(x, layers.Dense(4)(h), **options)
+
+
+def crossentropy():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+PROGRAMS = {
+    "plain": (plain, X, Y, "mse"),
+    "skips": (skips, X, Y, "mse"),
+    "two_outputs": (two_outputs, X, {"early": Y, "late": Y}, {"early": "mse", "late": "mae"}),
+    "masks": (masks, IDS, LABELS, crossentropy),
+    "state": (state, X, Y, "mse"),
+}
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, global_clipnorm=0.5, use_ema=True),
+    "muon": lambda: keras.optimizers.Muon(0.01, clipnorm=0.1),
+}
+
+
+def train(name, optimizer="adamw", cls=tfbig.Model, strategy="default", compiled=None, **options):
+    """A trained model, and what it and its history are then."""
+    make, x, y, loss = PROGRAMS[name]
+    keras.utils.set_random_seed(1)
+    with make_strategy(strategy).scope():
+        model = make(cls, **options)
+        metrics = None if name == "two_outputs" else ["mae" if name != "masks" else "accuracy"]
+        # A loss of Keras has the dtype of the moment when it is made.
+        loss = loss() if loss is crossentropy else loss
+        model.compile(OPTIMIZERS[optimizer](), loss, metrics=metrics, **compiled or {})
+    weights = {"two_outputs": None, "masks": WEIGHTS[:, np.newaxis] * np.ones(7)}.get(name, WEIGHTS)
+    history = model.fit(
+        x, y, sample_weight=weights, batch_size=16, epochs=2, shuffle=False, verbose=0
+    ).history
+    evaluated = model.evaluate(x, y, batch_size=16, verbose=0)
+    predicted = tf.nest.flatten(model.predict(x, batch_size=16, verbose=0))
+    values = variables.values_of([*model.variables, *model.optimizer.variables])
+    return model, [*values, evaluated, *predicted], history
+
+
+def assert_same(found, expected, tolerance=TOLERANCE):
+    _, found, history = found
+    _, expected, expected_history = expected
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    for key, values in expected_history.items():
+        np.testing.assert_allclose(history[key], values, rtol=tolerance, atol=tolerance)
+
+
+def devices_of(model):
+    """The devices of each stage's variables, as sets."""
+    found = {}
+    for v in model.trainable_variables:
+        found.setdefault(stages.stage_of(v).index, set()).update(variables.devices_of(v))
+    return found
+
+
+# --- The same update ---------------------------------------------------------------------
+
+
+@in_turn(
+    {
+        "optimizer": ["adamw", "sgd", "muon"],
+        "number, name": {
+            "2-skips": (2, "skips"),
+            "3-two_outputs": (3, "two_outputs"),
+            "4-masks": (4, "masks"),
+            "2-masks": (2, "masks"),
+            "4-skips": (4, "skips"),
+            "3-masks": (3, "masks"),
+        },
+    },
+    slow=["2-masks", "4-skips", "3-masks"],
+)
+def test_as_plain_keras_on_one_device(name, number, optimizer, float64):
+    pipeline = on_cpus(number)
+    found = train(name, optimizer, pipeline=pipeline, gradient_accumulation_steps=3)
+    assert_same(found, train(name, optimizer, keras.Model))
+    full = "/job:localhost/replica:0/task:0/device:CPU:"
+    assert devices_of(found[0]) == {i: {f"{full}{i}"} for i in range(number)}
+    for v, average in zip(
+        found[0].trainable_variables,
+        getattr(found[0].optimizer, "_model_variables_moving_average", []),
+        strict=False,
+    ):
+        assert average.value.device == v.value.device
+
+
+@in_turn(
+    {
+        "options": {
+            "ragged": {"micro_batch_size": 5},
+            "one": {"gradient_accumulation_steps": 1},
+            "scaled": {"gradient_accumulation_steps": 4, "loss_scale": "dynamic"},
+            "recomputed": {"gradient_accumulation_steps": 4, "recompute": True},
+            "measured": {
+                "gradient_accumulation_steps": 4,
+                "log_grad_norm": True,
+                "log_gradient_noise_scale": True,
+            },
+        },
+        # In the others a tensor is used three times, and the order of its gradients differs.
+        "name": ["state", "two_outputs"],
+    }
+)
+@pytest.mark.filterwarnings("ignore:BatchNormalization")
+def test_no_bit_differs_from_the_model_without_stages(name, options):
+    # In float32, where another order of a sum would show.
+    options = {"log_grad_norm": True} | options
+    # One micro-batch without stages would be Keras's own step otherwise.
+    found, expected = train(name, pipeline=on_cpus(), **options), train(name, **options)
+    assert_same(found, expected, tolerance=0)
+
+
+def test_several_steps_per_execution(float64):
+    found = train("plain", compiled={"steps_per_execution": 2}, pipeline=on_cpus(3))
+    assert_same(found, train("plain", cls=keras.Model))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_replicas_of_stages(optimizer, float64):
+    options = {"pipeline": on_cpus(2, 2), "gradient_accumulation_steps": 3}
+    found = train("masks", optimizer, strategy="mirrored_2", **options)
+    assert_same(found, train("masks", optimizer, keras.Model))
+    model = found[0]
+    ends = {stage: {d[-1] for d in devices} for stage, devices in devices_of(model).items()}
+    assert ends == {0: {"0", "1"}, 1: {"2", "3"}}
+    for v in model.trainable_variables:
+        first, second = v.value.values
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_gradient_that_is_not_finite_skips_on_all_stages():
+    pipeline = on_cpus(2, 2)
+    keras.utils.set_random_seed(1)
+    with make_strategy("mirrored_2").scope():
+        model = skips(tfbig.Model, pipeline=pipeline, loss_scale=2.0)
+        model.compile(OPTIMIZERS["adamw"](), "mse")
+    model.train_on_batch(X[:8], Y[:8])
+    before = variables.values_of([*model.variables, *model.optimizer.variables])
+    bad = X[:8].copy()
+    bad[0] = np.inf
+    model.train_on_batch(bad, Y[:8])
+    after = variables.values_of([*model.variables, *model.optimizer.variables])
+    for a, b in zip(after, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert int(model.loss_scale_state.skipped_updates.numpy()) == 1
+
+
+class OwnStep(tfbig.Model):
+    def train_step(self, data):
+        x, y = data
+
+        def loss(micro_batch):
+            x, y = micro_batch
+            return self.compute_loss(y=y, y_pred=self(x, training=True))
+
+        accumulated = tfbig.accumulate_gradients(
+            loss, self.trainable_variables, (x, y), gradient_accumulation_steps=3
+        )
+        update = tfbig.apply_gradients(self.optimizer, accumulated)
+        return {"loss": update.loss}
+
+
+def test_a_step_of_ones_own(float64):
+    def trained(cls, **options):
+        keras.utils.set_random_seed(1)
+        model = skips(cls, **options)
+        model.compile(OPTIMIZERS["adamw"](), "mse")
+        model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+        return model
+
+    found, expected = trained(OwnStep, pipeline=on_cpus(3)), trained(keras.Model)
+    for a, b in zip(found.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_layers_of_a_subclass_on_chosen_stages(float64):
+    pipeline = on_cpus(2)
+
+    class Chosen(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            with pipeline.stage(0):
+                self.first = layers.Dense(8, "tanh")
+            with pipeline.stage(1):
+                self.second = keras.Sequential([layers.Dense(8, "tanh"), layers.Dense(4)])
+
+        def call(self, x):
+            return self.second(self.first(x) * 2)
+
+    class Model(tfbig.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.inner = Chosen()
+
+        def call(self, x):
+            return self.inner(x)
+
+    def trained(**options):
+        keras.utils.set_random_seed(1)
+        model = Model(gradient_accumulation_steps=2, **options)
+        model.compile("adam", "mse")
+        model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+        return model
+
+    model = trained(pipeline=pipeline)
+    assert {k: len(v) for k, v in devices_of(model).items()} == {0: 1, 1: 1}
+    pipeline = contextlib.nullcontext()
+    pipeline.stage = lambda _: contextlib.nullcontext()
+    for a, b in zip(model.get_weights(), trained().get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- A model that is there already ---------------------------------------------------------
+
+
+def test_extend_moves_a_model_and_its_optimizer(float64):
+    expected = train("plain", cls=keras.Model)[0]
+    expected.fit(X, Y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+    model = tfbig.extend(train("plain", cls=keras.Model)[0], pipeline=on_cpus(3))
+    assert sorted(devices_of(model)) == [0, 1, 2]
+    state = {v.path: v.value.device for v in model.optimizer.variables}
+    for v in model.trainable_variables:
+        name = v.path.replace("/", "_")
+        own = {d for path, d in state.items() if f"{name}_" in path}
+        assert own == {v.value.device}
+    model.fit(X, Y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+    # And back.
+    model.pipeline = None
+    everything = [*model.variables, *model.optimizer.variables]
+    assert {v.value.device[-1] for v in everything} == {"0"}
+    model.fit(X, Y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+    expected.fit(X, Y, batch_size=16, epochs=1, shuffle=False, verbose=0)
+    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_files_hold_no_devices(tmp_path):
+    model, values, _ = train("plain", pipeline=on_cpus(4))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.pipeline is None
+    assert {v.value.device[-1] for v in loaded.variables} == {"0"}
+    for a, b in zip(loaded.get_weights(), values, strict=False):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    loaded.pipeline = on_cpus(2)
+    loaded.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+    model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+    for a, b in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(
+        exported.serve(X.astype("float32")), model.predict(X, verbose=0), atol=1e-6
+    )
+
+
+def test_a_backup_resumes_on_other_stages(tmp_path, float64):
+    def trained(pipeline, epochs, directory=None):
+        keras.utils.set_random_seed(1)
+        model = skips(tfbig.Model, pipeline=pipeline, gradient_accumulation_steps=2)
+        model.compile(OPTIMIZERS["adamw"](), "mse")
+        callbacks = [] if directory is None else [tfbig.callbacks.BackupAndRestore(directory)]
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(
+                *(X, Y),
+                batch_size=16,
+                epochs=epochs,
+                shuffle=False,
+                verbose=0,
+                callbacks=[*callbacks, *([Stop()] if epochs == 3 and directory else [])],
+            )
+        return model.get_weights()
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    trained(on_cpus(3), 3, tmp_path)
+    resumed = trained(on_cpus(2), 4, tmp_path)
+    for a, b in zip(resumed, trained(None, 4), strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_the_monitor_tells_of_the_stage_that_holds_most(tmp_path):
+    monitor = tfbig.callbacks.TrainingMonitor(tmp_path, frequency=1, plot=False)
+    model = plain(tfbig.Model, pipeline=on_cpus(2))
+    model.compile("adam", "mse")
+    model.fit(X, Y, batch_size=16, verbose=0, callbacks=[monitor])
+    sizes = {}
+    for v in (*model.trainable_variables, *model.optimizer.variables):
+        if v.value.shape.rank:
+            sizes[v.value.device] = sizes.get(v.value.device, 0) + v.numpy().nbytes
+    found = {row["state_mib"] * 2**20 for row in monitor.rows}
+    assert len(sizes) == 2
+    # Counters are there as well.
+    assert all(max(sizes.values()) <= size <= max(sizes.values()) + 100 for size in found)
+
+
+# --- What goes from device to device ------------------------------------------------------
+
+
+def sent(model, data):
+    """Names of operations whose results go from one device to another, with their shapes."""
+    model.train_on_batch(*(part[:16] for part in data))
+    iterator = iter(tf.data.Dataset.from_tensor_slices(data).batch(16).repeat())
+    model.make_train_function(force=True)
+    context.enable_run_metadata()
+    try:
+        model.train_function(iterator)
+        metadata = context.export_run_metadata()
+    finally:
+        context.disable_run_metadata()
+    step = model.train_function.__closure__
+    functions = [c.cell_contents for c in step if hasattr(c.cell_contents, "_on_iterator")]
+    # Tracing once more would give other names.
+    (run,) = functions[0]._on_iterator._list_all_concrete_functions()
+    shapes = dict(_shapes(run.graph))
+    found = []
+    # There are those of other calls as well, the last is that of this one.
+    for partition in metadata.function_graphs[-1].partition_graphs:
+        nodes = {node.name: node for node in partition.node}
+        for node in partition.node:
+            if node.op == "_Send":
+                name = _origin(nodes, node.input[0])
+                # Where a loop or a conditional was inlined.
+                found.append((name, shapes.get(re.split(r"/_\d+/(?=\w)", name)[-1])))
+    assert found
+    return found
+
+
+def _shapes(graph):
+    for operation in graph.get_operations():
+        for i, output in enumerate(operation.outputs):
+            name = operation.name if i == 0 else f"{operation.name}:{i}"
+            yield name, output.shape
+        for name in ("_body_graph", "_true_graph", "_false_graph"):
+            if getattr(operation, name, None) is not None:
+                yield from _shapes(getattr(operation, name))
+
+
+SIGNALS = ("Loop", "NoOp", "loop_body", "_Func", "Func/", "/ctrl/", "/switch", "/pivot")
+
+
+def _origin(nodes, name):
+    """The operation whose result a loop, or an identity, hands on."""
+    while True:
+        node = nodes.get(name.split(":")[0])
+        handed_on = ("Enter", "Exit", "Identity", "Merge", "NextIteration", "Switch")
+        if node is None or node.op not in handed_on:
+            return name
+        name = node.input[0]
+
+
+@in_turn(
+    {
+        "options": {
+            "plain": {},
+            "recompute": {"recompute": True},
+            "scaled": {"loss_scale": "dynamic"},
+            "norm": {"log_grad_norm": True},
+        },
+        "optimizer": ["adamw", "sgd", "muon"],
+    }
+)
+def test_nothing_of_the_size_of_a_weight_is_sent(options, optimizer):
+    # Sizes that nothing else has: activations are (samples, 12).
+    keras.utils.set_random_seed(1)
+    x = keras.Input((16,))
+    h = layers.Dense(31, "tanh", kernel_regularizer="l2")(x)
+    h = layers.Dense(12, "tanh")(h)
+    h = layers.Dense(37, "tanh", kernel_regularizer="l2")(h)
+    pipeline = on_cpus(max_parameters=1000)
+    model = tfbig.Model(
+        *(x, layers.Dense(4)(h)),
+        gradient_accumulation_steps=4,
+        pipeline=pipeline,
+        **{"loss_scale": None} | options,
+    )
+    model.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"])
+    assert devices_of(model).keys() == {0, 1}
+    weights = {tuple(v.shape) for v in model.variables}
+    assert {(12, 37), (37,), (16, 31)} < weights
+    found = sent(model, (X.astype("float32"), Y.astype("float32")))
+    known = [(name, shape) for name, shape in found if shape is not None]
+    # The activations between the stages are among what is found.
+    assert any(shape.rank == 2 and shape[-1] in (31, 12) for _, shape in known)
+    for name, shape in known:
+        assert shape.rank == 0 or tuple(shape) not in weights, name
+    # Without a shape are only signals of the loop.
+    for name, _ in set(found) - set(known):
+        assert any(part in name for part in SIGNALS), name
+
+
+# --- The order of forward and backward passes ----------------------------------------------
+
+
+def measured(what):
+    done = job.finish(job.start([sys.executable, job.JOBS / "stages.py", what]), timeout=240)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_stages_are_as_busy_as_can_be():
+    """Of layers that hold their device and sleep; all in one process, which takes a minute."""
+    times = measured("times")
+    for number, bar in (2, 1.10), (4, 1.08):
+        found = times[str(number)]
+        assert 1 <= found["ratio"] <= bar
+        assert found["held"] == [number + 1 - i for i in range(number)]
+    # With one in flight, one stage runs after the other.
+    assert times["one in flight"]["ratio"] >= 6 * 2 / (6 + 1)
+    assert times["one in flight"]["held"] == [1, 1]
+    # TensorFlow would wait for a conditional or a loop that reads a weight, and for assertions.
+    assert times["branching"]["ratio"] <= 1.10
+    assert times["asserting"]["ratio"] <= 1.10
+    assert times["asserting"]["failed"]
+    # What it must wait for is named.
+    assert times["calling"]["ratio"] >= 1.4
+    (warning,) = times["warnings"]
+    assert re.search(r"Received: \S*/calling_1/PyFunc \(PyFunc\)", warning)
+
+
+def test_memory_follows_what_is_in_flight():
+    found = measured("memory")
+    sizes = found["micro_batches"]
+    assert max(sizes.values()) <= 1.05 * min(sizes.values())
+    # Of two stages, the first holds as many as are in flight, and the second one less.
+    one, two, four = (found["in_flight"][n] for n in "124")
+    a_micro_batch = (four - two) / (4 + 3 - 2 - 1)
+    assert 5 * 2**20 <= a_micro_batch <= 9 * 2**20
+    assert one < two
+    assert found["recomputed"] <= 0.45 * four
+
+
+def test_few_micro_batches_are_told_of(capfd):
+    model = skips(tfbig.Model, pipeline=on_cpus(3), gradient_accumulation_steps=4)
+    model.compile("sgd", "mse")
+    model.fit(X, Y, batch_size=16, verbose=0)
+    said = capfd.readouterr().err
+    assert "4 micro-batches keep 3 stages waiting for at least 33 % of the time" in said
+    model.gradient_accumulation_steps = 6
+    model.fit(X, Y, batch_size=16, verbose=0)
+    assert "waiting" not in capfd.readouterr().err
+
+
+# --- Stages that are found ----------------------------------------------------------------
+
+
+def parts(*sizes):
+    return [stage_cut.Part([str(i)], w, p) for i, (w, p) in enumerate(sizes)]
+
+
+def test_the_largest_stage_has_the_least_work():
+    even = [(w, 1) for w in (5, 1, 1, 1, 4, 2, 2)]
+    assert [p.work for p in stage_cut.cut(parts(*even), 3)] == [5, 7, 4] or max(
+        p.work for p in stage_cut.cut(parts(*even), 3)
+    ) == min(
+        max(sum(w for w, _ in even[a:b]) for a, b in ((0, i), (i, j), (j, 7)))
+        for i in range(1, 6)
+        for j in range(i + 1, 7)
+    )
+    # Of cuts with the same work, the one with the fewest parameters.
+    found = stage_cut.cut(parts((3, 10), (0, 100), (3, 10)), 2)
+    assert sorted(p.parameters for p in found) == [10, 110]
+    found = stage_cut.cut(parts((3, 200), (0, 100), (3, 10)), 2)
+    assert [p.parameters for p in found] == [200, 110]
+
+
+def test_a_table_of_many_parameters_and_little_work_does_not_spoil_the_balance():
+    x = keras.Input((20,), dtype="int64")
+    h = layers.Embedding(10_000, 32)(x)
+    for _ in range(8):
+        h = layers.Dense(32)(h)
+    model = keras.Model(x, layers.Dense(2)(h))
+    first, _ = stage_cut.cut(stage_cut.parts_of(model), 2)
+    assert len([c for c in first.calls if isinstance(c, layers.Dense)]) == 4
+    # Unless it may not have so many.
+    with pytest.raises(errors.InvalidOptionError, match=r"max_parameters=1000.*cannot be divided"):
+        stage_cut.cut(stage_cut.parts_of(model), 2, 1000)
+
+
+def test_work_is_that_of_matrix_products():
+    x = keras.Input((8, 6))
+    dense, attention = layers.Dense(10), layers.MultiHeadAttention(2, 4)
+    convolution, recurrent = layers.Conv1D(5, 3, padding="same"), layers.LSTM(7)
+    h = dense(x)
+    h = convolution(attention(h, h))
+    model = keras.Model(x, recurrent(h))
+    calls = [dense, attention, convolution, recurrent]
+    found = [
+        work.floating_point_operations(model, calls)[id(call)] / products
+        for call, products in zip(
+            calls,
+            [
+                2 * 8 * 6 * 10,
+                # Queries, keys, values and outputs, and twice tokens x tokens.
+                2 * (4 * 8 * 10 * 8 + 2 * 2 * 8 * 8 * 4),
+                2 * 8 * 3 * 10 * 5,
+                2 * 8 * (5 + 7) * 4 * 7,
+            ],
+            strict=True,
+        )
+    ]
+    # Biases and activations are there as well.
+    assert all(1 <= ratio < 1.5 for ratio in found), found
+
+
+def test_a_head_stays_with_the_table_that_it_uses():
+    class Head(layers.Layer):
+        def __init__(self, table):
+            super().__init__()
+            self.table = table
+
+        def call(self, h):
+            return tf.matmul(h, self.table.embeddings, transpose_b=True)
+
+    x = keras.Input((7,), dtype="int64")
+    table = layers.Embedding(30, 8)
+    h = table(x)
+    for _ in range(4):
+        h = layers.Dense(8, "tanh")(h)
+    model = tfbig.Model(x, Head(table)(h), pipeline=on_cpus())
+    assert stages.stage_of(model.layers[-1]) is stages.stage_of(table) is not None
+    assert stages.stage_of(table).index == 0
+
+
+def test_the_stages_are_told(capfd):
+    tfbig.Sequential(
+        [keras.Input((16,)), layers.Dense(10), layers.Dense(10), layers.Dense(10)],
+        pipeline=on_cpus(),
+    )
+    lines = capfd.readouterr().err.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("tfbig: stages of"))
+    table = [line.split() for line in lines[begin + 1 : begin + 4]]
+    assert table[0] == ["stage", "layers", "parameters", "work"]
+    assert table[1][0] == "0"
+    assert table[1][-2] == "170"
+    assert table[2][-2] == "220"
+    assert sum(int(row[-1].rstrip("%")) for row in table[1:]) == 100
+
+
+# --- What is refused -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (["CPU:0"], "two stages or more"),
+        ("CPU:0", "must be a list"),
+        (["CPU:0", 1], "a list with a device for each stage"),
+        (["CPU:0", "CPU:0"], "CPU:0 twice"),
+        ([("CPU:0", "CPU:1"), ("CPU:1", "CPU:2")], "CPU:1 twice"),
+        ([("CPU:0", "CPU:1"), "CPU:2"], "as many devices"),
+    ],
+)
+def test_devices_that_make_no_stages(devices, message):
+    with pytest.raises(errors.InvalidOptionError, match=message):
+        Pipeline(devices)
+
+
+@pytest.mark.parametrize("name", ["in_flight", "max_parameters"])
+@pytest.mark.parametrize("value", [0, 1.5, True])
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(errors.InvalidOptionError, match=f"`{name}` must be a positive"):
+        Pipeline(["CPU:0", "CPU:1"], **{name: value})
+
+
+def test_a_device_that_does_not_exist():
+    with pytest.raises(errors.InvalidOptionError, match=r"'CPU:7'. There are .*CPU:3"):
+        skips(tfbig.Model, pipeline=Pipeline(["CPU:0", "CPU:7"]))
+
+
+def test_a_stage_that_does_not_exist():
+    for index in (2, -1, "0"):
+        with pytest.raises(errors.InvalidOptionError, match="from 0 to 1"), on_cpus().stage(index):
+            pass
+
+
+def test_a_pipeline_of_something_else():
+    with pytest.raises(errors.InvalidOptionError, match=r"must be a tfbig\.distribute\.Pipeline"):
+        skips(tfbig.Model, pipeline=["CPU:0", "CPU:1"])
+
+
+def chosen(*numbers, number=2, given=True):
+    """A model whose layers are on stages of these numbers."""
+    pipeline = on_cpus(number)
+    x = h = keras.Input((16,))
+    for i in numbers:
+        with contextlib.nullcontext() if i is None else pipeline.stage(i):
+            h = layers.Dense(4)(h)
+    return tfbig.Model(x, h, pipeline=pipeline if given else None)
+
+
+def test_layers_that_do_not_make_the_stages():
+    with pytest.raises(errors.InvalidOptionError, match="of which stage 1 has none"):
+        chosen(0, 0)
+    with pytest.raises(errors.InvalidOptionError, match=r"dense.*on no stage"):
+        chosen(0, None, 1)
+    model = chosen(0, 1, given=False)
+    model.compile("sgd", "mse")
+    with pytest.raises(errors.InvalidOptionError, match="pipeline=None"):
+        model.fit(X, Y, verbose=0)
+    pipeline = on_cpus()
+    with pipeline.stage(0):
+        layer = layers.Dense(4)
+    with pytest.raises(errors.InvalidOptionError, match="stages of another"):
+        tfbig.Sequential([keras.Input((16,)), layer], pipeline=on_cpus(in_flight=5))
+
+
+def test_a_variable_on_two_stages():
+    pipeline = on_cpus()
+
+    class Tied(layers.Layer):
+        def __init__(self, other):
+            super().__init__()
+            self.other = other
+
+        def call(self, h):
+            return h + tf.reduce_sum(self.other.kernel)
+
+    x = keras.Input((16,))
+    with pipeline.stage(0):
+        first = layers.Dense(4)
+        h = first(x)
+    with pipeline.stage(1):
+        tied = Tied(first)
+        object.__setattr__(first, "_tfbig_stage", None)
+        h = layers.Dense(4)(tied(h))
+    stages.put(first, pipeline.stages[0])
+    tied._trainable_variables.append(first.kernel)
+    with pytest.raises(errors.InvalidOptionError, match=r"kernel on stages [01] and [01]"):
+        tfbig.Model(x, h, pipeline=pipeline)
+
+
+def test_more_stages_than_layers():
+    with pytest.raises(errors.InvalidOptionError, match="4 stages, and a model of 3 layer"):
+        tfbig.Sequential(
+            [keras.Input((16,)), *(layers.Dense(4) for _ in range(3))], pipeline=on_cpus(4)
+        )
+
+
+def test_a_model_whose_order_is_not_known():
+    class Own(tfbig.Model):
+        def build(self, shape):
+            self.inner = layers.Dense(4)
+            self.inner.build(shape)
+
+        def call(self, x):
+            return self.inner(x)
+
+    model = Own(pipeline=on_cpus())
+    model.compile("sgd", "mse")
+    with pytest.raises(errors.UnsupportedModelError, match=r"Own.*with pipeline\.stage"):
+        model.fit(X, Y, verbose=0)
+
+
+def test_other_numbers_of_devices_than_of_replicas():
+    with (
+        make_strategy("mirrored_2").scope(),
+        pytest.raises(errors.InvalidOptionError, match=r"1 device\(s\) a stage, and 2 replica"),
+    ):
+        skips(tfbig.Model, pipeline=on_cpus())
+    with pytest.raises(errors.InvalidOptionError, match=r"2 device\(s\) a stage, and 1 replica"):
+        skips(tfbig.Model, pipeline=on_cpus(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled", "message"),
+    [
+        ({}, {"jit_compile": True}, "`jit_compile=True` does not go with `pipeline`"),
+        ({}, {"run_eagerly": True}, "`run_eagerly=True` does not go with `pipeline`"),
+        ({"shard": "optimizer"}, {}, "`shard='optimizer'` does not go with `pipeline`"),
+        ({"micro_batch_size": "auto"}, {}, "`micro_batch_size='auto'` does not go"),
+    ],
+)
+def test_options_that_do_not_go_with_stages(options, compiled, message):
+    with pytest.raises(errors.InvalidOptionError, match=message):
+        skips(tfbig.Model, pipeline=on_cpus(), **options).compile("sgd", "mse", **compiled)
+
+
+def test_options_of_replicas_that_do_not_go_with_stages():
+    pipeline = on_cpus(2, 2)
+    with (
+        make_strategy("mirrored_2").scope(),
+        pytest.raises(errors.InvalidOptionError, match="`exchange_dtype` does not go"),
+    ):
+        skips(tfbig.Model, pipeline=pipeline, exchange_dtype="bfloat16")
+    with make_strategy("mirrored_2").scope():
+        x = keras.Input((16,))
+        h = layers.BatchNormalization(synchronized=True)(layers.Dense(4)(x))
+        model = tfbig.Model(x, layers.Dense(4)(h), pipeline=on_cpus(2, 2))
+        model.compile("sgd", "mse")
+    with pytest.raises(errors.UnsupportedModelError, match="synchronized=True"):
+        model.fit(X, Y, verbose=0)

@@ -1,0 +1,158 @@
+"""TensorFlow's loops wait for what they need not wait for; here several iterations overlap.
+
+An iteration begins once all operations with side effects of the one before it have run, and
+TensorFlow counts among these whatever reads a variable: a recurrent layer is a loop that does, and
+would keep micro-batches from overtaking each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Set
+
+import tensorflow as tf
+from tensorflow.python.framework import op_def_registry as _op_def_registry
+from tensorflow.python.ops import while_v2 as _while_v2
+
+from tfbig import _types
+from tfbig._keras.thread import current, holding
+
+__all__ = ("while_loop",)
+
+# Stateful operations that change nothing.
+_READ_ONLY = frozenset(
+    [
+        *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VarIsInitializedOp"),
+        *("VariableShape",),
+    ]
+)
+
+
+def while_loop(
+    is_left: Callable[..., _types.Tensor],
+    body: Callable[..., tuple[_types.Structure, ...]],
+    start: tuple[_types.Structure, ...],
+    in_flight: int,
+) -> tuple[_types.Structure, ...]:
+    """A `tf.while_loop` of which several iterations run at the same time.
+
+    Warns of operations that keep them from it.
+
+    Args:
+        is_left: whether another iteration is left.
+        body: an iteration.
+        start: what the first iteration gets.
+        in_flight: the most iterations that run at the same time.
+    """
+    loop = _Loop()
+
+    def checked_body(
+        checked: _types.Tensor, *carry: _types.Structure
+    ) -> tuple[_types.Structure, ...]:
+        checked = tf.identity(checked)
+        loop.checked = checked.op
+        return (checked, *body(*carry))
+
+    with holding("pipelined_loop", loop):
+        results: tuple[_types.Structure, ...] = tf.while_loop(
+            lambda _, *carry: is_left(*carry),
+            checked_body,
+            (tf.zeros(()), *start),
+            parallel_iterations=in_flight,
+        )
+    if loop.waited_for and in_flight > 1:
+        names = sorted({f"{_path(op)} ({op.type})" for op in loop.waited_for})
+        warnings.warn(
+            "Operations with side effects run one micro-batch after another, so stages may wait "
+            f"for each other. Received: {', '.join(names)}. Leave prints, stateful functions and "
+            "the like out of the layers of a pipeline.",
+            stacklevel=2,
+        )
+    return results[1:]
+
+
+class _Loop:
+    """What is known of a loop while it is built.
+
+    Attributes:
+        checked: the operation of an iteration that waits for its assertions, and for which only
+            that of the next iteration waits.
+        waited_for: the operations for which the next iteration waits.
+    """
+
+    def __init__(self) -> None:
+        self.checked: tf.Operation | None = None
+        self.waited_for: list[tf.Operation] = []
+
+    def prune(self, body_graph: tf.Graph) -> None:
+        """Has an iteration, or a loop within, wait only for operations with side effects."""
+        must_run = list(body_graph.control_outputs)
+        names = {op.name for op in must_run}
+        running = [op for op in must_run if _has_effect(op, _READ_ONLY)]
+        kept = running
+        if self.checked is not None and self.checked.graph is body_graph:
+            kept = [op for op in running if _has_effect(op, _READ_ONLY | {"Assert"})]
+            self.checked._add_control_inputs([op for op in running if op not in kept])
+            self.waited_for = kept
+        body_graph.control_outputs[:] = kept
+        for operation in body_graph.get_operations():
+            # The results of an iteration wait for an operation that waits for all of these.
+            waits_for = {op.name for op in operation.control_inputs}
+            if operation.type == "NoOp" and names and waits_for == names:
+                operation._remove_all_control_inputs()
+                operation._add_control_inputs(kept)
+
+
+_build_of_tensorflow = _while_v2._build_while_op
+
+
+@functools.wraps(_build_of_tensorflow)
+def _build_while_op(
+    loop_vars: object,
+    cond_graph: tf.Graph,
+    body_graph: tf.Graph,
+    *args: object,
+    **kwargs: object,
+) -> object:
+    loop: _Loop | None = current("pipelined_loop")
+    if loop is not None:
+        loop.prune(body_graph)
+    return _build_of_tensorflow(loop_vars, cond_graph, body_graph, *args, **kwargs)
+
+
+_while_v2._build_while_op = _build_while_op
+
+
+def _has_effect(operation: tf.Operation, harmless: Set[str]) -> bool:
+    """Whether an operation does more than to compute a result, or is of one of these kinds."""
+    return _any_has_effect([(operation.type, operation.node_def)], operation.graph, harmless)
+
+
+def _any_has_effect(
+    nodes: Iterable[tuple[str, object]], graph: tf.Graph, harmless: Set[str]
+) -> bool:
+    for kind, node in nodes:
+        functions = [f for a in node.attr.values() for f in _functions_of(a)]  # type: ignore[attr-defined]
+        if _op_def_registry.get(kind) is None:
+            # A call of a function by its name.
+            functions.append(kind)
+        if functions:
+            for name in functions:
+                definition = graph._get_function(name).cached_definition
+                if _any_has_effect([(n.op, n) for n in definition.node_def], graph, harmless):
+                    return True
+        elif kind not in harmless and _op_def_registry.get(kind).is_stateful:
+            return True
+    return False
+
+
+def _functions_of(attribute: object) -> list[str]:
+    """The names of functions in an attribute of an operation."""
+    functions = [attribute.func, *attribute.list.func]  # type: ignore[attr-defined]
+    return [f.name for f in functions if f.name]
+
+
+def _path(operation: tf.Operation) -> str:
+    """The layers in which an operation is, and its name, without the loop's."""
+    return str(operation.name.removeprefix("while/"))

@@ -1,0 +1,182 @@
+"""Keras does not tell what a layer costs; here the operations of its forward pass are counted."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+
+import keras
+import tensorflow as tf
+from keras.src.ops.operation import Operation
+
+from tfbig import _types
+from tfbig._keras.saving import Functional
+from tfbig._keras.thread import current, holding
+from tfbig._keras.variables import VariableValues
+
+__all__ = ("calls_of", "floating_point_operations")
+
+# As types, which what comes from Keras has none of for mypy.
+_CHAINS: tuple[type, ...] = (Functional, keras.Sequential)
+
+# An unknown dimension is that of a sequence.
+_UNKNOWN_DIMENSION = 128
+
+
+def calls_of(model: keras.Model) -> list[Operation]:
+    """The layers and operations of a model in the order in which they run, without inputs.
+
+    Those of Functional and Sequential models inside it take the place of the models.
+
+    Raises:
+        TypeError: If the model is neither Functional nor Sequential.
+    """
+    found: dict[int, Operation] = {}
+    for operation in _functional(model).operations:
+        if isinstance(operation, keras.layers.InputLayer):
+            continue
+        inner = [operation]
+        if _is_chain(operation):
+            inner = calls_of(operation)
+        for each in inner:
+            found.setdefault(id(each), each)
+    return list(found.values())
+
+
+def _is_chain(operation: Operation) -> bool:
+    return isinstance(operation, _CHAINS)
+
+
+def _functional(model: keras.Model) -> Functional:
+    if isinstance(model, keras.Sequential):
+        model = model._functional
+    if not isinstance(model, _CHAINS[0]):
+        raise TypeError(f"{type(model).__name__} is neither Functional nor Sequential")
+    return model
+
+
+def floating_point_operations(model: keras.Model, calls: Iterable[Operation]) -> dict[int, float]:
+    """The work of layers for one sample, by their identities.
+
+    Args:
+        model: a built Functional or Sequential model; it is traced, and nothing runs.
+        calls: the layers and operations to count, none inside another.
+    """
+    meter = _Meter({id(call) for call in calls})
+    functional = _functional(model)
+    specs = [_spec_of_one(x) for x in functional.inputs]
+
+    def forward(*inputs: _types.Tensor) -> _types.Structure:
+        with VariableValues(), holding("work", meter):
+            packed = keras.tree.pack_sequence_as(functional._inputs_struct, list(inputs))
+            return model(packed, training=False)
+
+    tf.function(forward, autograph=False).get_concrete_function(*specs)
+    return meter.work
+
+
+def _spec_of_one(tensor: keras.KerasTensor) -> tf.TypeSpec:
+    shape = [_UNKNOWN_DIMENSION if n is None else n for n in tensor.shape[1:]]
+    return tf.TensorSpec([1, *shape], tensor.dtype)
+
+
+class _Meter:
+    """Adds up what layers do in a trace.
+
+    Args:
+        wanted: identities of the layers.
+    """
+
+    def __init__(self, wanted: set[int]) -> None:
+        self.work = dict.fromkeys(wanted, 0.0)
+        self._is_within = False
+
+    @contextlib.contextmanager
+    def measuring(self, operation: Operation) -> Iterator[None]:
+        """Within it, what is added to the graph is work of a layer."""
+        if self._is_within or id(operation) not in self.work:
+            yield
+            return
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations())
+        self._is_within = True
+        try:
+            yield
+        finally:
+            self._is_within = False
+        self.work[id(operation)] += sum(map(_work_of, graph.get_operations()[before:]))
+
+
+_call_of_operation = Operation.__call__
+
+
+def _call(self: Operation, *args: object, **kwargs: object) -> _types.Structure:
+    meter: _Meter | None = current("work")
+    if meter is None:
+        return _call_of_operation(self, *args, **kwargs)
+    with meter.measuring(self):
+        return _call_of_operation(self, *args, **kwargs)
+
+
+Operation.__call__ = _call
+
+
+def _work_of(operation: tf.Operation) -> float:
+    """Multiplications and additions of an operation; of most, one for each element of a result."""
+    kind = operation.type
+    if kind in ("StatelessWhile", "While"):
+        times = _iterations(operation)
+        body = getattr(operation, "_body_graph", None)
+        inner = 0.0 if body is None else sum(map(_work_of, body.get_operations()))
+        return inner * times
+    results = float(sum(_size(t) for t in operation.outputs))
+    if kind in ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
+        is_transposed = operation.get_attr("transpose_a" if kind == "MatMul" else "adj_x")
+        return 2 * results * _dimensions(operation.inputs[0])[-2 if is_transposed else -1]
+    if kind == "Einsum":
+        return 2 * _size_of_einsum(operation)
+    if kind in ("Conv2D", "Conv3D"):
+        *window, channels, _ = _dimensions(operation.inputs[1])
+        return 2 * results * math.prod(window) * channels
+    if kind == "DepthwiseConv2dNative":
+        return 2 * results * math.prod(_dimensions(operation.inputs[1])[:2])
+    return 0.0 if kind in _FREE else results
+
+
+def _iterations(loop: tf.Operation) -> int:
+    """How often a loop runs, as far as is known: as many times as it reads or writes a list."""
+    for tensor in loop.inputs:
+        if tensor.op.type == "TensorListFromTensor" and tensor.op.inputs[0].shape.rank:
+            return _dimensions(tensor.op.inputs[0])[0]
+    most = tf.get_static_value(loop.inputs[1])
+    return _UNKNOWN_DIMENSION if most is None or most < 1 else int(most)
+
+
+# They move or name values, and compute none.
+_FREE = frozenset(
+    [
+        *("Const", "ExpandDims", "Identity", "Placeholder", "ReadVariableOp", "Reshape"),
+        *("Shape", "Squeeze", "StopGradient"),
+    ]
+)
+
+
+def _size_of_einsum(operation: tf.Operation) -> float:
+    """The product of all dimensions that a summation runs over."""
+    equation = operation.get_attr("equation").decode()
+    sizes: dict[str, int] = {}
+    for names, tensor in zip(equation.split("->")[0].split(","), operation.inputs, strict=True):
+        if len(names) == tensor.shape.rank:
+            sizes |= dict(zip(names, _dimensions(tensor), strict=True))
+    return float(math.prod(sizes.values()))
+
+
+def _dimensions(tensor: _types.Tensor) -> list[int]:
+    if tensor.shape.rank is None:
+        return [1]
+    return [_UNKNOWN_DIMENSION if n is None else n for n in tensor.shape]
+
+
+def _size(tensor: _types.Tensor) -> int:
+    return 0 if tensor.dtype in (tf.resource, tf.variant) else math.prod(_dimensions(tensor))

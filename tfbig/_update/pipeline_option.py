@@ -1,0 +1,277 @@
+"""The option `pipeline`: which stage a model's layers and variables lie on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+
+from tfbig import _keras, _log, _types, errors
+from tfbig._keras.stages import Stage
+from tfbig._update import stage_cut
+from tfbig.distribute._pipeline import Pipeline
+
+__all__ = ("apply", "check_before_run", "check_is_given", "checked", "say_bubble", "update")
+
+
+def checked(value: object) -> Pipeline | None:
+    """Returns the option `pipeline`, checked."""
+    if value is not None and not isinstance(value, Pipeline):
+        raise errors.InvalidOptionError(
+            f"`pipeline` must be a tfbig.distribute.Pipeline or None. Received: pipeline={value!r}."
+        )
+    return value
+
+
+def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
+    """Puts what a built model has on its stages: layers, variables, and the state of optimizers.
+
+    Raises:
+        InvalidOptionError: If the layers do not make the stages, or another option does not go
+            with them.
+        UnsupportedModelError: If the model has no stages, and cannot be cut.
+        UnsupportedStrategyError: If the strategy does not support them.
+    """
+    if model.pipeline is None or not model.built:
+        return
+    model.pipeline.check_strategy(model.distribute_strategy)
+    _refuse_others(model)
+    if not any(map(_keras.stages.stage_of, model._flatten_layers())):
+        _cut(model)
+    _place(model)
+
+
+def update(model: Any) -> None:  # Any: as above.
+    """Has a change of `pipeline` take effect on a model that is there already."""
+    # Stages that were chosen for this pipeline stay.
+    known = [] if model.pipeline is None else model.pipeline.stages
+    found = {_keras.stages.stage_of(layer) for layer in model._flatten_layers()} - {None}
+    if model.built and not found <= set(known):
+        _unplace(model)
+    apply(model)
+    model._rebuild_step()
+    model.predict_function = None
+
+
+def check_is_given(model: Any) -> None:  # Any: as above.
+    """Raises if layers were made on stages, but the model was not told of them."""
+    if model.pipeline is not None:
+        return
+    for layer in model._flatten_layers():
+        stage = _keras.stages.stage_of(layer)
+        if stage is not None:
+            raise errors.InvalidOptionError(
+                "A model with layers on stages needs the pipeline that they were made with. "
+                f"Received: {layer.path or layer.name!r} on stage {stage.index}, and "
+                "pipeline=None. Pass `pipeline=` to the model."
+            )
+
+
+def _refuse_others(model: Any) -> None:  # Any: as above.
+    """Raises for options that do not go with stages."""
+    refused = {
+        "jit_compile": "XLA compiles for one device",
+        "run_eagerly": "without a graph, stages would run one after another",
+    }
+    for name, reason in refused.items():
+        if model.compiled and getattr(model, name) is True:
+            raise errors.InvalidOptionError(
+                f"`{name}=True` does not go with `pipeline`: {reason}. Pass {name}=False to "
+                "`compile`."
+            )
+    is_automatic = getattr(model, "_automatic_size", None) is not None
+    if model.exchange_dtype is not None and _is_replicated(model):
+        raise errors.InvalidOptionError(
+            "`exchange_dtype` does not go with `pipeline`: each stage exchanges the gradients of "
+            f"its variables as they are. Received: exchange_dtype={model.exchange_dtype!r}."
+        )
+    given = {
+        "shard": (model.shard, "stages divide the model already; leave one of them out"),
+        "micro_batch_size": (
+            "auto" if is_automatic else None,
+            "it watches the memory of one device; pass a number",
+        ),
+    }
+    for name, (value, reason) in given.items():
+        if value is not None:
+            raise errors.InvalidOptionError(
+                f"`{name}={value!r}` does not go with `pipeline`: {reason}."
+            )
+
+
+# --- Stages that are found ----------------------------------------------------------------
+
+
+def _cut(model: Any) -> None:  # Any: as above.
+    """Finds the stages of a model, and puts its layers on them."""
+    pipeline: Pipeline = model.pipeline
+    parts = stage_cut.parts_of(model)
+    found = stage_cut.cut(parts, len(pipeline.stages), pipeline.max_parameters)
+    for stage, part in zip(pipeline.stages, found, strict=True):
+        for call in part.calls:
+            _keras.stages.put(call, stage)
+    _log.logger().info("tfbig: stages of %s\n%s", model.name, _table(found))
+
+
+def _table(parts: list[stage_cut.Part]) -> str:
+    """Layers, parameters and share of the work of each stage."""
+    total = sum(part.work for part in parts) or 1.0
+    rows = [("stage", "layers", "parameters", "work")]
+    for i, part in enumerate(parts):
+        layers = [c.name for c in part.calls if getattr(c, "variables", None)]
+        names = layers[0] if len(layers) == 1 else f"{layers[0]} ... {layers[-1]} ({len(layers)})"
+        rows.append((str(i), names, f"{part.parameters:,}", f"{part.work / total:.0%}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+# --- Where variables lie --------------------------------------------------------------------
+
+
+def _place(model: Any) -> None:  # Any: as above.
+    """Moves all variables of a model to their stages, one at a time.
+
+    Raises:
+        InvalidOptionError: If a layer with variables is on no stage, on one of another pipeline, or
+            uses variables of another stage, or if a stage has no layers.
+    """
+    wanted = _stages_of_variables(model)
+    strategy = model.distribute_strategy
+    stages = model.pipeline.stages
+    used = {stage.index for _, stage in wanted.values()}
+    for stage in stages:
+        if stage.index not in used:
+            raise errors.InvalidOptionError(
+                f"Each stage needs a layer with variables. Received: a pipeline of {len(stages)} "
+                f"stages, of which stage {stage.index} has none. Make a layer within `with "
+                f"pipeline.stage({stage.index}):`, or use fewer devices."
+            )
+    for variable, stage in wanted.values():
+        _move(variable, stage, strategy)
+    if _is_replicated(model):
+        for stage in stages:
+            _keras.collectives.exchange_on(stage.devices, strategy)
+    for _, optimizer in _keras.optimizer.optimizers_of(model):
+        if optimizer.built:
+            _place_state(optimizer, strategy)
+            _keras.sharded_optimizer.know_weights(optimizer)
+
+
+def _place_state(optimizer: _types.Optimizer, strategy: _types.Strategy) -> None:
+    weights = _keras.sharded_optimizer.weights_of(optimizer)
+    for index, variable in _keras.sharded_optimizer.state_of(optimizer):
+        stage = _keras.stages.stage_of(weights[index])
+        if stage is not None:
+            _move(variable, stage, strategy)
+
+
+def _move(variable: _types.KerasVariable, stage: Stage, strategy: _types.Strategy) -> None:
+    if _keras.variables.devices_of(variable) == stage.devices:
+        _keras.stages.put(variable, stage)
+    else:
+        _keras.stages.move(variable, stage, strategy)
+
+
+def _unplace(model: Any) -> None:  # Any: as above.
+    """Takes layers off their stages, and brings variables back to the replicas' devices."""
+    strategy = model.distribute_strategy
+    for operation in _operations(model):
+        _keras.stages.forget(operation)
+    states = [
+        variable
+        for _, optimizer in _keras.optimizer.optimizers_of(model)
+        for variable in optimizer.variables
+    ]
+    for variable in (*model.variables, *states):
+        if _keras.stages.stage_of(variable) is not None:
+            _keras.stages.move(variable, None, strategy)
+    for _, optimizer in _keras.optimizer.optimizers_of(model):
+        _keras.sharded_optimizer.know_weights(optimizer)
+
+
+def _operations(model: keras.Model) -> list[Any]:  # Any: layers and operations of Keras.
+    try:
+        return [*model._flatten_layers(), *_keras.work.calls_of(model)]
+    except TypeError:
+        return list(model._flatten_layers())
+
+
+def _stages_of_variables(
+    model: Any,  # Any: as above.
+) -> dict[int, tuple[_types.KerasVariable, Stage]]:
+    """The variables of a model's layers, by identity, with the stage of each."""
+    known = model.pipeline.stages
+    found: dict[int, tuple[_types.KerasVariable, Stage]] = {}
+
+    def visit(layer: _types.Layer, outer: Stage | None) -> None:
+        stage = _keras.stages.stage_of(layer) or outer
+        if stage is not None and stage not in known:
+            raise errors.InvalidOptionError(
+                "All layers must be made with the pipeline of their model. Received: "
+                f"{layer.path or layer.name!r}, which lies on stages of another."
+            )
+        for variable in _keras.layers.own_variables(layer):
+            if stage is None:
+                raise errors.InvalidOptionError(
+                    "Either all layers with variables are made on stages, or none, and stages are "
+                    f"found. Received: {layer.path or layer.name!r} on no stage. Make it within "
+                    "`with pipeline.stage(i):`."
+                )
+            _, other = found.setdefault(id(variable), (variable, stage))
+            if other is not stage:
+                raise errors.InvalidOptionError(
+                    "Layers that share a variable must be on one stage, or its value would go "
+                    f"from one to the other in each micro-batch. Received: {variable.path} on "
+                    f"stages {other.index} and {stage.index}."
+                )
+        for inner in layer._flatten_layers(include_self=False, recursive=False):
+            visit(inner, stage)
+
+    visit(model, None)
+    return found
+
+
+# --- What is said before training --------------------------------------------------------------
+
+
+def check_before_run(model: Any) -> None:  # Any: as above.
+    """Checks what is known when `fit` or `evaluate` begins, and puts on stages what was built."""
+    check_is_given(model)
+    apply(model)
+    if model.pipeline is None:
+        return
+    if _keras.layers.has_synchronized_layers(model) and _is_replicated(model):
+        raise errors.UnsupportedModelError(
+            "Layers that exchange with other replicas do not go with `pipeline`: micro-batches "
+            "would meet in them. Received: a layer with synchronized=True. Use synchronized=False."
+        )
+
+
+def _is_replicated(model: Any) -> bool:  # Any: as above.
+    return bool(model.distribute_strategy.num_replicas_in_sync > 1)
+
+
+def say_bubble(model: Any, micro_batches: int | None) -> None:  # Any: as above.
+    """Says how long stages wait, where few micro-batches keep them waiting.
+
+    Args:
+        model: the model.
+        micro_batches: those of an update on a replica; None if they are not known.
+    """
+    if model.pipeline is None or micro_batches is None:
+        return
+    stages = len(model.pipeline.devices)
+    if micro_batches < 2 * stages:
+        bubble = (stages - 1) / (micro_batches + stages - 1)
+        _log.logger().warning(
+            "tfbig: %d micro-batches keep %d stages waiting for at least %.0f %% of the time. "
+            "Use gradient_accumulation_steps=%d or more.",
+            micro_batches,
+            stages,
+            100 * bubble,
+            math.ceil(4 * stages),
+        )
