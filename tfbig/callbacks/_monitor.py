@@ -58,11 +58,11 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     with deterministic operations, nor are samples per second for data of unknown batch size: a
     Python generator, a `PyDataset`, a dataset with batches of several sizes. Then follow the
     learning rate, the peak memory (MiB) on the first device of this process and of the process
-    itself, what a replica holds of weights and optimizer state (`state_mib`; less with `shard`; with
-    `pipeline`, as `device_mib`, that of the stage which has most),
+    itself, what a replica holds of weights and optimizer state (`state_mib`; less with `shard`),
     and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
     scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that are
-    not a single number are left out. `update` counts updates since the model was made,
+    not a single number are left out. With `pipeline`, `device_mib` and `state_mib` are those of
+    the stage that has most. `update` counts updates since the model was made,
     including skipped ones; with an optimizer that the model does not hold, only updates of a `fit`
     with the callback count, and the learning rate is not known. Times exclude validation and the
     first update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
