@@ -19,7 +19,7 @@ With --peers=torch,jax, it also measures the same models in PyTorch with Hugging
 and in Keras on JAX with its built-in accumulation, in environments that are made on demand.
 
 All use --threads threads for an operation, and on Linux as many cores. Elsewhere JAX may
-use more: it has no setting for that.
+use more: it has no setting for that. The row pipeline divides the threads between its two stages.
 
 With --in_turn, the rows of a model run in one process, an update of each in turn. The ratios are
 then meaningful on a shared machine too, since other load slows all rows alike.

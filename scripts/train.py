@@ -31,13 +31,13 @@ def _train(run: directory.RunDirectory, wanted: settings.Settings) -> int:
     with command_line.quiet_start():
         from training import startup
 
-        strategy = startup.start()
+        strategy, pipeline = startup.start()
     import tensorflow as tf
     from training import session
 
     import tfbig
 
-    training = session.Session(strategy, run, wanted)
+    training = session.Session(strategy, pipeline, run, wanted)
     try:
         return training.train()
     except KeyboardInterrupt:

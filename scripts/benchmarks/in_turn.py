@@ -15,7 +15,7 @@ from benchmarks import models, rows, with_keras
 from benchmarks.markdown import Table
 from benchmarks.process import Task
 
-ROWS = ("built_in", "micro", "tfbig", "jit", "recompute")
+ROWS = ("built_in", "micro", "tfbig", "jit", "recompute", "pipeline")
 
 
 def _updates(task: Task) -> Callable[[], None]:
@@ -49,7 +49,7 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
     Returns:
         What --json holds of each task.
     """
-    with_keras.limit_threads(tasks[0].threads)
+    with_keras.configure([task.row for task in tasks], tasks[0].threads)
     import keras
 
     keras.utils.set_random_seed(0)

@@ -23,10 +23,11 @@ ROWS = {
     "tfbig": "tfbig",
     "jit": "tfbig, jit_compile",
     "recompute": "tfbig, recompute",
+    "pipeline": "tfbig, pipeline",
     "torch": "PyTorch, Accelerate",
     "jax": "Keras on JAX, built-in accumulation",
 }
-OF_TFBIG = ("tfbig", "jit", "recompute")
+OF_TFBIG = ("tfbig", "jit", "recompute", "pipeline")
 # With one micro-batch these equal "whole".
 _OF_SEVERAL = ("built_in", "built_in_jit", "micro")
 _SKIPPED = {("cnn", "jit"): "XLA on CPU runs convolutions in a loop very slowly"}

@@ -15,14 +15,17 @@ from benchmarks.models import MODELS
 from benchmarks.process import Task
 
 _ROWS_OF_TFBIG_AND_KERAS = tuple(name for name in rows.ROWS if name not in peers.PEERS)
+# Stages are for models that do not fit on one device.
+_DEFAULT_ROWS = tuple(name for name in _ROWS_OF_TFBIG_AND_KERAS if name != "pipeline")
 
 MODELS_FLAG = flags.DEFINE_list(
     "models", list(MODELS)[:-1], f"What to measure, of {', '.join(MODELS)}."
 )
 ROWS = flags.DEFINE_list(
     "rows",
-    list(_ROWS_OF_TFBIG_AND_KERAS),
-    f"How to train it, of {', '.join(_ROWS_OF_TFBIG_AND_KERAS)}.",
+    list(_DEFAULT_ROWS),
+    f"How to train it, of {', '.join(_ROWS_OF_TFBIG_AND_KERAS)}. pipeline divides the threads of "
+    "an operation between two stages; with --in_turn, all rows have the same ones.",
 )
 PEERS = flags.DEFINE_list(
     "peers",

@@ -8,19 +8,35 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import models, process
+import stage_devices
+
+from benchmarks import models, process, rows
 
 if TYPE_CHECKING:
     import keras
     import numpy as np
 
+STAGES = 2  # Of the row "pipeline".
 
-def limit_threads(threads: int) -> None:
-    """Gives TensorFlow so many threads; before its first operation."""
+
+def configure(names: list[str], threads: int) -> None:
+    """Gives TensorFlow the threads and devices of rows; before its first operation.
+
+    Args:
+        names: The rows of this process.
+        threads: Threads of an operation; stages divide them, unless other rows are there too.
+    """
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    of_operation, operations = threads, threads
+    if "pipeline" in names:
+        stage_devices.make_logical_cpus(STAGES)
+        operations = max(STAGES, threads)
+    # A process has one setting, and other rows have one device to use all cores.
+    if set(names) == {"pipeline"}:
+        of_operation = max(1, threads // STAGES)
+    tf.config.threading.set_intra_op_parallelism_threads(of_operation)
+    tf.config.threading.set_inter_op_parallelism_threads(operations)
 
 
 def _batches(x: np.ndarray, y: np.ndarray, calls: int, repeats: int) -> Any:
@@ -57,11 +73,13 @@ def make_model(
     """The compiled model of a row, for `k` micro-batches per update."""
     import keras
 
-    if row in ("tfbig", "jit", "recompute"):
+    if row in rows.OF_TFBIG:
         import tfbig
 
         # Passed only where it is measured, so that a fault in it fails no other row.
-        options = {"recompute": True} if row == "recompute" else {}
+        options: dict[str, Any] = {"recompute": True} if row == "recompute" else {}
+        if row == "pipeline":
+            options["pipeline"] = tfbig.distribute.Pipeline(stage_devices.names("CPU", STAGES))
         model = tfbig.Model(inputs, outputs, gradient_accumulation_steps=k, **options)
     else:
         model = keras.Model(inputs, outputs)
@@ -86,7 +104,7 @@ def measure(task: process.Task) -> None:
     if task.row == "jax":
         os.environ["JAX_PLATFORMS"] = "cpu"
     else:
-        limit_threads(task.threads)
+        configure([task.row], task.threads)
     import keras
 
     if task.row != "jax":
@@ -96,7 +114,7 @@ def measure(task: process.Task) -> None:
     x, y = models.data(task.model, task.batch_size)
     k = task.gradient_accumulation_steps
     # tfbig splits the batch itself.
-    calls = 1 if task.row in ("whole", "tfbig", "jit", "recompute") else k
+    calls = 1 if task.row in ("whole", *rows.OF_TFBIG) else k
     measurement = process.Measurement(task)
 
     class Clock(keras.callbacks.Callback):

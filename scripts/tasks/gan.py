@@ -34,7 +34,7 @@ def load(settings: Settings) -> task.Task:
 
     Raises:
         MissingExtraError: Without scikit-learn.
-        UsageError: With --micro_batch_size=auto.
+        UsageError: With --micro_batch_size=auto or --pipeline.
     """
     import keras
 
@@ -44,6 +44,11 @@ def load(settings: Settings) -> task.Task:
         raise command_line.UsageError(
             "--micro_batch_size=auto needs the train_step of tfbig. Received: --task=gan, which "
             "has its own. Give a number."
+        )
+    if flags.FLAGS.pipeline > 1:
+        raise command_line.UsageError(
+            "--pipeline cuts a Functional or Sequential model into stages. Received: --task=gan, "
+            "whose model is neither. Leave --pipeline out."
         )
     try:
         (real, labels), (held_out, _) = digits_data.load()

@@ -101,6 +101,7 @@ def _print_table(
             f"{math.ceil(share / micro_batch)} per replica" if micro_batch else "auto"
         ),
         "replicas": replicas,
+        "stages": 1 if model.pipeline is None else len(model.pipeline.devices),
         "updates": history.updates(model),
         "skipped updates": model.skipped_updates,
         "loss scale": scale,

@@ -50,6 +50,7 @@ class Session:
 
     Args:
         strategy: Of this session, which may differ from that of the last.
+        pipeline: The stages of this session, which may differ as well; None for none.
         run: The output directory, prepared.
         wanted: What the flags ask for.
 
@@ -60,11 +61,13 @@ class Session:
     def __init__(
         self,
         strategy: tf.distribute.Strategy,
+        pipeline: tfbig.distribute.Pipeline | None,
         run: directory.RunDirectory,
         wanted: settings.Settings,
     ) -> None:
         self.is_trained = False
-        self._strategy, self._run, self._wanted = strategy, run, wanted
+        self._strategy, self._pipeline = strategy, pipeline
+        self._run, self._wanted = run, wanted
         self._is_chief = tfbig.distribute.is_chief(strategy)
         self._about = (
             f"{settings.TASK.value}: effective batch {wanted.batch_size}, "
@@ -137,6 +140,7 @@ class Session:
                 gradient_accumulation_steps=settings.STEPS.value,
                 loss_scale=settings.loss_scale(),
                 shard=settings.SHARD.value,
+                pipeline=self._pipeline,
                 name=settings.TASK.value,
             )
             model.compile(

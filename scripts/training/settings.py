@@ -56,6 +56,14 @@ SHARD = flags.DEFINE_enum(
     ["optimizer", "weights"],
     "What is divided over the replicas instead of copied to each. By default nothing.",
 )
+PIPELINE = flags.DEFINE_integer(
+    "pipeline",
+    0,
+    "Stages that the layers are divided into, each on a device of its own; 0 or 1: none. The "
+    "devices are GPUs if there are any, else logical CPU devices. With several GPUs, give "
+    "--strategy=mirrored, too: by default, --replicas is then the GPUs divided by the stages.",
+    lower_bound=0,
+)
 PRECISION = flags.DEFINE_enum(
     "precision",
     "float32",
@@ -110,7 +118,7 @@ _JIT_COMPILE = flags.DEFINE_boolean(
     "jit_compile",
     None,
     "Compile with XLA, which is slow at convolutions on CPU. By default the task's "
-    f"({_per_task('jit_compile')}).",
+    f"({_per_task('jit_compile')}), and never with --pipeline.",
 )
 STEPS_PER_EXECUTION = flags.DEFINE_integer(
     "steps_per_execution", 1, "Updates per call of the compiled function.", lower_bound=1
@@ -142,6 +150,11 @@ def micro_batch_size() -> str | int | None:
     """The value of --micro_batch_size as tfbig takes it."""
     text = _MICRO_BATCH_SIZE.value
     return text if text in (None, "auto") else int(text)
+
+
+def stages() -> int:
+    """The stages of --pipeline; 1 for none."""
+    return max(1, PIPELINE.value)
 
 
 def output_dir() -> str:
@@ -184,6 +197,21 @@ def _replicas_have_a_strategy(values: dict[str, Any]) -> bool:
     return values["strategy"] == "mirrored" or values["replicas"] in (None, 1)
 
 
+for _name, _refused, _reason in (
+    ("shard", ("optimizer", "weights"), "stages divide the model already: leave one of them out"),
+    ("strategy", ("tpu",), "all cores of a TPU run one program: leave --pipeline out"),
+    ("micro_batch_size", ("auto",), "it watches the memory of one device: give a number"),
+    ("jit_compile", (True,), "XLA compiles for one device: leave --jit_compile out"),
+):
+    flags.register_multi_flags_validator(
+        ["pipeline", _name],
+        lambda values, name=_name, refused=_refused: (
+            values["pipeline"] < 2 or values[name] not in refused
+        ),
+        _reason,
+    )
+
+
 @flags.multi_flags_validator(["resume", "overwrite"], "give at most one of them")
 def _resumes_or_begins(values: dict[str, Any]) -> bool:
     return not all(values.values())
@@ -210,6 +238,8 @@ class Settings(task.Defaults):
         """
         _check_flags_of_tasks()
         defaults = dataclasses.asdict(TASKS[TASK.value].DEFAULTS)
+        if stages() > 1:
+            defaults["jit_compile"] = False  # It does not go with stages.
         given = {name: flags.FLAGS[name].value for name in defaults}
         return cls(**defaults | {k: v for k, v in given.items() if v is not None})
 

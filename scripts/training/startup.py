@@ -1,4 +1,4 @@
-"""What comes before any model: TensorFlow, Keras and the strategy."""
+"""What comes before any model: TensorFlow, Keras, the strategy and the pipeline."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING
 
 import command_line
 
-from training import settings
+from training import settings, stages
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
+    import tfbig
 
-def start() -> tf.distribute.Strategy:
-    """Configures TensorFlow and Keras by the flags; returns the strategy.
+
+def start() -> tuple[tf.distribute.Strategy, tfbig.distribute.Pipeline | None]:
+    """Configures TensorFlow and Keras by the flags; returns the strategy and the pipeline.
 
     Raises:
-        UsageError: If --strategy=tpu finds none.
+        UsageError: If --strategy=tpu finds none, or --pipeline does not go with the devices.
     """
     import tensorflow as tf
 
@@ -24,6 +26,7 @@ def start() -> tf.distribute.Strategy:
     import keras
 
     strategy = _strategy()
+    pipeline = stages.pipeline(strategy)
     precision = settings.PRECISION.value
     if precision == "float64":
         keras.config.set_floatx("float64")
@@ -32,18 +35,15 @@ def start() -> tf.distribute.Strategy:
     if precision == "mixed_float16":
         # The first float16 operation makes TensorFlow remark on the processor.
         tf.matmul(tf.ones((1, 1), tf.float16), tf.ones((1, 1), tf.float16))
-    return strategy
+    return strategy, pipeline
 
 
 def _strategy() -> tf.distribute.Strategy:
-    import tensorflow as tf
-
     import tfbig
 
     name = settings.STRATEGY.value
-    devices = settings.REPLICAS.value if name == "mirrored" else None
-    if name == "mirrored" and not tf.config.list_physical_devices("GPU"):
-        devices = devices or 2
+    devices = stages.mirrored_replicas() if name == "mirrored" else None
+    stages.make_devices(devices or 1)
     try:
         return tfbig.distribute.get_strategy(name, devices=devices)
     except tfbig.errors.ClusterError as e:

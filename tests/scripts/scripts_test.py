@@ -40,34 +40,39 @@ def table(output):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "micro_batch", "count", "replicas", "scale"),
+    ("arguments", "micro_batch", "count", "replicas", "stages", "scale"),
     [
-        ([], "512", "1 per replica", "1", "none"),
+        ([], "512", "1 per replica", "1", "1", "none"),
         (
             ["--strategy=mirrored", "--replicas=2", "--micro_batch_size=100"],
             "100",
             "3 per replica",
-            "2",
-            "none",
+            *("2", "1", "none"),
         ),
         (
             ["--precision=mixed_float16", "--gradient_accumulation_steps=3"],
             "171",
             "3 per replica",
-            "1",
-            "32768",
+            *("1", "1", "32768"),
+        ),
+        (
+            ["--pipeline=2", "--strategy=mirrored", "--replicas=2", "--micro_batch_size=64"],
+            "64",
+            "4 per replica",
+            *("2", "2", "none"),
         ),
     ],
-    ids=["default", "mirrored", "float16"],
+    ids=["default", "mirrored", "float16", "pipeline"],
 )
 def test_train_leaves_a_run_and_ends_with_a_table(
-    tmp_path, arguments, micro_batch, count, replicas, scale
+    tmp_path, arguments, micro_batch, count, replicas, stages, scale
 ):
     # What TensorFlow writes while it starts is hidden.
     started = run if not arguments else forked.run
     done = started(TRAIN, "--epochs=1", f"--output_dir={tmp_path}", *arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert ("tfbig: stages of digits\n" in done.stderr) == (stages == "2")
+    assert (done.stderr == "") == (stages == "1")
 
     rows = table(done.stdout)
     expected = {
@@ -75,6 +80,7 @@ def test_train_leaves_a_run_and_ends_with_a_table(
         "micro-batch": micro_batch,
         "micro-batches per update": count,
         "replicas": replicas,
+        "stages": stages,
         "updates": str(UPDATES),
         "skipped updates": "0",
         "loss scale": scale,
@@ -107,6 +113,11 @@ ERRORS = {
     "--strategy=mirrored --replicas=0": "positive",
     "--replicas=2": "--strategy=mirrored",
     "--loss_scale=-1": "finite number > 0",
+    "--pipeline=-1": "non-negative",
+    "--pipeline=2 --shard=optimizer": "shard=optimizer: stages divide the model already",
+    "--pipeline=2 --strategy=tpu": "all cores of a TPU run one program",
+    "--pipeline=2 --micro_batch_size=auto": "give a number",
+    "--pipeline=2 --jit_compile": "XLA compiles for one device",
     "--learning_rate=nan": "finite number > 0",
     "--output_dir=/proc/tfbig": "cannot be written",
     "--no_such_flag=1": "no_such_flag",
@@ -211,12 +222,16 @@ ROWS = {
     "jit": "tfbig, jit_compile",
     "recompute": "tfbig, recompute",
 }
+MORE_ROWS = {"pipeline": "tfbig, pipeline"}
 
 
-# Each row is a process. Without --rows it is all.
+# Each row is a process. Without --rows it is all but those that must be asked for.
 @pytest.mark.parametrize(
     "names",
-    [("built_in_jit", "micro", "tfbig", "recompute"), pytest.param(None, marks=pytest.mark.slow)],
+    [
+        ("built_in_jit", "micro", "tfbig", "recompute", "pipeline"),
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
     ids=["some", "all"],
 )
 def test_benchmark_measures_every_row(names, tmp_path):
@@ -230,7 +245,7 @@ def test_benchmark_measures_every_row(names, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == [ROWS[name] for name in names or ROWS]
+    assert list(rows) == [(ROWS | MORE_ROWS)[name] for name in names or ROWS]
     base = rows["plain, micro-batch"]["seconds"]
     for name, row in rows.items():
         assert row["seconds"] > 0
@@ -288,19 +303,23 @@ def test_benchmark_measures_rows_in_turn(tmp_path):
     path = tmp_path / "rows.json"
     done = run(
         BENCHMARK,
-        *("--in_turn", "--models=mlp", "--rows=built_in,tfbig", "--batch_size=8"),
+        *("--in_turn", "--models=mlp", "--rows=built_in,tfbig,pipeline", "--batch_size=8"),
         *("--gradient_accumulation_steps=2", "--steps=3", f"--json={path}"),
         f"--markdown={tmp_path / 'rows.md'}",
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(path.read_text())["rows"]
-    assert (first["row"], second["row"]) == ("plain, built-in accumulation", "tfbig")
+    measured = json.loads(path.read_text())["rows"]
+    assert [row["row"] for row in measured] == [
+        *("plain, built-in accumulation", "tfbig", "tfbig, pipeline")
+    ]
+    first, *others = measured
     assert first["ratio"] == 1.0
-    assert second["ratio"] > 0
-    assert f"{8 / second['seconds']:.1f}" in done.stdout
+    for row in others:
+        assert row["ratio"] > 0
+        assert f"{8 / row['seconds']:.1f}" in done.stdout
     rows = (tmp_path / "rows.md").read_text()
-    for row in (first, second):
+    for row in measured:
         rate, ratio = f"{8 / row['seconds']:.1f}", f"{row['ratio']:.3f}"
         assert f"| mlp | 2 | {row['row']} | {rate} | {ratio} |" in rows
 

@@ -188,6 +188,20 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert "complete" in again.stderr
 
 
+def test_a_run_with_stages_resumes_without(tmp_path):
+    arguments = ("--batch_size=32", "--epochs=4", "--verbose=2", "--gradient_accumulation_steps=4")
+    arguments = (*arguments, "--nomonitor", f"--output_dir={tmp_path}")
+    interrupted = interrupt(start(*arguments, "--pipeline=2"), signal.SIGTERM, "Epoch 3/")
+    assert interrupted == tfbig.callbacks.PREEMPTED
+    resumed = forked.run(TRAIN, *arguments, "--resume")
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    found = table(resumed.stdout)
+    assert (found["stages"], found["updates"]) == ("1", str(4 * UPDATES))
+    # Weights from anew would make it rise.
+    losses = [float(row["loss"]) for row in history(tmp_path)]
+    assert losses == sorted(losses, reverse=True)
+
+
 @pytest.mark.parametrize("is_written", [True, False])
 def test_an_interruption_takes_a_backup(is_written, tmp_path):
     arguments = ("--batch_size=32", "--epochs=6", "--verbose=2", "--backup_freq=100000")
@@ -358,6 +372,8 @@ REFUSED = {
     "--task=speech --voices=en-us+f1 --held_out_voices=en-us+f1": "for training or for validation",
     "--task=speech --cache_dir=/proc/tfbig": "--cache_dir=/proc/tfbig cannot be written to",
     "--task=gan --micro_batch_size=auto": "Give a number",
+    "--task=gan --pipeline=2": "cuts a Functional or Sequential model",
+    "--pipeline=5": "cannot have more stages than layers",
     "--task=language --precision=float64": "does not go with --task=language",
     "--task=language --parameters=2B": "from 1M to 1B",
     "--task=language --parameters=small": "from 1M to 1B",
