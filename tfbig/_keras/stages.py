@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import keras
 import tensorflow as tf
 from keras.src.ops.operation import Operation
+from tensorflow.python.distribute import numpy_dataset as _numpy_dataset
 
 from tfbig import _types
 from tfbig._keras import collectives, variables
@@ -106,7 +107,10 @@ def being_made_on(stage: Stage) -> Iterator[None]:
 
     def create(next_creator: _types.AnyFunction, **kwargs: object) -> _types.Variable:
         if tf.distribute.has_strategy():
-            return next_creator(**kwargs | {"colocate_with": stage})
+            beside: object = stage
+            if isinstance(tf.distribute.get_strategy(), tf.distribute.OneDeviceStrategy):
+                beside = _numpy_dataset.SingleDevice(stage.devices[0])
+            return next_creator(**kwargs | {"colocate_with": beside})
         with tf.device(stage.devices[0]):
             return next_creator(**kwargs)
 
@@ -117,8 +121,6 @@ def being_made_on(stage: Stage) -> Iterator[None]:
 def move(variable: _types.KerasVariable, stage: Stage | None, strategy: _types.Strategy) -> None:
     """Makes a variable anew on a stage's devices, or on the replicas', with its present value."""
     (value,) = variables.values_of([variable])
-    # The old copies go before the new ones are made.
-    variable._value = None
     with strategy.scope(), contextlib.ExitStack() as stack:
         if stage is not None:
             stack.enter_context(being_made_on(stage))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import keras
@@ -268,10 +267,10 @@ def say_bubble(model: Any, micro_batches: int | None) -> None:  # Any: as above.
     if micro_batches < 2 * stages:
         bubble = (stages - 1) / (micro_batches + stages - 1)
         _log.logger().warning(
-            "tfbig: %d micro-batches keep %d stages waiting for at least %.0f %% of the time. "
-            "Use gradient_accumulation_steps=%d or more.",
-            micro_batches,
+            "tfbig: %d stages wait for at least %.0f %% of the time, since an update has few "
+            "micro-batches: %d. Use gradient_accumulation_steps=%d or more.",
             stages,
             100 * bubble,
-            math.ceil(4 * stages),
+            micro_batches,
+            4 * stages,
         )
