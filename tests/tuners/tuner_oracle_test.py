@@ -786,6 +786,31 @@ def test_the_best_of_each_rung_go_on(make, direction):
     assert oracle.get_best_trials()[0].trial_id == "0016"
 
 
+def few(number):
+    hps = keras_tuner.HyperParameters()
+    hps.Int("x", 1, number)
+    return hps
+
+
+@pytest.mark.parametrize("number", [9, 10, 2, 1])
+def test_a_space_with_fewer_combinations_than_the_first_bracket(make, number):
+    oracle = make(
+        None,
+        few(number),
+        kind=_hyperband.HyperbandOracle,
+        max_epochs=27,
+        factor=3,
+        storage="memory",
+    )
+    # It ends, and of 9 combinations in place of 27, 3 of 9 and 1 of 3 go on.
+    found = climb(oracle, by_number)
+    counts = collections.Counter(epochs for _, epochs in found)
+    rungs = {9: (9, 3, 1, 1), 10: (10, 3, 1, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}[number]
+    assert counts == dict(zip((1, 3, 9, 27), rungs, strict=True))
+    assert len([t for t in oracle.trials.values() if t.status == COMPLETED]) == 1
+    assert oracle.get_best_trials()[0].trial_id == f"{number - 1:04d}"
+
+
 def test_rungs_of_27_have_the_sizes_of_the_paper(make):
     oracle = bands(make, 27, storage="memory")
     found = climb(oracle, by_number)

@@ -220,6 +220,48 @@ def test_the_weights_of_the_best_epoch_are_kept_and_not_those_of_the_last(option
     assert model.evaluate(X, Y, verbose=0) == pytest.approx(trial.score, rel=1e-5)
 
 
+# --- Metrics of several numbers ---------------------------------------------------
+
+
+def with_f1(average):
+    def build(hp):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, "sigmoid")])
+        model.compile(
+            keras.optimizers.SGD(hp.Float("rate", 0.1, 1.0)),
+            "binary_crossentropy",
+            metrics=[keras.metrics.F1Score(average=average, threshold=0.5, name="f1")],
+        )
+        return model
+
+    return build
+
+
+def test_a_metric_that_is_an_array_of_one_number(options):
+    x = np.array([[0.0, 1.0], [1.0, 0.0]] * 8)
+    y = x[:, :1]
+    objective = keras_tuner.Objective("val_f1", "max")
+    tuner = tuners.OptunaSearch(
+        with_f1(None), **options | {"objective": objective, "max_trials": 2, "pruner": "median"}
+    )
+    tuner.search(x, y, validation_data=(x, y), epochs=2, verbose=0)
+    scores = [t.score for t in tuner.oracle.trials.values()]
+    assert len(scores) == 2
+    assert all(isinstance(score, float) and 0 <= score <= 1 for score in scores)
+
+
+def test_an_objective_of_several_numbers_is_refused(options):
+    def build(hp):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])
+        model.compile("sgd", "categorical_crossentropy", metrics=[keras.metrics.F1Score(name="f1")])
+        return model
+
+    x = np.array([[0.0, 1.0], [1.0, 0.0]] * 8)
+    objective = keras_tuner.Objective("f1", "max")
+    tuner = tuners.RandomSearch(build, **options | {"objective": objective, "max_trials": 1})
+    with pytest.raises(errors.SearchError, match=r"'f1' with 2 of them.*average"):
+        tuner.search(x, x, epochs=1, verbose=0)
+
+
 # --- Hyperband ---------------------------------------------------------------
 
 

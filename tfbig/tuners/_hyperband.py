@@ -127,11 +127,17 @@ class BracketQueue(_queue.TrialQueue):
         by_bracket: dict[int, list[_ledger.TrialRow]] = {}
         for row in self._ledger.trials():
             by_bracket.setdefault(self.bracket_of(row.index), []).append(row)
+        is_exhausted: bool | None = None
         for number, rows in by_bracket.items():
-            bracket = self._brackets[number]
-            if len(rows) < bracket.sizes[0]:
-                continue
-            for rung, size in enumerate(bracket.sizes[1:]):
+            sizes = self._brackets[number].sizes
+            if len(rows) < sizes[0]:
+                # A space with fewer combinations never fills the bracket.
+                if is_exhausted is None:
+                    is_exhausted = self._proposals.first_untried() is _proposals.EXHAUSTED
+                if not is_exhausted:
+                    continue
+                sizes = tuple(max(1, size * len(rows) // sizes[0]) for size in sizes)
+            for rung, size in enumerate(sizes[1:]):
                 found = self._promote(rows, rung, size)
                 if found is not None:
                     return found
@@ -179,7 +185,8 @@ class HyperbandOracle(_oracle.StudyOracle):
     """Runs brackets: trains many trials a little, and the best of them longer.
 
     A rung ends when all its trials have completed it. Meanwhile, processes begin the next bracket.
-    A promoted trial keeps its id.
+    A promoted trial keeps its id. A bracket that the space has too few combinations for is run with
+    those that there are, with the same part of them promoted.
 
     Args:
         max_epochs: Epochs of a trial that is trained to the end, >= 1.

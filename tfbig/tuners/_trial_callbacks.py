@@ -11,7 +11,7 @@ import keras
 import tfbig
 from tfbig import _types, errors
 from tfbig.distribute._workers import Workers
-from tfbig.tuners import _tuner_types
+from tfbig.tuners import _trial_results, _tuner_types
 from tfbig.tuners._oracle import StudyOracle
 
 __all__ = ("KeepBestWeights", "KeepState", "ReportObjective", "TrialLost", "TrialPruned")
@@ -60,8 +60,9 @@ class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         self._epochs += 1
         self._check_objective(logs or {})
+        metrics = _trial_results.single_numbers(dict(logs or {}), self._wanted)
         if self._reports:
-            self.decide(dict(logs or {}), epoch + 1)
+            self.decide(metrics, epoch + 1)
             # After the last epoch, pruning saves nothing.
             self._is_pruned &= epoch + 1 != self._last_epoch
             if self._is_pruned or self._is_lost:
@@ -132,8 +133,9 @@ class KeepBestWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         is_single = not hasattr(self._objective, "objectives")
-        if is_single and self._objective.has_value(logs):
-            value = self._objective.get_value(logs)
+        metrics = _trial_results.single_numbers(logs or {}, ())
+        if is_single and self._objective.has_value(metrics):
+            value = self._objective.get_value(metrics)
             if math.isnan(value) or not self._is_better(value):
                 return
             self._best = value

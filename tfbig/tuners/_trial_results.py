@@ -1,6 +1,7 @@
 """What the training of one trial returns: a history, a dictionary of metrics, or a number."""
 
 import math
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -9,7 +10,32 @@ from keras_tuner.src.engine import tuner_utils
 from tfbig import errors
 from tfbig.tuners import _tuner_types
 
-__all__ = ("best_of", "check")
+__all__ = ("best_of", "check", "single_numbers")
+
+
+def single_numbers(logs: _tuner_types.Metrics, wanted: Sequence[str]) -> _tuner_types.Metrics:
+    """Metrics, of which those that are arrays of one number become that number.
+
+    `keras.metrics.F1Score` of one output is an example.
+
+    Args:
+        logs: What Keras logs.
+        wanted: Names of the objectives.
+
+    Raises:
+        SearchError: If an objective is several numbers.
+    """
+    for name in wanted:
+        if name in logs and np.size(logs[name]) != 1:
+            raise errors.SearchError(
+                f"The objective must be one number. Received: {name!r} with "
+                f"{np.size(logs[name])} of them. Give the metric an average, such as "
+                "keras.metrics.F1Score(average='macro')."
+            )
+    return {
+        name: float(np.reshape(value, ())) if np.ndim(value) and np.size(value) == 1 else value
+        for name, value in logs.items()
+    }
 
 
 def check(results: _tuner_types.Results, objective: _tuner_types.Objective, function: str) -> None:
@@ -56,7 +82,7 @@ def _best_epoch(
     if not steps:
         return {}, 0
     epochs = [
-        dict(zip(history.history, values, strict=True))
+        single_numbers(dict(zip(history.history, values, strict=True)), ())
         for values in zip(*history.history.values(), strict=True)
     ]
     best = len(epochs) - 1
