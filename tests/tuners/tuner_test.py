@@ -825,11 +825,31 @@ def test_overwrite_is_refused_while_another_process_searches(tmp_path):
     assert not trial.exists()
 
 
+def test_a_seed_seeds_the_trainings(options):
+    def scores(name, **seed):
+        tuner = tuners.RandomSearch(
+            build,
+            **options | {"max_trials": 2, "project_name": name, "executions_per_trial": 2} | seed,
+        )
+        tuner.search(**DATA, epochs=1)
+        return [t.score for t in tuner.oracle.trials.values()]
+
+    first = scores("a")
+    keras.utils.set_random_seed(5)
+    assert scores("b") == first
+    assert scores("c", seed=1) != first
+
+
 def test_budgets_end_a_search(options):
     tuner = tuners.RandomSearch(build, **options | {"max_trials": 9}, max_total_epochs=3)
     tuner.search(**DATA, epochs=2)
     # After 2 epochs a trial may begin, after 4 none.
     assert len(tuner.oracle.trials) == 2
+    # The epochs of all executions count.
+    names = options | {"max_trials": 9, "project_name": "executions"}
+    tuner = tuners.RandomSearch(build, **names, executions_per_trial=3, max_total_epochs=6)
+    tuner.search(**DATA, epochs=2)
+    assert len(tuner.oracle.trials) == 1
     calls = []
 
     def slow(hp):

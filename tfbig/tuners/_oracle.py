@@ -107,6 +107,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
             self.hyperparameters = HyperParameters()
         # KerasTuner takes 0 for no seed.
         self.seed = seed
+        self._seeds_trainings = seed is not None
         self._sampler = _samplers.sampler(sampler, storage)
         self._pruner = _samplers.pruner(pruner, self.objective)
         self._storage = storage
@@ -399,6 +400,24 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
     def seed_of_folds(self) -> int:
         """The seed by which samples are assigned to folds, the same for all trials."""
         return self._search.seed
+
+    def seed_of_training(self, trial_id: str, execution: int) -> int | None:
+        """The seed of a training; None for a random one, if the search was given no seed.
+
+        Args:
+            trial_id: A trial of this process.
+            execution: How often the trial was trained before.
+        """
+        if not self._seeds_trainings:
+            return None
+        # Not those of suggestions, which end with small numbers.
+        seeds = np.random.SeedSequence([self._search.seed, int(trial_id), execution, 1])
+        return int(seeds.generate_state(1)[0])
+
+    def count_epoch(self, trial_id: str) -> None:
+        """Counts an epoch of a trial of this process, if the search has a budget of epochs."""
+        if self._budget.counts_epochs:
+            self._search.running.count_epoch(trial_id)
 
     def best_reported(self, trial_id: str) -> float | None:
         """The best value that a trial of this process has reported before; None if none."""

@@ -113,6 +113,12 @@ class RunningTrials:
         best: float | None = metrics.get_best_value(name) if metrics.exists(name) else None
         return best
 
+    def count_epoch(self, trial_id: str) -> None:
+        """Counts an epoch of a trial, before what it reports."""
+        running, storage = self[trial_id], self._trials.study._storage
+        epochs = _trials.epochs_of(storage.get_trial(running.storage_id)) + 1
+        storage.set_trial_user_attr(running.storage_id, _trials.EPOCHS, epochs)
+
     def report(self, trial_id: str, values: _tuner_types.Metrics, step: int) -> bool:
         """Writes the value of the objective to the study; returns whether to prune the trial."""
         running, objective = self[trial_id], self._objectives.combined

@@ -61,6 +61,7 @@ class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._epochs += 1
         self._check_objective(logs or {})
         metrics = _trial_results.single_numbers(dict(logs or {}), self._wanted)
+        self._oracle.count_epoch(self._trial_id)
         if self._reports:
             self.decide(metrics, epoch + 1)
             # After the last epoch, pruning saves nothing.
@@ -133,7 +134,7 @@ class KeepBestWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         is_single = not hasattr(self._objective, "objectives")
-        metrics = _trial_results.single_numbers(logs or {}, ())
+        metrics = _trial_results.single_numbers(dict(logs or {}), ())
         if is_single and self._objective.has_value(metrics):
             value = self._objective.get_value(metrics)
             if math.isnan(value) or not self._is_better(value):

@@ -12,16 +12,25 @@ from optuna.trial import FrozenTrial, TrialState
 from tfbig.tuners import _json, _ledger, _samplers, _space, _study, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("Trials", "as_keras_tuner")
+__all__ = ("Trials", "as_keras_tuner", "epochs_of")
 
 # Attributes of the study's trials, under the names that running searches have stored.
-INDEX, VALUES, METRICS, MESSAGE, BEST_STEP, WHY = (
-    f"tfbig:{name}" for name in ("slot", "values", "metrics", "message", "best_step", "why")
+INDEX, VALUES, METRICS, MESSAGE, BEST_STEP, WHY, EPOCHS = (
+    f"tfbig:{name}"
+    for name in ("slot", "values", "metrics", "message", "best_step", "why", "epochs")
 )
 
 # Why a trial ended other than with a result; stored under `WHY`. A void trial never began: no
 # values were left for it.
 INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
+
+
+def epochs_of(trial: FrozenTrial) -> int:
+    """For how many epochs a trial was trained, in all its executions.
+
+    If nobody counted them, the epochs that it reported.
+    """
+    return int(trial.user_attrs.get(EPOCHS, max(trial.intermediate_values, default=0)))
 
 
 class Trials:

@@ -314,6 +314,9 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
             if self.oracle.goes_on:
                 callbacks.append(_trial_callbacks.KeepState(self.get_trial_dir(trial.trial_id)))
             run_kwargs = run_kwargs | {"callbacks": callbacks}
+            seed = self.oracle.seed_of_training(trial.trial_id, number)
+            if seed is not None:
+                keras.utils.set_random_seed(seed)
             results.append(self._build_and_fit_model(trial, *run_args, **run_kwargs))
             report.finish()
             if self._folds and number + 1 < self._folds:
