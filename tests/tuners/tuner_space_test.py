@@ -518,7 +518,28 @@ def test_a_range_that_moved_keeps_its_name_and_other_choices_get_a_new_one():
     }
     assert _space.parameter_of(one("Choice", [1, 2]), known).name == "x"
     assert _space.parameter_of(one("Choice", [3, 4]), known).name == "x #2"
-    assert _space.parameter_of(one("Choice", [1, 2, 3]), known).name == "x #3"
+    assert _space.parameter_of(one("Choice", ["a", "b", "c"]), known).name == "x #3"
+
+
+def test_values_with_an_order_are_searched_by_their_index():
+    parameter = _space.parameter_of(one("Choice", [16, 64, 256]))
+    assert parameter.name == "x (index in 16, 64, 256)"
+    assert parameter.distribution == distributions.IntDistribution(0, 2)
+    assert [parameter.decode(i) for i in range(3)] == [16, 64, 256]
+    assert [parameter.encode(v) for v in (256, 16)] == [2, 0]
+    # Other values are another parameter, also if there are as many of them, or very many.
+    assert _space.parameter_of(one("Choice", [1, 2, 3])).name != parameter.name
+    many = [_space.parameter_of(one("Choice", list(range(i, i + 500)))).name for i in (0, 1)]
+    assert many[0] != many[1]
+    assert max(map(len, many)) < 50
+    # Two values are neighbours in any case, and some have no order.
+    for values in ([1, 2], ["a", "b", "c"]):
+        distribution = _space.parameter_of(one("Choice", values)).distribution
+        assert distribution == distributions.CategoricalDistribution(values)
+    hp = HyperParameters()
+    hp.Choice("x", [16, 64, 256], ordered=False)
+    distribution = _space.parameter_of(hp.space[0]).distribution
+    assert distribution == distributions.CategoricalDistribution([16, 64, 256])
 
 
 def test_values_are_told_to_the_study_unless_they_are_outside():

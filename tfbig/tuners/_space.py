@@ -1,6 +1,7 @@
 """KerasTuner's hyperparameters as Optuna's parameters, and back."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
@@ -80,6 +81,8 @@ def _unchanged(value: _tuner_types.Value) -> _tuner_types.Value:
 
 def _of_choice(hp: _tuner_types.Hyperparameter) -> Parameter:
     texts = [_json.dumps(v) for v in hp.values]
+    if getattr(hp, "ordered", False) and len(texts) > 2:
+        return _of_ordered(hp, texts)
     simple = all(v is None or isinstance(v, bool | int | float | str) for v in hp.values)
     # Optuna compares with ==, so that 1, 1.0 and True are the same; and it has no tuples.
     if simple and len(set(hp.values)) == len(texts):
@@ -87,6 +90,25 @@ def _of_choice(hp: _tuner_types.Hyperparameter) -> Parameter:
         return Parameter(hp.name, kinds, _unchanged, _unchanged)
     kinds = distributions.CategoricalDistribution(texts)
     return Parameter(hp.name, kinds, _json.loads, _json.dumps)
+
+
+# The longest list of values in the name of a parameter; databases limit names.
+_LONGEST_NAME = 100
+
+
+def _of_ordered(hp: _tuner_types.Hyperparameter, texts: list[str]) -> Parameter:
+    """Searches the index of a value, so that a sampler knows which values are neighbours."""
+    values = list(hp.values)
+    # Of other values, the same index would mean something else.
+    listed = ", ".join(texts)
+    if len(listed) > _LONGEST_NAME:
+        listed = f"{len(texts)} values, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
+    return Parameter(
+        f"{hp.name} (index in {listed})",
+        distributions.IntDistribution(0, len(values) - 1),
+        values.__getitem__,
+        lambda value: texts.index(_json.dumps(value)),
+    )
 
 
 def _of_boolean(hp: _tuner_types.Hyperparameter) -> Parameter:
