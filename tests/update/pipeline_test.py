@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import sys
+import time
 
 import keras
 import numpy as np
@@ -331,6 +332,81 @@ def test_layers_of_many_kinds(strategy, float64):
         np.testing.assert_array_equal(a, b)
 
 
+class Counting(layers.Layer):
+    """Assigns a variable that Keras knows nothing of."""
+
+    def __init__(self, counter):
+        super().__init__()
+        self.counter = counter
+
+    def call(self, x):
+        with tf.control_dependencies([self.counter.assign_add(1.0)]):
+            return tf.identity(x)
+
+
+class Counted(Counting):
+    """Reads it, later than the next micro-batch could assign it."""
+
+    def call(self, x):
+        def slow(x):
+            time.sleep(0.05)
+            return x
+
+        waited = tf.numpy_function(slow, [x], x.dtype, stateful=False)
+        with tf.control_dependencies([waited]):
+            return x * self.counter.read_value()
+
+
+@pytest.mark.filterwarnings("ignore:Operations with side effects")
+def test_what_is_assigned_in_a_micro_batch_is_read_in_it(float64):
+    counter = tf.Variable(0.0, dtype="float64", trainable=False)
+    pipeline = on_cpus()
+    x = keras.Input((1,))
+    with pipeline.stage(0):
+        h = Counting(counter)(layers.Dense(1, kernel_initializer="ones")(x))
+    with pipeline.stage(1):
+        h = Counted(counter)(layers.Dense(1, kernel_initializer="ones")(h))
+    model = tfbig.Model(x, h, gradient_accumulation_steps=6, pipeline=pipeline)
+    model.compile(keras.optimizers.SGD(0.0), lambda y, y_pred: y_pred)
+    counter.assign(0.0)
+    ones = np.ones((6, 1))
+    loss = model.train_on_batch(ones, ones)
+    before = 1.0 if int(counter.numpy()) == 6 else counter.numpy() - 5
+    assert loss == pytest.approx(np.mean(before + np.arange(6)))
+
+
+def batch_mean(cls, **options):
+    x = keras.Input((16,))
+    h = layers.Dense(4)(layers.Dense(8)(x))
+    return cls(x, [h, keras.ops.mean(h, axis=0)], **options)
+
+
+def products_of_samples(cls, **options):
+    x = keras.Input((16,))
+    h = layers.Dense(4)(layers.Dense(8)(x))
+    return cls(x, keras.ops.matmul(h, keras.ops.transpose(h)), **options)
+
+
+@pytest.mark.parametrize("make", [batch_mean, products_of_samples])
+def test_outputs_that_are_not_of_one_sample_each_are_predicted_at_once(make, float64):
+    keras.utils.set_random_seed(1)
+    expected = make(keras.Model).predict(X, batch_size=44, verbose=0)
+    keras.utils.set_random_seed(1)
+    found = make(tfbig.Model, pipeline=on_cpus()).predict(X, batch_size=44, verbose=0)
+    for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=TOLERANCE)
+
+
+def test_prediction_builds_a_model():
+    model = tfbig.Sequential([layers.Dense(12), layers.Dense(4)], pipeline=on_cpus())
+    first = model.predict(X, verbose=0)
+    np.testing.assert_allclose(model.predict(X, verbose=0), first, atol=1e-6)
+    model.compile("sgd", "mse")
+    model.fit(X, Y, verbose=0)
+    assert devices_of(model).keys() == {0, 1}
+
+
 def test_layers_of_a_subclass_on_chosen_stages(float64):
     pipeline = on_cpus(2)
 
@@ -456,6 +532,52 @@ def test_the_monitor_tells_of_the_stage_that_holds_most(tmp_path):
     assert len(sizes) == 2
     # Counters are there as well.
     assert all(max(sizes.values()) <= size <= max(sizes.values()) + 100 for size in found)
+
+
+def test_stages_that_were_chosen_are_chosen_again(float64):
+    model = chosen(0, 1, 1, 1)
+    pipeline = model.pipeline
+
+    def numbers():
+        return [stages.stage_of(layer).index for layer in model.layers[1:]]
+
+    model.pipeline = None
+    assert devices_of_all(model) == {"0"}
+    model.pipeline = pipeline
+    assert numbers() == [0, 1, 1, 1]
+    model.pipeline = on_cpus(in_flight=5)
+    assert numbers() == [0, 1, 1, 1]
+    with pytest.raises(errors.InvalidOptionError, match="twice"):
+        model.pipeline = Pipeline(["CPU:0", "/device:CPU:0"])
+    # As if it had not been set.
+    assert model.pipeline is None
+    assert devices_of_all(model) == {"0"}
+
+
+def devices_of_all(model):
+    return {v.value.device[-1] for v in model.variables}
+
+
+def test_what_another_model_has_traced_does_not_go_on_with_old_weights():
+    x = keras.Input((16,))
+    h = layers.Dense(12)(layers.Dense(12)(x))
+    model = tfbig.Model(x, layers.Dense(4)(h))
+    encoder = keras.Model(x, h)
+    encoder.predict(X, verbose=0)
+    model.pipeline = on_cpus()
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        encoder.predict(X, verbose=0)
+    encoder.predict_function = None
+    np.testing.assert_allclose(encoder.predict(X, verbose=0), encoder(X), atol=1e-6)
+    # `extend` leaves the model that it extends as it was.
+    plain_model = plain(keras.Model)
+    plain_model.compile("sgd", "mse")
+    plain_model.fit(X, Y, verbose=0)
+    tfbig.extend(plain_model, pipeline=on_cpus())
+    before = plain_model.get_weights()
+    plain_model.fit(X, Y, verbose=0)
+    for a, b in zip(plain_model.get_weights(), before, strict=True):
+        assert np.abs(a - b).max() > 0
 
 
 # --- What goes from device to device ------------------------------------------------------
@@ -767,6 +889,37 @@ def test_layers_that_do_not_make_the_stages():
         layer = layers.Dense(4)
     with pytest.raises(errors.InvalidOptionError, match="stages of another"):
         tfbig.Sequential([keras.Input((16,)), layer], pipeline=on_cpus(in_flight=5))
+
+
+def test_layers_of_two_equal_pipelines():
+    first, second = on_cpus(), on_cpus()
+    x = keras.Input((16,))
+    with first.stage(0):
+        h = layers.Dense(4)(x)
+    with second.stage(1):
+        h = layers.Dense(4)(h)
+    with pytest.raises(errors.InvalidOptionError, match="stages of another"):
+        tfbig.Model(x, h, pipeline=second)
+
+
+def test_weights_of_a_model_on_no_stage():
+    pipeline = on_cpus()
+
+    class Own(tfbig.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            with pipeline.stage(0):
+                self.inner = layers.Dense(4)
+            with pipeline.stage(1):
+                self.scale = self.add_weight(shape=(4,))
+
+        def call(self, x):
+            return self.inner(x) * self.scale
+
+    model = Own(pipeline=pipeline)
+    model.compile("sgd", "mse")
+    with pytest.raises(errors.InvalidOptionError, match="Weights of the model itself"):
+        model.fit(X, Y, verbose=0)
 
 
 def test_a_variable_on_two_stages():

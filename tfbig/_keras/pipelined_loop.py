@@ -23,8 +23,8 @@ __all__ = ("while_loop",)
 # Stateful operations that change nothing.
 _READ_ONLY = frozenset(
     [
-        *("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VarIsInitializedOp"),
-        *("VariableShape",),
+        *("LookupTableFindV2", "LookupTableSizeV2", "ReadVariableOp", "ResourceGather"),
+        *("ResourceGatherNd", "VarIsInitializedOp", "VariableShape"),
     ]
 )
 
@@ -95,6 +95,10 @@ class _Loop:
             kept = [op for op in running if _has_effect(op, _READ_ONLY | {"Assert"})]
             self.checked._add_control_inputs([op for op in running if op not in kept])
             self.waited_for = kept
+        # What reads something that is assigned must come before it is assigned again.
+        assigned = {id(t) for op in kept for t in op.inputs if t.dtype == tf.resource}
+        reading = [op for op in must_run if any(id(t) in assigned for t in op.inputs)]
+        kept = [*kept, *(op for op in reading if op not in kept)]
         body_graph.control_outputs[:] = kept
         for operation in body_graph.get_operations():
             # The results of an iteration wait for an operation that waits for all of these.

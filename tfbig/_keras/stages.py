@@ -26,6 +26,7 @@ __all__ = (
     "Stage",
     "being_made_on",
     "beside",
+    "chosen_index",
     "following",
     "forget",
     "in_flight_of",
@@ -38,9 +39,9 @@ __all__ = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-    """A part of a model, and the devices that are responsible for it.
+    """A part of a model, and the devices that are responsible for it; equal to itself alone.
 
     Attributes:
         index: its number, from 0.
@@ -80,8 +81,14 @@ def put(owner: Operation | _types.KerasVariable, stage: Stage) -> None:
     object.__setattr__(owner, "_tfbig_stage", stage)
 
 
+def chosen_index(owner: Operation) -> int | None:
+    """The number of the stage within which a layer or an operation was made; None for none."""
+    index: int | None = getattr(owner, "_tfbig_chosen_stage", None)
+    return index
+
+
 def forget(owner: Operation | _types.KerasVariable) -> None:
-    """Takes `put` back."""
+    """Takes `put` back; what was chosen is still known."""
     with contextlib.suppress(AttributeError):
         object.__delattr__(owner, "_tfbig_stage")
 
@@ -121,6 +128,7 @@ def being_made_on(stage: Stage) -> Iterator[None]:
 def move(variable: _types.KerasVariable, stage: Stage | None, strategy: _types.Strategy) -> None:
     """Makes a variable anew on a stage's devices, or on the replicas', with its present value."""
     (value,) = variables.values_of([variable])
+    old = variables.copies_of(variable)
     with strategy.scope(), contextlib.ExitStack() as stack:
         if stage is not None:
             stack.enter_context(being_made_on(stage))
@@ -129,6 +137,12 @@ def move(variable: _types.KerasVariable, stage: Stage | None, strategy: _types.S
         forget(variable)
     else:
         put(variable, stage)
+    for copy in old:
+        # A function that another model has traced would go on with it, and keep its memory. With
+        # a value of another shape, it fails.
+        with tf.device(copy.device):
+            nothing = tf.zeros([0] * max(1, copy.shape.rank), copy.dtype)
+            tf.raw_ops.AssignVariableOp(resource=copy.handle, value=nothing, validate_shape=False)
 
 
 _init_of_keras = Operation.__init__
@@ -141,6 +155,7 @@ def _init(self: Operation, name: str | None = None) -> None:
     stage = current("stage")
     if stage is not None:
         put(self, stage)
+        object.__setattr__(self, "_tfbig_chosen_stage", stage.index)
 
 
 Operation.__init__ = _init

@@ -83,7 +83,7 @@ def own_copy(variable: _types.KerasVariable | _types.Variable) -> _types.Variabl
     """
     if isinstance(variable, ShardedVariable):
         return variable.pieces[replica_id()]
-    copies = _copies(variable)
+    copies = copies_of(variable)
     if len(copies) == 1:
         return copies[0]
     context = tf.distribute.get_replica_context()
@@ -93,7 +93,7 @@ def own_copy(variable: _types.KerasVariable | _types.Variable) -> _types.Variabl
 
 def devices_of(variable: _types.KerasVariable | _types.Variable) -> tuple[str, ...]:
     """The devices on which the copies of this process's replicas lie, in their order."""
-    return tuple(str(copy.device) for copy in _copies(variable))
+    return tuple(str(copy.device) for copy in copies_of(variable))
 
 
 def updated(tensor: _types.Tensor, kind: str, value: _types.Gradient | float) -> _types.Tensor:
@@ -145,7 +145,7 @@ def divided_values_of(
 def _value_of(variable: _types.KerasVariable | _types.Variable) -> _types.Array:
     if isinstance(variable, ShardedVariable):
         return variable.numpy()
-    value: _types.Array = _copies(variable)[0].numpy()
+    value: _types.Array = copies_of(variable)[0].numpy()
     parts = _parts(variable)
     return value * parts if parts > 1 else value
 
@@ -159,11 +159,11 @@ def assign_all(
         if isinstance(variable, ShardedVariable):
             variable.assign(value)
             continue
-        for copy in _copies(variable):
+        for copy in copies_of(variable):
             copy.assign(value / _parts(variable) if _parts(variable) > 1 else value)
 
 
-def _copies(variable: _types.KerasVariable | _types.Variable) -> Sequence[_types.Variable]:
+def copies_of(variable: _types.KerasVariable | _types.Variable) -> Sequence[_types.Variable]:
     """The `tf.Variable` of each replica of this process."""
     variable = native(variable)
     if isinstance(variable, tf.distribute.DistributedValues):

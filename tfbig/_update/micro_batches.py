@@ -100,7 +100,8 @@ class MicroBatches:
             scope=trace_scope,
         ).trace()
         self.in_flight = in_flight or _keras.stages.in_flight_of(self.variables)
-        self.is_staged = self.in_flight is not None
+        # Eagerly, devices take turns.
+        self.is_staged = self.in_flight is not None and not tf.executing_eagerly()
         self.is_gathered = bool(self.trace.divided)
         if self.is_gathered and (self.compiled or tf.executing_eagerly()):
             raise errors.UnsupportedModelError(
@@ -244,7 +245,7 @@ class MicroBatches:
                 static_sizes=self.compiled,
                 unrolled=self.unrolled,
                 valid_samples=self.valid_samples,
-                in_flight=self.in_flight or 1,
+                in_flight=self.in_flight if self.in_flight and self.is_staged else 1,
             )
 
         if not self.compiled or self.is_inline:

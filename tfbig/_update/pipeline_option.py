@@ -37,19 +37,32 @@ def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
     model.pipeline.check_strategy(model.distribute_strategy)
     _refuse_others(model)
     if not any(map(_keras.stages.stage_of, model._flatten_layers())):
-        _cut(model)
+        chosen = _chosen(model)
+        if chosen:
+            for operation, stage in chosen:
+                _keras.stages.put(operation, stage)
+        else:
+            _cut(model)
     _place(model)
 
 
 def update(model: Any) -> None:  # Any: as above.
     """Has a change of `pipeline` take effect on a model that is there already."""
-    # Stages that were chosen for this pipeline stay.
-    known = [] if model.pipeline is None else model.pipeline.stages
     found = {_keras.stages.stage_of(layer) for layer in model._flatten_layers()} - {None}
-    if model.built and not found <= set(known):
-        _unplace(model)
-    apply(model)
-    model._rebuild_step()
+    try:
+        # Stages that were chosen for this pipeline stay.
+        known = [] if model.pipeline is None else model.pipeline.stages
+        if model.built and not found <= set(known):
+            _unplace(model)
+        apply(model)
+    except errors.TfbigError:
+        # As if it had not been set.
+        if model.built:
+            _unplace(model)
+        model._keep_options({"pipeline": None})
+        raise
+    finally:
+        model._rebuild_step()
     model.predict_function = None
 
 
@@ -100,6 +113,19 @@ def _refuse_others(model: Any) -> None:  # Any: as above.
 
 
 # --- Stages that are found ----------------------------------------------------------------
+
+
+def _chosen(model: Any) -> list[tuple[Any, Stage]]:  # Any: as above; layers and operations.
+    """The layers that were made within stages, with these."""
+    stages = model.pipeline.stages
+    found = [(x, _keras.stages.chosen_index(x)) for x in _operations(model)]
+    most = max((index for _, index in found if index is not None), default=0)
+    if most >= len(stages):
+        raise errors.InvalidOptionError(
+            f"The layers were made on {most + 1} stages. Received: a pipeline of {len(stages)}. "
+            "Use one with as many stages."
+        )
+    return [(x, stages[index]) for x, index in found if index is not None]
 
 
 def _cut(model: Any) -> None:  # Any: as above.
@@ -214,10 +240,17 @@ def _stages_of_variables(
                 f"{layer.path or layer.name!r}, which lies on stages of another."
             )
         for variable in _keras.layers.own_variables(layer):
+            if stage is None and layer is model:
+                raise errors.InvalidOptionError(
+                    "Weights of the model itself lie on the stage within which the model is made. "
+                    f"Received: {variable.path} on no stage. Make the model within `with "
+                    "pipeline.stage(i):`."
+                )
             if stage is None:
                 raise errors.InvalidOptionError(
                     "Either all layers with variables are made on stages, or none, and stages are "
-                    f"found. Received: {layer.path or layer.name!r} on no stage. Make it within "
+                    f"found. Received: {layer.path or layer.name!r} on no stage, beside layers "
+                    "that were made on stages, or put there for another model. Make it within "
                     "`with pipeline.stage(i):`."
                 )
             _, other = found.setdefault(id(variable), (variable, stage))

@@ -27,13 +27,6 @@ class Part:
     work: float
     parameters: int
 
-    def __add__(self, other: Part) -> Part:
-        return Part(
-            self.calls + other.calls,
-            self.work + other.work,
-            self.parameters + other.parameters,
-        )
-
 
 def parts_of(model: keras.Model) -> list[Part]:
     """The smallest parts of a built model that can lie on different stages, in order.
@@ -109,21 +102,39 @@ def _least(
     parts: Sequence[Part], stages: int, cost: str, max_work: float, max_parameters: float
 ) -> list[Part] | None:
     """The cut with the least largest `cost`, an attribute of parts; None if no cut keeps bounds."""
-    # For the first n parts in s stages: the largest cost, and the stages.
-    best: dict[tuple[int, int], tuple[float, list[Part]]] = {(0, 0): (0.0, [])}
+    costs = [float(getattr(part, cost)) for part in parts]
+    # For the first n parts in s stages: the largest cost, and where the last stage begins.
+    best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
     for s in range(1, stages + 1):
         for n in range(s, len(parts) + 1):
-            stage = Part([], 0.0, 0)
+            own, work, parameters = 0.0, 0.0, 0
             for begin in range(n - 1, s - 2, -1):
-                stage = parts[begin] + stage
-                if stage.work > max_work * (1 + 1e-9) or stage.parameters > max_parameters:
+                own += costs[begin]
+                work += parts[begin].work
+                parameters += parts[begin].parameters
+                if work > max_work * (1 + 1e-9) or parameters > max_parameters:
                     break
                 before = best.get((s - 1, begin))
                 # A stage needs a variable, so that something lies on its device.
-                if before is None or stage.parameters == 0:
+                if before is None or parameters == 0:
                     continue
-                largest = max(before[0], float(getattr(stage, cost)))
+                largest = max(before[0], own)
                 if (s, n) not in best or largest < best[s, n][0]:
-                    best[s, n] = largest, [*before[1], stage]
-    found = best.get((stages, len(parts)))
-    return None if found is None else found[1]
+                    best[s, n] = largest, begin
+    joined: list[Part] = []
+    end = len(parts)
+    for s in range(stages, 0, -1):
+        if (s, end) not in best:
+            return None
+        begin = best[s, end][1]
+        joined.append(_joined(parts[begin:end]))
+        end = begin
+    return joined[::-1]
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    return Part(
+        [call for part in parts for call in part.calls],
+        sum(part.work for part in parts),
+        sum(part.parameters for part in parts),
+    )

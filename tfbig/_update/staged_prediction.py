@@ -59,6 +59,24 @@ def predict(
 
 def _specs_of_outputs(step: _Predict, data: _types.Structure) -> _types.Structure | None:
     """Specifications of the outputs for any number of samples; None if it cannot be split."""
+    two, three = (_outputs_of(step, data, samples) for samples in (2, 3))
+    if two is None or three is None:
+        return None
+    pairs = zip(keras.tree.flatten(two), keras.tree.flatten(three), strict=True)
+    for of_two, of_three in pairs:
+        # Each output has a row for each sample, and no other dimension depends on their number.
+        if of_two.shape[0] != 2 or of_three.shape[0] != 3:
+            return None
+        if None in of_two.shape or of_two.shape[1:] != of_three.shape[1:]:
+            return None
+    return keras.tree.map_structure(lambda t: _spec_of_samples(t, None), two)
+
+
+def _outputs_of(step: _Predict, data: _types.Structure, samples: int) -> _types.Structure | None:
+    """Symbolic outputs for so many samples; None if not all are tensors, or something is assigned.
+
+    Nothing runs.
+    """
     found: list[_types.Structure] = []
 
     def trace(data: _types.Structure) -> None:
@@ -66,14 +84,14 @@ def _specs_of_outputs(step: _Predict, data: _types.Structure) -> _types.Structur
             outputs = step(data)
         leaves = keras.tree.flatten(outputs)
         if not values.assigned and all(isinstance(x, tf.Tensor) and x.shape.rank for x in leaves):
-            found.append(keras.tree.map_structure(_spec_of_samples, outputs))
+            found.append(outputs)
 
-    specs = keras.tree.map_structure(_spec_of_samples, data)
+    specs = keras.tree.map_structure(lambda value: _spec_of_samples(value, samples), data)
     tf.function(trace, autograph=False).get_concrete_function(specs)
     return found[0] if found else None
 
 
-def _spec_of_samples(value: object) -> tf.TypeSpec | None:
+def _spec_of_samples(value: object, samples: int | None) -> tf.TypeSpec | None:
     if isinstance(value, tf.Tensor):
-        return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
+        return tf.TensorSpec([samples, *value.shape[1:]], value.dtype)
     return None if value is None else tf.type_spec_from_value(value)

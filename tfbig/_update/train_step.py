@@ -163,7 +163,8 @@ class TrainStep(training_checks.TrainingChecks):
     def predict_step(self, data: _types.Structure) -> _types.Structure:
         """Predicts for this replica's share of a batch."""
         step = super().predict_step
-        if self.pipeline is not None:
+        # A model that is built now must not be built in a trace that tells of its outputs.
+        if self.pipeline is not None and self.built:
             split = self._evaluation_split()
             if split.is_whole:
                 # So many that the stages are busy most of the time.

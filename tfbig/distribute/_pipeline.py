@@ -66,9 +66,10 @@ class Pipeline:
         """
         # Not in the constructor: the names start TensorFlow, and may depend on the strategy.
         if self._stages is None:
+            names = [tuple(map(_known_name, devices)) for devices in self.devices]
+            _refuse_twice([name for stage in names for name in stage], self.devices)
             self._stages = [
-                _keras.stages.Stage(i, tuple(map(_known_name, devices)), self.in_flight)
-                for i, devices in enumerate(self.devices)
+                _keras.stages.Stage(i, devices, self.in_flight) for i, devices in enumerate(names)
             ]
         return self._stages
 
@@ -147,12 +148,7 @@ def _checked_devices(
         raise errors.InvalidOptionError(
             f"Devices are named by strings. Received: devices={devices!r}. {form}"
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise errors.InvalidOptionError(
-            f"Each stage needs a device of its own. Received: {', '.join(twice)} twice in "
-            f"devices={devices!r}."
-        )
+    _refuse_twice(names, devices)
     numbers = {len(stage) for stage in stages}
     if len(numbers) > 1 or numbers == {0}:
         raise errors.InvalidOptionError(
@@ -160,6 +156,15 @@ def _checked_devices(
             f"{[len(stage) for stage in stages]} devices in devices={devices!r}."
         )
     return stages
+
+
+def _refuse_twice(names: list[str], devices: object) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise errors.InvalidOptionError(
+            f"Each stage needs a device of its own. Received: {', '.join(twice)} twice in "
+            f"devices={devices!r}."
+        )
 
 
 def _known_name(device: str) -> str:
