@@ -6,7 +6,7 @@ default strategy, the effective batch whole; once as a tfbig model, split, under
 strategy. Weights, optimizer variables, history and `evaluate` must agree.
 
 The combinations cover every pair of feature, optimizer, strategy, split and batch.
-Run with `--replicas 2` and `--replicas 4` for all of them. If the environment
+Run with `--replicas 2` and `--replicas 4`, and `--slow`, for all of them. If the environment
 variable TFBIG_EXACTNESS_REPORT names a file, each combination appends a line of
 JSON with its parameters and its largest deviation, `{"deviation": 1e-16, ...}`.
 """
@@ -585,6 +585,16 @@ CORE = [
 ]
 
 
+# OneDeviceStrategy takes the way of the default strategy, and most of its rows are slow tests.
+ON_ONE_DEVICE = [row for row in COMBINATIONS if row[4] == "one_device" and row not in CORE]
+
+
+def marks_of(row):
+    if row in CORE:
+        return [pytest.mark.core]
+    return [pytest.mark.slow] if row in ON_ONE_DEVICE and ON_ONE_DEVICE.index(row) % 5 else []
+
+
 # --- Training ----------------------------------------------------------------
 
 
@@ -662,10 +672,7 @@ def report(deviation, **parameters):
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize(
     ("feature", "split", "optimizer", "batch", "strategy"),
-    [
-        pytest.param(*row, marks=[pytest.mark.core] if row in CORE else [], id="-".join(row))
-        for row in COMBINATIONS
-    ],
+    [pytest.param(*row, marks=marks_of(row), id="-".join(row)) for row in COMBINATIONS],
 )
 def test_split_batch_trains_as_the_whole_batch_in_keras(feature, split, optimizer, batch, strategy):
     expected = trained_by_keras(feature, optimizer, batch)
