@@ -193,7 +193,7 @@ def gpt2_of_four_blocks():
 # Llama turns positions in float32, whatever the dtype.
 @pytest.mark.parametrize(
     ("make", "tolerance"),
-    [(gpt2_of_four_blocks, 1e-10), (llama, 1e-6)],
+    [(gpt2_of_four_blocks, 1e-10), pytest.param(llama, 1e-6, marks=pytest.mark.slow)],
     ids=["gpt2", "llama"],
 )
 def test_a_language_model_finds_its_stages(make, tolerance, tmp_path):

@@ -196,7 +196,7 @@ CHANGES = {
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(name, id=name, marks=[pytest.mark.slow] if name.startswith("one") else [])
+        pytest.param(name, id=name, marks=[] if "workers, then" in name else [pytest.mark.slow])
         for name in CHANGES
     ],
 )

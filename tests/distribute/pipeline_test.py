@@ -3,17 +3,21 @@
 import json
 import sys
 
+import pytest
+
 from tests import job
 from tests.update.pipeline_test import TOLERANCE
 
 
-def test_two_workers_of_two_stages_each(tmp_path):
-    done = job.run("staged", tmp_path, timeout=150)
+# SGD shows a wrong factor, and the others a wrong square.
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_two_workers_of_two_stages_each(optimizer, tmp_path):
+    done = job.run("staged", tmp_path, optimizer, timeout=150)
     assert done.returncode == 0, done.stderr
     results = job.results(tmp_path)
     assert len(results) == 2
     for worker, result in enumerate(results):
-        assert max(result["deviations"].values()) < TOLERANCE
+        assert result["deviations"][optimizer] < TOLERANCE
         task = f"/job:worker/replica:0/task:{worker}/device:CPU:"
         assert result["devices"] == {"0": [f"{task}0"], "1": [f"{task}1"]}
 

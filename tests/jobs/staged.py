@@ -1,6 +1,6 @@
 """Trains with two stages on each worker.
 
-    staged.py DIRECTORY
+    staged.py DIRECTORY OPTIMIZER...
 
 Leaves the deviations from plain Keras on one device, and where the variables of each stage lie.
 """
@@ -30,7 +30,7 @@ def trained(cls, optimizer, strategy, **options):
     return model, [*values, evaluated, *history.values()]
 
 
-def main(directory):
+def main(directory, *optimizers):
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
@@ -38,7 +38,7 @@ def main(directory):
     warnings.filterwarnings("ignore", "`gradient_accumulation_steps` is larger")
     strategy = tfbig.distribute.get_strategy(timeout=60)
     deviations, devices = {}, {}
-    for optimizer in ("sgd", "adamw"):
+    for optimizer in optimizers:
         pipeline = tfbig.distribute.Pipeline(["CPU:0", "CPU:1"])
         options = {"pipeline": pipeline, "gradient_accumulation_steps": 3}
         model, found = trained(tfbig.Model, optimizer, strategy, **options)

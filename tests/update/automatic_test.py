@@ -120,6 +120,10 @@ def told(capfd):
 
 
 names = pytest.mark.parametrize("name", ["default", "mirrored_2"])
+# Of what does not depend on replicas.
+one_of_names = pytest.mark.parametrize(
+    "name", ["default", pytest.param("mirrored_2", marks=pytest.mark.slow)]
+)
 
 
 @names
@@ -322,7 +326,7 @@ def test_larger_batch_is_tried_anew(first):
     assert 10 <= model.micro_batch_size <= 13
 
 
-@names
+@one_of_names
 def test_noise_scale_needs_two_micro_batches(name):
     model, _ = build(name)
     fit(model)
@@ -436,7 +440,7 @@ def test_evaluation_takes_no_more_samples_at_a_time():
     assert largest_of_evaluation(model) == model.micro_batch_size < 48
 
 
-@names
+@one_of_names
 def test_masks_and_loss_scale(name):
     def make(**options):
         keras.utils.set_random_seed(1)

@@ -155,7 +155,7 @@ JIT, EAGERLY = {"jit_compile": True}, {"run_eagerly": True}
     ("build", "name", "compile_kwargs"),
     [
         (blocks, "default", {}),
-        (blocks, "default", JIT),
+        pytest.param(blocks, "default", JIT, marks=pytest.mark.slow),
         pytest.param(blocks, "default", EAGERLY, marks=pytest.mark.slow),
         (blocks, "mirrored_2", {}),
         pytest.param(blocks, "mirrored_2", JIT, marks=pytest.mark.slow),

@@ -24,6 +24,10 @@ TOLERANCE = 1e-10
 STRATEGIES = ("mirrored_2", "mirrored_4")
 SHARDS = ("optimizer", "weights")
 both = pytest.mark.parametrize("shard", SHARDS)
+# Divided weights come with divided state.
+weights_first = pytest.mark.parametrize(
+    "shard", ["weights", pytest.param("optimizer", marks=pytest.mark.slow)]
+)
 
 pytestmark = [
     # The tied layer has a weight on which the loss does not depend.
@@ -182,12 +186,17 @@ def assert_equal(model, optimizer, history=None):
         np.testing.assert_allclose(history[name], values, rtol=0, atol=TOLERANCE)
 
 
+# They keep the same kinds of state, and divide it in the same way.
+LIKE_ADAM = ("nadam", "rmsprop", "adagrad", "lion")
+
+
 # In the ordinary run, an optimizer meets one option on two replicas, and the other on four.
 @pytest.mark.parametrize(
     ("strategy", "optimizer", "shard"),
     [
         pytest.param(
-            strategy, optimizer, shard, marks=[] if (i + j + k) % 2 else [pytest.mark.slow]
+            *(strategy, optimizer, shard),
+            marks=[] if (i + j + k) % 2 and optimizer not in LIKE_ADAM else [pytest.mark.slow],
         )
         for i, strategy in enumerate(STRATEGIES)
         for j, optimizer in enumerate(OPTIMIZERS)
@@ -457,7 +466,7 @@ def test_check_equivalence_compares_with_an_optimizer_that_is_not_divided(float6
 # --- Files, and state that is divided or put together later ------------------------
 
 
-@both
+@weights_first
 def test_files_are_those_of_a_model_that_is_not_divided(shard, float64, tmp_path):
     expected = plain("adam")[1]
     model = sharded("mirrored_2", "adam", shard=shard)
@@ -490,7 +499,7 @@ def test_files_are_those_of_a_model_that_is_not_divided(shard, float64, tmp_path
             np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-@both
+@weights_first
 def test_state_is_divided_and_put_together_in_the_course_of_training(shard, float64):
     expected = plain("lamb")[1]
     with make_strategy("mirrored_2").scope():
