@@ -158,11 +158,11 @@ def memory():
 
     def taken(micro_batches, in_flight, recompute=None):
         pipeline = pipeline_on(2, in_flight=in_flight)
-        # Small data and weights, large activations: 6 MiB of a micro-batch on each stage.
+        # Small data and weights, large activations: 12 MiB of a micro-batch on each stage.
         x = h = keras.Input((1,))
         for i in range(2):
             with pipeline.stage(i):
-                h = keras.Sequential([layers.Dense(width, "tanh") for _ in range(12)])(h)
+                h = keras.Sequential([layers.Dense(width, "tanh") for _ in range(24)])(h)
                 # So long that the threads get as far as they may.
                 h = Busy(Device(), 0.3)(h)
                 h = layers.Dense(1)(h) if i else h
@@ -176,7 +176,8 @@ def memory():
         batch = np.ones((micro_batches * samples, 1), "float32")
         model.train_on_batch(batch, batch)
         update = functools.partial(model.train_on_batch, batch, batch)
-        return sorted(meter(update) for _ in range(5))[2]
+        # Under load, what is dropped at once waits for a thread, and counts as well.
+        return min(meter(update) for _ in range(4))
 
     return {
         "micro_batches": {k: taken(k, 3) for k in (4, 8, 16, 32)},
