@@ -120,7 +120,7 @@ class GradientAccumulationMixin(train_step.TrainStep):
         GradientOverflowError: In `fit`, if a gradient overflows in `exchange_dtype`.
         OutOfMemoryError: In `fit`, if not even one sample fits.
         UnsupportedModelError: If a layer cannot be recomputed.
-        UnsupportedStrategyError: If state is to be divided over the cores of a TPU, or layers.
+        UnsupportedStrategyError: If state or layers are to be divided over the cores of a TPU.
 
     Example:
 

@@ -527,6 +527,8 @@ def test_values_with_an_order_are_searched_by_their_index():
     assert parameter.distribution == distributions.IntDistribution(0, 2)
     assert [parameter.decode(i) for i in range(3)] == [16, 64, 256]
     assert [parameter.encode(v) for v in (256, 16)] == [2, 0]
+    # In whatever order they are listed.
+    assert _space.parameter_of(one("Choice", [64, 256, 16])).decode(1) == 64
     # Other values are another parameter, also if there are as many of them, or very many.
     assert _space.parameter_of(one("Choice", [1, 2, 3])).name != parameter.name
     many = [_space.parameter_of(one("Choice", list(range(i, i + 500)))).name for i in (0, 1)]

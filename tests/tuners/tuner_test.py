@@ -249,6 +249,17 @@ def test_a_metric_that_is_an_array_of_one_number(options):
     assert all(isinstance(score, float) and 0 <= score <= 1 for score in scores)
 
 
+def test_an_array_of_one_number_in_what_a_trial_returns(options):
+    objective = keras_tuner.Objective("f1", "max")
+    tuner = Scored(
+        lambda hp: {"f1": np.array([hp.Float("x", 0, 1)])},
+        **options | {"objective": objective, "max_trials": 2},
+    )
+    tuner.search(verbose=0)
+    scores = {t.score == t.hyperparameters.get("x") for t in tuner.oracle.trials.values()}
+    assert scores == {True}
+
+
 def test_an_objective_of_several_numbers_is_refused(options):
     def build(hp):
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax")])

@@ -129,7 +129,7 @@ _while_v2._build_while_op = _build_while_op
 
 
 def _has_effect(operation: tf.Operation, harmless: Set[str]) -> bool:
-    """Whether an operation does more than to compute a result, or is of one of these kinds."""
+    """Whether an operation does more than to compute a result, or what these kinds do."""
     return _any_has_effect([(operation.type, operation.node_def)], operation.graph, harmless)
 
 

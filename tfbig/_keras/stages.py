@@ -247,16 +247,21 @@ class _Follower:
         # Of each graph: how many tensors it takes from outside, and these by the identity of the
         # tensors that stand for them.
         self._captured: dict[int, tuple[int, dict[int, _types.Tensor]]] = {}
+        # Under a strategy, the device of what nobody places.
+        strategy = collectives.strategy_of_replica()
+        replicas = {} if strategy is None else collectives.local_replicas(strategy)
+        self._default = replicas.get(collectives.replica_id()) if replicas else None
 
     def __call__(self, operation: tf.Operation) -> str:
         device: str = operation.device
         if device or operation.type in _CONTROL_FLOW:
             return device
-        best, size = "", -1.0
+        best, rank = "", (-1.0, False)
         for tensor in operation.inputs:
             found = self._device_of(tensor)
-            if found and _size(tensor) > size:
-                best, size = found, _size(tensor)
+            # Of two as large, the one that somebody has placed.
+            if found and (_size(tensor), found != self._default) > rank:
+                best, rank = found, (_size(tensor), found != self._default)
         return best
 
     def _device_of(self, tensor: _types.Tensor) -> str:
@@ -267,10 +272,11 @@ class _Follower:
         if tensor.op.type in ("ReadVariableOp", "ResourceGather") and not device:
             # TensorFlow reads a variable outside of all contexts of devices.
             return self._device_of(tensor.op.inputs[0])
-        if device or tensor.op.type != "Placeholder":
-            return device
-        outer = self._captured_by(tensor.graph).get(id(tensor))
-        return "" if outer is None else self._device_of(outer)
+        if tensor.op.type == "Placeholder":
+            # Under a strategy it has the replica's device, whatever it stands for.
+            outer = self._captured_by(tensor.graph).get(id(tensor))
+            return device if outer is None else self._device_of(outer)
+        return device
 
     def _captured_by(self, graph: tf.Graph) -> dict[int, _types.Tensor]:
         captures = getattr(graph, "captures", ())

@@ -69,7 +69,7 @@ class MicroBatchStep:
         zero = tf.zeros((), self.dtype)
         return {
             "gradients": [
-                accumulators.start(v, rows)
+                self._start_of(v, rows)
                 for v, rows in zip(self.variables, self.trace.rows, strict=True)
             ],
             "loss": zero,
@@ -81,6 +81,13 @@ class MicroBatchStep:
             ),
             "noise_moments": noise_scale.no_moments(self.dtype, self.measures_noise),
         }
+
+    def _start_of(
+        self, variable: keras.Variable, rows: tuple[table_rows.Rows, ...]
+    ) -> accumulators.Accumulator:
+        """The accumulator of a variable's gradient."""
+        with _keras.stages.beside(variable):
+            return accumulators.start(variable, rows)
 
     def finish(self, totals: Totals) -> Totals:
         """Hook: the totals after the last micro-batch."""

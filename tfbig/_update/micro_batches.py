@@ -155,7 +155,8 @@ class MicroBatches:
             if self.trace.counts_need_weights and not self.unrolled:
                 counts += lockstep_loop.fold(self.split, self.data, count, zeros)
             else:
-                counts += self._for_each(count, zeros)
+                with _keras.stages.following(self.is_staged):
+                    counts += self._for_each(count, zeros)
         return tf.stack(counts)
 
     def accumulate(
@@ -185,10 +186,10 @@ class MicroBatches:
         with _keras.stages.following(self.is_staged):
             start = step.start()
             accumulated = self._gathered(step, start, step.finish(self._run(step, start)))
-        # On one replica, it does not matter in what the weights are counted.
-        if size is None or replicas.count() == 1:
-            return accumulated
-        return accumulated.times(size)
+            # On one replica, it does not matter in what the weights are counted.
+            if size is None or replicas.count() == 1:
+                return accumulated
+            return accumulated.times(size)
 
     def _kind_of_step(self) -> type[MicroBatchStep]:
         if self.is_gathered:

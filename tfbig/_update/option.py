@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import keras
 
-__all__ = ("Option", "declared", "signature")
+from tfbig import errors
+
+__all__ = ("Option", "declared", "refuse_compile_settings", "signature")
 
 # What the property returns.
 T = TypeVar("T")
@@ -150,6 +152,22 @@ class Option(property, Generic[T]):
             self.fits(model, value)
         model._keep_options({self.name: value})
         self._changed(model)
+
+
+def refuse_compile_settings(model: Any, option: str, **reasons: str) -> None:
+    """Raises for settings of `compile` that do not go with an option.
+
+    Args:
+        model: a tfbig model.
+        option: the option, with its value if only that is meant.
+        **reasons: why, by the name of a setting that must not be True.
+    """
+    for name, reason in reasons.items():
+        if model.compiled and getattr(model, name) is True:
+            raise errors.InvalidOptionError(
+                f"`{name}=True` does not go with `{option}`: {reason}. Received: {name}=True. Pass "
+                f"{name}=False to `compile`."
+            )
 
 
 def declared(cls: type) -> dict[str, Option[Any]]:

@@ -8,10 +8,10 @@ import keras
 
 from tfbig import _keras, _log, _types, errors
 from tfbig._keras.stages import Stage
-from tfbig._update import stage_cut
+from tfbig._update import option, stage_cut
 from tfbig.distribute._pipeline import Pipeline
 
-__all__ = ("apply", "check_before_run", "check_is_given", "checked", "say_bubble", "update")
+__all__ = ("apply", "check_before_run", "checked", "say_bubble", "update")
 
 
 def checked(value: object) -> Pipeline | None:
@@ -36,37 +36,50 @@ def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
         return
     model.pipeline.check_strategy(model.distribute_strategy)
     _refuse_others(model)
-    if not any(map(_keras.stages.stage_of, model._flatten_layers())):
+    found = {_keras.stages.stage_of(layer) for layer in model._flatten_layers()}
+    if found.isdisjoint(model.pipeline.stages):
+        # No stages, or those of a pipeline before this one.
+        for operation in _operations(model):
+            _keras.stages.forget(operation)
         chosen = _chosen(model)
         if chosen:
             for operation, stage in chosen:
                 _keras.stages.put(operation, stage)
         else:
             _cut(model)
-    _place(model)
+    if _place(model):
+        _make_functions_anew(model)
+    vars(model)["_pipeline_in_effect"] = model.pipeline
 
 
 def update(model: Any) -> None:  # Any: as above.
-    """Has a change of `pipeline` take effect on a model that is there already."""
-    found = {_keras.stages.stage_of(layer) for layer in model._flatten_layers()} - {None}
+    """Has a change of `pipeline` take effect on a model that is there already.
+
+    If it cannot, the pipeline is the one before again.
+    """
+    operations = _operations(model) if model.built else []
+    before = [(operation, _keras.stages.stage_of(operation)) for operation in operations]
     try:
-        # Stages that were chosen for this pipeline stay.
-        known = [] if model.pipeline is None else model.pipeline.stages
-        if model.built and not found <= set(known):
+        if model.built and model.pipeline is None:
             _unplace(model)
+            vars(model)["_pipeline_in_effect"] = None
         apply(model)
     except errors.TfbigError:
-        # As if it had not been set.
-        if model.built:
-            _unplace(model)
-        model._keep_options({"pipeline": None})
+        for operation, stage in before:
+            _keras.stages.forget(operation)
+            if stage is not None:
+                _keras.stages.put(operation, stage)
+        model._keep_options({"pipeline": vars(model).get("_pipeline_in_effect")})
         raise
-    finally:
-        model._rebuild_step()
+    _make_functions_anew(model)
+
+
+def _make_functions_anew(model: Any) -> None:  # Any: as above.
+    model._rebuild_step()
     model.predict_function = None
 
 
-def check_is_given(model: Any) -> None:  # Any: as above.
+def _check_is_given(model: Any) -> None:  # Any: as above.
     """Raises if layers were made on stages, but the model was not told of them."""
     if model.pipeline is not None:
         return
@@ -82,16 +95,12 @@ def check_is_given(model: Any) -> None:  # Any: as above.
 
 def _refuse_others(model: Any) -> None:  # Any: as above.
     """Raises for options that do not go with stages."""
-    refused = {
-        "jit_compile": "XLA compiles for one device",
-        "run_eagerly": "without a graph, stages would run one after another",
-    }
-    for name, reason in refused.items():
-        if model.compiled and getattr(model, name) is True:
-            raise errors.InvalidOptionError(
-                f"`{name}=True` does not go with `pipeline`: {reason}. Pass {name}=False to "
-                "`compile`."
-            )
+    option.refuse_compile_settings(
+        model,
+        "pipeline",
+        jit_compile="XLA compiles for one device",
+        run_eagerly="without a graph, stages would run one after another",
+    )
     is_automatic = getattr(model, "_automatic_size", None) is not None
     if model.exchange_dtype is not None and _is_replicated(model):
         raise errors.InvalidOptionError(
@@ -157,8 +166,8 @@ def _table(parts: list[stage_cut.Part]) -> str:
 # --- Where variables lie --------------------------------------------------------------------
 
 
-def _place(model: Any) -> None:  # Any: as above.
-    """Moves all variables of a model to their stages, one at a time.
+def _place(model: Any) -> bool:  # Any: as above.
+    """Moves all variables of a model to their stages, one at a time; returns whether any moved.
 
     Raises:
         InvalidOptionError: If a layer with variables is on no stage, on one of another pipeline, or
@@ -175,30 +184,33 @@ def _place(model: Any) -> None:  # Any: as above.
                 f"stages, of which stage {stage.index} has none. Make a layer within `with "
                 f"pipeline.stage({stage.index}):`, or use fewer devices."
             )
-    for variable, stage in wanted.values():
-        _move(variable, stage, strategy)
+    has_moved = [_move(variable, stage, strategy) for variable, stage in wanted.values()]
     if _is_replicated(model):
         for stage in stages:
             _keras.collectives.exchange_on(stage.devices, strategy)
     for _, optimizer in _keras.optimizer.optimizers_of(model):
         if optimizer.built:
-            _place_state(optimizer, strategy)
+            has_moved += _place_state(optimizer, strategy)
             _keras.sharded_optimizer.know_weights(optimizer)
+    return any(has_moved)
 
 
-def _place_state(optimizer: _types.Optimizer, strategy: _types.Strategy) -> None:
+def _place_state(optimizer: _types.Optimizer, strategy: _types.Strategy) -> list[bool]:
     weights = _keras.sharded_optimizer.weights_of(optimizer)
-    for index, variable in _keras.sharded_optimizer.state_of(optimizer):
-        stage = _keras.stages.stage_of(weights[index])
-        if stage is not None:
-            _move(variable, stage, strategy)
+    return [
+        _move(variable, stage, strategy)
+        for index, variable in _keras.sharded_optimizer.state_of(optimizer)
+        if (stage := _keras.stages.stage_of(weights[index])) is not None
+    ]
 
 
-def _move(variable: _types.KerasVariable, stage: Stage, strategy: _types.Strategy) -> None:
+def _move(variable: _types.KerasVariable, stage: Stage, strategy: _types.Strategy) -> bool:
+    """Whether a variable had to be moved to get where it lies now."""
     if _keras.variables.devices_of(variable) == stage.devices:
         _keras.stages.put(variable, stage)
-    else:
-        _keras.stages.move(variable, stage, strategy)
+        return False
+    _keras.stages.move(variable, stage, strategy)
+    return True
 
 
 def _unplace(model: Any) -> None:  # Any: as above.
@@ -272,7 +284,7 @@ def _stages_of_variables(
 
 def check_before_run(model: Any) -> None:  # Any: as above.
     """Checks what is known when `fit` or `evaluate` begins, and puts on stages what was built."""
-    check_is_given(model)
+    _check_is_given(model)
     apply(model)
     if model.pipeline is None:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tfbig import _keras, _log, errors
-from tfbig._update import replicas, sharded_state, sharded_weights
+from tfbig._update import option, replicas, sharded_state, sharded_weights
 
 __all__ = ("apply", "checked", "say_if_nothing_is_divided", "update")
 
@@ -57,16 +57,12 @@ def _refuse_others(model: Any) -> None:  # Any: as above.
                 f"`{name}` does not go with divided weights, since {reason}. Received: "
                 f"{name}={value!r} and shard='weights'. Leave it out, or use shard='optimizer'."
             )
-    refused = {
-        "jit_compile": "XLA cannot compile a step that gathers weights from other replicas",
-        "run_eagerly": "The replicas of a process would take turns within a layer",
-    }
-    for name, reason in refused.items():
-        if model.compiled and getattr(model, name) is True:
-            raise errors.InvalidOptionError(
-                f"{reason}. Received: {name}=True and shard='weights'. Pass {name}=False to "
-                "`compile`."
-            )
+    option.refuse_compile_settings(
+        model,
+        "shard='weights'",
+        jit_compile="XLA cannot compile a step that gathers weights from other replicas",
+        run_eagerly="the replicas of a process would take turns within a layer",
+    )
 
 
 def update(model: Any) -> None:

@@ -35,16 +35,11 @@ class StagedStep(MicroBatchStep):
 
     def start(self) -> Totals:
         """The totals before the first micro-batch."""
-        totals = super().start()
-        starts: list[accumulators.Accumulator] = []
-        for variable, rows in zip(self.variables, self.trace.rows, strict=True):
-            with _keras.stages.beside(variable):
-                starts.append(accumulators.start(variable, rows))
         turns = []
         for stage in self.stages:
             with tf.device(stage.device()):
                 turns.append([tf.zeros(())] * max(1, stage.in_flight - stage.index))
-        return totals | {"gradients": starts, "turns": turns}
+        return super().start() | {"turns": turns}
 
     def finish(self, totals: Totals) -> Totals:
         """The totals after the last micro-batch, on the devices of the variables."""

@@ -82,7 +82,7 @@ def _unchanged(value: _tuner_types.Value) -> _tuner_types.Value:
 def _of_choice(hp: _tuner_types.Hyperparameter) -> Parameter:
     texts = [_json.dumps(v) for v in hp.values]
     if getattr(hp, "ordered", False) and len(texts) > 2:
-        return _of_ordered(hp, texts)
+        return _of_ordered(hp)
     simple = all(v is None or isinstance(v, bool | int | float | str) for v in hp.values)
     # Optuna compares with ==, so that 1, 1.0 and True are the same; and it has no tuples.
     if simple and len(set(hp.values)) == len(texts):
@@ -96,9 +96,10 @@ def _of_choice(hp: _tuner_types.Hyperparameter) -> Parameter:
 _LONGEST_NAME = 100
 
 
-def _of_ordered(hp: _tuner_types.Hyperparameter, texts: list[str]) -> Parameter:
-    """Searches the index of a value, so that a sampler knows which values are neighbours."""
-    values = list(hp.values)
+def _of_ordered(hp: _tuner_types.Hyperparameter) -> Parameter:
+    """Searches the rank of a number, so that a sampler knows which numbers are neighbours."""
+    values = sorted(hp.values)
+    texts = [_json.dumps(v) for v in values]
     # Of other values, the same index would mean something else.
     listed = ", ".join(texts)
     if len(listed) > _LONGEST_NAME:

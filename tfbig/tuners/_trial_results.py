@@ -68,7 +68,9 @@ def best_of(
         means = {n: float(np.mean([metrics[n] for metrics, _ in parts])) for n in sorted(names)}
         return means, int(np.mean([epoch for _, epoch in parts]))
     if not isinstance(results, keras.callbacks.History):
-        return tuner_utils.convert_to_metrics_dict(results, objective), 0
+        wanted = [o.name for o in getattr(objective, "objectives", [objective])]
+        metrics = tuner_utils.convert_to_metrics_dict(results, objective)
+        return single_numbers(metrics, wanted), 0
     return _best_epoch(results, objective)
 
 
