@@ -58,7 +58,8 @@ def recomputed(
     return holding("recomputation", (frozenset(map(id, layers)), compiled))
 
 
-_keras_call = Operation.__call__
+# The second pass is on the layer's stage, too.
+_keras_call = stages.placed_call
 
 
 @functools.wraps(_keras_call)
@@ -182,8 +183,7 @@ class _RepeatableCall:
             holding("reducer", self._refuse_loss),
         ):
             scope.state_mapping = state | scope.state_mapping
-            with stages.placing(self.layer):
-                outputs = _keras_call(self.layer, *args, **kwargs)
+            outputs = _keras_call(self.layer, *args, **kwargs)
         return outputs, scope
 
     def _gradient(

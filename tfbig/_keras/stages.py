@@ -31,6 +31,7 @@ __all__ = (
     "forget",
     "in_flight_of",
     "move",
+    "placed_call",
     "placing",
     "put",
     "stage_of",
@@ -202,7 +203,7 @@ def _placed(call: _types.AnyFunction) -> _types.AnyFunction:
 
 # A layer builds itself, and casts its inputs, before it is called as an operation.
 keras.Layer.__call__ = _placed(keras.Layer.__call__)
-Operation.__call__ = _placed(Operation.__call__)
+placed_call = Operation.__call__ = _placed(Operation.__call__)
 
 
 # --- Where everything else is computed --------------------------------------------------------
