@@ -13,7 +13,16 @@ import pytest
 
 from tests.tuners.tuner_space_test import typed
 from tfbig import errors
-from tfbig.tuners import HyperParameters, _grid_search, _hyperband, _oracle, _study, _trials
+from tfbig.tuners import (
+    HyperParameters,
+    _grid_search,
+    _hyperband,
+    _learning_study,
+    _ledger,
+    _oracle,
+    _study,
+    _trials,
+)
 
 RUNNING, IDLE, COMPLETED, STOPPED, INVALID, FAILED = (
     "RUNNING",
@@ -380,6 +389,67 @@ def test_hyperparameters_that_a_trial_meets_first_are_searched_from_then_on(make
     assert run(make(6))[-1].keys() == {"x"}
 
 
+def sixty(hp):
+    return hp.Int("a", 0, 9), hp.Choice("b", list("pqrstu"))
+
+
+@pytest.mark.parametrize("kind", [_oracle.StudyOracle, _grid_search.GridOracle])
+def test_processes_share_a_space_that_trials_define(make, kind, monkeypatch):
+    monkeypatch.setattr(_oracle, "_POLL_INTERVAL", 0.0)
+    oracles = [make(60, kind=kind) for _ in range(4)]
+    running = {}
+    count = collections.Counter()
+    rng = np.random.default_rng(0)
+    # All have joined before the first trial has ended.
+    for i, oracle in enumerate(oracles):
+        trial = oracle.create_trial("a")
+        assert trial.status == (IDLE if i else RUNNING)
+        if not i:
+            running[i] = trial
+    over = set()
+    while len(over) < 4:
+        i = int(rng.integers(4))
+        if i in running:
+            trial = running.pop(i)
+            sixty(trial.hyperparameters)
+            end(oracles[i], trial)
+            count[i] += 1
+            continue
+        trial = oracles[i].create_trial("a")
+        if trial.status == RUNNING:
+            running[i] = trial
+        elif trial.status == STOPPED:
+            over.add(i)
+    assert all(count[i] >= 5 for i in range(4))
+    values = values_of(oracles[0])
+    assert len(values) == 60
+    assert len({(v["a"], v["b"]) for v in values}) == 60
+
+
+def test_a_place_without_values_is_given_to_a_later_trial(make):
+    hp = HyperParameters()
+    hp.Choice("a", [1, 2])
+    run(make(3, hp), loss=lambda v: 0.0)
+    late = make(3, hp)
+    # As if another had tried the last values after this process had looked.
+    late._search.queue.take_new = lambda max_trials: late._ledger.take_new(max_trials)
+    assert late.create_trial("late").status == STOPPED
+    assert late.remaining_trials() == 1
+    wider = HyperParameters()
+    wider.Choice("a", [1, 2, 3])
+    assert [v["a"] for v in run(make(3, wider), loss=lambda v: 0.0)] == [1, 2, 3]
+
+
+def test_the_study_has_the_parameters_that_a_trial_asked_for(make):
+    """Samplers search together what all trials have."""
+    oracle = make(3)
+    for _ in range(3):
+        trial = oracle.create_trial("a")
+        x = trial.hyperparameters.Float("x", 0, 1)
+        end(oracle, trial, x)
+    assert [t.params["x"] for t in oracle.study.trials] == [v["x"] for v in values_of(oracle)]
+
+
 def test_new_hyperparameters_may_be_forbidden_or_left_alone(make):
     oracle = make(3, line(), allow_new_entries=False)
     trial = oracle.create_trial("tuner")
@@ -394,25 +464,98 @@ def test_new_hyperparameters_may_be_forbidden_or_left_alone(make):
     assert [hp.name for hp in oracle.get_space().space] == ["x"]
 
 
-def test_bounds_may_change_on_resume(make):
-    run(make(6, line()))
+def one(kind, *args, **kwargs):
     hp = HyperParameters()
-    hp.Float("x", 5, 6)
-    oracle = make(14, hp)
-    values = [v["x"] for v in run(oracle, loss=lambda v: v["x"])]
-    assert all(0 <= v <= 1 for v in values[:6])
-    assert all(5 <= v <= 6 for v in values[6:])
-    assert oracle.study.trials[-1].distributions["x"].high == 6
+    getattr(hp, kind)("x", *args, **kwargs)
+    return hp
 
 
-def test_choices_may_change_on_resume(make):
-    first, second = HyperParameters(), HyperParameters()
-    first.Choice("a", ["p", "q"])
-    second.Choice("a", ["p", "r", (1,)])
-    run(make(2, first), loss=lambda v: 0.0)
-    values = run(make(9, second), loss=lambda v: 0.0)
-    assert [v["a"] for v in values[:2]] == ["p", "q"]
-    assert as_set(values[2:]) == as_set([{"a": "r"}, {"a": (1,)}])
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("Float", {"min_value": 0, "max_value": 1}, {"min_value": -5, "max_value": 6}),
+        ("Int", {"min_value": 1, "max_value": 9}, {"min_value": 1, "max_value": 99}),
+        (
+            "Int",
+            {"min_value": 2, "max_value": 8, "step": 2},
+            {"min_value": 0, "max_value": 40, "step": 2},
+        ),
+        ("Choice", {"values": ["p", "q"]}, {"values": ["r", "q", (1,), "p"]}),
+        ("Choice", {"values": [8, 16]}, {"values": [4, 8, 12, 16, 32]}),
+    ],
+)
+def test_a_range_may_become_wider(make, kind, before, after, capsys):
+    def loss(values):
+        return values["x"] if isinstance(values["x"], int | float) else 0.0
+
+    run(make(2, one(kind, **before)), loss=loss)
+    oracle = make(4, one(kind, **after))
+    values = [v["x"] for v in run(oracle, loss=loss)]
+    assert len({str(v) for v in values}) == 4
+    (change,) = oracle.study.user_attrs["tfbig:changes"]
+    assert change["change"].startswith("x: ")
+    assert change["change"] in capsys.readouterr().out
+    # Once.
+    make(4, one(kind, **after)).create_trial("a")
+    assert len(oracle.study.user_attrs["tfbig:changes"]) == 1
+    with pytest.raises(errors.StudyError, match="may become wider"):
+        make(4, one(kind, **before)).create_trial("a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("Float", {"min_value": 0, "max_value": 1}, {"min_value": 0.5, "max_value": 6}),
+        ("Float", {"min_value": 1, "max_value": 2}, {"min_value": 5, "max_value": 6}),
+        (
+            "Float",
+            {"min_value": 1, "max_value": 2},
+            {"min_value": 1, "max_value": 2, "sampling": "log"},
+        ),
+        (
+            "Int",
+            {"min_value": 2, "max_value": 8, "step": 2},
+            {"min_value": 1, "max_value": 9, "step": 2},
+        ),
+        (
+            "Int",
+            {"min_value": 2, "max_value": 8, "step": 2},
+            {"min_value": 2, "max_value": 8, "step": 3},
+        ),
+        ("Choice", {"values": ["p", "q"]}, {"values": ["p", "r"]}),
+        ("Choice", {"values": [1, 2]}, {"values": [1.0, 2.0]}),
+        ("Fixed", {"value": 1}, {"value": 2}),
+    ],
+)
+def test_another_range_is_refused(make, kind, before, after):
+    run(first := make(2, one(kind, **before)), loss=lambda v: 0.0)
+    stored = content(first)
+    with pytest.raises(errors.StudyError, match=r"another range .x: .*, now ") as caught:
+        make(9, one(kind, **after), sampler="random").create_trial("a")
+    assert "overwrite=True" in str(caught.value)
+    assert content(make(2, one(kind, **before))) == stored
+
+
+@pytest.mark.parametrize("change", [{"sampler": "tpe"}, {"pruner": "median"}])
+def test_the_sampler_and_the_pruner_may_change_on_resume(make, change, capsys):
+    run(make(3, line(), sampler="random"))
+    oracle = make(5, line(), **{"sampler": "random"} | change)
+    assert len(run(oracle)) == 5
+    ((name, value),) = change.items()
+    (noted,) = oracle.study.user_attrs["tfbig:changes"]
+    assert noted["change"].startswith(f"{name}: ")
+    assert noted["change"].endswith(f", now {value}")
+    assert noted["change"] in capsys.readouterr().out
+    # The new one is what the search has from now on.
+    assert len(run(make(6, line(), **{"sampler": "random"} | change))) == 6
+    assert len(oracle.study.user_attrs["tfbig:changes"]) == 1
+
+
+def test_the_sampler_does_not_change_while_others_search(make, monkeypatch):
+    make(3, line(), sampler="random").create_trial("a")
+    monkeypatch.setattr(_ledger.Ledger, "has_others", lambda self: True)
+    with pytest.raises(errors.StudyError, match=r"Other processes .*sampler: 'random'"):
+        make(3, line(), sampler="tpe").create_trial("b")
 
 
 def test_a_hyperparameter_more_on_resume_is_searched(make, sampler):
@@ -475,6 +618,59 @@ def test_infeasible_trials_are_no_failures(make, letters):
     statuses = [t.status for t in oracle.trials.values()][:-1]
     words = {"C": COMPLETED, "F": FAILED, "I": INVALID, "N": INVALID}
     assert statuses == [words[letter] for letter in letters]
+
+
+def infeasible_trials(make, sampler, seed):
+    """How many of the last 30 of 60 trials are infeasible, if most of the best part is."""
+    hp = HyperParameters()
+    hp.Float("x", 0, 1)
+    hp.Float("y", 0, 1)
+    oracle = make(60, hp, sampler=sampler, seed=seed, project=f"{sampler} {seed}", storage="memory")
+    while (trial := oracle.create_trial("a")).status == RUNNING:
+        x, y = (trial.hyperparameters.values[n] for n in "xy")
+        if y > 0.2 + 0.5 * x:
+            end(oracle, trial, status=INVALID, why=_trials.INFEASIBLE)
+        else:
+            end(oracle, trial, (x - 0.2) ** 2 + (y - 0.4) ** 2)
+    return sum(t.status == INVALID for t in list(oracle.trials.values())[30:])
+
+
+# NSGA-II learns from generations of 50 trials.
+@pytest.mark.parametrize("name", ["tpe", "hyperopt", "cmaes", "gp"])
+def test_samplers_learn_from_infeasible_trials(make, name):
+    for module in SAMPLERS[name]:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"the sampler {name} needs {module}")
+    learned = sum(infeasible_trials(make, name, seed) for seed in range(3))
+    by_chance = sum(infeasible_trials(make, "random", seed) for seed in range(3))
+    assert learned < by_chance
+
+
+def test_infeasible_trials_look_worse_than_all_complete_ones():
+    trials = [
+        optuna.trial.create_trial(
+            state=optuna.trial.TrialState.COMPLETE if values else optuna.trial.TrialState.FAIL,
+            values=values,
+            params={"x": 0.5},
+            distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
+            user_attrs={} if values else {"tfbig:why": why},
+            constraints={"size": -1.0} if values else None,
+        )
+        for values, why in (([3.0, 1.0], ""), (None, "infeasible"), ([1.0, 2.0], ""), (None, ""))
+    ]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    directions = [optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE]
+    seen = _learning_study.penalized(trials, directions)
+    assert [t.state.name for t in seen] == ["COMPLETE"] * 3 + ["FAIL"]
+    assert seen[1].values == [3.0, 1.0]
+    assert [t.constraints for t in seen[:3]] == [
+        {"size": -1.0, "tfbig:infeasible": 0.0},
+        {"size": 0.0, "tfbig:infeasible": 1.0},
+        {"size": -1.0, "tfbig:infeasible": 0.0},
+    ]
+    assert trials[1].state.name == "FAIL"
+    assert trials[0].constraints == {"size": -1.0}
 
 
 def test_how_many_failures_in_a_row_are_borne_is_an_option(make):
@@ -1031,8 +1227,6 @@ def content(oracle):
         ({"objective": keras_tuner.Objective("loss", "max")}, "direction"),
         ({"objective": keras_tuner.Objective("accuracy", "min")}, "objective"),
         ({"objective": ["loss", "val_loss"]}, "direction"),
-        ({"sampler": "tpe"}, "'random', expected 'tpe'"),
-        ({"pruner": "median"}, "pruner"),
         ({"seed": 5}, "seed"),
         ({"kind": _grid_search.GridOracle}, "oracle"),
         ({"kind": _hyperband.HyperbandOracle, "max_epochs": 9}, "oracle"),

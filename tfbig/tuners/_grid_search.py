@@ -5,6 +5,7 @@ from typing import Unpack
 
 from tfbig.tuners import (
     _agreement,
+    _json,
     _options,
     _oracle,
     _proposals,
@@ -23,8 +24,8 @@ class GridQueue(_queue.TrialQueue):
 
     def take_new(self, max_trials: int | None) -> int | None:
         while isinstance(values := self._proposals.first_untried(), dict):
-            index = self._ledger.take_new(max_trials, claim=_proposals.name_of(values))
-            is_full = max_trials is not None and len(self._ledger.trials()) >= max_trials
+            index = self._ledger.take_new(max_trials, claim=_json.name_of(values))
+            is_full = max_trials is not None and self._ledger.taken() >= max_trials
             if index is not None or is_full:
                 return index
         return None

@@ -12,7 +12,6 @@ from optuna.trial import TrialState
 
 from tfbig import errors
 from tfbig.tuners import (
-    _json,
     _ledger,
     _objectives,
     _options,
@@ -126,6 +125,8 @@ class BracketQueue(_queue.TrialQueue):
     def take_paused(self) -> int | None:
         by_bracket: dict[int, list[_ledger.TrialRow]] = {}
         for row in self._ledger.trials():
+            if row.state == _ledger.VOID:
+                continue
             by_bracket.setdefault(self.bracket_of(row.index), []).append(row)
         is_exhausted: bool | None = None
         for number, rows in by_bracket.items():
@@ -173,9 +174,6 @@ class BracketQueue(_queue.TrialQueue):
             self._score_trial(running.trial)
         if not math.isfinite(running.trial.score):
             return False
-        values = _json.dumps(running.trial.hyperparameters.values)
-        storage = self._trials.study._storage
-        storage.set_trial_user_attr(running.storage_id, _trials.VALUES, values)
         scores = _note(row)["scores"] | {str(rung): float(running.trial.score)}
         self._ledger.set_state(running.index, _ledger.PAUSED, scores=scores)
         return True

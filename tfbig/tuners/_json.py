@@ -3,6 +3,7 @@
 A tuple stays a tuple, True is not 1, 1.0 is not 1, and a float stays the same to the bit.
 """
 
+import hashlib
 import json
 import math
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ import numpy as np
 from tfbig import errors
 from tfbig.tuners import _tuner_types
 
-__all__ = ("canonical", "dumps", "loads")
+__all__ = ("canonical", "dumps", "loads", "name_of")
 
 # What `json` reads and writes.
 _Json: TypeAlias = Any
@@ -40,6 +41,11 @@ def loads(text: str) -> _tuner_types.Value:
 def canonical(value: _tuner_types.Value) -> _tuner_types.Value:
     """The value with NumPy's scalars converted to Python's."""
     return loads(dumps(value))
+
+
+def name_of(value: _tuner_types.Value) -> str:
+    """A short name for a value, such as a combination of values, that no other has."""
+    return hashlib.sha256(dumps(value).encode()).hexdigest()[:40]
 
 
 def _encoded(value: _tuner_types.Value) -> _Json:

@@ -59,8 +59,9 @@ _SEARCH_METADATA = sa.Table(
 )
 
 # The states of a trial: a process runs it, or may take it; it waits to be continued; its result is
-# in the note; its result is in the study as well.
-RUNNING, PAUSED, ENDED, RECORDED = "running", "paused", "ended", "told"
+# in the note; its result is in the study as well; there were no values for it, so that its place is
+# free.
+RUNNING, PAUSED, ENDED, RECORDED, VOID = "running", "paused", "ended", "told", "void"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class TrialRow:
         owner: The process that runs it; "" if none does.
         heartbeat: How often the owner has said that it still runs.
         deaths: How often the trial was taken from a process that had died.
-        state: `RUNNING`, `PAUSED`, `ENDED` or `RECORDED`.
+        state: `RUNNING`, `PAUSED`, `ENDED`, `RECORDED` or `VOID`.
         note: JSON, what the search needs to know of the trial besides the study.
     """
 
@@ -120,30 +121,51 @@ class Ledger:
         with self._engine.begin() as connection:
             return [TrialRow(*row) for row in connection.execute(query.order_by(columns[0]))]
 
+    def count(self, *states: str) -> int:
+        """How many trials are in one of some states."""
+        where = self._where(_TRIALS), _TRIALS.c["state"].in_(states)
+        query = sa.select(sa.func.count()).select_from(_TRIALS).where(*where)
+        with self._engine.begin() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def taken(self) -> int:
+        """How many places are not free: each of these trials runs, or has had values."""
+        return self.count(RUNNING, PAUSED, ENDED, RECORDED)
+
     def take_new(self, max_trials: int | None, claim: str | None = None) -> int | None:
-        """Adds the next trial, owned by this process, and claims a name for it.
+        """Takes a free place, or adds one, for a trial of this process; claims a name for it.
 
         Returns:
-            Its index; None if there are `max_trials` already, or if another has the name.
+            The index of the trial; None if there are `max_trials` already, or if another has the
+            name.
         """
+        while True:
+            for row in self.trials(state=VOID):
+                if self.take(row, note="{}"):
+                    if claim is None or self.claim(row.index, claim):
+                        return row.index
+                    self.set_state(row.index, VOID)
+                    return None
+            try:
+                return self._add(max_trials, claim)
+            except sa.exc.IntegrityError:  # Another process was faster.
+                if claim is not None and self.claims(name=claim):
+                    return None
+
+    def _add(self, max_trials: int | None, claim: str | None) -> int | None:
         count = sa.select(sa.func.count()).where(self._where(_TRIALS))
         new = {"study": self._study, "owner": self.owner, "heartbeat": 0, "deaths": 0}
-        while True:
-            try:
-                with self._engine.begin() as connection:
-                    index: int = connection.execute(count).scalar_one()
-                    if max_trials is not None and index >= max_trials:
-                        return None
-                    connection.execute(
-                        _TRIALS.insert().values(index=index, state=RUNNING, note="{}", **new)
-                    )
-                    if claim is not None:
-                        values = {"study": self._study, "name": claim, "index": index}
-                        connection.execute(_CLAIMS.insert().values(**values))
-                return index
-            except sa.exc.IntegrityError:  # Another process was faster.
-                if claim in self.claims():
-                    return None
+        with self._engine.begin() as connection:
+            index: int = connection.execute(count).scalar_one()
+            if max_trials is not None and index >= max_trials:
+                return None
+            connection.execute(
+                _TRIALS.insert().values(index=index, state=RUNNING, note="{}", **new)
+            )
+            if claim is not None:
+                values = {"study": self._study, "name": claim, "index": index}
+                connection.execute(_CLAIMS.insert().values(**values))
+        return index
 
     def take(self, row: TrialRow, note: str | None = None, died: bool = False) -> bool:
         """Makes this process the owner of a trial, unless the trial has changed since it was seen.

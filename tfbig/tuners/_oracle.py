@@ -5,6 +5,7 @@ decides which trial runs next, `_running` records what running trials report, `_
 trials, and `_views` shows them to KerasTuner.
 """
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -170,24 +171,35 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
                 self.directions,
                 self._grace,
             )
-            self.seed = _agreement.agree_on_settings(
+            space = _agreement.SharedSpace(ledger, self._study_in_words)
+            initial = {hp.name for hp in self.hyperparameters.space}
+            wider = space.check(self.hyperparameters)
+            self.seed, changed = _agreement.agree_on_settings(
                 ledger, self._study_in_words, self._settings(), self.seed
             )
             _study.name_metrics(study, self._objectives.names)
-            self._opened = self._parts(study, ledger, self.seed)
-            self._share_space()
+            space.push(self.hyperparameters)
+            _agreement.record_changes(study, changed + wider)
+            self._opened = self._parts(study, ledger, self.seed, space, initial)
         return self._opened
 
-    def _parts(self, study: optuna.Study, ledger: Ledger, seed: int) -> Search:
+    def _parts(
+        self,
+        study: optuna.Study,
+        ledger: Ledger,
+        seed: int,
+        space: _agreement.SharedSpace,
+        initial: set[str],
+    ) -> Search:
         objectives = self._objectives
         trials = _trials.Trials(study, ledger, self._sampler, self._pruner, seed)
-        initial = {hp.name for hp in self.hyperparameters.space}
         proposals = _proposals.Proposals(
             trials, seed, self._known_hyperparameters, self._values_of, initial
         )
         running = _running.RunningTrials(trials, objectives, self._pruner is not None)
         return Search(
             seed,
+            space,
             trials,
             self._new_queue(trials, proposals),
             proposals,
@@ -222,10 +234,6 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
             "pruner": self._pruner.name if self._pruner else "none",
         }
 
-    def _share_space(self) -> None:
-        if self._opened is not None:
-            _agreement.share_space(self._ledger, self._study_in_words, self.hyperparameters)
-
     def begin_anew(self) -> None:
         """Removes the study.
 
@@ -257,6 +265,10 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         self._budget = _budget.Budget(max_seconds, max_total_epochs)
         self._search.outcomes.begin_search()
         self._ledger.join()
+
+    def one_look(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the study is read once, which saves time."""
+        return self._search.trials.one_look()
 
     # --- Trials, as KerasTuner sees them ---
 
@@ -295,7 +307,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
 
     def remaining_trials(self) -> int | None:
         """How many trials may still begin, in all processes; None for any number."""
-        return None if self.max_trials is None else self.max_trials - len(self._ledger.trials())
+        return None if self.max_trials is None else self.max_trials - self._ledger.taken()
 
     # The study stores everything at once, so that there is no other state to save.
 
@@ -316,8 +328,8 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         """Adds new hyperparameters, here and for all processes."""
         before = len(self.hyperparameters.space)
         super().update_space(hyperparameters)
-        if len(self.hyperparameters.space) > before:
-            self._share_space()
+        if len(self.hyperparameters.space) > before and self._opened is not None:
+            self._opened.space.push(self.hyperparameters)
 
     # --- Proposing a trial ---
 
@@ -331,6 +343,12 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         search = self._search
         if (running := search.running.of_tuner(tuner_id)) is not None:
             return running.trial
+        with search.trials.one_look():
+            return self._next_trial(search, tuner_id)
+
+    def _next_trial(self, search: Search, tuner_id: str) -> _tuner_types.Trial:
+        # Others may have found hyperparameters that this process has not.
+        search.space.pull(self.hyperparameters)
         search.trials.record_ended()
         search.outcomes.check_failures(self.max_consecutive_failed_trials)
         found = None if self._is_spent() else search.queue.next(self.max_trials)
@@ -386,8 +404,8 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
 
     def _duplicate(self, values: _tuner_types.Values) -> bool:
         """Whether a trial has these values; KerasTuner's, for an overridden `populate_space`."""
-        names = {_proposals.name_of(t.hyperparameters.values) for t in self.trials.values()}
-        return _proposals.name_of(values) in names
+        names = {_json.name_of(t.hyperparameters.values) for t in self.trials.values()}
+        return _json.name_of(values) in names
 
     # --- Recording a trial ---
 
@@ -474,13 +492,22 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         running = search.running.get(trial.trial_id)
         if running is None:
             return
+        with search.trials.one_look():
+            self._end(search, running, trial)
+
+    def _end(
+        self, search: Search, running: _running.RunningTrial, trial: _tuner_types.Trial
+    ) -> None:
         running.stop_heartbeat()
         kept = running.trial
         kept.status, kept.message = trial.status, trial.message
         kept.hyperparameters = trial.hyperparameters
         self.update_space(kept.hyperparameters)
         kept.hyperparameters.ensure_active_values()
-        search.proposals.claim(running.index, kept.hyperparameters.values)
+        values = kept.hyperparameters.values
+        search.proposals.claim(running.index, values)
+        if not running.is_lost:
+            search.trials.store_found(running.index, self.hyperparameters, values)
         is_paused = kept.status == _STATUS.COMPLETED and search.queue.pause(running)
         search.running.remove(trial.trial_id)
         if is_paused:

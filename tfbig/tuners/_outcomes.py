@@ -142,6 +142,12 @@ class Outcomes:
 
     def check_failures(self, max_consecutive: int) -> None:
         """Raises if so many trials in a row have failed since the search began."""
+        failed = (
+            t.user_attrs.get(_trials.WHY) == _trials.BROKEN
+            for t in self._trials.by_index().values()
+        )
+        if sum(failed) < max_consecutive:
+            return
         count, message = 0, ""
         for frozen in self._trials.ended()[self._ended_before :]:
             why = frozen.user_attrs.get(_trials.WHY)
@@ -170,7 +176,7 @@ def _attrs(trial: _tuner_types.Trial, why: str | None) -> dict[str, str | int]:
     attrs = {
         _trials.VALUES: _json.dumps(trial.hyperparameters.values),
         _trials.METRICS: json.dumps(trial.metrics.get_config()),
-        _trials.BEST_STEP: int(trial.best_step or 0),
+        _trials.BEST_STEP: int(trial.best_step or 0) or None,
         _trials.WHY: why,
         _trials.MESSAGE: trial.message,
     }

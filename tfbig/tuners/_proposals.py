@@ -1,27 +1,21 @@
 """Values to try next; each combination belongs to one trial alone."""
 
 import enum
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Literal
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from tfbig.tuners import _json, _space, _study, _trials, _tuner_types
+from tfbig.tuners import _json, _learning_study, _space, _study, _trials, _tried, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("EXHAUSTED", "Proposals", "name_of")
+__all__ = ("EXHAUSTED", "Proposals")
 
 # After so many suggestions that were tried before, the first untried combination is taken.
 _MAX_COLLISIONS = 20
-
-
-def name_of(values: _tuner_types.Values) -> str:
-    """The name by which a combination is claimed."""
-    return hashlib.sha256(_json.dumps(values).encode()).hexdigest()[:40]
 
 
 class Exhausted(enum.Enum):
@@ -57,7 +51,12 @@ class Proposals:
         self._seed = seed
         self._hyperparameters = hyperparameters
         self._values_of = values_of
-        self._initial = initial
+        self._tried = _tried.TriedCombinations(trials, hyperparameters, initial)
+        # The combinations of so many hyperparameters that were not looked at yet; the last one that
+        # was, unless it is known to be tried.
+        self._size = -1
+        self._rest: Iterator[_tuner_types.Values] = iter(())
+        self._candidate: _tuner_types.Values | None = None
 
     def values_for(self, index: int) -> _tuner_types.Values | None:
         """Values claimed for a trial; None if the space is exhausted."""
@@ -65,14 +64,14 @@ class Proposals:
             values = _space.default_values(self._hyperparameters())
             if self.claim(index, values):
                 return values
-        is_known = self._known()
+        is_tried = self._is_tried()
         for attempt in range(_MAX_COLLISIONS):
             # Seeded for each trial, so that a resumed search makes the same suggestions.
             seeds = np.random.SeedSequence([self._seed, index, attempt])
             with _study.quiet():
                 self._trials.seed(int(seeds.generate_state(1)[0]))
                 values = self._suggestion(self._trials.by_index()[index])
-            if not is_known(values) and self.claim(index, values):
+            if not is_tried(values) and self.claim(index, values):
                 return values
         while isinstance(untried := self.first_untried(), dict):
             if self.claim(index, untried):
@@ -84,6 +83,9 @@ class Proposals:
         """What the sampler suggests for a trial; nothing is stored."""
         study, sampler = self._trials.study, self._trials.study.sampler
         filtered = optuna.pruners._filter_study(study, frozen)
+        # Hyperband's pruner shows the trials of a bracket.
+        seen = self._trials.all if filtered is study else filtered.get_trials
+        filtered = _learning_study.LearningStudy(filtered, seen)
         sampler.before_trial(filtered, frozen)
         space = sampler.infer_relative_search_space(filtered, frozen)
         relative = sampler.sample_relative(filtered, frozen, space)
@@ -102,55 +104,36 @@ class Proposals:
 
     def claim(self, index: int, values: _tuner_types.Values) -> bool:
         """Claims a combination for a trial; returns whether the trial has it now."""
-        return self._ledger.claim(index, name_of(values))
+        return self._ledger.claim(index, _json.name_of(values))
 
     def claimed(self, index: int) -> _tuner_types.Values | None:
         """The combination that a trial has claimed in a finite space; None if there is none."""
         own = self._ledger.claims(index=index)
         if not own or self._is_infinite():
             return None
-        return next((v for v in self._combinations() if name_of(v) in own), None)
+        return next((v for v in self._combinations() if _json.name_of(v) in own), None)
 
     def first_untried(self) -> _tuner_types.Values | Literal[Exhausted.EXHAUSTED] | None:
         """The first combination that no trial has, or `EXHAUSTED`; None in an infinite space."""
         if self._is_infinite():
             return None
-        claims, is_known = self._ledger.claims(), self._known()
-        for values in self._combinations():
-            if name_of(values) not in claims and not is_known(values):
-                return values
-        return EXHAUSTED
+        size = len(self._hyperparameters().space)
+        if size != self._size:
+            self._size, self._rest, self._candidate = size, self._combinations(), None
+        is_tried = self._tried.look()
+        while True:
+            # What was tried stays so: each combination is looked at until then.
+            if self._candidate is None:
+                self._candidate = next(self._rest, None)
+            if self._candidate is None:
+                return EXHAUSTED
+            is_claimed = self._ledger.claims(name=_json.name_of(self._candidate))
+            if not is_claimed and not is_tried(self._candidate):
+                return self._candidate
+            self._candidate = None
 
-    def _known(self) -> Callable[[_tuner_types.Values], bool]:
-        """Returns a function: was a combination tried by a trial with fewer hyperparameters?
-
-        A completed trial that never asked for a hyperparameter does not depend on it, whatever its
-        value. Two cases differ: if the program has had the hyperparameter from the beginning, or if
-        the trial may still ask for it, the trial counts as one with its default.
-        """
-        if self._is_infinite():
-            return lambda values: False
-        found: dict[frozenset[str], set[str]] = {}
-        hps = self._hyperparameters().copy()
-        for trial in self._trials.by_index().values():
-            if _trials.VALUES not in trial.user_attrs:
-                continue
-            own = _json.loads(trial.user_attrs[_trials.VALUES])
-            hps.values = dict(own)
-            hps.ensure_active_values()
-            added = hps.values.keys() - own.keys()
-            if trial.state == TrialState.COMPLETE:
-                added &= self._initial
-            values = {n: v for n, v in hps.values.items() if n in own or n in added}
-            found.setdefault(frozenset(values), set()).add(name_of(values))
-
-        def is_known(values: _tuner_types.Values) -> bool:
-            return any(
-                names <= values.keys() and name_of({n: values[n] for n in names}) in known
-                for names, known in found.items()
-            )
-
-        return is_known
+    def _is_tried(self) -> Callable[[_tuner_types.Values], bool]:
+        return (lambda values: False) if self._is_infinite() else self._tried.look()
 
     def _is_infinite(self) -> bool:
         return any(self._values_of(hp) is None for hp in self._hyperparameters().space)

@@ -56,8 +56,7 @@ class TrialQueue:
 
     def is_over(self) -> bool:
         """Whether no trial runs or is paused; until then, one may become free."""
-        rows = self._ledger.trials()
-        return not any(row.state in (_ledger.RUNNING, _ledger.PAUSED) for row in rows)
+        return not self._ledger.count(_ledger.RUNNING, _ledger.PAUSED)
 
     def take_paused(self) -> int | None:
         """Hook: a paused trial that continues now, owned by this process; None if there is none."""
@@ -83,7 +82,8 @@ class TrialQueue:
         if values is None:
             values = self._values_for(index)
         if values is None:
-            # Since this process looked, another has taken the last values.
+            # Since this process looked, another has taken the last values. Its place becomes free:
+            # there may be values again once more hyperparameters are known.
             self._trials.end(index, TrialState.FAIL, {_trials.WHY: _trials.VOID})
             return None
         return self._trials.store(frozen, self._hyperparameters(), values)

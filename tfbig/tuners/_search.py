@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tfbig.tuners import _outcomes, _proposals, _queue, _running, _trials, _views
+from tfbig.tuners import _agreement, _outcomes, _proposals, _queue, _running, _trials, _views
 
 __all__ = ("Search",)
 
@@ -13,6 +13,7 @@ class Search:
 
     Attributes:
         seed: The seed of the search, the same in all processes.
+        space: The hyperparameters that all processes know.
         trials: The trials in the study.
         queue: Decides which trial runs next.
         proposals: Values that no trial has.
@@ -22,6 +23,7 @@ class Search:
     """
 
     seed: int
+    space: _agreement.SharedSpace
     trials: _trials.Trials
     queue: _queue.TrialQueue
     proposals: _proposals.Proposals

@@ -13,9 +13,11 @@ from tfbig.tuners import _json, _tuner_types
 __all__ = (
     "all_values",
     "combinations",
+    "contains",
     "default_values",
     "grid_values",
     "parameters_of",
+    "range_of",
     "suggested",
 )
 
@@ -276,3 +278,31 @@ def _default_first(
 def default_values(hyperparameters: hps.HyperParameters) -> _tuner_types.Values:
     """The defaults of all active hyperparameters."""
     return next(combinations(hyperparameters, grid_values))
+
+
+def range_of(hp: _tuner_types.Hyperparameter) -> str:
+    """What a hyperparameter may be, in words that are the same for the same range."""
+    if isinstance(hp, hps.Int | hps.Float):
+        step = f", step {hp.step!r}" if _is_stepped(hp) else ""
+        scale = "" if hp.sampling == "linear" else f", {hp.sampling}"
+        return f"{hp.min_value!r} to {hp.max_value!r}{step}{scale}"
+    if isinstance(hp, hps.Fixed):
+        return _json.dumps(hp.value)
+    return ", ".join(sorted(map(_json.dumps, hp.values)))
+
+
+def _is_stepped(hp: _tuner_types.Hyperparameter) -> bool:
+    is_by_one = isinstance(hp, hps.Int) and hp.sampling == "linear" and hp.step == 1
+    return hp.step is not None and not is_by_one
+
+
+def contains(hp: _tuner_types.Hyperparameter, other: _tuner_types.Hyperparameter) -> bool:
+    """Whether a hyperparameter may have all values that another of its kind may have."""
+    if isinstance(hp, hps.Int | hps.Float):
+        is_alike = (hp.step, hp.sampling) == (other.step, other.sampling)
+        if not is_alike or not hp.min_value <= other.min_value <= other.max_value <= hp.max_value:
+            return False
+        return not _is_stepped(hp) or set(other.values) <= set(hp.values)
+    if isinstance(hp, hps.Fixed):
+        return range_of(hp) == range_of(other)
+    return set(map(_json.dumps, other.values)) <= set(map(_json.dumps, hp.values))

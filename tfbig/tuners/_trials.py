@@ -1,7 +1,8 @@
 """The trials of a search: what the study and the ledger hold of each."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
@@ -36,6 +37,8 @@ def epochs_of(trial: FrozenTrial) -> int:
 class Trials:
     """The trials in a study, by their index in the ledger.
 
+    Reading a study takes longer than most of what is done with it. `one_look` reads it once.
+
     Args:
         study: The study, whose sampler and pruner this sets.
         ledger: The ledger beside it.
@@ -56,6 +59,12 @@ class Trials:
         self.ledger = ledger
         self._search_seed = seed
         self._sampler = sampler
+        # During `one_look`: the trials by number, and those that are not void by index.
+        self._seen: dict[int, FrozenTrial] | None = None
+        self._by_index: dict[int, FrozenTrial] = {}
+        # The numbers of trials that have ended, which do not change any more, and what they had.
+        self._ended: set[int] = set()
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {}
         with _study.quiet():
             study.pruner = pruner.make(seed, seed) if pruner else optuna.pruners.NopPruner()
 
@@ -63,11 +72,38 @@ class Trials:
         """Gives the study a fresh sampler, seeded for a trial."""
         self.study.sampler = self._sampler.make(seed, self._search_seed)
 
+    @contextlib.contextmanager
+    def one_look(self) -> Iterator[None]:
+        """Within, the study is read once; what this process writes is seen at once."""
+        if self._seen is not None:
+            yield
+            return
+        trials = self.study.get_trials(deepcopy=False)
+        self._seen, self._by_index = {t.number: t for t in trials}, _by_index(trials)
+        try:
+            yield
+        finally:
+            self._seen = None
+
+    def all(self) -> list[FrozenTrial]:
+        """The study's trials, in order; void ones as well."""
+        if self._seen is not None:
+            return list(self._seen.values())
+        return self.study.get_trials(deepcopy=False)
+
+    def _written(self, frozen: FrozenTrial) -> FrozenTrial:
+        if self._seen is not None:
+            self._seen[frozen.number] = frozen
+            index = frozen.user_attrs[INDEX]
+            if frozen.user_attrs.get(WHY) != VOID:
+                self._by_index[index] = frozen
+            else:
+                self._by_index.pop(index, None)
+        return frozen
+
     def by_index(self) -> dict[int, FrozenTrial]:
         """The study's trials by index, without void ones."""
-        trials = self.study.get_trials(deepcopy=False)
-        found = {t.user_attrs[INDEX]: t for t in trials if INDEX in t.user_attrs}
-        return {index: t for index, t in found.items() if t.user_attrs.get(WHY) != VOID}
+        return self._by_index if self._seen is not None else _by_index(self.all())
 
     def ended(self) -> list[FrozenTrial]:
         """The trials that have ended, in the order in which they did."""
@@ -76,9 +112,14 @@ class Trials:
 
     def known_distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         """The distributions of all parameters that a trial has had, by name."""
-        known: dict[str, optuna.distributions.BaseDistribution] = {}
-        for trial in self.study.get_trials(deepcopy=False):
+        known = dict(self._distributions)
+        for trial in self.all():
+            if trial.number in self._ended:
+                continue
             known |= trial.distributions
+            if trial.state.is_finished():
+                self._distributions |= trial.distributions
+                self._ended.add(trial.number)
         return known
 
     def of(self, index: int) -> FrozenTrial:
@@ -89,7 +130,8 @@ class Trials:
         # In one step, so that no trial is ever without its index.
         made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={INDEX: index})
         storage = self.study._storage
-        return storage.get_trial(storage.create_new_trial(self.study._study_id, made))
+        trial_id = storage.create_new_trial(self.study._study_id, made)
+        return self._written(storage.get_trial(trial_id))
 
     def store(
         self,
@@ -102,11 +144,22 @@ class Trials:
         params, distributions = _space.parameters_of(
             hyperparameters, values, self.known_distributions()
         )
-        for name, value in params.items():
+        for name in [n for n in params if n not in frozen.params]:
             d = distributions[name]
-            storage.set_trial_param(trial_id, name, d.to_internal_repr(value), d)
+            storage.set_trial_param(trial_id, name, d.to_internal_repr(params[name]), d)
         storage.set_trial_user_attr(trial_id, VALUES, _json.dumps(values))
-        return storage.get_trial(trial_id)
+        return self._written(storage.get_trial(trial_id))
+
+    def store_found(
+        self, index: int, hyperparameters: HyperParameters, values: _tuner_types.Values
+    ) -> None:
+        """Stores the values of a trial, if it has asked for more since they were stored.
+
+        Samplers learn most from trials that have all parameters.
+        """
+        frozen = self.by_index().get(index)
+        if frozen is not None and frozen.user_attrs.get(VALUES) != _json.dumps(values):
+            self.store(frozen, hyperparameters, values)
 
     def end(
         self,
@@ -126,34 +179,49 @@ class Trials:
 
     def record_ended(self) -> None:
         """Writes ended trials to the study, also those whose process died before it could."""
-        ended = [row for row in self.ledger.trials() if row.state == _ledger.ENDED]
+        ended = self.ledger.trials(state=_ledger.ENDED)
         if not ended:
             return
-        trials = self.by_index()
-        for row in ended:
-            frozen = trials.get(row.index)
-            if frozen is not None and not frozen.state.is_finished():
-                try:
-                    self._record(frozen, json.loads(row.note)["end"])
-                except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                    # Another process was faster, and wrote the same.
-                    if not self.study._storage.get_trial(frozen._trial_id).state.is_finished():
-                        raise
-            self.ledger.advance(row, _ledger.RECORDED)
+        with self.one_look():
+            trials = self.by_index()
+            for row in ended:
+                end = json.loads(row.note)["end"]
+                frozen = trials.get(row.index)
+                if frozen is not None and not frozen.state.is_finished():
+                    self._record(frozen, end)
+                is_void = end["attrs"].get(WHY) == VOID
+                self.ledger.advance(row, _ledger.VOID if is_void else _ledger.RECORDED)
 
     # `end` is of JSON: the arguments of `Trials.end`.
     def _record(self, frozen: FrozenTrial, end: dict[str, Any]) -> None:
         storage, trial_id, state = self.study._storage, frozen._trial_id, TrialState[end["state"]]
-        for name, value in end["attrs"].items():
-            storage.set_trial_user_attr(trial_id, name, value)
-        for name, value in (end["constraints"] or {}).items():
-            storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
-        if state == TrialState.FAIL:
-            storage.set_trial_state_values(trial_id, state, None)
-            return
-        with _study.quiet():
-            self.seed()
-            self.study.tell(frozen.number, end["values"], state)
+        try:
+            for name, value in end["attrs"].items():
+                if frozen.user_attrs.get(name) != value:
+                    storage.set_trial_user_attr(trial_id, name, value)
+            for name, value in (end["constraints"] or {}).items():
+                storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
+            if state == TrialState.FAIL:
+                storage.set_trial_state_values(trial_id, state, None)
+            else:
+                with _study.quiet():
+                    self.seed()
+                    self.study.tell(frozen.number, end["values"], state)
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+            # Another process was faster, and wrote the same.
+            if not storage.get_trial(trial_id).state.is_finished():
+                raise
+        self._written(storage.get_trial(trial_id))
+
+
+def _by_index(trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+    # Of the same index, the last one: its place was free after the others.
+    found: dict[int, FrozenTrial] = {}
+    for trial in trials:
+        attrs = trial.user_attrs
+        if INDEX in attrs and attrs.get(WHY) != VOID:
+            found[attrs[INDEX]] = trial
+    return found
 
 
 _STATUS = kt_trial.TrialStatus

@@ -119,6 +119,9 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
         options = declared(tfbig.Model)
         given = {name: kwargs.pop(name) for name in options.keys() & kwargs.keys()}  # type: ignore[misc]
         self._model_options = {k: v for k, v in given.items() if v != options[k].default}
+        # The trials that had ended, and those whose weights were kept, when weights were removed.
+        self._seen_ended: set[str] = set()
+        self._kept: set[str] = set()
         self._max_seconds = max_seconds
         self._max_total_epochs = max_total_epochs
         oracle._set_project_dir(directory or ".", project_name or "untitled_project")
@@ -261,19 +264,21 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
 
     def on_trial_end(self, trial: _tuner_types.Trial) -> None:
         """Tells the study, and removes weights that are no longer among the best."""
-        self.oracle.end_trial(trial)
-        if self._workers.is_chief:
-            self._remove_worse()
+        with self.oracle.one_look():
+            self.oracle.end_trial(trial)
+            if self._workers.is_chief:
+                self._remove_worse()
 
     def _remove_worse(self) -> None:
         best = {t.trial_id for t in self.oracle.get_best_trials(self._keep_best_k)}
-        for trial in self.oracle.trials.values():
-            if trial.status == _STATUS.RUNNING:
-                continue
-            directory = pathlib.Path(self.project_dir, f"trial_{trial.trial_id}")
+        ended = {t.trial_id for t in self.oracle.trials.values() if t.status != _STATUS.RUNNING}
+        # Of those that ended before, only what was among the best can have become worse.
+        for trial_id in (ended - self._seen_ended) | (self._kept - best):
+            directory = pathlib.Path(self.project_dir, f"trial_{trial_id}")
             shutil.rmtree(directory / STATE, ignore_errors=True)
-            if trial.trial_id not in best:
+            if trial_id not in best:
                 (directory / CHECKPOINT).unlink(missing_ok=True)
+        self._seen_ended, self._kept = ended, best
 
     def run_trial(
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any

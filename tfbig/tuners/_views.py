@@ -1,5 +1,6 @@
 """The trials of a search as KerasTuner sees them."""
 
+import heapq
 from collections.abc import Callable
 
 from optuna.trial import FrozenTrial, TrialState
@@ -68,11 +69,10 @@ class TrialViews:
     def best(self, count: int) -> list[_tuner_types.Trial]:
         """The best feasible trials, best first; with several objectives, the Pareto front."""
         if not self._objectives.is_single:
-            best = self._trials.study.best_trials
+            best = [t for t in self._trials.study.best_trials if _trials.INDEX in t.user_attrs]
         else:
             complete = (
                 t for t in self._trials.by_index().values() if t.state == TrialState.COMPLETE
             )
             best = [t for t in complete if all(v <= 0 for v in t.constraints.values())]
-        best.sort(key=self._objectives.rank)
-        return [self._view(t) for t in best[:count]]
+        return [self._view(t) for t in heapq.nsmallest(count, best, key=self._objectives.rank)]

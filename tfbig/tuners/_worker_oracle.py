@@ -1,5 +1,6 @@
 """Trials that several workers train together: the chief asks for them, all train, it ends them."""
 
+import contextlib
 from typing import Any
 
 from keras_tuner.src.engine import trial as kt_trial
@@ -66,6 +67,9 @@ class WorkerOracle:
 
     def end_trial(self, trial: _tuner_types.Trial) -> None:
         del trial
+
+    def one_look(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def release(self) -> None:
         pass
