@@ -18,6 +18,7 @@ __all__ = (
     "OracleOptions",
     "PassedOn",
     "SearchOptions",
+    "StudyOptions",
     "TunerOptions",
     "check_oracle_options",
     "check_tuner_options",
@@ -33,10 +34,9 @@ ObjectiveOption: TypeAlias = (
 Build: TypeAlias = Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None
 
 
-class OracleOptions(TypedDict, total=False):
-    """Options of every tuner that its `StudyOracle` takes."""
+class StudyOptions(TypedDict, total=False):
+    """Options of every oracle, besides those that it names."""
 
-    hyperparameters: keras_tuner.HyperParameters | None
     allow_new_entries: bool
     tune_new_entries: bool
     max_retries_per_trial: int
@@ -45,6 +45,12 @@ class OracleOptions(TypedDict, total=False):
     grace_period: float
     constraints: _outcomes.Constraints | None
     pruner: _samplers.PrunerOption
+
+
+class OracleOptions(StudyOptions, total=False):
+    """Options of every tuner that its `StudyOracle` takes."""
+
+    hyperparameters: keras_tuner.HyperParameters | None
 
 
 class KerasTunerOptions(TypedDict, total=False):
