@@ -72,7 +72,7 @@ class BaseTuner(
     def __init__(
         self,
         oracle: _oracle.StudyOracle,
-        hypermodel: _options.Build = None,
+        hypermodel: _options.BuildAny = None,
         directory: str | os.PathLike[str] | None = None,
         project_name: str | None = None,
         overwrite: bool = False,

@@ -14,6 +14,7 @@ from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = (
     "Build",
+    "BuildAny",
     "ObjectiveOption",
     "OracleOptions",
     "PassedOn",
@@ -32,6 +33,9 @@ ObjectiveOption: TypeAlias = (
 
 # A function of hyperparameters that returns a compiled model, or an object that has one.
 Build: TypeAlias = Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None
+
+# The same for models that need not be Keras's.
+BuildAny: TypeAlias = Callable[[HyperParameters], Any] | _tuner_types.HyperModel | None
 
 
 class StudyOptions(TypedDict, total=False):
