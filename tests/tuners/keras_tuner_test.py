@@ -296,6 +296,12 @@ def test_a_fatal_error_ends_the_search(project):
         tuner.search(X, Y, validation_data=(X, Y), verbose=0)
 
 
+def test_a_builder_that_returns_no_model_is_a_fatal_error(project):
+    tuner = kt.RandomSearch(lambda hp: hp.Int("units", 1, 3), "val_loss", **project)
+    with pytest.raises(kt.errors.FatalTypeError, match="must return a Keras model"):
+        tuner.search(X, Y, validation_data=(X, Y))
+
+
 @pytest.mark.parametrize("tunes_others", [True, False])
 def test_the_space_is_tailored(project, tunes_others):
     def build(hp):
@@ -499,15 +505,17 @@ def test_an_oracle_of_ones_own_waits_repeats_itself_and_stops(tmp_path):
     oracle.release()
 
 
-def test_an_oracle_of_ones_own_is_asked_until_it_says_stop(project):
+def test_an_oracle_of_ones_own_is_asked_until_it_says_stop(project, capsys):
     class Tuner(kt.engine.base_tuner.BaseTuner):
         def run_trial(self, trial):
             return {"loss": trial.hyperparameters.Choice("a", [1, 2, 3])}
 
     oracle = Listed(kt.Objective("loss", "min"))
     oracle.listed = [3, 3, 2]
+    oracle.verbose = 0
     tuner = Tuner(oracle, **project)
     tuner.search()
+    assert not capsys.readouterr().out
     assert [t.score for t in tuner.oracle.trials.values()] == [3, 3, 2]
 
 

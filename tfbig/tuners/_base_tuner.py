@@ -101,7 +101,9 @@ class BaseTuner(
         self._is_trial_process = _isolation.is_trial_process(oracle.name)
         if overwrite and self._workers.is_chief and not self._is_trial_process:
             oracle.begin_anew()
+        verbose = oracle.verbose
         oracle._display = _progress.Progress(oracle)
+        oracle.verbose = verbose
         super().__init__(
             oracle,
             hypermodel,

@@ -37,6 +37,10 @@ CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
 PRECISION = "precision"
 
 
+class NotAModelError(errors.SearchError, keras_tuner.errors.FatalTypeError):  # type: ignore[misc]  # KerasTuner has no types.
+    """The builder returned something else. KerasTuner's programs catch `FatalTypeError`."""
+
+
 class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # KerasTuner has no types.
     """Runs the trials of a search; its subclasses say how values are chosen.
 
@@ -244,7 +248,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
     def _compile(self, model: keras.Model) -> None:
         """Compiles a model with the tuner's settings; checks that it can be trained."""
         if not isinstance(model, keras.Model):
-            raise errors.SearchError(
+            raise NotAModelError(
                 "The model-building function must return a Keras model. Received: "
                 f"{model!r} of type {type(model).__name__}."
             )
