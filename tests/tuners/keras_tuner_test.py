@@ -427,7 +427,7 @@ def test_applications_are_searched(project, name):
 @pytest.mark.parametrize("version", ["v1", "v2", "next"])
 def test_resnets_are_searched(project, version):
     hp = kt.HyperParameters()
-    for name, value in {"version": version, "conv3_depth": 1, "conv4_depth": 1}.items():
+    for name, value in {"version": version, "conv3_depth": 2, "conv4_depth": 2}.items():
         hp.Fixed(name, value)
     images = RNG.uniform(size=(4, 32, 32, 1))
     tuner = kt.RandomSearch(
