@@ -47,11 +47,11 @@ def oracle_of(kind, storage, trials):
         "grace_period": GRACE,
     }
     if kind == "grid":
-        return _grid_search.GridOracle(sampler="random", **arguments)
+        return _grid_search.GridSearchOracle(**arguments)
     space.Float("c", 0, 1)
     arguments["hyperparameters"] = space
     if kind == "hyperband":
-        return _hyperband.HyperbandOracle(9, 3, sampler="random", **arguments)
+        return _hyperband.HyperbandOracle(max_epochs=9, factor=3, **arguments)
     pruner = "median" if kind == "pruned" else None
     sampler = {"pruned": "tpe"}.get(kind, kind)
     return _oracle.StudyOracle(max_trials=trials, sampler=sampler, pruner=pruner, **arguments)

@@ -93,6 +93,8 @@ def make(tmp_path):
         } | arguments
         if kind is not _hyperband.HyperbandOracle:
             arguments["max_trials"] = max_trials
+        if kind is _grid_search.GridSearchOracle:
+            arguments.pop("sampler", None)
         oracle = kind(**arguments)
         oracle._set_project_dir(str(tmp_path), project)
         oracle._display = Silent()
@@ -313,7 +315,7 @@ def as_set(values):
     return {str(sorted(typed(v)[1].items())) for v in values}
 
 
-@pytest.mark.parametrize("kind", [_grid_search.GridOracle, _oracle.StudyOracle])
+@pytest.mark.parametrize("kind", [_grid_search.GridSearchOracle, _oracle.StudyOracle])
 @pytest.mark.parametrize("stop", [None, 3])
 def test_a_finite_space_is_covered_once_and_then_ends_the_search(make, kind, stop):
     run(make(None, cells(), kind=kind, sampler="random"), stop=stop, loss=lambda v: 0.0)
@@ -326,13 +328,13 @@ def test_a_finite_space_is_covered_once_and_then_ends_the_search(make, kind, sto
 
 
 def test_a_grid_of_a_range_without_steps_has_ten_cells(make):
-    values = run(make(None, line(), kind=_grid_search.GridOracle), loss=lambda v: 0.0)
+    values = run(make(None, line(), kind=_grid_search.GridSearchOracle), loss=lambda v: 0.0)
     # And the default, which is none of them.
     assert len(values) == 11
 
 
 def test_two_processes_share_a_grid(make):
-    oracles = [make(None, cells(), kind=_grid_search.GridOracle) for _ in range(2)]
+    oracles = [make(None, cells(), kind=_grid_search.GridSearchOracle) for _ in range(2)]
     trials = [oracles[i % 2].create_trial(f"{i}") for i in range(len(CELLS))]
     assert as_set(t.hyperparameters.values for t in trials) == as_set(CELLS)
     for i, trial in enumerate(trials):
@@ -393,7 +395,7 @@ def sixty(hp):
     return hp.Int("a", 0, 9), hp.Choice("b", list("pqrstu"))
 
 
-@pytest.mark.parametrize("kind", [_oracle.StudyOracle, _grid_search.GridOracle])
+@pytest.mark.parametrize("kind", [_oracle.StudyOracle, _grid_search.GridSearchOracle])
 def test_processes_share_a_space_that_trials_define(make, kind, monkeypatch):
     monkeypatch.setattr(_oracle, "_POLL_INTERVAL", 0.0)
     oracles = [make(60, kind=kind) for _ in range(4)]
@@ -1053,7 +1055,7 @@ def test_a_bound_below_what_was_tried_ends_a_grid(make):
     hp = HyperParameters()
     hp.Choice("a", list(range(6)))
     for count in (4, 2):
-        oracle = make(count, hp, kind=_grid_search.GridOracle)
+        oracle = make(count, hp, kind=_grid_search.GridSearchOracle)
         while (trial := oracle.create_trial("a")).status == RUNNING:
             end(oracle, trial)
         assert trial.status == STOPPED
@@ -1113,8 +1115,8 @@ def layers(hp):
 
 @pytest.mark.parametrize("stop", [0, 1, 20])
 def test_a_cell_is_not_tried_again_for_what_was_asked_for_later(make, stop):
-    tried = walk(make(None, kind=_grid_search.GridOracle), layers, stop)
-    tried += walk(make(None, kind=_grid_search.GridOracle), layers)
+    tried = walk(make(None, kind=_grid_search.GridSearchOracle), layers, stop)
+    tried += walk(make(None, kind=_grid_search.GridSearchOracle), layers)
     assert len(tried) == len(set(tried)) == 3 + 3**2 + 3**3
 
 
@@ -1131,16 +1133,22 @@ def test_what_a_program_asks_for_since_it_was_changed_is_tried_with_all(make):
     def changed(hp):
         return hp.Choice("a", [0, 1, 2]), hp.Choice("b", [0, 1])
 
-    before = walk(make(None, kind=_grid_search.GridOracle), lambda hp: hp.Choice("a", [0, 1, 2]))
+    before = walk(
+        make(None, kind=_grid_search.GridSearchOracle), lambda hp: hp.Choice("a", [0, 1, 2])
+    )
     assert before == [0, 1, 2]
     # A tuner asks the builder before the first trial.
     hp = HyperParameters()
     changed(hp)
-    assert walk(make(None, hp, kind=_grid_search.GridOracle), changed) == [(0, 1), (1, 1), (2, 1)]
+    assert walk(make(None, hp, kind=_grid_search.GridSearchOracle), changed) == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+    ]
 
 
 def test_a_trial_that_failed_says_nothing_of_what_it_did_not_ask_for(make):
-    oracle = make(None, kind=_grid_search.GridOracle)
+    oracle = make(None, kind=_grid_search.GridSearchOracle)
     first = oracle.create_trial("a")
     first.hyperparameters.Choice("a", [0, 1])
     end(oracle, first, status=FAILED, message="broken")
@@ -1228,7 +1236,7 @@ def content(oracle):
         ({"objective": keras_tuner.Objective("accuracy", "min")}, "objective"),
         ({"objective": ["loss", "val_loss"]}, "direction"),
         ({"seed": 5}, "seed"),
-        ({"kind": _grid_search.GridOracle}, "oracle"),
+        ({"kind": _grid_search.GridSearchOracle}, "oracle"),
         ({"kind": _hyperband.HyperbandOracle, "max_epochs": 9}, "oracle"),
     ],
     ids=lambda p: str(p)[:40],

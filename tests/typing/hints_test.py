@@ -9,7 +9,16 @@ import tfbig
 import tfbig.tuners
 from tfbig.tuners._from_study import FromStudy
 
-MODULES = (tfbig, tfbig.callbacks, tfbig.distribute, tfbig.errors, tfbig.tuners)
+MODULES = (
+    tfbig,
+    tfbig.callbacks,
+    tfbig.distribute,
+    tfbig.errors,
+    tfbig.tuners,
+    tfbig.tuners.oracles,
+    tfbig.tuners.engine.base_tuner,
+    tfbig.tuners.engine.hyperparameters,
+)
 
 
 def public():

@@ -83,3 +83,8 @@ tuner.search(x, y)
 best = tuner.get_best_models()[0]
 best.fit(x, y)
 assert_type(tuner.get_best_models(num_models=2), list[keras.Model])
+
+oracle = tuners.oracles.RandomSearchOracle("val_loss", max_trials=2, seed=0, storage="memory")
+assert_type(tuners.Tuner(oracle, lambda hp: extended).oracle, tuners.Oracle)
+tuners.oracles.GridSearchOracle("val_loss", max_trial=2)  # error: reportCallIssue
+tuners.SklearnTuner(oracle, lambda hp: None, scoring="r2").search(x, y, groups=None)

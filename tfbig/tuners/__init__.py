@@ -4,6 +4,7 @@ An existing KerasTuner program changes one import. Any number of processes may r
 and any of them may be killed at any moment: when the program runs again, the search resumes.
 """
 
+from tfbig.tuners import applications, engine, errors, oracles, tuners
 from tfbig.tuners._grid_search import GridSearch
 from tfbig.tuners._hyperband import Hyperband
 from tfbig.tuners._hyperparameters import HyperParameters
@@ -14,16 +15,32 @@ from tfbig.tuners._optuna_search import (
     RandomSearch,
 )
 from tfbig.tuners._oracle import StudyOracle
+from tfbig.tuners._sklearn_tuner import SklearnTuner
+from tfbig.tuners._synchronized import synchronized
 from tfbig.tuners._tuner import Tuner
+from tfbig.tuners.engine.hypermodel import HyperModel
+from tfbig.tuners.engine.hyperparameters import HyperParameter
+from tfbig.tuners.engine.oracle import Objective, Oracle
 
 __all__ = (
     "BayesianOptimization",
     "GridSearch",
+    "HyperModel",
+    "HyperParameter",
     "HyperParameters",
     "Hyperband",
     "HyperoptSearch",
+    "Objective",
     "OptunaSearch",
+    "Oracle",
     "RandomSearch",
+    "SklearnTuner",
     "StudyOracle",
     "Tuner",
+    "applications",
+    "engine",
+    "errors",
+    "oracles",
+    "synchronized",
+    "tuners",
 )

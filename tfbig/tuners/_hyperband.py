@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypedDict, Unpack, cast
 
+import keras_tuner
 from optuna.trial import TrialState
 
 from tfbig import errors
@@ -190,6 +191,7 @@ class HyperbandOracle(_oracle.StudyOracle):
         max_epochs: Epochs of a trial that is trained to the end, >= 1.
         factor: One in so many trials is promoted, >= 2.
         hyperband_iterations: How often all brackets are run, >= 1.
+        sampler: As in `OptunaSearch`; proposes the models of a bracket. Defaults to "random".
         **kwargs: As for `StudyOracle`.
     """
 
@@ -197,14 +199,15 @@ class HyperbandOracle(_oracle.StudyOracle):
 
     def __init__(
         self,
+        objective: _options.ObjectiveOption = None,
         max_epochs: int = 100,
         factor: int = 3,
         hyperband_iterations: int = 1,
-        *,
-        objective: _options.ObjectiveOption = None,
-        sampler: _samplers.SamplerOption = "tpe",
         seed: int | None = None,
-        **kwargs: Unpack[_options.OracleOptions],
+        hyperparameters: keras_tuner.HyperParameters | None = None,
+        *,
+        sampler: _samplers.SamplerOption = "random",
+        **kwargs: Unpack[_options.StudyOptions],
     ) -> None:
         for name, value, least in (
             ("max_epochs", max_epochs, 1),
@@ -220,6 +223,7 @@ class HyperbandOracle(_oracle.StudyOracle):
         super().__init__(
             objective=objective,
             max_trials=sum(bracket.sizes[0] for bracket in self._brackets),
+            hyperparameters=hyperparameters,
             sampler=sampler,
             seed=seed,
             **kwargs,
@@ -278,12 +282,12 @@ class Hyperband(_tuner.Tuner):
     ) -> None:
         of_oracle, of_tuner = _options.split(kwargs)
         oracle = HyperbandOracle(
+            objective,
             max_epochs,
             factor,
             hyperband_iterations,
-            objective=objective,
+            seed,
             sampler=sampler,
-            seed=seed,
             **of_oracle,
         )
         super().__init__(oracle, hypermodel, **of_tuner)

@@ -140,7 +140,7 @@ class Boolean(_HyperParameter, kt.Boolean):  # type: ignore[misc]  # KerasTuner 
     def __init__(self, name: str, default: bool = False, **kwargs: Any) -> None:
         if not isinstance(default, bool):
             raise errors.InvalidOptionError(
-                f"`default` of {name!r} must be a bool. Received: default={default!r}."
+                f"`default` of {name!r} must be a Python boolean. Received: default={default!r}."
             )
         super().__init__(name, default=default, **kwargs)
 
@@ -182,7 +182,7 @@ class Choice(_HyperParameter, kt.Choice):  # type: ignore[misc]  # KerasTuner ha
         is_numeric = all(type(v) in (int, float) for v in self._values)
         if ordered and not is_numeric:
             raise errors.InvalidOptionError(
-                f"`ordered` of {name!r} must be False unless all values are numbers. "
+                f"`ordered` of {name!r} must be `False` unless all values are numbers. "
                 f"Received: values={self._values!r}."
             )
         self.ordered = is_numeric if ordered is None else bool(ordered)
@@ -235,7 +235,7 @@ class HyperParameters(keras_tuner.HyperParameters):  # type: ignore[misc]  # Ker
         if name not in self._hps:
             raise errors.InvalidOptionError(
                 "`parent_name` must be the name of a hyperparameter that is already defined. "
-                f"Received: {name!r}."
+                f"Received: {name!r}, which is not defined."
             )
         condition = Parent(name, parent_values)
         self._conditions.append(condition)

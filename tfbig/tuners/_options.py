@@ -14,10 +14,12 @@ from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = (
     "Build",
+    "BuildAny",
     "ObjectiveOption",
     "OracleOptions",
     "PassedOn",
     "SearchOptions",
+    "StudyOptions",
     "TunerOptions",
     "check_oracle_options",
     "check_tuner_options",
@@ -32,11 +34,13 @@ ObjectiveOption: TypeAlias = (
 # A function of hyperparameters that returns a compiled model, or an object that has one.
 Build: TypeAlias = Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None
 
+# The same for models that need not be Keras's.
+BuildAny: TypeAlias = Callable[[HyperParameters], Any] | _tuner_types.HyperModel | None
 
-class OracleOptions(TypedDict, total=False):
-    """Options of every tuner that its `StudyOracle` takes."""
 
-    hyperparameters: keras_tuner.HyperParameters | None
+class StudyOptions(TypedDict, total=False):
+    """Options of every oracle, besides those that it names."""
+
     allow_new_entries: bool
     tune_new_entries: bool
     max_retries_per_trial: int
@@ -45,6 +49,12 @@ class OracleOptions(TypedDict, total=False):
     grace_period: float
     constraints: _outcomes.Constraints | None
     pruner: _samplers.PrunerOption
+
+
+class OracleOptions(StudyOptions, total=False):
+    """Options of every tuner that its `StudyOracle` takes."""
+
+    hyperparameters: keras_tuner.HyperParameters | None
 
 
 class KerasTunerOptions(TypedDict, total=False):

@@ -1,9 +1,8 @@
 """Searches with one of Optuna's samplers."""
 
-import warnings
 from typing import Unpack
 
-from tfbig.tuners import _options, _oracle, _samplers, _tuner
+from tfbig.tuners import _options, _oracle, _samplers, _sampling_oracles, _tuner
 
 __all__ = ("BayesianOptimization", "HyperoptSearch", "OptunaSearch", "RandomSearch")
 
@@ -78,7 +77,7 @@ class OptunaSearch(_tuner.Tuner):
         super().__init__(oracle, hypermodel, **of_tuner)
 
 
-class RandomSearch(OptunaSearch):
+class RandomSearch(_tuner.Tuner):
     """Tries values at random; see `OptunaSearch` for the arguments."""
 
     def __init__(
@@ -89,10 +88,12 @@ class RandomSearch(OptunaSearch):
         seed: int | None = None,
         **kwargs: Unpack[_options.SearchOptions],
     ) -> None:
-        super().__init__(hypermodel, objective, max_trials, sampler="random", seed=seed, **kwargs)
+        of_oracle, of_tuner = _options.split(kwargs)
+        oracle = _sampling_oracles.RandomSearchOracle(objective, max_trials, seed, **of_oracle)
+        super().__init__(oracle, hypermodel, **of_tuner)
 
 
-class BayesianOptimization(OptunaSearch):
+class BayesianOptimization(_tuner.Tuner):
     """Tries values that a model of the objective expects to do well.
 
     See `OptunaSearch` for the other arguments.
@@ -117,14 +118,12 @@ class BayesianOptimization(OptunaSearch):
         sampler: _samplers.SamplerOption = "tpe",
         **kwargs: Unpack[_options.SearchOptions],
     ) -> None:
-        if alpha is not None or beta is not None:
-            warnings.warn(
-                "`alpha` and `beta` belong to KerasTuner's Gaussian process and are ignored.",
-                stacklevel=2,
-            )
-        if num_initial_points is not None:
-            sampler = _samplers.beginning_at_random(sampler, num_initial_points)
-        super().__init__(hypermodel, objective, max_trials, sampler=sampler, seed=seed, **kwargs)
+        _sampling_oracles.warn_if_ignored(alpha, beta)
+        of_oracle, of_tuner = _options.split(kwargs)
+        oracle = _sampling_oracles.BayesianOptimizationOracle(
+            objective, max_trials, num_initial_points, seed=seed, sampler=sampler, **of_oracle
+        )
+        super().__init__(oracle, hypermodel, **of_tuner)
 
 
 class HyperoptSearch(OptunaSearch):

@@ -22,6 +22,7 @@ from tfbig.tuners import (
     _json,
     _options,
     _outcomes,
+    _own_values,
     _proposals,
     _queue,
     _running,
@@ -55,14 +56,14 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         objective: As in KerasTuner. For several objectives, the search looks for their Pareto
             front.
         max_trials: How many trials there may be; None for any number.
-        sampler: See `OptunaSearch`.
-        pruner: See `OptunaSearch`.
         hyperparameters: As in KerasTuner.
         allow_new_entries: As in KerasTuner.
         tune_new_entries: As in KerasTuner.
         seed: The seed of the search, >= 0; None for a random one.
         max_retries_per_trial: How often a trial that raised an error is run again.
         max_consecutive_failed_trials: After how many failed trials in a row the search ends.
+        sampler: See `OptunaSearch`.
+        pruner: See `OptunaSearch`.
         storage: None for a file in the project's directory, "memory", or a database URL.
         grace_period: Seconds without a heartbeat after which another process takes a trial.
         constraints: Function of a trial's metrics that returns a dictionary of numbers; the trial
@@ -81,14 +82,15 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         self,
         objective: _options.ObjectiveOption = None,
         max_trials: int | None = None,
-        sampler: _samplers.SamplerOption = "tpe",
-        pruner: _samplers.PrunerOption = None,
         hyperparameters: keras_tuner.HyperParameters | None = None,
         allow_new_entries: bool = True,
         tune_new_entries: bool = True,
         seed: int | None = None,
         max_retries_per_trial: int = 0,
         max_consecutive_failed_trials: int = 3,
+        *,
+        sampler: _samplers.SamplerOption = "tpe",
+        pruner: _samplers.PrunerOption = None,
         storage: str | None = None,
         grace_period: float = 60.0,
         constraints: _outcomes.Constraints | None = None,
@@ -221,6 +223,10 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         self, trials: _trials.Trials, proposals: _proposals.Proposals
     ) -> _queue.TrialQueue:
         """Hook: decides which trial runs next."""
+        if self._has_own_values:
+            return _own_values.OwnValuesQueue(
+                trials, proposals, self._populated, self._known_hyperparameters
+            )
         return _queue.TrialQueue(
             trials, proposals, self._populated_values, self._known_hyperparameters
         )
@@ -377,17 +383,33 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
             time.sleep(_POLL_INTERVAL)
         return kt_trial.Trial(self.get_space(), "", _STATUS.STOPPED if is_over else _STATUS.IDLE)
 
+    @property
+    def _has_own_values(self) -> bool:
+        """Whether a user's `populate_space` chooses the values."""
+        return type(self).populate_space is not StudyOracle.populate_space
+
     def _populated_values(self, index: int) -> _tuner_types.Values | None:
-        """What `populate_space` returns for a trial, which a user may override."""
+        """The values of a new trial; None if the space is exhausted."""
+        status, values = self._populated(index)
+        return values if status == _STATUS.RUNNING else None
+
+    def _populated(self, index: int) -> tuple[str, _tuner_types.Values]:
+        """What `populate_space` returns for a trial, unless it was given to the study."""
+        search = self._search
         # Used by KerasTuner's `_random_values`, which an override may call.
-        self._seed_state = int(
-            np.random.SeedSequence([self._search.seed, index]).generate_state(1)[0]
+        self._seed_state = int(np.random.SeedSequence([search.seed, index]).generate_state(1)[0])
+        enqueued = _own_values.enqueued(
+            search.trials, search.proposals, self.hyperparameters, index, self._seed_state
         )
+        if enqueued is not None:
+            return _STATUS.RUNNING, self._with_active(enqueued)
         proposed = self.populate_space(_views.trial_id_of(index))
-        if proposed["status"] != _STATUS.RUNNING:
-            return None
+        return proposed["status"], self._with_active(proposed.get("values") or {})
+
+    def _with_active(self, values: _tuner_types.Values) -> _tuner_types.Values:
+        """Values of JSON, with those of all active hyperparameters."""
         hps = self.hyperparameters.copy()
-        hps.values = {k: _json.canonical(v) for k, v in (proposed["values"] or {}).items()}
+        hps.values = {k: _json.canonical(v) for k, v in values.items()}
         hps.ensure_active_values()
         return hps.values
 
@@ -395,8 +417,8 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         """Values for a trial; override it to search in another way.
 
         Returns:
-            A dictionary with "status": RUNNING, or STOPPED if the space is exhausted; and
-            "values": a dictionary of values by name.
+            A dictionary with "status": RUNNING; IDLE to be asked again later; or STOPPED if there
+            are no more trials; and "values": a dictionary of values by name.
         """
         values = self._search.proposals.values_for(int(trial_id))
         status = _STATUS.STOPPED if values is None else _STATUS.RUNNING

@@ -70,7 +70,7 @@ class Proposals:
             seeds = np.random.SeedSequence([self._seed, index, attempt])
             with _study.quiet():
                 self._trials.seed(int(seeds.generate_state(1)[0]))
-                values = self._suggestion(self._trials.by_index()[index])
+                values = self._suggestion(self._trials.of(index))
             if not is_tried(values) and self.claim(index, values):
                 return values
         while isinstance(untried := self.first_untried(), dict):

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 import keras
+from keras_tuner.src.engine import tuner_utils
 
 import tfbig
 from tfbig import _types, errors
@@ -14,7 +15,14 @@ from tfbig.distribute._workers import Workers
 from tfbig.tuners import _trial_results, _tuner_types
 from tfbig.tuners._oracle import StudyOracle
 
-__all__ = ("KeepBestWeights", "KeepState", "ReportObjective", "TrialLost", "TrialPruned")
+__all__ = (
+    "CallTuner",
+    "KeepBestWeights",
+    "KeepState",
+    "ReportObjective",
+    "TrialLost",
+    "TrialPruned",
+)
 
 # Files of a trial.
 CHECKPOINT, BUILD, STATE = "checkpoint.weights.h5", "build_config.json", "state"
@@ -28,7 +36,26 @@ class TrialLost(Exception):  # noqa: N818
     """Ends a trial that another process has taken."""
 
 
-class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
+class TrialCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
+    """A callback whose `model` a training loop of the user's own may set.
+
+    Keras 3 has `set_model` for that; loops that were written for KerasTuner assign.
+    """
+
+    @property
+    def model(self) -> keras.Model:
+        return super().model
+
+    @model.setter
+    def model(self, model: keras.Model) -> None:
+        self.set_model(model)
+
+
+class CallTuner(TrialCallback, tuner_utils.TunerCallback):  # type: ignore[misc]  # KerasTuner has no types.
+    """Calls the tuner's `on_epoch_begin` and the like, which a user may override."""
+
+
+class ReportObjective(TrialCallback):
     """Tells the study the objective after each epoch; stops trials that are pruned or lost.
 
     Args:
@@ -102,7 +129,7 @@ class ReportObjective(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             raise TrialPruned
 
 
-class KeepState(tfbig.callbacks.BackupAndRestore):
+class KeepState(TrialCallback, tfbig.callbacks.BackupAndRestore):
     """Backs up what is needed to resume a trial, in this process or in another.
 
     Args:
@@ -117,7 +144,7 @@ class KeepState(tfbig.callbacks.BackupAndRestore):
         pass
 
 
-class KeepBestWeights(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
+class KeepBestWeights(TrialCallback):
     """Keeps the weights of the best epoch; of the last one if the best cannot be known.
 
     Args:

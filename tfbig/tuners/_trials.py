@@ -21,6 +21,9 @@ INDEX, VALUES, METRICS, MESSAGE, BEST_STEP, WHY, EPOCHS = (
     for name in ("slot", "values", "metrics", "message", "best_step", "why", "epochs")
 )
 
+# The attribute in which Optuna keeps the values of a trial that a user has enqueued.
+ENQUEUED = "fixed_params"
+
 # Why a trial ended other than with a result; stored under `WHY`. A void trial never began: no
 # values were left for it.
 INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
@@ -122,9 +125,27 @@ class Trials:
                 self._ended.add(trial.number)
         return known
 
+    def has_enqueued(self) -> bool:
+        """Whether a trial from `study.enqueue_trial` waits to be run."""
+        return any(t.state == TrialState.WAITING for t in self.all())
+
+    def with_enqueued(self, index: int) -> FrozenTrial | None:
+        """The trial of an index if a user has enqueued it; takes one that waits if there is none.
+
+        None if the index has another trial, or if no trial waits.
+        """
+        frozen = self.by_index().get(index)
+        if frozen is None and self.has_enqueued():
+            trial_id = self.study._pop_waiting_trial_id()
+            if trial_id is not None:
+                storage = self.study._storage
+                storage.set_trial_user_attr(trial_id, INDEX, index)
+                frozen = self._written(storage.get_trial(trial_id))
+        return frozen if frozen is not None and ENQUEUED in frozen.system_attrs else None
+
     def of(self, index: int) -> FrozenTrial:
         """The study's trial of an index; created if there is none."""
-        frozen = self.by_index().get(index)
+        frozen = self.with_enqueued(index) or self.by_index().get(index)
         if frozen is not None:
             return frozen
         # In one step, so that no trial is ever without its index.

@@ -1,53 +1,34 @@
-"""What all tuners have in common: they run the trials that an oracle over a study hands out."""
+"""What all tuners of Keras models have in common: how a trial builds and trains its model."""
 
-import gc
 import importlib.util
 import json
 import math
 import os
 import pathlib
-import shutil
-import traceback
 from collections.abc import Iterable
 from typing import Any, Unpack, cast, overload
 
 import keras
 import keras_tuner
-import tensorflow as tf
-from keras_tuner.src.engine import trial as kt_trial
-from keras_tuner.src.engine import tuner_utils
 
 import tfbig
 from tfbig import _types, errors
 from tfbig._update import step_options
 from tfbig._update.option import declared
 from tfbig._update.train_step import TrainStep
-from tfbig.distribute import _workers
 from tfbig.tuners import (
+    _base_tuner,
     _folds,
-    _isolation,
     _options,
     _oracle,
-    _progress,
     _trial_callbacks,
     _trial_results,
-    _trials,
-    _tuner_results,
     _tuner_types,
-    _worker_oracle,
 )
 from tfbig.tuners._hyperparameters import HyperParameters
-from tfbig.tuners._trial_callbacks import BUILD, CHECKPOINT, STATE, TrialLost, TrialPruned
+from tfbig.tuners._trial_callbacks import BUILD, CHECKPOINT
 
 __all__ = ("Tuner",)
-
-# Errors that the values of a trial cause, rather than the program.
-_INFEASIBLE = (
-    keras_tuner.errors.FailedTrialError,
-    errors.LossScaleError,
-    MemoryError,
-    tf.errors.ResourceExhaustedError,
-)
 
 # Hyperparameters of these names need no code: they go to `fit`, to the optimizer, and to the
 # dtype policy.
@@ -55,10 +36,12 @@ FIT_ARGUMENTS = ("batch_size", "epochs")
 CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
 PRECISION = "precision"
 
-_STATUS = kt_trial.TrialStatus
+
+class NotAModelError(errors.SearchError, keras_tuner.errors.FatalTypeError):  # type: ignore[misc]  # KerasTuner has no types.
+    """The builder returned something else. KerasTuner's programs catch `FatalTypeError`."""
 
 
-class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[misc]  # KerasTuner has no types.
+class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # KerasTuner has no types.
     """Runs the trials of a search; its subclasses say how values are chosen.
 
     Args:
@@ -84,7 +67,7 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
             for `tfbig.extend`, for every model.
     """
 
-    oracle: _oracle.StudyOracle
+    _model_file = CHECKPOINT
 
     def __init__(
         self,
@@ -102,12 +85,9 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
         isolate: bool = False,
         **kwargs: Unpack[_options.PassedOn],
     ) -> None:
-        _check_environment()
-        if not isinstance(oracle, _oracle.StudyOracle):
-            raise errors.InvalidOptionError(
-                f"`oracle` must be a `tfbig.tuners.StudyOracle`. Received: oracle={oracle!r}."
-            )
-        _options.check_tuner_options(executions_per_trial, folds, keep_best_k, oracle.goes_on)
+        _options.check_tuner_options(
+            executions_per_trial, folds, keep_best_k, getattr(oracle, "goes_on", False)
+        )
         # `Hyperband` has a `run_trial` of its own, which needs a model as well.
         if hypermodel is None and type(self).run_trial.__module__.startswith("tfbig.tuners."):
             raise errors.InvalidOptionError(
@@ -115,47 +95,22 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
                 "hypermodel=None."
             )
         self._folds = folds
-        self._keep_best_k = keep_best_k
         options = declared(tfbig.Model)
         given = {name: kwargs.pop(name) for name in options.keys() & kwargs.keys()}  # type: ignore[misc]
         self._model_options = {k: v for k, v in given.items() if v != options[k].default}
-        # The trials that had ended, and those whose weights were kept, when weights were removed.
-        self._seen_ended: set[str] = set()
-        self._kept: set[str] = set()
-        self._max_seconds = max_seconds
-        self._max_total_epochs = max_total_epochs
-        oracle._set_project_dir(directory or ".", project_name or "untitled_project")
-        strategy = kwargs.get("distribution_strategy") or tf.distribute.get_strategy()
-        self._workers = _workers.Workers.of(strategy)
-        self._isolate = bool(isolate)
-        if self._isolate:
-            _isolation.check(self._workers)
-        self._is_trial_process = _isolation.is_trial_process(oracle.name)
-        if overwrite and self._workers.is_chief and not self._is_trial_process:
-            oracle.begin_anew()
-        oracle._display = _progress.Progress(oracle)
         super().__init__(
             oracle,
             hypermodel,
             directory=directory,
             project_name=project_name,
-            overwrite=False,
+            overwrite=overwrite,
+            keep_best_k=keep_best_k,
+            max_seconds=max_seconds,
+            max_total_epochs=max_total_epochs,
+            isolate=isolate,
             executions_per_trial=executions_per_trial,
             **kwargs,
         )
-        if not self._workers.is_chief:
-            # It has all attributes of the oracle.
-            self.oracle = cast(_oracle.StudyOracle, _worker_oracle.WorkerOracle(oracle))
-
-    # The study stores everything at once, so that there is no other state to save.
-
-    def save(self) -> None:
-        """Does nothing."""
-
-    def reload(self) -> None:
-        """Does nothing."""
-
-    # --- The search ---
 
     # Keras's `fit`, as editors should show it; whatever a user's `fit` or `run_trial` takes.
     @overload
@@ -195,90 +150,7 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
             StudyError: If a different search created the study.
             StorageUnavailableError: If the database cannot be reached.
         """
-        if "verbose" in fit_kwargs:
-            self.oracle.verbose = fit_kwargs["verbose"]
-        self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
-        self.on_search_begin()
-        # Garbage is collected before each trial; objects that exist now need not be visited.
-        gc.freeze()
-        try:
-            if self._isolate and not self._is_trial_process:
-                _isolation.run_trials(self.oracle.name, self.oracle.on_death)
-            else:
-                is_over = self._run_trials(*fit_args, **fit_kwargs)
-        finally:
-            gc.unfreeze()
-            self.oracle.release()
-        if self._is_trial_process:
-            _isolation.end_trial_process(is_over)
-        self.on_search_end()
-        self.oracle.check_result()
-
-    def _run_trials(self, *fit_args: Any, **fit_kwargs: Any) -> bool:
-        """Runs all trials, or one in a trial process; returns whether none is left."""
-        while True:
-            self.pre_create_trial()
-            trial = _worker_oracle.shared_trial(self.oracle, self._workers, self.tuner_id)
-            if trial.status == _STATUS.STOPPED:
-                return True
-            if trial.status == _STATUS.RUNNING:
-                self.on_trial_begin(trial)
-                self._try_run_and_update_trial(trial, *fit_args, **fit_kwargs)
-                self.on_trial_end(trial)
-                if self._is_trial_process:
-                    return False
-
-    def _try_run_and_update_trial(
-        self, trial: _tuner_types.Trial, *fit_args: Any, **fit_kwargs: Any
-    ) -> None:
-        try:
-            self._run_and_update_trial(trial, *fit_args, **fit_kwargs)
-            trial.status = _STATUS.COMPLETED
-        except (keras_tuner.errors.FatalError, errors.SearchError):
-            raise
-        except TrialPruned:
-            trial.status = _STATUS.STOPPED
-        except TrialLost:
-            trial.status = _STATUS.INVALID
-        except Exception as e:
-            trial.status = _STATUS.INVALID
-            trial.message = traceback.format_exc()[-20_000:]
-            if isinstance(e, _INFEASIBLE):
-                trial.why = _trials.INFEASIBLE
-
-    def _run_and_update_trial(
-        self, trial: _tuner_types.Trial, *fit_args: Any, **fit_kwargs: Any
-    ) -> None:
-        results = self.run_trial(trial, *fit_args, **fit_kwargs)
-        objective = self.oracle.objective
-        if self.oracle.is_updated(trial.trial_id):
-            return  # The user's `run_trial` has done it.
-        _trial_results.check(results, objective, "Tuner.run_trial()")
-        metrics, step = _trial_results.best_of(results, objective)
-        parts = results if isinstance(results, list) else [results]
-        epochs = self.oracle.epochs_of(trial.trial_id) if self.oracle.goes_on else None
-        if epochs is not None and not isinstance(parts[0], keras.callbacks.History):
-            step = epochs - 1
-        if metrics:  # Empty if a resumed trial had already been trained to the end.
-            self.oracle.update_trial(trial.trial_id, metrics, step=step)
-
-    def on_trial_end(self, trial: _tuner_types.Trial) -> None:
-        """Tells the study, and removes weights that are no longer among the best."""
-        with self.oracle.one_look():
-            self.oracle.end_trial(trial)
-            if self._workers.is_chief:
-                self._remove_worse()
-
-    def _remove_worse(self) -> None:
-        best = {t.trial_id for t in self.oracle.get_best_trials(self._keep_best_k)}
-        ended = {t.trial_id for t in self.oracle.trials.values() if t.status != _STATUS.RUNNING}
-        # Of those that ended before, only what was among the best can have become worse.
-        for trial_id in (ended - self._seen_ended) | (self._kept - best):
-            directory = pathlib.Path(self.project_dir, f"trial_{trial_id}")
-            shutil.rmtree(directory / STATE, ignore_errors=True)
-            if trial_id not in best:
-                (directory / CHECKPOINT).unlink(missing_ok=True)
-        self._seen_ended, self._kept = ended, best
+        super().search(*fit_args, **fit_kwargs)
 
     def run_trial(
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
@@ -313,7 +185,7 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
                 wanted,
                 reports=number == 0 and not self._folds,
             )
-            callbacks += [tuner_utils.TunerCallback(self, trial), report]
+            callbacks += [_trial_callbacks.CallTuner(self, trial), report]
             if self._workers.is_chief:
                 callbacks.append(keep_best)
             if self.oracle.goes_on:
@@ -376,7 +248,7 @@ class Tuner(_tuner_results.TunerResults, keras_tuner.Tuner):  # type: ignore[mis
     def _compile(self, model: keras.Model) -> None:
         """Compiles a model with the tuner's settings; checks that it can be trained."""
         if not isinstance(model, keras.Model):
-            raise errors.SearchError(
+            raise NotAModelError(
                 "The model-building function must return a Keras model. Received: "
                 f"{model!r} of type {type(model).__name__}."
             )
@@ -476,14 +348,3 @@ def _set_clipping(optimizer: _types.Optimizer, hp: HyperParameters) -> None:
     for name in CLIPPING:
         if name in hp.values:
             setattr(getattr(optimizer, "inner_optimizer", optimizer), name, hp.values[name])
-
-
-def _check_environment() -> None:
-    """Refuses KerasTuner's own way to search with several processes."""
-    if "KERASTUNER_TUNER_ID" in os.environ or "KERASTUNER_ORACLE_IP" in os.environ:
-        raise errors.SearchError(
-            "tfbig does not use KerasTuner's chief and workers. Unset KERASTUNER_TUNER_ID, "
-            "KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT, and start the same program several "
-            "times with the same storage; or once, with `python -m tfbig.launch --workers N "
-            "--independent`."
-        )

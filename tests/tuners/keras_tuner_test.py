@@ -1,0 +1,678 @@
+"""Programs as KerasTuner's guides have them, with one import changed, and its public names."""
+
+import importlib
+import pkgutil
+import threading
+
+import keras
+import keras_tuner
+import numpy as np
+import optuna
+import pytest
+import tensorflow as tf
+
+from tfbig import errors
+from tfbig import tuners as kt
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(24, 4)).astype("float32"), RNG.normal(size=(24, 1)).astype("float32")
+IMAGES = RNG.uniform(size=(8, 8, 8, 1)).astype("float32")
+LABELS = RNG.integers(0, 3, size=(8,))
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Where a search is, quietly."""
+    return {"directory": str(tmp_path), "project_name": "guide", "overwrite": True}
+
+
+def regressor(hp, metrics=()):
+    units = hp.Int("units", 4, 16, step=4)
+    model = keras.Sequential([keras.layers.Dense(units, "relu"), keras.layers.Dense(1)])
+    # Tracing would take longer than these trainings.
+    model.compile("adam", "mse", metrics=list(metrics), run_eagerly=True)
+    return model
+
+
+# --- Names -------------------------------------------------------------------
+
+
+def public(module):
+    """The public names of a module of KerasTuner."""
+    return {n for n in vars(module) if not n.startswith("_") and n != "src"}
+
+
+def test_every_public_name_of_keras_tuner_is_there():
+    assert public(keras_tuner) <= set(kt.__all__)
+    found = [m for m in pkgutil.walk_packages(keras_tuner.__path__) if m.name != "src"]
+    names = [m.name for m in found]
+    names += [f"engine.{m.name}" for m in pkgutil.walk_packages(keras_tuner.engine.__path__)]
+    assert len(names) > 10
+    for name in names:
+        theirs = importlib.import_module(f"keras_tuner.{name}")
+        ours = importlib.import_module(f"tfbig.tuners.{name}")
+        assert public(theirs) <= set(ours.__all__), name
+
+
+@pytest.mark.parametrize("name", ["", *(f".{n}" for n in ("applications", "engine", "errors"))])
+def test_names_are_sorted_and_nothing_private_leaks(name):
+    module = importlib.import_module(f"tfbig.tuners{name}")
+    assert isinstance(module.__all__, tuple)
+    assert list(module.__all__) == sorted(module.__all__)
+    assert not [n for n in module.__all__ if n.startswith("_")]
+    assert {n for n in vars(module) if not n.startswith("_")} == set(module.__all__)
+
+
+def test_tuners_and_oracles_are_of_the_classes_that_a_program_may_ask_for(project):
+    assert kt.Oracle is kt.StudyOracle
+    assert issubclass(kt.Oracle, keras_tuner.Oracle)
+    assert issubclass(kt.HyperParameters, keras_tuner.HyperParameters)
+    for tuner, oracle in (
+        (kt.RandomSearch, kt.oracles.RandomSearchOracle),
+        (kt.BayesianOptimization, kt.oracles.BayesianOptimizationOracle),
+        (kt.GridSearch, kt.oracles.GridSearchOracle),
+        (kt.Hyperband, kt.oracles.HyperbandOracle),
+    ):
+        made = tuner(regressor, "val_loss", **project)
+        assert type(made.oracle) is oracle
+        assert isinstance(made, kt.engine.base_tuner.BaseTuner)
+        assert isinstance(made, keras_tuner.Tuner)
+
+
+def test_hyperparameters_are_serialized_and_back():
+    hp = kt.HyperParameters()
+    hp.Choice("a", [None, 1, "b"])
+    module = kt.engine.hyperparameters
+    again = module.deserialize(module.serialize(hp))
+    assert type(again) is kt.HyperParameters
+    assert again.get_config() == hp.get_config()
+    choice = module.deserialize(module.serialize(hp.space[0]))
+    assert choice.values == [None, 1, "b"]
+
+
+# --- The guides --------------------------------------------------------------
+
+
+def test_a_hypermodel_tunes_its_training_and_its_data(project):
+    class HyperModel(kt.HyperModel):
+        def build(self, hp):
+            size = hp.Int("size", 2, 4)
+            inputs = keras.Input((size,))
+            outputs = keras.layers.Dense(hp.Int("units", 4, 16, step=4), "relu")(inputs)
+            model = keras.Model(inputs, keras.layers.Dense(1)(outputs))
+            model.compile("adam", "mse", metrics=["mae"])
+            return model
+
+        def fit(self, hp, model, x, y, validation_data=None, **kwargs):
+            if hp.Boolean("normalize"):
+                x = keras.layers.Normalization()(x)
+            size = hp.get("size")
+            if validation_data:
+                validation_data = validation_data[0][:, :size], validation_data[1]
+            shuffle = hp.Boolean("shuffle")
+            x = x[:, :size]
+            return model.fit(x, y, shuffle=shuffle, validation_data=validation_data, **kwargs)
+
+    HyperModel().build(kt.HyperParameters())
+    objective = kt.Objective("val_mae", direction="min")
+    tuner = kt.RandomSearch(
+        HyperModel(), objective, max_trials=2, executions_per_trial=2, seed=1, **project
+    )
+    tuner.search_space_summary()
+    tuner.search(X, Y, epochs=1, validation_data=(X, Y), verbose=0)
+    tuner.results_summary()
+    best = tuner.get_best_hyperparameters(2)
+    assert {"size", "units", "normalize", "shuffle"} == best[0].values.keys()
+    assert len(tuner.get_best_models(num_models=2)) == 2
+    hypermodel = HyperModel()
+    hypermodel.fit(best[0], hypermodel.build(best[0]), X, Y, epochs=1, verbose=0)
+
+
+def test_a_metric_of_ones_own_is_the_objective(project):
+    class Squared(keras.metrics.Metric):
+        def __init__(self, **kwargs):
+            super().__init__(name="squared", **kwargs)
+            self.total = self.add_weight(name="total", initializer="zeros")
+            self.count = self.add_weight(name="count", initializer="zeros")
+
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            self.total.assign_add(tf.reduce_sum(tf.math.squared_difference(y_pred, y_true)))
+            self.count.assign_add(tf.cast(tf.shape(y_true)[0], tf.float32))
+
+        def result(self):
+            return self.total / self.count
+
+    tuner = kt.RandomSearch(
+        hypermodel=lambda hp: regressor(hp, [Squared()]),
+        objective=kt.Objective("val_squared", direction="min"),
+        max_trials=2,
+        **project,
+    )
+    tuner.search(X, Y, validation_data=(X, Y), verbose=0)
+    (trial,) = tuner.oracle.get_best_trials()
+    assert trial.score == pytest.approx(trial.metrics.get_best_value("val_squared"))
+
+
+@pytest.mark.parametrize("is_number", [True, False])
+def test_fit_returns_a_number_or_a_dictionary(project, is_number):
+    class HyperRegressor(kt.HyperModel):
+        def build(self, hp):
+            return regressor(hp)
+
+        def fit(self, hp, model, x, y, validation_data, **kwargs):
+            model.fit(x, y, **kwargs)
+            error = np.mean(np.abs(model.predict(validation_data[0], verbose=0)))
+            return error if is_number else {"minus": -error, "other": 2 * error}
+
+    objective = None if is_number else kt.Objective("minus", "max")
+    tuner = kt.RandomSearch(HyperRegressor(), objective, max_trials=2, **project)
+    tuner.search(x=X, y=Y, validation_data=(X, Y), verbose=0)
+    scores = [t.score for t in tuner.oracle.trials.values()]
+    best = (min if is_number else max)(scores)
+    assert tuner.oracle.get_best_trials()[0].score == best
+
+
+def test_any_function_is_tuned(project):
+    class Parabola(kt.BayesianOptimization):
+        def run_trial(self, trial, *args, **kwargs):
+            return trial.hyperparameters.Float("x", -1, 1) ** 2 + 1
+
+    tuner = Parabola(max_trials=12, seed=0, **project)
+    tuner.search(verbose=0)
+    assert abs(tuner.get_best_hyperparameters()[0].get("x")) < 0.3
+
+
+def test_code_that_saves_its_model_itself(project, tmp_path):
+    def train(units, optimizer, path):
+        model = keras.Sequential([keras.layers.Dense(units, "relu"), keras.layers.Dense(1)])
+        model.compile(optimizer, "mse")
+        model.fit(X, Y, verbose=0)
+        model.save(path)
+        return float(np.mean(np.abs(model.predict(X, verbose=0) - Y)))
+
+    class Tuner(kt.RandomSearch):
+        def run_trial(self, trial, **kwargs):
+            hp = trial.hyperparameters
+            return train(
+                hp.Int("units", 4, 16, 4),
+                hp.Choice("optimizer", ["adam", "adadelta"]),
+                tmp_path / f"{trial.trial_id}.keras",
+            )
+
+    tuner = Tuner(max_trials=2, **project)
+    tuner.search(verbose=0)
+    train(**tuner.get_best_hyperparameters()[0].values, path=tmp_path / "best.keras")
+    assert len(list(tmp_path.glob("*.keras"))) == 3
+
+
+def test_a_training_loop_of_ones_own_calls_the_callbacks(project):
+    class HyperModel(kt.HyperModel):
+        def build(self, hp):
+            inputs = keras.Input((4,))
+            outputs = keras.layers.Dense(hp.Choice("units", [4, 8]), "relu")(inputs)
+            return keras.Model(inputs, keras.layers.Dense(1)(outputs))
+
+        def fit(self, hp, model, x, y, validation_data, callbacks=None, **kwargs):
+            size = hp.Int("batch_size", 8, 24, step=8, default=16)
+            data = tf.data.Dataset.from_tensor_slices((x, y)).batch(size)
+            optimizer = keras.optimizers.Adam(hp.Float("rate", 1e-4, 1e-2, sampling="log"))
+            loss_of = keras.losses.MeanSquaredError()
+
+            @tf.function
+            def train(x, y):
+                with tf.GradientTape() as tape:
+                    loss = loss_of(y, model(x))
+                gradients = tape.gradient(loss, model.trainable_variables)
+                optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+            for number, callback in enumerate(callbacks):
+                # Programs assign the model, or set it as Keras 3 does.
+                if number % 2:
+                    callback.set_model(model)
+                else:
+                    callback.model = model
+            best = float("inf")
+            for epoch in range(2):
+                for batch in data:
+                    train(*batch)
+                loss = float(loss_of(validation_data[1], model(validation_data[0])))
+                for callback in callbacks:
+                    callback.on_epoch_end(epoch, logs={"my_metric": loss})
+                best = min(best, loss)
+            return best
+
+    tuner = kt.RandomSearch(
+        objective=kt.Objective("my_metric", "min"),
+        max_trials=2,
+        hypermodel=HyperModel(),
+        **project,
+    )
+    tuner.search(x=X, y=Y, validation_data=(X, Y))
+    assert {"units", "batch_size", "rate"} == tuner.get_best_hyperparameters()[0].values.keys()
+    best = tuner.get_best_models()[0]
+    score = tuner.oracle.get_best_trials()[0].score
+    assert float(np.mean((best(X) - Y) ** 2)) == pytest.approx(score, rel=1e-5)  # float32
+
+
+def test_failed_trials_are_retried_or_not(project):
+    built = []
+
+    def build(hp):
+        units = hp.Int("a", 1, 3), hp.Int("b", 1, 2)
+        built.append(units)
+        if units[0] * units[1] > 4:
+            raise ValueError("too large")
+        if units[0] * units[1] == 4:
+            raise kt.errors.FailedTrialError("too large, in any case")
+        return regressor(hp)
+
+    fixed = kt.HyperParameters()
+    fixed.Fixed("units", 4)
+    tuner = kt.GridSearch(
+        build,
+        "val_loss",
+        hyperparameters=fixed,
+        max_retries_per_trial=2,
+        max_consecutive_failed_trials=8,
+        **project,
+    )
+    built.clear()
+    tuner.search(X, Y, validation_data=(X, Y), epochs=1, verbose=0)
+    tuner.results_summary()
+    trials = tuner.oracle.trials.values()
+    assert [t.status for t in trials].count("COMPLETED") == 4
+    assert built.count((3, 2)) == 3
+    assert built.count((2, 2)) == 1
+
+
+def test_a_fatal_error_ends_the_search(project):
+    def build(hp):
+        if hp.Int("units", 1, 3) == 3:
+            raise kt.errors.FatalValueError("too large")
+        return regressor(hp)
+
+    tuner = kt.GridSearch(build, "val_loss", max_consecutive_failed_trials=8, **project)
+    with pytest.raises(kt.errors.FatalError, match="too large"):
+        tuner.search(X, Y, validation_data=(X, Y), verbose=0)
+
+
+def test_a_builder_that_returns_no_model_is_a_fatal_error(project):
+    tuner = kt.RandomSearch(lambda hp: hp.Int("units", 1, 3), "val_loss", **project)
+    with pytest.raises(kt.errors.FatalTypeError, match="must return a Keras model"):
+        tuner.search(X, Y, validation_data=(X, Y))
+
+
+@pytest.mark.parametrize("tunes_others", [True, False])
+def test_the_space_is_tailored(project, tunes_others):
+    def build(hp):
+        model = regressor(hp)
+        rate = hp.Choice("learning_rate", [1e-2, 1e-3])
+        model.compile(keras.optimizers.Adam(rate), "mae", metrics=["mse"])
+        return model
+
+    hp = kt.HyperParameters()
+    if tunes_others:
+        hp.Fixed("learning_rate", 1e-4)
+    else:
+        hp.Float("learning_rate", 1e-4, 1e-2, sampling="log")
+    tuner = kt.RandomSearch(
+        build,
+        hyperparameters=hp,
+        tune_new_entries=tunes_others,
+        optimizer=keras.optimizers.SGD(1e-3),
+        loss="mse",
+        metrics=["mae"],
+        objective="val_mae",
+        max_trials=2,
+        **project,
+    )
+    tuner.search(X, Y, validation_data=(X, Y), verbose=0)
+    tuner.search_space_summary()
+    values = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
+    searched = {hp.name for hp in tuner.oracle.get_space().space}
+    assert searched == ({"learning_rate", "units"} if tunes_others else {"learning_rate"})
+    assert len({v["learning_rate"] for v in values}) == (1 if tunes_others else 2)
+    best = tuner.get_best_models()[0]
+    assert best.loss == "mse"
+    assert type(best.optimizer) is keras.optimizers.SGD
+
+
+def test_a_tuner_of_ones_own_over_an_oracle(project):
+    class Tuner(kt.Tuner):
+        def run_trial(self, trial, data):
+            hp = trial.hyperparameters
+            model = self.hypermodel.build(hp)
+            data = data.batch(hp.Int("batch_size", 8, 24, step=8, default=24))
+            self.on_epoch_begin(trial, model, 0, logs={})
+            loss = model.fit(data, shuffle=False, verbose=0).history["loss"][-1]
+            self.on_epoch_end(trial, model, 0, logs={"loss": loss})
+            self.oracle.update_trial(trial.trial_id, {"loss": loss})
+
+    tuner = Tuner(
+        oracle=kt.oracles.BayesianOptimization(kt.Objective("loss", "min"), max_trials=2),
+        hypermodel=regressor,
+        **project,
+    )
+    tuner.search(data=tf.data.Dataset.from_tensor_slices((X, Y)))
+    assert {"units", "batch_size"} == tuner.get_best_hyperparameters()[0].values.keys()
+
+
+def test_a_base_tuner_tunes_models_of_any_kind(project):
+    class Tuner(kt.engine.base_tuner.BaseTuner):
+        def run_trial(self, trial, x):
+            model = self.hypermodel.build(trial.hyperparameters)
+            self.save_model(trial.trial_id, model)
+            return {"score": model["factor"] * x}
+
+        def save_model(self, trial_id, model, step=0):
+            path = f"{self.get_trial_dir(trial_id)}/model.txt"
+            with open(path, "w") as file:
+                file.write(repr(model["factor"]))
+
+        def load_model(self, trial):
+            with open(f"{self.get_trial_dir(trial.trial_id)}/model.txt") as file:
+                return {"factor": float(file.read())}
+
+    def tuner(**arguments):
+        oracle = kt.oracles.RandomSearchOracle(kt.Objective("score", "max"), max_trials=3, seed=0)
+        return Tuner(oracle, lambda hp: {"factor": hp.Float("factor", 0, 1)}, **arguments)
+
+    first = tuner(**project)
+    first.search(2.0)
+    again = tuner(**project | {"overwrite": False})
+    again.search(2.0)
+    assert len(again.oracle.trials) == 3
+    scores = [t.score for t in again.oracle.trials.values()]
+    assert again.get_best_models(2)[0]["factor"] * 2 == max(scores)
+    assert again.remaining_trials == 0
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("HyperXception", marks=pytest.mark.slow), "HyperImageAugment"]
+)
+def test_applications_are_searched(project, name):
+    if name == "HyperImageAugment":
+        augment = kt.applications.HyperImageAugment(input_shape=(8, 8, 1), rotate=[0.2, 0.5])
+
+        def hypermodel(hp):
+            layers = [augment.build(hp), keras.layers.Flatten(), keras.layers.Dense(3, "softmax")]
+            model = keras.Sequential(layers)
+            model.compile("sgd", "mse")
+            return model
+
+        hp = kt.HyperParameters()
+        hp.Int("augment_layers", 1, 2, default=2)
+    else:
+        hypermodel = kt.applications.HyperXception(input_shape=(8, 8, 1), classes=3)
+        hp = kt.HyperParameters()
+        hp.Choice("learning_rate", [1e-3, 1e-4])
+        hp.Fixed("num_residual_blocks", 1)
+        hp.Fixed("sep_num_filters", 8)
+    tuner = kt.RandomSearch(
+        hypermodel,
+        hyperparameters=hp,
+        tune_new_entries=False,
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        objective="val_accuracy",
+        max_trials=1,
+        **project,
+    )
+    tuner.search(IMAGES, LABELS, epochs=1, validation_data=(IMAGES, LABELS), verbose=0)
+    best = tuner.get_best_models()[0]
+    assert best.predict(IMAGES, verbose=0).shape == (8, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["v1", "v2", "next"])
+def test_resnets_are_searched(project, version):
+    hp = kt.HyperParameters()
+    for name, value in {"version": version, "conv3_depth": 2, "conv4_depth": 2}.items():
+        hp.Fixed(name, value)
+    images = RNG.uniform(size=(4, 32, 32, 1))
+    tuner = kt.RandomSearch(
+        kt.applications.HyperResNet(input_shape=(32, 32, 1), classes=3),
+        "val_accuracy",
+        max_trials=1,
+        hyperparameters=hp,
+        **project,
+    )
+    data = images, np.eye(3)[LABELS[:4]]
+    tuner.search(*data, epochs=1, validation_data=data, verbose=0)
+    assert tuner.get_best_models()[0].predict(images, verbose=0).shape == (4, 3)
+
+
+def test_augmented_images_differ_from_each_other_and_survive_saving(tmp_path):
+    hp = kt.HyperParameters()
+    augment = kt.applications.HyperImageAugment(input_shape=(8, 8, 1), rotate=[0.3, 0.5])
+    model = augment.build(hp)
+    images = np.repeat(IMAGES[:1], 8, axis=0)
+    np.testing.assert_array_equal(model.predict(images, verbose=0), images)
+    augmented = np.asarray(model(images, training=True))
+    assert len(np.unique(augmented.reshape(8, -1), axis=0)) > 2
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    (layer,) = [layer for layer in again.layers if hasattr(layer, "factors")]
+    assert layer.factors == model.layers[-1].factors
+
+
+# --- Oracles -----------------------------------------------------------------
+
+
+class Listed(kt.Oracle):
+    """Tries what a list says."""
+
+    listed = ()
+
+    def populate_space(self, trial_id):
+        done = len(self.end_order)
+        if len(self.trials) > done:
+            return {"status": "IDLE"}
+        if done == len(self.listed):
+            return {"status": "STOPPED", "values": None}
+        return {"status": "RUNNING", "values": {"a": self.listed[done]}}
+
+
+def oracle_in(directory, kind=Listed, project="p", **arguments):
+    oracle = kind(**{"objective": kt.Objective("loss", "min"), "max_trials": 9} | arguments)
+    oracle._set_project_dir(str(directory), project)
+    oracle.verbose = 0
+    return oracle
+
+
+def end(oracle, trial, loss):
+    oracle.update_trial(trial.trial_id, {"loss": loss})
+    trial.status = "COMPLETED"
+    oracle.end_trial(trial)
+
+
+def test_an_oracle_of_ones_own_waits_repeats_itself_and_stops(tmp_path):
+    oracle = oracle_in(tmp_path)
+    oracle.listed = [True, True, False]
+    oracle.hyperparameters.Boolean("a")
+    first = oracle.create_trial("1")
+    assert oracle.create_trial("2").status == "IDLE"
+    assert list(oracle.trials) == [first.trial_id]
+    end(oracle, first, 1.0)
+    for loss in (2.0, 0.0):
+        trial = oracle.create_trial("2")
+        assert trial.status == "RUNNING"
+        end(oracle, trial, loss)
+    assert oracle.create_trial("1").status == "STOPPED"
+    tried = [t.hyperparameters.values["a"] for t in oracle.trials.values()]
+    assert tried == [True, True, False]
+    assert [t.score for t in oracle.get_best_trials(2)] == [0.0, 1.0]
+    oracle.release()
+
+
+def test_an_oracle_of_ones_own_is_asked_until_it_says_stop(project, capsys):
+    class Tuner(kt.engine.base_tuner.BaseTuner):
+        def run_trial(self, trial):
+            return {"loss": trial.hyperparameters.Choice("a", [1, 2, 3])}
+
+    oracle = Listed(kt.Objective("loss", "min"))
+    oracle.listed = [3, 3, 2]
+    oracle.verbose = 0
+    tuner = Tuner(oracle, **project)
+    tuner.search()
+    assert not capsys.readouterr().out
+    assert [t.score for t in tuner.oracle.trials.values()] == [3, 3, 2]
+
+
+def test_a_grid_oracle_may_choose_its_own_values(tmp_path):
+    class Backwards(kt.oracles.GridSearchOracle):
+        def populate_space(self, trial_id):
+            left = 3 - int(trial_id)
+            status = "RUNNING" if left else "STOPPED"
+            return {"status": status, "values": {"a": left}}
+
+    oracle = oracle_in(tmp_path, Backwards, max_trials=None)
+    oracle.hyperparameters.Int("a", 1, 3)
+    while (trial := oracle.create_trial("1")).status == "RUNNING":
+        end(oracle, trial, 0.0)
+    assert [t.hyperparameters.values for t in oracle.trials.values()] == [
+        {"a": a} for a in (3, 2, 1)
+    ]
+    oracle.release()
+
+
+def test_an_overridden_score_decides_which_trial_is_best(project):
+    class Negated(kt.oracles.RandomSearchOracle):
+        def score_trial(self, trial):
+            trial.score = -trial.metrics.get_best_value("loss")
+            trial.best_step = 0
+
+    class Tuner(kt.engine.base_tuner.BaseTuner):
+        def run_trial(self, trial):
+            return {"loss": trial.hyperparameters.Float("x", 0, 1)}
+
+    tuner = Tuner(Negated(kt.Objective("loss", "min"), max_trials=4), **project)
+    tuner.search()
+    tried = [t.hyperparameters.values["x"] for t in tuner.oracle.trials.values()]
+    assert tuner.get_best_hyperparameters()[0]["x"] == max(tried)
+
+
+def test_spaces_and_trials_of_an_oracle(tmp_path):
+    oracle = oracle_in(tmp_path, kt.oracles.RandomSearchOracle)
+    hp = oracle.get_space()
+    hp.Int("a", 1, 9)
+    assert not oracle.get_space().space
+    oracle.update_space(hp)
+    assert [h.name for h in oracle.get_space().space] == ["a"]
+    trial = oracle.create_trial("1")
+    assert oracle.create_trial("1") is trial
+    assert oracle.ongoing_trials == {"1": trial}
+    assert oracle.get_trial(trial.trial_id) is trial
+    end(oracle, trial, 1.0)
+    assert oracle.start_order == oracle.end_order == [trial.trial_id]
+    assert oracle.trials[trial.trial_id].status == "COMPLETED"
+    oracle.release()
+
+
+def test_synchronized_methods_wait_for_each_other_also_after_an_error():
+    inside, most = [], []
+
+    class Counted:
+        @kt.synchronized
+        def outer(self, fails):
+            inside.append(1)
+            most.append(len(inside))
+            try:
+                return self.inner(fails)
+            finally:
+                inside.pop()
+
+        @kt.synchronized
+        def inner(self, fails):
+            if fails:
+                raise ValueError("as asked")
+            return 1
+
+    counted = Counted()
+    with pytest.raises(ValueError, match="as asked"):
+        counted.outer(True)
+    threads = [threading.Thread(target=counted.outer, args=(False,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert most == [1] * 9
+    assert Counted.outer.__name__ == "outer"
+
+
+@pytest.mark.parametrize("kind", ["GridSearchOracle", "RandomSearchOracle", "HyperbandOracle"])
+def test_a_trial_that_is_enqueued_in_the_study_runs(tmp_path, kind):
+    kind = getattr(kt.oracles, kind)
+    arguments = {"max_epochs": 1} if kind is kt.oracles.HyperbandOracle else {"max_trials": 3}
+    oracle = kind(kt.Objective("loss", "min"), seed=0, **arguments)
+    oracle._set_project_dir(str(tmp_path), "p")
+    oracle.verbose = 0
+    hp = oracle.hyperparameters
+    hp.Choice("a", ["x", "y", "z"])
+    with hp.conditional_scope("a", ["z"]):
+        hp.Int("b", 1, 5)
+    oracle.study.enqueue_trial({"a": "z", "b": 4})
+    first = oracle.create_trial("1")
+    assert first.hyperparameters.values == {"a": "z", "b": 4}
+    end(oracle, first, 1.0)
+    while (trial := oracle.create_trial("1")).status == "RUNNING":
+        end(oracle, trial, 2.0)
+    tried = [t.hyperparameters.values for t in oracle.trials.values()]
+    assert tried.count({"a": "z", "b": 4}) == 1
+    if kind is not kt.oracles.HyperbandOracle:
+        assert len(tried) == 3
+    finished = oracle.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    assert finished[0].values == [1.0]
+    assert not oracle.study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    oracle.release()
+
+
+def test_the_sampler_chooses_what_an_enqueued_trial_leaves_open(tmp_path):
+    oracle = oracle_in(tmp_path, kt.oracles.BayesianOptimizationOracle, seed=0)
+    oracle.hyperparameters.Float("a", 0, 1)
+    oracle.hyperparameters.Float("stepped", 0, 1, step=0.25)
+    # The second is named as Optuna knows it.
+    oracle.study.enqueue_trial({"a": 0.5})
+    oracle.study.enqueue_trial({"stepped (step)": 3})
+    first, second = (oracle.create_trial(name).hyperparameters.values for name in "12")
+    assert first["a"] == 0.5
+    assert first["stepped"] in (0, 0.25, 0.5, 0.75, 1)
+    assert second["stepped"] == 0.75
+    assert 0 < second["a"] < 1
+    oracle.release()
+
+
+def test_oracles_take_keras_tuners_arguments_in_its_order():
+    hp = kt.HyperParameters()
+    hp.Int("a", 1, 2)
+    common = {
+        "allow_new_entries": False,
+        "tune_new_entries": False,
+        "max_retries_per_trial": 1,
+        "max_consecutive_failed_trials": 2,
+    }
+    objective = kt.Objective("score", "max")
+    oracles = kt.oracles
+    made = [
+        kt.Oracle(objective, 5, hp, False, False, 3, 1, 2),
+        oracles.RandomSearchOracle(objective, 5, 3, hp, **common),
+        oracles.GridSearchOracle(objective, 5, 3, hp, **common),
+        oracles.BayesianOptimizationOracle(objective, 5, 2, None, None, 3, hp, **common),
+        oracles.HyperbandOracle(objective, 5, 2, 1, 3, hp, **common),
+    ]
+    for oracle in made:
+        assert oracle.objective is objective
+        assert oracle.seed == 3
+        assert [h.name for h in oracle.get_space().space] == ["a"]
+        assert {name: getattr(oracle, name) for name in common} == common
+    assert [o.max_trials for o in made[:4]] == [5] * 4
+    with pytest.warns(UserWarning, match="are ignored"):
+        oracles.BayesianOptimizationOracle(objective, alpha=1e-4)
+
+
+def test_keras_tuners_own_oracle_is_refused_with_the_remedy(project):
+    class Own(keras_tuner.Oracle):
+        pass
+
+    with pytest.raises(errors.InvalidOptionError, match=r"tfbig\.tuners\.oracles"):
+        kt.Tuner(Own("loss"), regressor, **project)

@@ -1,0 +1,239 @@
+"""The loop of a search: it runs the trials that an oracle over a study hands out."""
+
+import gc
+import os
+import pathlib
+import shutil
+import traceback
+from typing import Any, cast
+
+import keras
+import keras_tuner
+import tensorflow as tf
+from keras_tuner.src.engine import trial as kt_trial
+
+from tfbig import errors
+from tfbig.distribute import _workers
+from tfbig.tuners import (
+    _isolation,
+    _options,
+    _oracle,
+    _progress,
+    _trial_results,
+    _trials,
+    _tuner_results,
+    _tuner_types,
+    _worker_oracle,
+)
+from tfbig.tuners._trial_callbacks import STATE, TrialLost, TrialPruned
+
+__all__ = ("BaseTuner",)
+
+# Errors that the values of a trial cause, rather than the program.
+_INFEASIBLE = (
+    keras_tuner.errors.FailedTrialError,
+    errors.LossScaleError,
+    MemoryError,
+    tf.errors.ResourceExhaustedError,
+)
+
+_STATUS = kt_trial.TrialStatus
+
+
+class BaseTuner(
+    _tuner_results.TunerResults,
+    keras_tuner.engine.base_tuner.BaseTuner,  # type: ignore[misc]  # KerasTuner has no types.
+):
+    """Runs the trials of a search for models of any kind; override `run_trial`.
+
+    Args:
+        oracle: Chooses values, and stores results.
+        hypermodel: Function of `hp`, or `keras_tuner.HyperModel`, that returns a model. May be left
+            out if `run_trial` does not use `self.hypermodel`.
+        directory: Where projects are. Defaults to the working directory.
+        project_name: The directory of this search in it, and the name of its study.
+        overwrite: Whether to start over instead of resuming. Refused while other processes work on
+            the study.
+        keep_best_k: The models of so many of the best trials are kept. Defaults to 10.
+        max_seconds: Seconds after which no trial begins.
+        max_total_epochs: Epochs of all trials together after which no trial begins.
+        isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
+            and a trial that is killed for its memory is infeasible. The program is run again for
+            each trial, up to `search`. Defaults to False.
+        **kwargs: As for `keras_tuner.engine.base_tuner.BaseTuner`.
+    """
+
+    oracle: _oracle.StudyOracle
+
+    # The file of a trial's model in its directory, which only the best trials keep; None if this
+    # class does not know it.
+    _model_file: str | None = None
+
+    def __init__(
+        self,
+        oracle: _oracle.StudyOracle,
+        hypermodel: _options.BuildAny = None,
+        directory: str | os.PathLike[str] | None = None,
+        project_name: str | None = None,
+        overwrite: bool = False,
+        *,
+        keep_best_k: int = 10,
+        max_seconds: float | None = None,
+        max_total_epochs: int | None = None,
+        isolate: bool = False,
+        **kwargs: Any,  # KerasTuner's, which has no types.
+    ) -> None:
+        _check_environment()
+        if not isinstance(oracle, _oracle.StudyOracle):
+            raise errors.InvalidOptionError(
+                f"`oracle` must be a `tfbig.tuners.Oracle`. Received: oracle={oracle!r}. "
+                "tfbig.tuners.oracles has those of KerasTuner."
+            )
+        self._keep_best_k = keep_best_k
+        # The trials that had ended, and those whose models were kept, when models were removed.
+        self._seen_ended: set[str] = set()
+        self._kept: set[str] = set()
+        self._max_seconds = max_seconds
+        self._max_total_epochs = max_total_epochs
+        oracle._set_project_dir(directory or ".", project_name or "untitled_project")
+        strategy = kwargs.get("distribution_strategy") or tf.distribute.get_strategy()
+        self._workers = _workers.Workers.of(strategy)
+        self._isolate = bool(isolate)
+        if self._isolate:
+            _isolation.check(self._workers)
+        self._is_trial_process = _isolation.is_trial_process(oracle.name)
+        if overwrite and self._workers.is_chief and not self._is_trial_process:
+            oracle.begin_anew()
+        verbose = oracle.verbose
+        oracle._display = _progress.Progress(oracle)
+        oracle.verbose = verbose
+        super().__init__(
+            oracle,
+            hypermodel,
+            directory=directory,
+            project_name=project_name,
+            overwrite=False,
+            **kwargs,
+        )
+        if not self._workers.is_chief:
+            # It has all attributes of the oracle.
+            self.oracle = cast(_oracle.StudyOracle, _worker_oracle.WorkerOracle(oracle))
+
+    # The study stores everything at once, so that there is no other state to save.
+
+    def save(self) -> None:
+        """Does nothing."""
+
+    def reload(self) -> None:
+        """Does nothing."""
+
+    # --- The search ---
+
+    def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
+        """Runs trials until none is left. Any number of processes may do so at once.
+
+        Args:
+            *fit_args: Arguments of `run_trial`.
+            **fit_kwargs: Arguments of `run_trial`.
+
+        Raises:
+            SearchError: If several trials in a row fail, if no trial completes, or if a result
+                lacks the objective.
+            StudyError: If a different search created the study.
+            StorageUnavailableError: If the database cannot be reached.
+        """
+        if "verbose" in fit_kwargs:
+            self.oracle.verbose = fit_kwargs["verbose"]
+        self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
+        self.on_search_begin()
+        # Garbage is collected before each trial; objects that exist now need not be visited.
+        gc.freeze()
+        try:
+            if self._isolate and not self._is_trial_process:
+                _isolation.run_trials(self.oracle.name, self.oracle.on_death)
+            else:
+                is_over = self._run_trials(*fit_args, **fit_kwargs)
+        finally:
+            gc.unfreeze()
+            self.oracle.release()
+        if self._is_trial_process:
+            _isolation.end_trial_process(is_over)
+        self.on_search_end()
+        self.oracle.check_result()
+
+    def _run_trials(self, *fit_args: Any, **fit_kwargs: Any) -> bool:
+        """Runs all trials, or one in a trial process; returns whether none is left."""
+        while True:
+            self.pre_create_trial()
+            trial = _worker_oracle.shared_trial(self.oracle, self._workers, self.tuner_id)
+            if trial.status == _STATUS.STOPPED:
+                return True
+            if trial.status == _STATUS.RUNNING:
+                self.on_trial_begin(trial)
+                self._try_run_and_update_trial(trial, *fit_args, **fit_kwargs)
+                self.on_trial_end(trial)
+                if self._is_trial_process:
+                    return False
+
+    def _try_run_and_update_trial(
+        self, trial: _tuner_types.Trial, *fit_args: Any, **fit_kwargs: Any
+    ) -> None:
+        try:
+            self._run_and_update_trial(trial, *fit_args, **fit_kwargs)
+            trial.status = _STATUS.COMPLETED
+        except (keras_tuner.errors.FatalError, errors.SearchError):
+            raise
+        except TrialPruned:
+            trial.status = _STATUS.STOPPED
+        except TrialLost:
+            trial.status = _STATUS.INVALID
+        except Exception as e:
+            trial.status = _STATUS.INVALID
+            trial.message = traceback.format_exc()[-20_000:]
+            if isinstance(e, _INFEASIBLE):
+                trial.why = _trials.INFEASIBLE
+
+    def _run_and_update_trial(
+        self, trial: _tuner_types.Trial, *fit_args: Any, **fit_kwargs: Any
+    ) -> None:
+        results = self.run_trial(trial, *fit_args, **fit_kwargs)
+        objective = self.oracle.objective
+        if self.oracle.is_updated(trial.trial_id):
+            return  # The user's `run_trial` has done it.
+        _trial_results.check(results, objective, "Tuner.run_trial()")
+        metrics, step = _trial_results.best_of(results, objective)
+        parts = results if isinstance(results, list) else [results]
+        epochs = self.oracle.epochs_of(trial.trial_id) if self.oracle.goes_on else None
+        if epochs is not None and not isinstance(parts[0], keras.callbacks.History):
+            step = epochs - 1
+        if metrics:  # Empty if a resumed trial had already been trained to the end.
+            self.oracle.update_trial(trial.trial_id, metrics, step=step)
+
+    def on_trial_end(self, trial: _tuner_types.Trial) -> None:
+        """Tells the study, and removes weights that are no longer among the best."""
+        with self.oracle.one_look():
+            self.oracle.end_trial(trial)
+            if self._workers.is_chief:
+                self._remove_worse()
+
+    def _remove_worse(self) -> None:
+        best = {t.trial_id for t in self.oracle.get_best_trials(self._keep_best_k)}
+        ended = {t.trial_id for t in self.oracle.trials.values() if t.status != _STATUS.RUNNING}
+        # Of those that ended before, only what was among the best can have become worse.
+        for trial_id in (ended - self._seen_ended) | (self._kept - best):
+            directory = pathlib.Path(self.project_dir, f"trial_{trial_id}")
+            shutil.rmtree(directory / STATE, ignore_errors=True)
+            if self._model_file and trial_id not in best:
+                (directory / self._model_file).unlink(missing_ok=True)
+        self._seen_ended, self._kept = ended, best
+
+
+def _check_environment() -> None:
+    """Refuses KerasTuner's own way to search with several processes."""
+    if "KERASTUNER_TUNER_ID" in os.environ or "KERASTUNER_ORACLE_IP" in os.environ:
+        raise errors.SearchError(
+            "tfbig does not use KerasTuner's chief and workers. Unset KERASTUNER_TUNER_ID, "
+            "KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT, and start the same program several "
+            "times with the same storage; or once, with `python -m tfbig.launch --workers N "
+            "--independent`."
+        )

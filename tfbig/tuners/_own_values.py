@@ -1,0 +1,86 @@
+"""Values that the user chooses: in a `populate_space` of their own, or given to the study."""
+
+from collections.abc import Callable
+
+from keras_tuner.src.engine import trial as kt_trial
+from optuna.trial import FrozenTrial, TrialState
+
+from tfbig.tuners import _proposals, _queue, _space, _study, _trials, _tuner_types
+from tfbig.tuners._hyperparameters import HyperParameters
+
+__all__ = ("OwnValuesQueue", "enqueued")
+
+_STATUS = kt_trial.TrialStatus
+
+
+class OwnValuesQueue(_queue.TrialQueue):
+    """Asks a user's `populate_space` for each new trial; it alone knows when there are no more.
+
+    Args:
+        trials: See `TrialQueue`.
+        proposals: See `TrialQueue`.
+        populated: Returns the status and values of `populate_space` for the trial of an index.
+        hyperparameters: See `TrialQueue`.
+    """
+
+    def __init__(
+        self,
+        trials: _trials.Trials,
+        proposals: _proposals.Proposals,
+        populated: Callable[[int], tuple[str, _tuner_types.Values]],
+        hyperparameters: Callable[[], HyperParameters],
+    ) -> None:
+        super().__init__(trials, proposals, lambda index: populated(index)[1], hyperparameters)
+        self._populated = populated
+        self._is_stopped = False
+
+    def take_new(self, max_trials: int | None) -> int | None:
+        return None if self._is_stopped else self._ledger.take_new(max_trials)
+
+    def begin(self, index: int) -> FrozenTrial | None:
+        # A trial that has begun: its process died, or it raised.
+        frozen = self._trials.by_index().get(index)
+        if frozen is not None and _trials.VALUES in frozen.user_attrs:
+            return frozen
+        status, values = self._populated(index)
+        if status == _STATUS.RUNNING:
+            return self._trials.store(self._trials.of(index), self._hyperparameters(), values)
+        if status == _STATUS.IDLE:
+            # It is the next trial that any process takes.
+            self._ledger.release(index)
+        else:
+            self._is_stopped = True
+            self._trials.end(index, TrialState.FAIL, {_trials.WHY: _trials.VOID})
+        return None
+
+
+def enqueued(
+    trials: _trials.Trials,
+    proposals: _proposals.Proposals,
+    hyperparameters: HyperParameters,
+    index: int,
+    seed: int,
+) -> _tuner_types.Values | None:
+    """Values for a trial from `study.enqueue_trial`; None if there are none.
+
+    Args:
+        trials: The trials of the search.
+        proposals: Suggests values of hyperparameters that were not given.
+        hyperparameters: Those known so far.
+        index: The index of the trial.
+        seed: Of the suggestion.
+    """
+    frozen = trials.with_enqueued(index)
+    if frozen is None:
+        return None
+    given: _tuner_types.Values = frozen.system_attrs[_trials.ENQUEUED]
+    with _study.quiet():
+        trials.seed(seed)
+        values = proposals._suggestion(frozen)
+    known = trials.known_distributions()
+    for hp in hyperparameters.space:
+        # A user of Optuna may have taken the name from the study.
+        parameter = _space.parameter_of(hp, known)
+        if parameter is not None and parameter.name in given and hp.name not in given:
+            values[hp.name] = parameter.decode(given[parameter.name])
+    return values | given

@@ -1,0 +1,5 @@
+"""What builds the models of a search."""
+
+from keras_tuner import HyperModel
+
+__all__ = ("HyperModel",)
