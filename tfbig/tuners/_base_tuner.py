@@ -19,6 +19,7 @@ from tfbig.tuners import (
     _options,
     _oracle,
     _progress,
+    _study,
     _trial_results,
     _trials,
     _tuner_results,
@@ -95,7 +96,10 @@ class BaseTuner(
         self._kept: set[str] = set()
         self._max_seconds = max_seconds
         self._max_total_epochs = max_total_epochs
-        oracle._set_project_dir(directory or ".", project_name or "untitled_project")
+        project = directory or ".", project_name or "untitled_project"
+        # KerasTuner makes it, too, but leaves errors to TensorFlow.
+        _study.make_directory(os.path.join(*project))
+        oracle._set_project_dir(*project)
         strategy = kwargs.get("distribution_strategy") or tf.distribute.get_strategy()
         self._workers = _workers.Workers.of(strategy)
         self._isolate = bool(isolate)
@@ -181,7 +185,11 @@ class BaseTuner(
         try:
             self._run_and_update_trial(trial, *fit_args, **fit_kwargs)
             trial.status = _STATUS.COMPLETED
-        except (keras_tuner.errors.FatalError, errors.SearchError):
+        except (
+            keras_tuner.errors.FatalError,
+            errors.SearchError,
+            errors.StorageUnavailableError,
+        ):
             raise
         except TrialPruned:
             trial.status = _STATUS.STOPPED

@@ -546,8 +546,10 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
 
     def release(self) -> None:
         """Lets other processes run the trials of this one, which stops in the middle of them."""
-        self._search.running.release()
-        self._ledger.leave()
+        # If the storage fails, others see that this process is gone.
+        with contextlib.suppress(errors.StorageUnavailableError):
+            self._search.running.release()
+            self._ledger.leave()
 
     def check_result(self) -> None:
         """Raises if the search has ended and no trial is complete."""

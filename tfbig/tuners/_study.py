@@ -21,6 +21,7 @@ from tfbig.tuners import _ledger, _objectives
 __all__ = (
     "FILE",
     "MEMORY",
+    "make_directory",
     "name_metrics",
     "open_study",
     "remove_unless_used",
@@ -117,6 +118,8 @@ def open_study(
             storage=_backend(storage), study_name=name, directions=directions, load_if_exists=True
         )
         ledger = _ledger.Ledger(_engine(storage), study._study_id, grace)
+    if storage.startswith("sqlite"):
+        _check_not_emptied(ledger, directory, name)
     found = [d.name.lower() for d in study.directions]
     if found != directions:
         raise errors.StudyError(
@@ -125,6 +128,18 @@ def open_study(
             "Use a different `project_name`, or `overwrite=True` to start over."
         )
     return study, ledger
+
+
+def _check_not_emptied(
+    ledger: _ledger.Ledger, directory: str | os.PathLike[str], name: str
+) -> None:
+    """Raises if a study knows of no trial, and files of trials are there."""
+    if any(pathlib.Path(directory).glob("trial_*")) and not ledger.trials():
+        raise errors.StudyError(
+            f"The study {name!r} is empty, but {os.fspath(directory)} has files of its trials, "
+            "which a new search would overwrite: its database was removed or emptied. Restore it, "
+            "use a different `project_name`, or `overwrite=True` to start over."
+        )
 
 
 def name_metrics(study: optuna.Study, names: list[str]) -> None:
@@ -137,8 +152,23 @@ def name_metrics(study: optuna.Study, names: list[str]) -> None:
 def _url(storage: str | None, directory: str | os.PathLike[str]) -> str:
     if storage is not None:
         return storage
-    os.makedirs(directory, exist_ok=True)
+    make_directory(directory)
     return f"sqlite:///{pathlib.Path(directory, FILE).absolute()}"
+
+
+def make_directory(directory: str | os.PathLike[str]) -> None:
+    """Makes the directory of a project, unless there is one.
+
+    Raises:
+        StorageUnavailableError: If that is not possible.
+    """
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as e:
+        raise errors.StorageUnavailableError(
+            f"The directory {os.fspath(directory)} cannot be made: {e.strerror}. Choose another "
+            "`directory`."
+        ) from None
 
 
 def _existing(
@@ -181,6 +211,36 @@ def remove_unless_used(
         shutil.rmtree(path, ignore_errors=True)
 
 
+# What a database says if it cannot be used, rather than if it was used in a wrong way.
+_UNAVAILABLE = (sa.exc.OperationalError, sa.exc.DatabaseError, sa.exc.InternalError)
+# These pass, and are tried again.
+_PASSING = ("locked", "deadlock", "serialize", "exist", "unique")
+
+
+def _explained(engine: sa.Engine, storage: str) -> sa.Engine:
+    """Makes a database that fails during a search say so in tfbig's words: a full disk, damage."""
+
+    @sa.event.listens_for(engine, "handle_error")
+    def explain(context: sa.engine.ExceptionContext) -> Exception | None:
+        error = context.sqlalchemy_exception
+        # Its subclasses are faults of programs.
+        if type(error) not in _UNAVAILABLE:
+            return None
+        reason = str(context.original_exception).strip().splitlines()[0]
+        if any(word in reason.lower() for word in _PASSING):
+            return None
+        return _unavailable_error(storage, reason)
+
+    return engine
+
+
+def _unavailable_error(storage: str, reason: str) -> errors.StorageUnavailableError:
+    return errors.StorageUnavailableError(
+        f"The storage {shown(storage)} cannot be used: {without_secrets(reason, storage)}. What it "
+        "has recorded is kept; start the program again once it can be used."
+    )
+
+
 @contextlib.contextmanager
 def _unavailable(storage: str) -> Iterator[None]:
     """Turns every error of a database into one of tfbig's, without the password."""
@@ -194,9 +254,7 @@ def _unavailable(storage: str) -> Iterator[None]:
         reason = "its driver is not installed; for PostgreSQL, pip install psycopg[binary]"
     else:
         return
-    raise errors.StorageUnavailableError(
-        f"The storage {shown(storage)} cannot be used: {without_secrets(reason, storage)}."
-    ) from None
+    raise _unavailable_error(storage, reason) from None
 
 
 def _backend(storage: str) -> optuna.storages.RDBStorage:
@@ -212,6 +270,7 @@ def _backend(storage: str) -> optuna.storages.RDBStorage:
             with made.engine.connect():  # Fail here rather than during the search.
                 pass
             _ledger.create_tables(made.engine)
+            _explained(made.engine, storage)
             return made
         except (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.OperationalError) as e:
             is_race = "exist" in str(e).lower() or "unique" in str(e).lower()
@@ -235,8 +294,9 @@ def _use_write_ahead_log(connection: _Connection, _: object) -> None:
 def _engine(storage: str) -> sa.Engine:
     """A database whose transactions are serialized."""
     if not storage.startswith("sqlite"):
-        return sa.create_engine(storage, pool_pre_ping=True)
+        return _explained(sa.create_engine(storage, pool_pre_ping=True), storage)
     engine = sa.create_engine(storage, connect_args={"timeout": _BUSY_TIMEOUT})
+    _explained(engine, storage)
     sa.event.listen(engine, "connect", _use_write_ahead_log)
 
     # Python's sqlite3 begins a transaction at the first write. Earlier reads would not be part of

@@ -1,5 +1,6 @@
 """The callbacks with which a trial is trained."""
 
+import contextlib
 import json
 import math
 import os
@@ -169,6 +170,18 @@ class KeepBestWeights(TrialCallback):
             self._best = value
         # If the process is killed, the old weights or the new ones remain.
         temporary = self._path.with_name(f"new-{os.getpid()}.{CHECKPOINT}")
+        try:
+            self._write(temporary)
+        except OSError as e:
+            # Not the fault of the trial, which another process may run again.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise errors.StorageUnavailableError(
+                f"The weights of a trial cannot be written to {self._path.parent}: {e}. What the "
+                "search has recorded is kept; start the program again once there is space."
+            ) from None
+
+    def _write(self, temporary: pathlib.Path) -> None:
         self.model.save_weights(temporary)
         if not temporary.exists():
             return  # The model saves its weights in a way of its own.

@@ -1,0 +1,133 @@
+"""Storages that fail: full, damaged, emptied, or not to be made."""
+
+import contextlib
+import gc
+import pathlib
+import resource
+
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+
+from tfbig import errors, tuners
+from tfbig.tuners import HyperParameters, _oracle
+
+
+def oracle_in(directory, max_trials=4):
+    hp = HyperParameters()
+    hp.Float("x", 0, 1)
+    oracle = _oracle.StudyOracle(
+        keras_tuner.Objective("loss", "min"),
+        max_trials,
+        hyperparameters=hp,
+        seed=0,
+        grace_period=0.5,
+    )
+    oracle._set_project_dir(str(directory), "p")
+    oracle.verbose = 0
+    return oracle
+
+
+def close(oracle):
+    """What the end of a process does."""
+    oracle.release()
+    if oracle._opened:
+        oracle._ledger._engine.dispose()
+        oracle.study._storage._backend.engine.dispose()
+    gc.collect()
+
+
+def run(oracle):
+    """Runs all trials; returns their values."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(close, oracle)
+        while (trial := oracle.create_trial("a")).status != "STOPPED":
+            if trial.status == "IDLE":
+                continue  # Until a trial of a process that failed is free.
+            oracle.update_trial(trial.trial_id, {"loss": trial.hyperparameters.values["x"]})
+            trial.status = "COMPLETED"
+            oracle.end_trial(trial)
+        return [t.hyperparameters.values for t in oracle.trials.values()]
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """As on a full disk, no file of this process can become larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_search_on_a_full_disk_goes_on_when_there_is_space(tmp_path):
+    said = []
+    for pages in (1, 3, 8, 20, 26, 30, 32, 33, 34, 35, 36, 38):
+        with largest_file(4096 * pages):
+            try:
+                run(oracle_in(tmp_path))
+            except errors.StorageUnavailableError as e:
+                said.append(str(e))
+    assert len(said) >= 8
+    assert all("study.db cannot be used: " in message for message in said)
+    assert run(oracle_in(tmp_path)) == run(oracle_in(tmp_path / "straight"))
+
+
+def build(hp):
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(hp.Int("size", 9000, 9100))])
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_weights_that_cannot_be_written_are_no_failure_of_the_trial(tmp_path):
+    x, y = np.ones((4, 8), "float32"), np.ones((4, 1), "float32")
+
+    def search():
+        tuner = tuners.RandomSearch(build, "loss", 2, seed=0, directory=tmp_path)
+        tuner.search(x, y, verbose=0)
+        return tuner
+
+    with (
+        largest_file(250_000),
+        pytest.raises(errors.StorageUnavailableError, match="weights of a trial cannot be written"),
+    ):
+        search()
+    assert not list(tmp_path.rglob("new-*"))
+    assert [t.status for t in search().oracle.trials.values()] == ["COMPLETED"] * 2
+
+
+def test_a_damaged_file_is_said_to_be_damaged(tmp_path):
+    run(oracle_in(tmp_path))
+    path = pathlib.Path(tmp_path, "p", "study.db")
+    content = path.read_bytes()
+    for begin in (0, 4096, 40960):
+        path.write_bytes(content[:begin] + b"\xff" * (len(content) - begin))
+        damaged = path.read_bytes()
+        with pytest.raises(errors.StorageUnavailableError, match=r"study.db cannot be used: "):
+            run(oracle_in(tmp_path, 6))
+        assert path.read_bytes() == damaged
+    path.write_bytes(content)
+    assert len(run(oracle_in(tmp_path, 5))) == 5
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_an_emptied_study_is_not_begun_anew(tmp_path, is_removed):
+    run(oracle_in(tmp_path))
+    (tmp_path / "p" / "trial_0000").mkdir()
+    path = tmp_path / "p" / "study.db"
+    path.unlink() if is_removed else path.write_bytes(b"")
+    with pytest.raises(errors.StudyError, match=r"is empty, but .* has files of its trials"):
+        run(oracle_in(tmp_path))
+    assert (tmp_path / "p" / "trial_0000").exists()
+    anew = oracle_in(tmp_path)
+    anew.begin_anew()
+    run(anew)
+    assert not (tmp_path / "p" / "trial_0000").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.StorageUnavailableError, match=r"file/p cannot be made: "):
+        tuners.RandomSearch(build, "loss", directory=tmp_path / "file", project_name="p")
