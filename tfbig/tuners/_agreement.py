@@ -7,7 +7,11 @@ from tfbig import errors
 from tfbig.tuners import _json, _ledger
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("KIND", "agree_on_settings", "share_space")
+__all__ = ("KIND", "MAX_TRIALS", "SETTINGS", "SPACE", "agree_on_settings", "share_space")
+
+# Metadata of the search: what all processes agree on; the space; and, for those who only look,
+# what the last process to begin was told.
+SETTINGS, SPACE, MAX_TRIALS = "settings", "space", "max_trials"
 
 # The setting that names the oracle, as studies have stored it.
 KIND = "way to search"
@@ -36,7 +40,7 @@ def agree_on_settings(
     """
     wanted = settings if seed is None else settings | {"seed": str(seed)}
     drawn = {"seed": str(random.SystemRandom().randrange(2**31))}
-    stored = ledger.change_metadata("settings", lambda text: text or json.dumps(drawn | wanted))
+    stored = ledger.change_metadata(SETTINGS, lambda text: text or json.dumps(drawn | wanted))
     known = json.loads(stored)
     for name, value in wanted.items():
         if known.get(name) != value:
@@ -67,7 +71,7 @@ def share_space(ledger: _ledger.Ledger, study: str, hyperparameters: HyperParame
         space.values = {}
         return _json.dumps(space.get_config())
 
-    ledger.change_metadata("space", merge)
+    ledger.change_metadata(SPACE, merge)
 
 
 def _check_kinds(here: HyperParameters, known: HyperParameters, study: str) -> None:
