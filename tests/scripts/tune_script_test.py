@@ -77,7 +77,7 @@ def test_a_search_ends_with_a_summary_and_a_report(search):
     assert str(path / "report.html") in stdout
     page = (path / "report.html").read_text()
     assert "<td>0001</td>" in page
-    assert page.count("<img") == 5
+    assert page.count("<figure") == 8
 
 
 def test_a_search_goes_on_and_is_not_another(search):

@@ -9,12 +9,18 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import types
 
+import keras_tuner
+import optuna
 import pytest
+import sqlalchemy as sa
 
 from tests import job
 from tests.jobs.killed_search_points import POINTS
 from tfbig import launch
+from tfbig.tuners import HyperParameters, StudyOracle, _read_only
+from tfbig.tuners import __main__ as looked
 
 KINDS = {"random": 12, "pruned": 12, "nsga2": 12, "hyperopt": 12, "grid": 12, "hyperband": 17}
 
@@ -95,6 +101,36 @@ def test_on_postgresql_too(kind, kills, postgresql, tmp_path):
     (result,), (deaths,) = killed(tmp_path, postgresql, kind, *options)
     assert_each_once(result, kind)
     assert deaths >= kills // 3
+
+
+def test_a_search_on_postgresql_can_be_looked_at(postgresql, tmp_path, capsys):
+    oracle = StudyOracle(
+        objective=keras_tuner.Objective("loss", "min"),
+        max_trials=1,
+        hyperparameters=HyperParameters(),
+        storage=postgresql,
+    )
+    oracle._set_project_dir(str(tmp_path), "looked at")
+    oracle._display = types.SimpleNamespace(on_trial_begin=print, on_trial_end=print)
+    trial = oracle.create_trial("t")
+    oracle.update_trial(trial.trial_id, {"loss": 0.5})
+    trial.status = "COMPLETED"
+    oracle.end_trial(trial)
+    oracle.study._storage._backend.engine.dispose()
+    oracle._ledger._engine.dispose()
+    where = [postgresql, "--name", "looked at"]
+    assert looked.main(["report", *where, "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Trial 0000: loss 0.5" in page
+    assert "secret" not in page
+    capsys.readouterr()
+    assert looked.main(["watch", *where]) == 0
+    assert "1 trials have ended" in capsys.readouterr().out
+    opened = _read_only.open_study(postgresql, "looked at")
+    with pytest.raises(sa.exc.DBAPIError, match="read-only"):
+        opened.ledger.claim(0, "a")
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        opened.study.set_user_attr("a", 1)
 
 
 @pytest.mark.parametrize("kind", ["random", pytest.param("grid", marks=slow)])

@@ -10,16 +10,25 @@ from tfbig import errors
 from tfbig.tuners import _json, _ledger, _space
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("KIND", "SharedSpace", "agree_on_settings", "record_changes")
+__all__ = (
+    "KIND",
+    "MAX_TRIALS",
+    "SETTINGS",
+    "SPACE",
+    "SharedSpace",
+    "agree_on_settings",
+    "record_changes",
+)
+
+# Metadata of the search: what all processes agree on; the space; and, for those who only look,
+# what the last process to begin was told.
+SETTINGS, SPACE, MAX_TRIALS = "settings", "space", "max_trials"
 
 # The setting that names the oracle, as studies have stored it.
 KIND = "way to search"
 
 # The attribute of a study that lists what was changed when it resumed, and when.
 CHANGES = "tfbig:changes"
-
-# Under these names the ledger has the settings and the space.
-_SETTINGS, _SPACE = "settings", "space"
 
 _CHANGEABLE = ("sampler", "pruner")
 
@@ -48,7 +57,7 @@ def agree_on_settings(
     """
     wanted = settings if seed is None else settings | {"seed": str(seed)}
     drawn = {"seed": str(random.SystemRandom().randrange(2**31))}
-    stored = ledger.change_metadata(_SETTINGS, lambda text: text or json.dumps(drawn | wanted))
+    stored = ledger.change_metadata(SETTINGS, lambda text: text or json.dumps(drawn | wanted))
     known = json.loads(stored)
     changed = [name for name, value in wanted.items() if known.get(name) != value]
     for name in changed:
@@ -65,7 +74,7 @@ def agree_on_settings(
             )
     if changed:
         new = json.dumps(known | wanted)
-        ledger.change_metadata(_SETTINGS, lambda text: new)
+        ledger.change_metadata(SETTINGS, lambda text: new)
     return int(known["seed"]), [f"{n}: {known.get(n)}, now {wanted[n]}" for n in changed]
 
 
@@ -101,7 +110,7 @@ class SharedSpace:
         Raises:
             StudyError: If the spaces differ in another way, or have nothing to do with each other.
         """
-        text = self._ledger.metadata(_SPACE)
+        text = self._ledger.metadata(SPACE)
         if text is None:
             return []
         known = HyperParameters.from_config(_json.loads(text))
@@ -111,12 +120,12 @@ class SharedSpace:
     def push(self, hyperparameters: HyperParameters) -> None:
         """Merges the hyperparameters known here with those that the study knows, both ways."""
         self._known = self._ledger.change_metadata(
-            _SPACE, lambda text: _merged(hyperparameters, text)
+            SPACE, lambda text: _merged(hyperparameters, text)
         )
 
     def pull(self, hyperparameters: HyperParameters) -> None:
         """Adds the hyperparameters that other processes have found."""
-        text = self._ledger.metadata(_SPACE)
+        text = self._ledger.metadata(SPACE)
         if text != self._known:
             self._known = text
             _merged(hyperparameters, text)

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from tfbig.tuners import _processes
 
-__all__ = ("Ledger", "TrialRow")
+__all__ = ("TABLES", "Ledger", "TrialRow")
 
 # Longest time between two heartbeats, in seconds.
 _LONGEST_INTERVAL = 10.0
@@ -57,6 +57,9 @@ _SEARCH_METADATA = sa.Table(
     sa.Column("name", sa.String(80), primary_key=True),
     sa.Column("text", sa.Text, nullable=False),
 )
+
+# The names of all of them.
+TABLES = tuple(_METADATA.tables)
 
 # The states of a trial: a process runs it, or may take it; it waits to be continued; its result is
 # in the note; its result is in the study as well; there were no values for it, so that its place is

@@ -25,6 +25,7 @@ from tfbig.tuners import (
     _own_values,
     _proposals,
     _queue,
+    _read_only,
     _running,
     _samplers,
     _space,
@@ -166,12 +167,9 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
     @property
     def _search(self) -> Search:
         if self._opened is None:
-            study, ledger = _study.open_study(
-                self._storage,
-                self._project_dir,
-                str(self._project_name),
-                self.directions,
-                self._grace,
+            where = self._storage, self._project_dir, str(self._project_name), self.directions
+            study, ledger = _read_only.open_if_needed(*where) or _study.open_study(
+                *where, self._grace
             )
             space = _agreement.SharedSpace(ledger, self._study_in_words)
             initial = {hp.name for hp in self.hyperparameters.space}
@@ -269,6 +267,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
                 f"{self.objective_names}. Use `max_seconds` or `max_trials`."
             )
         self._budget = _budget.Budget(max_seconds, max_total_epochs)
+        self._ledger.change_metadata(_agreement.MAX_TRIALS, lambda _: str(self.max_trials))
         self._search.outcomes.begin_search()
         self._ledger.join()
 

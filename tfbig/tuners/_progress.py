@@ -14,7 +14,7 @@ from tfbig.tuners._oracle import StudyOracle
 if TYPE_CHECKING:
     from tfbig.tuners import _tuner_results
 
-__all__ = ("Progress", "html_table", "print_summary", "shown", "status_of")
+__all__ = ("Progress", "html_table", "print_summary", "shown", "shown_score", "status_of")
 
 _STATUS = kt_trial.TrialStatus
 
@@ -38,12 +38,24 @@ def status_of(trial: _tuner_types.Trial) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in a few characters."""
+    """A value of a hyperparameter in a few characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, tuple):
-        return ", ".join(map(shown, value))
+        inner = ", ".join(map(_shown_within, value))
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown_within, value))}]"
     return str(value)
+
+
+def _shown_within(value: object) -> str:
+    return repr(value) if isinstance(value, str) else shown(value)
+
+
+def shown_score(score: float | Iterable[float]) -> str:
+    """The values of the objectives in a few characters."""
+    return ", ".join(map(shown, score)) if isinstance(score, Iterable) else shown(score)
 
 
 def html_table(
@@ -112,7 +124,7 @@ class _Table:
         rows = []
         for trial in listed:
             values = trial.hyperparameters.values
-            score = "" if trial.score is None else shown(trial.score)
+            score = "" if trial.score is None else shown_score(trial.score)
             took = f"{seconds[trial.trial_id]:.1f}" if trial.trial_id in seconds else ""
             cells = [shown(values[n]) if n in values else "" for n in names]
             rows.append([trial.trial_id, status_of(trial), score, took, *cells])
@@ -156,10 +168,10 @@ class Progress:
         most = self._oracle.max_trials
         line = f"trial {trial.trial_id}{f' of {most}' if most else ''}: {status_of(trial)}"
         if trial.score is not None:
-            line += f", {self._oracle.objective_names} {shown(trial.score)}"
+            line += f", {self._oracle.objective_names} {shown_score(trial.score)}"
             best = self._oracle.get_best_trials(1)
             if best and len(self._oracle.directions) == 1:
-                line += f" (best {shown(best[0].score)}, trial {best[0].trial_id})"
+                line += f" (best {shown_score(best[0].score)}, trial {best[0].trial_id})"
         elif trial.message:
             line += f": {trial.message.strip().splitlines()[-1]}"
         values = ", ".join(f"{k}={shown(v)}" for k, v in trial.hyperparameters.values.items())
@@ -180,4 +192,4 @@ def print_summary(tuner: "_tuner_results.TunerResults", num_trials: int) -> None
     for trial in best:
         print(f"\nTrial {trial.trial_id} summary\nHyperparameters:")
         trial.display_hyperparameters()
-        print(f"Score: {shown(trial.score)}")
+        print(f"Score: {shown_score(trial.score)}")

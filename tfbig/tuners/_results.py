@@ -1,80 +1,58 @@
 """What a search has found: a table, and the importance of hyperparameters."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna import distributions
-from optuna.trial import FrozenTrial, TrialState
 
 from tfbig import errors
 from tfbig.tuners import _hyperparameters as hps
-from tfbig.tuners import _progress, _space, _study, _tuner_types, _views
-from tfbig.tuners._oracle import StudyOracle
+from tfbig.tuners import _record, _space, _study, _tuner_types
 
 if TYPE_CHECKING:
     from tfbig.tuners import _tuner_results
 
 __all__ = (
-    "Row",
+    "Searched",
+    "category",
     "dataframe",
     "importance",
     "names_in",
     "quiet",
-    "rows_of",
+    "record_of",
     "score_names",
+    "searched_in",
     "shares_in",
     "study_of",
 )
 
 
-class Row(TypedDict):
-    """A trial, as tables show it."""
-
-    trial: str
-    status: str
-    scores: list[float] | list[None]
-    best_step: int | None
-    epochs: int | None
-    duration: float | None
-    message: str
-    values: _tuner_types.Values
-    frozen: FrozenTrial
-
-
-def rows_of(tuner: "_tuner_results.TunerResults") -> Iterator[Row]:
-    """A row for each trial."""
+def record_of(tuner: "_tuner_results.TunerResults") -> _record.Record:
+    """The search of a tuner."""
     oracle = tuner.oracle
-    frozen_trials = oracle._search.trials.by_index()
-    for trial_id, trial in oracle.trials.items():
-        if (frozen := frozen_trials.get(int(trial_id))) is None:
-            continue  # It began after the other trials were read.
-        is_complete = frozen.state == TrialState.COMPLETE
-        yield {
-            "trial": trial_id,
-            "status": _progress.status_of(trial),
-            "scores": frozen.values if is_complete else [None] * len(oracle.directions),
-            "best_step": trial.best_step if is_complete else None,
-            "epochs": max(frozen.intermediate_values, default=None),
-            "duration": frozen.duration.total_seconds() if frozen.duration else None,
-            "message": (trial.message or "").strip(),
-            "values": trial.hyperparameters.values,
-            "frozen": frozen,
-        }
+    trials = oracle._search.trials
+    place = f"{_study.FILE} in {oracle._project_dir}"
+    if oracle._storage is not None:
+        # The part after "?" may contain a password, too.
+        place = _study.shown(oracle._storage).partition("?")[0]
+    if oracle._storage == _study.MEMORY:
+        place = "memory"
+    return _record.read(trials.study, trials.ledger, place, type(tuner).__name__)
 
 
-def names_in(rows: Iterable[Row]) -> list[str]:
+def names_in(rows: Iterable[_record.Row]) -> list[str]:
     """Names of the hyperparameters of trials, in order of appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row["values"]))
+    return list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def score_names(oracle: StudyOracle) -> list[str]:
+def score_names(record: _record.Record) -> list[str]:
     """The columns of the scores."""
-    names = oracle._objectives.names
-    return ["score"] if len(names) == 1 else names
+    return ["score"] if record.is_single else record.objectives
 
 
 def dataframe(tuner: "_tuner_results.TunerResults") -> _tuner_types.DataFrame:
@@ -85,17 +63,19 @@ def dataframe(tuner: "_tuner_results.TunerResults") -> _tuner_types.DataFrame:
         raise errors.InvalidOptionError(
             "to_dataframe() needs pandas, which is not installed. pip install pandas"
         ) from None
-    rows = list(rows_of(tuner))
+    record = record_of(tuner)
+    rows = record.rows
     # A column is a list or a series of pandas.
-    columns: dict[str, Any] = {"trial": [row["trial"] for row in rows]}
-    columns["status"] = [row["status"] for row in rows]
-    for i, name in enumerate(score_names(tuner.oracle)):
-        columns[name] = pd.Series([row["scores"][i] for row in rows], dtype="float64")
-    columns["best_step"] = pd.Series([row["best_step"] for row in rows], dtype="Int64")
-    columns["epochs"] = pd.Series([row["epochs"] for row in rows], dtype="Int64")
-    columns["duration"] = pd.Series([row["duration"] for row in rows], dtype="float64")
+    columns: dict[str, Any] = {"trial": [row.trial for row in rows]}
+    columns["status"] = [row.status for row in rows]
+    for i, name in enumerate(score_names(record)):
+        scores = [row.scores[i] if row.scores else None for row in rows]
+        columns[name] = pd.Series(scores, dtype="float64")
+    columns["best_step"] = pd.Series([row.best_step for row in rows], dtype="Int64")
+    columns["epochs"] = pd.Series([row.epochs for row in rows], dtype="Int64")
+    columns["duration"] = pd.Series([row.duration for row in rows], dtype="float64")
     for name in names_in(rows):
-        values = [row["values"].get(name, pd.NA) for row in rows]
+        values = [row.values.get(name, pd.NA) for row in rows]
         kinds = {type(v) for v in values}
         # Otherwise pandas would convert integers to floats, and None to NaN.
         is_plain = len(kinds) == 1 and kinds <= {bool, int, float, str}
@@ -115,7 +95,7 @@ def _distribution(
         if is_whole:
             return distributions.IntDistribution(low, high, log=is_log)
         return distributions.FloatDistribution(low, high, log=is_log)
-    choices = list(dict.fromkeys(map(_category, [*_choices(hp), *values])))
+    choices = list(dict.fromkeys(map(category, [*_choices(hp), *values])))
     return distributions.CategoricalDistribution(choices)
 
 
@@ -126,7 +106,7 @@ def _choices(hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value]:
     return choices
 
 
-def _category(value: _tuner_types.Value) -> str:
+def category(value: _tuner_types.Value) -> str:
     """A value as text: Optuna compares with ==, so that 1 and True are the same."""
     return value if isinstance(value, str) else repr(value)
 
@@ -144,47 +124,56 @@ def _labels(
         yield hp, hp.name if parameter is None else parameter.name
 
 
-def study_of(tuner: "_tuner_results.TunerResults", rows: list[Row]) -> optuna.Study:
-    """A copy of the study in memory, with the names and values that users know."""
-    oracle = tuner.oracle
-    params_of: dict[str, _tuner_types.Values] = {row["trial"]: {} for row in rows}
-    distributions_of: dict[str, dict[str, distributions.BaseDistribution]] = {
-        row["trial"]: {} for row in rows
-    }
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """A hyperparameter that is searched, and the values it has had.
+
+    Attributes:
+        label: Its name, which is unique.
+        distribution: A distribution over real values that includes all that occurred.
+        values: The values by trial, only of trials in which it is active; of a category, its text.
+    """
+
+    label: str
+    distribution: distributions.BaseDistribution
+    values: _tuner_types.Values
+
+    @property
+    def iscategory(self) -> bool:
+        return isinstance(self.distribution, distributions.CategoricalDistribution)
+
+
+def searched_in(record: _record.Record) -> list[Searched]:
+    """The hyperparameters that are searched, with the names and values that users know."""
+    found = []
     known = hps.HyperParameters()
-    for hp, label in _labels(oracle.hyperparameters):
-        having = []
-        for row in rows:
-            known.values = row["values"]
-            if hp.name in known.values and known._conditions_are_active(hp.conditions):
-                having.append(row)
-        if not having:
+    for hp, label in _labels(record.space):
+        values: _tuner_types.Values = {}
+        for row in record.rows:
+            known.values = row.values
+            if hp.name in row.values and known._conditions_are_active(hp.conditions):
+                values[row.trial] = row.values[hp.name]
+        if not values:
             continue
-        distribution = _distribution(hp, [row["values"][hp.name] for row in having])
-        is_text = isinstance(distribution, distributions.CategoricalDistribution)
-        for row in having:
-            value = row["values"][hp.name]
-            params_of[row["trial"]][label] = _category(value) if is_text else value
-            distributions_of[row["trial"]][label] = distribution
-    study = optuna.create_study(directions=oracle.directions)
-    study.set_metric_names(oracle._objectives.names)
-    by_id = {row["trial"]: row["frozen"] for row in rows}
-    for index in range(max(map(int, by_id), default=-1) + 1):
-        trial_id = _views.trial_id_of(index)
-        frozen = by_id.get(trial_id)
-        if frozen is None or not frozen.state.is_finished():
-            # Keeps the numbers of the trials after it.
-            made = optuna.trial.create_trial(state=TrialState.FAIL)
-        else:
-            is_complete = frozen.state == TrialState.COMPLETE
-            made = optuna.trial.create_trial(
-                state=frozen.state,
-                values=frozen.values if is_complete else None,
-                params=params_of[trial_id],
-                distributions=distributions_of[trial_id],
-                intermediate_values=frozen.intermediate_values,
-                system_attrs={f"constraints:{k}": v for k, v in frozen.constraints.items()},
-            )
+        distribution = _distribution(hp, list(values.values()))
+        if isinstance(distribution, distributions.CategoricalDistribution):
+            values = {trial: category(value) for trial, value in values.items()}
+        found.append(Searched(label, distribution, values))
+    return found
+
+
+def study_of(
+    record: _record.Record, searched: list[Searched], rows: Iterable[_record.Row]
+) -> optuna.Study:
+    """A copy of complete trials in memory, with the names and values that users know."""
+    study = optuna.create_study(directions=record.directions)
+    for row in rows:
+        active = [one for one in searched if row.trial in one.values]
+        made = optuna.trial.create_trial(
+            values=row.scores,
+            params={one.label: one.values[row.trial] for one in active},
+            distributions={one.label: one.distribution for one in active},
+        )
         study.add_trial(made)
     return study
 
@@ -204,8 +193,7 @@ def shares_in(study: optuna.Study, objective: int = 0) -> dict[str, float]:
             "The importance of hyperparameters needs scikit-learn, which is not installed. "
             "pip install tfbig[sklearn]"
         )
-    # Optuna considers only these; other trials may lack parameters.
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = study.get_trials(deepcopy=False)
     if len(complete) < 2:
         return {}
     common = set.intersection(*(set(t.params) for t in complete))
@@ -216,7 +204,8 @@ def shares_in(study: optuna.Study, objective: int = 0) -> dict[str, float]:
         # Seeded, so that the same trials give the same result.
         evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
         params=sorted(common),
-        target=lambda trial: trial.values[objective],
+        # The square of a larger number is not finite.
+        target=lambda trial: min(max(trial.values[objective], -1e100), 1e100),
     )
     return {name: float(share) for name, share in shares.items()}
 
@@ -225,19 +214,20 @@ def importance(
     tuner: "_tuner_results.TunerResults", objective: str | None = None
 ) -> dict[str, float]:
     """The share of each hyperparameter in the objective's variance; see `Tuner.importance`."""
-    names = tuner.oracle._objectives.names
+    record = record_of(tuner)
+    names = record.objectives
     if objective is not None and objective not in names:
         raise errors.InvalidOptionError(
             f"`objective` must be one of {', '.join(names)}. Received: objective={objective!r}."
         )
     with quiet():
-        study = study_of(tuner, list(rows_of(tuner)))
+        study = study_of(record, searched_in(record), [row for row in record.rows if row.scores])
         return shares_in(study, 0 if objective is None else names.index(objective))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Optuna and matplotlib, whose warnings a user could not act on."""
+    """Silences Optuna and scikit-learn, whose warnings a user could not act on."""
     with _study.quiet(optuna.logging.ERROR), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,6 +1,8 @@
 """The trials that this process runs: their heartbeats, and the metrics that they report."""
 
+import contextlib
 import threading
+import time
 import warnings
 
 import optuna
@@ -21,6 +23,8 @@ class RunningTrial:
         tuner_id: The id of the tuner that runs it.
         is_lost: Whether another process has taken it.
         is_updated: Whether the user's `run_trial` has reported its metrics.
+        run: The attribute of the study's trial that tells when which process ran it.
+        began: When this process began to run it, in seconds since the epoch.
         reported: Values of the objective by step, as this process reported them.
     """
 
@@ -31,8 +35,10 @@ class RunningTrial:
         ledger: _ledger.Ledger,
         index: int,
         tuner_id: str,
+        run: str,
     ) -> None:
         self.tuner_id = tuner_id
+        self.run, self.began = run, time.time()
         self.trial = trial
         self.storage_id = storage_id
         self.index = index
@@ -93,19 +99,29 @@ class RunningTrials:
     def add(
         self, trial: _tuner_types.Trial, frozen: FrozenTrial, index: int, tuner_id: str
     ) -> None:
-        self._by_id[trial.trial_id] = RunningTrial(
-            trial, frozen._trial_id, self._ledger, index, tuner_id
-        )
+        run = _trials.new_run(frozen)
+        running = RunningTrial(trial, frozen._trial_id, self._ledger, index, tuner_id, run)
+        self._by_id[trial.trial_id] = running
+        self._note_run(running, None)
 
     def remove(self, trial_id: str) -> None:
-        del self._by_id[trial_id]
+        running = self._by_id.pop(trial_id)
+        # If the trial has ended, another process had taken it.
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._note_run(running, time.time())
+
+    def _note_run(self, running: RunningTrial, ended: float | None) -> None:
+        """Stores that this process runs a trial, or has run it, for reports."""
+        self._trials.study._storage.set_trial_user_attr(
+            running.storage_id, running.run, [self._ledger.owner, running.began, ended]
+        )
 
     def release(self) -> None:
         """Lets other processes run the trials of this one, which ends in the middle of them."""
-        for running in self._by_id.values():
+        for trial_id, running in list(self._by_id.items()):
             running.stop_heartbeat()
+            self.remove(trial_id)
             self._ledger.release(running.index)
-        self._by_id.clear()
 
     def best_reported(self, trial_id: str) -> float | None:
         """The best value that a trial has reported so far, in any process; None if none."""

@@ -21,6 +21,7 @@ from tfbig.tuners import _ledger, _objectives
 __all__ = (
     "FILE",
     "MEMORY",
+    "check_directions",
     "make_directory",
     "name_metrics",
     "open_study",
@@ -120,14 +121,21 @@ def open_study(
         ledger = _ledger.Ledger(_engine(storage), study._study_id, grace)
     if storage.startswith("sqlite"):
         _check_not_emptied(ledger, directory, name)
+    check_directions(study, directions, shown(storage))
+    return study, ledger
+
+
+def check_directions(
+    study: optuna.Study, directions: list[_objectives.Direction], place: str
+) -> None:
+    """Raises `StudyError` if a study has other directions."""
     found = [d.name.lower() for d in study.directions]
     if found != directions:
         raise errors.StudyError(
-            f"The study {name!r} in {shown(storage)} was created by a different search "
+            f"The study {study.study_name!r} in {place} was created by a different search "
             f"(directions: {', '.join(found)}, expected {', '.join(directions)}). It is unchanged. "
             "Use a different `project_name`, or `overwrite=True` to start over."
         )
-    return study, ledger
 
 
 def _check_not_emptied(

@@ -13,13 +13,16 @@ from optuna.trial import FrozenTrial, TrialState
 from tfbig.tuners import _json, _ledger, _samplers, _space, _study, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("Trials", "as_keras_tuner", "epochs_of")
+__all__ = ("Trials", "as_keras_tuner", "epochs_of", "new_run")
 
 # Attributes of the study's trials, under the names that running searches have stored.
 INDEX, VALUES, METRICS, MESSAGE, BEST_STEP, WHY, EPOCHS = (
     f"tfbig:{name}"
     for name in ("slot", "values", "metrics", "message", "best_step", "why", "epochs")
 )
+# Which process ran a trial, and when: `RUN` and a number from 0 for each time it was run. The
+# process, and the seconds since the epoch at which it began and ended (None if it never said).
+RUN = "tfbig:run "
 
 # The attribute in which Optuna keeps the values of a trial that a user has enqueued.
 ENQUEUED = "fixed_params"
@@ -35,6 +38,11 @@ def epochs_of(trial: FrozenTrial) -> int:
     If nobody counted them, the epochs that it reported.
     """
     return int(trial.user_attrs.get(EPOCHS, max(trial.intermediate_values, default=0)))
+
+
+def new_run(trial: FrozenTrial) -> str:
+    """The attribute for the next time that a trial is run."""
+    return f"{RUN}{sum(name.startswith(RUN) for name in trial.user_attrs)}"
 
 
 class Trials:

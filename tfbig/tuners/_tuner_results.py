@@ -91,8 +91,8 @@ class TunerResults:
     def report(self, path: str | os.PathLike[str]) -> None:
         """Writes a report on the search: one HTML file that needs no network.
 
-        The search may still be running. The plots need `tfbig[plots]`, and importance
-        `tfbig[sklearn]`. What cannot be drawn is left out, with the reason.
+        The search may still be running. Importance needs `tfbig[sklearn]`. What cannot be drawn is
+        left out, with the reason.
 
         Args:
             path: The file; an existing one is replaced atomically.
