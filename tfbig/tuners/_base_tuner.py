@@ -26,6 +26,7 @@ from tfbig.tuners import (
     _tuner_types,
     _worker_oracle,
 )
+from tfbig.tuners._from_study import StoredAtOnce
 from tfbig.tuners._trial_callbacks import STATE, TrialLost, TrialPruned
 
 __all__ = ("BaseTuner",)
@@ -42,6 +43,7 @@ _STATUS = kt_trial.TrialStatus
 
 
 class BaseTuner(
+    StoredAtOnce,
     _tuner_results.TunerResults,
     keras_tuner.engine.base_tuner.BaseTuner,  # type: ignore[misc]  # KerasTuner has no types.
 ):
@@ -122,14 +124,6 @@ class BaseTuner(
         if not self._workers.is_chief:
             # It has all attributes of the oracle.
             self.oracle = cast(_oracle.StudyOracle, _worker_oracle.WorkerOracle(oracle))
-
-    # The study stores everything at once, so that there is no other state to save.
-
-    def save(self) -> None:
-        """Does nothing."""
-
-    def reload(self) -> None:
-        """Does nothing."""
 
     # --- The search ---
 

@@ -1,9 +1,9 @@
-"""Attributes that KerasTuner's constructor assigns, but that only the study knows."""
+"""What KerasTuner keeps itself, and here only the study knows."""
 
-from collections.abc import Callable
-from typing import Generic, TypeVar, overload
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, overload
 
-__all__ = ("FromStudy",)
+__all__ = ("FromStudy", "StoredAtOnce")
 
 # An oracle, and what the property returns.
 Oracle = TypeVar("Oracle")
@@ -28,3 +28,20 @@ class FromStudy(Generic[Oracle, T]):
 
     def __set__(self, oracle: Oracle, value: T) -> None:
         del oracle, value
+
+
+class StoredAtOnce:
+    """The study stores everything at once, so that there is no other state to save."""
+
+    def save(self) -> None:
+        """Does nothing."""
+
+    def reload(self) -> None:
+        """Does nothing."""
+
+    def get_state(self) -> dict[str, Any]:  # As in KerasTuner: any JSON.
+        """An empty dictionary."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:  # As in KerasTuner: any JSON.
+        """Does nothing."""

@@ -7,7 +7,7 @@ trials, and `_views` shows them to KerasTuner.
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import keras_tuner
@@ -30,11 +30,12 @@ from tfbig.tuners import (
     _samplers,
     _space,
     _study,
+    _training,
     _trials,
     _tuner_types,
     _views,
 )
-from tfbig.tuners._from_study import FromStudy
+from tfbig.tuners._from_study import FromStudy, StoredAtOnce
 from tfbig.tuners._hyperparameters import HyperParameters
 from tfbig.tuners._ledger import Ledger
 from tfbig.tuners._objectives import Direction, Objectives
@@ -48,7 +49,7 @@ _POLL_INTERVAL = 0.5
 _STATUS = kt_trial.TrialStatus
 
 
-class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has no types.
+class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has no types.
     """Asks an Optuna study for values, and tells it results.
 
     Any number of processes may have one over the same study.
@@ -314,21 +315,6 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         """How many trials may still begin, in all processes; None for any number."""
         return None if self.max_trials is None else self.max_trials - self._ledger.taken()
 
-    # The study stores everything at once, so that there is no other state to save.
-
-    def save(self) -> None:
-        """Does nothing."""
-
-    def reload(self) -> None:
-        """Does nothing."""
-
-    def get_state(self) -> dict[str, Any]:  # As in KerasTuner: any JSON.
-        """An empty dictionary."""
-        return {}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:  # As in KerasTuner: any JSON.
-        """Does nothing."""
-
     def update_space(self, hyperparameters: HyperParameters) -> None:
         """Adds new hyperparameters, here and for all processes."""
         before = len(self.hyperparameters.space)
@@ -428,61 +414,7 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         names = {_json.name_of(t.hyperparameters.values) for t in self.trials.values()}
         return _json.name_of(values) in names
 
-    # --- Recording a trial ---
-
-    def epochs_of(self, trial_id: str) -> int | None:
-        """The epoch up to which a trial of this process is trained; None: as `search` says."""
-        del trial_id
-        return None
-
-    @property
-    def seed_of_folds(self) -> int:
-        """The seed by which samples are assigned to folds, the same for all trials."""
-        return self._search.seed
-
-    def seed_of_training(self, trial_id: str, execution: int) -> int | None:
-        """The seed of a training; None for a random one, if the search was given no seed.
-
-        Args:
-            trial_id: A trial of this process.
-            execution: How often the trial was trained before.
-        """
-        if not self._seeds_trainings:
-            return None
-        # Not those of suggestions, which end with small numbers.
-        seeds = np.random.SeedSequence([self._search.seed, int(trial_id), execution, 1])
-        return int(seeds.generate_state(1)[0])
-
-    def count_epoch(self, trial_id: str) -> None:
-        """Counts an epoch of a trial of this process, if the search has a budget of epochs."""
-        if self._budget.counts_epochs:
-            self._search.running.count_epoch(trial_id)
-
-    def best_reported(self, trial_id: str) -> float | None:
-        """The best value that a trial of this process has reported before; None if none."""
-        return self._search.running.best_reported(trial_id)
-
-    def is_updated(self, trial_id: str) -> bool:
-        """Whether `update_trial` was called for a trial of this process."""
-        return self._search.running[trial_id].is_updated
-
-    def is_lost(self, trial_id: str) -> bool:
-        """Whether another process has taken a trial of this one."""
-        running = self._search.running.get(trial_id)
-        return running is not None and running.is_lost
-
-    def report(self, trial_id: str, values: _tuner_types.Metrics, step: int) -> bool:
-        """Tells the study the value of the objective after a step.
-
-        Args:
-            trial_id: A trial of this process.
-            values: Metrics, with or without the objective.
-            step: From 1.
-
-        Returns:
-            Whether to prune the trial.
-        """
-        return self._search.running.report(trial_id, values, step)
+    # --- Ending a trial ---
 
     def update_trial(
         self, trial_id: str, metrics: _tuner_types.Metrics, step: int = 0
@@ -494,8 +426,6 @@ class StudyOracle(keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has n
         """
         self._check_objective_found(metrics)
         return self._search.running.update(trial_id, metrics, step)
-
-    # --- Ending a trial ---
 
     def end_trial(self, trial: _tuner_types.Trial | str, status: str = _STATUS.COMPLETED) -> None:
         """Tells the study how a trial ended.
