@@ -4,7 +4,7 @@ import importlib as _importlib
 from types import ModuleType as _ModuleType
 
 from tfbig import _backend as _backend  # First: it looks before Keras is imported.
-from tfbig import callbacks, distribute, errors
+from tfbig import callbacks, distribute, errors, mup
 from tfbig._update.accumulate import accumulate_gradients
 from tfbig._update.exchange_and_apply import apply_gradients
 from tfbig._version import __version__ as __version__
@@ -34,5 +34,6 @@ __all__ = (
     "distribute",
     "errors",
     "extend",
+    "mup",
     "tuners",
 )

@@ -1,6 +1,7 @@
 """Keras fails late on layers that exchange or are out of scope; here they are found before."""
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 
 import keras
@@ -65,6 +66,49 @@ def own_variables(layer: _types.Layer) -> list[_types.KerasVariable]:
     """The variables of this very layer, not of those inside it."""
     seeds = [generator.state for generator in layer._seed_generators]
     return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
+
+
+def query_of(layer: _types.Layer) -> _types.Layer | None:
+    """The layer inside an attention layer that makes its queries; None in other layers."""
+    for name in ("_query_dense", "query_dense"):
+        if isinstance(vars(layer).get(name), keras.layers.Layer):
+            return vars(layer)[name]
+    return None
+
+
+@contextlib.contextmanager
+def recording_outputs(
+    model: keras.Model,
+) -> Iterator[list[tuple[_types.Layer, _types.Structure]]]:
+    """Within it, every call of a layer of the model is recorded, in order.
+
+    Yields:
+        Pairs of a layer and its output, of each call.
+    """
+    calls: list[tuple[_types.Layer, _types.Structure]] = []
+
+    def record(layer: _types.Layer, call: _types.AnyFunction) -> _types.AnyFunction:
+        @functools.wraps(call)
+        def recorded(*args: object, **kwargs: object) -> _types.Structure:
+            output = call(*args, **kwargs)
+            calls.append((layer, output))
+            return output
+
+        return recorded
+
+    layers = all_layers(model)
+    kept = [vars(layer).get("call") for layer in layers]
+    for layer in layers:
+        # Past Keras, which would track the function.
+        vars(layer)["call"] = record(layer, layer.call)
+    try:
+        yield calls
+    finally:
+        for layer, call in zip(layers, kept, strict=True):
+            if call is None:
+                del vars(layer)["call"]
+            else:
+                vars(layer)["call"] = call
 
 
 def draws_random_numbers(layer: _types.Layer) -> bool:

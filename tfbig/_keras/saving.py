@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import json
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
 from keras.src.models import cloning as _cloning
 from keras.src.models import functional as _functional
 from keras.src.models import model as _model
-from keras.src.saving import object_registration
+from keras.src.saving import object_registration, saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import python_utils
 
@@ -139,6 +140,41 @@ def after_cloning(finish: Callable[[keras.Model, keras.Model], keras.Model]) -> 
 
     for name in ("_clone_functional_model", "_clone_sequential_model"):
         setattr(_cloning, name, wrap(getattr(_cloning, name)))
+
+
+def save_beside_config(
+    key: str,
+    saved: Callable[[keras.Model], Any],  # Any: what JSON can hold.
+    restore: Callable[[keras.Model, Any], None],
+) -> None:
+    """Adds something to the `.keras` files of all models that have it.
+
+    A config holds what a class takes in its constructor, and a model of any class may have this.
+
+    Args:
+        key: name of the addition in the file.
+        saved: function of a model: the addition, or None.
+        restore: function of a loaded model without weights, and the addition.
+    """
+    serialize, load = saving_lib._serialize_model_as_json, saving_lib._model_from_config
+
+    @functools.wraps(serialize)
+    def with_addition(model: keras.Model) -> tuple[str, str]:
+        config, metadata = serialize(model)
+        addition = saved(model) if isinstance(model, keras.Model) else None
+        if addition is not None:
+            config = json.dumps(json.loads(config) | {key: addition})
+        return config, metadata
+
+    @functools.wraps(load)
+    def loaded(config: str, *args: object, **kwargs: object) -> keras.Model:
+        model = load(config, *args, **kwargs)
+        addition = json.loads(config).get(key)
+        if addition is not None:
+            restore(model, addition)
+        return model
+
+    saving_lib._serialize_model_as_json, saving_lib._model_from_config = with_addition, loaded
 
 
 def with_class(model: keras.Model, cls: type[keras.Model]) -> keras.Model:

@@ -18,6 +18,7 @@ from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from tfbig import _types, errors
+from tfbig._keras import scaled_updates
 from tfbig._keras import variables as _variables
 from tfbig._keras.sharded_variable import ShardedVariable
 from tfbig._keras.thread import current, holding
@@ -410,7 +411,7 @@ def _backend_update_step(
     scope, own = get_stateless_scope(), _own_pieces() or set()
     before = {id(v) for v in scope.assigned}
     for gradient, variable in zip(gradients, variables, strict=True):
-        self.update_step(gradient, variable, learning_rate)
+        scaled_updates.update_step(self, gradient, variable, learning_rate)
     shared = [v.path for v in scope.assigned if id(v) not in before | own]
     if shared:
         # Each replica would make of it something else.

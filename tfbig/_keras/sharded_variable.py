@@ -381,12 +381,19 @@ _initialize_of_keras = keras.Variable._initialize_with_initializer
 def _initialize_with_initializer(
     self: _types.KerasVariable, initializer: Callable[..., _types.Tensor]
 ) -> None:
+    if isinstance(initializer, keras.initializers.Initializer):
+        vars(self)["_tfbig_initializer"] = initializer
     initialize = current("initialize")
     if initialize is None or type(self) is not keras.Variable or not initialize(self, initializer):
         _initialize_of_keras(self, initializer)
 
 
 keras.Variable._initialize_with_initializer = _initialize_with_initializer
+
+
+def initializer_of(variable: _types.KerasVariable) -> keras.initializers.Initializer | None:
+    """The initializer that made a variable's first value; None for another function or a value."""
+    return vars(variable).get("_tfbig_initializer")
 
 
 def make_whole(variable: ShardedVariable) -> None:

@@ -214,6 +214,21 @@ class _ShardedUpdate:
 
     def clip(self, optimizer: _types.Optimizer) -> None:
         """Clips as the optimizer does, by the norms of whole gradients."""
+        if not (optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue):
+            return
+        units = _keras.scaled_updates.clipping_units(optimizer, self.variables)
+        self._multiply(units)
+        self._clip(optimizer)
+        self._multiply([1 / unit for unit in units])
+
+    def _multiply(self, factors: list[float]) -> None:
+        """Multiplies gradients, and what is known of their norms."""
+        for i, gradient in self.gradients.items():
+            self.gradients[i] = _keras.scaled_updates.multiplied(gradient, factors[i])
+        if hasattr(self, "_squares"):
+            self._squares = {i: x * factors[i] ** 2 for i, x in self._squares.items()}
+
+    def _clip(self, optimizer: _types.Optimizer) -> None:
         if optimizer.clipnorm and optimizer.clipnorm > 0:
             limit = optimizer.clipnorm
             for i, gradient in self.gradients.items():
