@@ -233,6 +233,13 @@ def test_extended_model_keeps_its_widths():
     assert_same(trained(model), plain)
 
 
+def test_equivalence_of_a_cut_batch():
+    model = parametrized(
+        OPTIMIZERS.Adam(0.02, global_clipnorm=0.1), tfbig.Model, gradient_accumulation_steps=3
+    )
+    assert tfbig.check_equivalence(model, *batch()).is_equivalent
+
+
 def test_optimizer_stays_the_users_own():
     optimizer = OPTIMIZERS.Adam(0.02)
     before = optimizer.get_config()

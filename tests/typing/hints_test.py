@@ -14,6 +14,7 @@ MODULES = (
     tfbig.callbacks,
     tfbig.distribute,
     tfbig.errors,
+    tfbig.mup,
     tfbig.tuners,
     tfbig.tuners.oracles,
     tfbig.tuners.engine.base_tuner,

@@ -20,6 +20,7 @@ __all__ = (
     "Rule",
     "UpdateScale",
     "clipping_units",
+    "ignore_rules",
     "multiplied",
     "rule_of",
     "set_rule",
@@ -62,9 +63,16 @@ def rule_of(variable: _types.KerasVariable) -> Rule | None:
     return rule
 
 
+def ignore_rules(optimizer: _types.Optimizer) -> None:
+    """Has an optimizer see gradients as they are, whatever rules weights have."""
+    vars(optimizer)["_tfbig_ignores_rules"] = True
+
+
 def _scale_of(
     optimizer: _types.Optimizer, variable: _types.KerasVariable | _types.Variable
 ) -> UpdateScale:
+    if vars(optimizer).get("_tfbig_ignores_rules"):
+        return _UNSCALED
     # Under a strategy, Keras hands over the copy of a device.
     weight = optimizer._trainable_variables[optimizer._get_variable_index(variable)]
     rule = rule_of(weight) if isinstance(weight, keras.Variable) else None
@@ -128,6 +136,8 @@ TFOptimizer._distributed_tf_update_step = _distributed_update
 
 
 def _has_rules(optimizer: _types.Optimizer) -> bool:
+    if vars(optimizer).get("_tfbig_ignores_rules"):
+        return False
     weights = optimizer._trainable_variables
     return any(isinstance(v, keras.Variable) and rule_of(v) is not None for v in weights)
 

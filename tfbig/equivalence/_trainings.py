@@ -39,6 +39,7 @@ class _Gradients(keras.optimizers.Optimizer):  # type: ignore[misc]  # Keras has
 
     def __init__(self) -> None:
         super().__init__(learning_rate=0.0, name="gradients")
+        _keras.scaled_updates.ignore_rules(self)
 
     def build(self, variables: list[_types.KerasVariable]) -> None:
         super().build(variables)

@@ -48,7 +48,7 @@ def parametrize(model: keras.Model, *, base: keras.Model, delta: keras.Model) ->
     ...     model.compile(keras.optimizers.Adam(0.01), "mse")
     ...     return model
     >>> model = tfbig.mup.parametrize(build(64), base=build(16), delta=build(32))
-    >>> tfbig.mup.scales(model)["dense_1/kernel"].learning_rate
+    >>> list(tfbig.mup.scales(model).values())[2].learning_rate
     0.25
 
     Reference:
