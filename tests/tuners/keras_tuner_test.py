@@ -642,6 +642,65 @@ def test_the_sampler_chooses_what_an_enqueued_trial_leaves_open(tmp_path):
     oracle.release()
 
 
+class Enqueued(kt.Tuner):
+    def run_trial(self, trial, **kwargs):
+        return trial.hyperparameters.get("a")
+
+
+def enqueuing(directory, hp, kind="RandomSearchOracle", max_trials=4):
+    oracle = getattr(kt.oracles, kind)(
+        kt.Objective("default_objective", "min"), max_trials, hyperparameters=hp, seed=0
+    )
+    return Enqueued(oracle, directory=directory, project_name="p")
+
+
+@pytest.mark.parametrize("kind", ["GridSearchOracle", "RandomSearchOracle"])
+def test_values_that_are_enqueued_are_tried_once_and_first(tmp_path, kind):
+    hp = kt.HyperParameters()
+    hp.Choice("a", [1, 2, 3])
+    hp.Choice("b", [None, (1, 2), "x"])
+    for _ in range(2):
+        tuner = enqueuing(tmp_path, hp, kind)
+        assert tuner.enqueue({"a": 3, "b": (1, 2)}) == (not tuner.oracle.trials)
+        assert tuner.enqueue({"b": "x"}) == (not tuner.oracle.trials)
+        tuner.search(verbose=0)
+        values = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
+        assert values[0] == {"a": 3, "b": (1, 2)}
+        assert values[1]["b"] == "x"
+        assert len(values) == len({str(v) for v in values}) == 4
+
+
+def test_values_may_be_enqueued_after_all_were_tried(tmp_path):
+    hp = kt.HyperParameters()
+    hp.Choice("a", [1, 2])
+    enqueuing(tmp_path, hp).search(verbose=0)
+    tuner = enqueuing(tmp_path, hp)
+    tuner.enqueue({"a": 2})
+    tuner.search(verbose=0)
+    assert sorted(t.hyperparameters.get("a") for t in tuner.oracle.trials.values()) == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"c": 1}, r"names of hyperparameters \(a, x\). Received: 'c'"),
+        ({"a": 4}, r"'a' must be in its range \(1, 2\). Received: 4"),
+        ({"a": 1.0}, "Received: 1.0"),
+        ({"x": 2}, r"range \(0.0 to 1.0\)"),
+        ({"x": True}, "Received: True"),
+        ({"x": float("nan")}, "Received: nan"),
+    ],
+)
+def test_values_that_cannot_be_are_not_enqueued(tmp_path, values, words):
+    hp = kt.HyperParameters()
+    hp.Choice("a", [1, 2])
+    hp.Float("x", 0, 1)
+    tuner = enqueuing(tmp_path, hp)
+    with pytest.raises(errors.InvalidOptionError, match=words):
+        tuner.enqueue(values)
+    assert not tuner.oracle.study.get_trials()
+
+
 def test_oracles_take_keras_tuners_arguments_in_its_order():
     hp = kt.HyperParameters()
     hp.Int("a", 1, 2)

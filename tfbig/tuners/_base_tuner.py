@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import traceback
+from collections.abc import Mapping
 from typing import Any, cast
 
 import keras
@@ -18,6 +19,7 @@ from tfbig.tuners import (
     _isolation,
     _options,
     _oracle,
+    _own_values,
     _progress,
     _study,
     _trial_results,
@@ -126,6 +128,23 @@ class BaseTuner(
             self.oracle = cast(_oracle.StudyOracle, _worker_oracle.WorkerOracle(oracle))
 
     # --- The search ---
+
+    def enqueue(self, values: Mapping[str, _tuner_types.Value]) -> bool:
+        """Has a trial try values of yours, before those that the tuner chooses.
+
+        Trials try what was enqueued first, first. They count as any others. A program that is
+        started again may enqueue the same values again, which has no effect.
+
+        Args:
+            values: Values of hyperparameters by name. The tuner chooses those that are left out.
+
+        Returns:
+            Whether the values were not enqueued before.
+
+        Raises:
+            InvalidOptionError: If there is no such hyperparameter, or if it cannot have the value.
+        """
+        return _own_values.enqueue(self.oracle.study, self.oracle.get_space(), values)
 
     def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
         """Runs trials until none is left. Any number of processes may do so at once.

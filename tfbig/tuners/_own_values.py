@@ -1,14 +1,17 @@
-"""Values that the user chooses: in a `populate_space` of their own, or given to the study."""
+"""Values that the user chooses: in a `populate_space` of their own, or enqueued."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
+import optuna
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig.tuners import _proposals, _queue, _space, _study, _trials, _tuner_types
+from tfbig import errors
+from tfbig.tuners import _json, _proposals, _queue, _space, _study, _trials, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("OwnValuesQueue", "enqueued")
+__all__ = ("OwnValuesQueue", "enqueue", "enqueued")
 
 _STATUS = kt_trial.TrialStatus
 
@@ -54,6 +57,55 @@ class OwnValuesQueue(_queue.TrialQueue):
         return None
 
 
+# The attribute of the study's trial that has the values from `enqueue`, of any type.
+_GIVEN = "tfbig:enqueued"
+
+
+def enqueue(
+    study: optuna.Study, hyperparameters: HyperParameters, values: Mapping[str, _tuner_types.Value]
+) -> bool:
+    """Has a trial try some values, before others; once, however often this is called.
+
+    Args:
+        study: The study.
+        hyperparameters: Those known so far.
+        values: By name; the sampler chooses what is left out.
+
+    Returns:
+        Whether the values were not enqueued before.
+
+    Raises:
+        InvalidOptionError: If there is no such hyperparameter, or if it cannot have the value.
+    """
+    for name, value in values.items():
+        kinds = [hp for hp in hyperparameters.space if hp.name == name]
+        # Without any, the trials define the space.
+        if hyperparameters.space and not kinds:
+            known = ", ".join(dict.fromkeys(hp.name for hp in hyperparameters.space))
+            raise errors.InvalidOptionError(
+                f"`values` must have names of hyperparameters ({known}). Received: {name!r}."
+            )
+        if kinds and not any(_may_be(hp, value) for hp in kinds):
+            ranges = " or ".join(_space.range_of(hp) for hp in kinds)
+            raise errors.InvalidOptionError(
+                f"The value of {name!r} must be in its range ({ranges}). Received: {value!r}."
+            )
+    given = _json.dumps(dict(values))
+    if any(t.user_attrs.get(_GIVEN) == given for t in study.get_trials(deepcopy=False)):
+        return False
+    with _study.quiet():
+        study.enqueue_trial({}, user_attrs={_GIVEN: given})
+    return True
+
+
+def _may_be(hp: _tuner_types.Hyperparameter, value: _tuner_types.Value) -> bool:
+    allowed = _space.all_values(hp)
+    if allowed is not None:
+        return _json.dumps(value) in map(_json.dumps, allowed)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return bool(is_number and math.isfinite(value) and hp.min_value <= value <= hp.max_value)
+
+
 def enqueued(
     trials: _trials.Trials,
     proposals: _proposals.Proposals,
@@ -61,7 +113,7 @@ def enqueued(
     index: int,
     seed: int,
 ) -> _tuner_types.Values | None:
-    """Values for a trial from `study.enqueue_trial`; None if there are none.
+    """Values for a trial that was enqueued; None if there are none.
 
     Args:
         trials: The trials of the search.
@@ -73,7 +125,8 @@ def enqueued(
     frozen = trials.with_enqueued(index)
     if frozen is None:
         return None
-    given: _tuner_types.Values = frozen.system_attrs[_trials.ENQUEUED]
+    given: _tuner_types.Values = dict(frozen.system_attrs[_trials.ENQUEUED])
+    given |= _json.loads(frozen.user_attrs.get(_GIVEN, "{}"))
     with _study.quiet():
         trials.seed(seed)
         values = proposals._suggestion(frozen)

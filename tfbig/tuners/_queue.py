@@ -64,7 +64,8 @@ class TrialQueue:
 
     def take_new(self, max_trials: int | None) -> int | None:
         """Hook: a new trial, owned by this process; None if there may be no more."""
-        if self._proposals.first_untried() is _proposals.EXHAUSTED:
+        is_exhausted = self._proposals.first_untried() is _proposals.EXHAUSTED
+        if is_exhausted and not self._trials.has_enqueued():
             return None
         return self._ledger.take_new(max_trials)
 
