@@ -235,6 +235,47 @@ def test_a_sampler_may_be_given_by_a_function_of_a_seed(make):
     assert len({s for s in seeds if s}) == 3
 
 
+def test_samplers_and_pruners_take_the_options_of_their_class(make):
+    oracle = make(
+        *(3, line()),
+        sampler="tpe",
+        sampler_options={"n_startup_trials": 3, "multivariate": False},
+        pruner="asha",
+        pruner_options={"reduction_factor": 3},
+    )
+    run(oracle)
+    oracle._search.trials.seed(1)
+    sampler, pruner = oracle.study.sampler, oracle.study.pruner
+    assert isinstance(sampler, optuna.samplers.TPESampler)
+    assert (sampler._n_startup_trials, sampler._multivariate) == (3, False)
+    # What tfbig chooses stays.
+    assert sampler._constant_liar
+    assert pruner._reduction_factor == 3
+    settings = oracle._ledger.metadata("settings")
+    assert "tpe (multivariate=False, n_startup_trials=3)" in settings
+    assert "asha (reduction_factor=3)" in settings
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sampler_options": {"startup": 3}}, r"options of the sampler 'tpe', which has .*gamma"),
+        ({"sampler_options": {"seed": 3}}, "Received: 'seed'"),
+        ({"sampler": "random", "sampler_options": {"a": 1}}, "no options"),
+        ({"sampler": optuna.samplers.TPESampler, "sampler_options": {"gamma": 1}}, "no options"),
+        ({"pruner_options": {"patience": 3}}, "pruner None, which has no options"),
+        (
+            {"pruner": "patience", "pruner_options": {"patience": -1}},
+            r"valid. .*patience=-1",
+        ),
+        ({"pruner": "asha", "pruner_options": {"reduction_factor": 0}}, "reduction_factor"),
+    ],
+)
+def test_options_that_a_sampler_or_pruner_has_not_are_refused(options, words):
+    with pytest.raises(errors.InvalidOptionError, match=words):
+        _oracle.StudyOracle(keras_tuner.Objective("loss", "min"), 3, **options)
+
+
 def test_what_torch_says_of_gpus_is_not_repeated(make):
     class Sampler(optuna.samplers.RandomSampler):
         def sample_relative(self, *args):

@@ -375,6 +375,30 @@ def test_a_pruner_looks_at_the_mean_after_each_fold(options):
     assert second.state == optuna.trial.TrialState.PRUNED
 
 
+def test_wilcoxon_compares_trials_fold_by_fold(options):
+    """The second trial is worse by less than folds differ, but in every fold."""
+    pytest.importorskip("scipy")
+
+    class Model(keras_tuner.HyperModel):
+        def build(self, hp):
+            hp.Choice("worse", [0.0, 0.01])
+            return build(keras_tuner.HyperParameters())
+
+        def fit(self, hp, model, x, y, validation_data, callbacks, **kwargs):
+            return float(np.abs(validation_data[0]).mean()) + hp.get("worse")
+
+    tuner = tuners.GridSearch(Model(), folds=8, pruner="wilcoxon", **options)
+    tuner.search(FOLDED["x"], FOLDED["y"])
+    first, second = tuner.oracle.study.trials
+    assert np.std(list(first.intermediate_values.values())) > 0.01
+    assert second.state == optuna.trial.TrialState.PRUNED
+    assert 3 <= len(second.intermediate_values) <= 7
+    for fold, value in second.intermediate_values.items():
+        assert value == pytest.approx(first.intermediate_values[fold] + 0.01)
+    with pytest.raises(errors.InvalidOptionError, match="Use `folds`"):
+        tuners.GridSearch(Model(), pruner="wilcoxon", **options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -48,7 +48,9 @@ class StudyOptions(TypedDict, total=False):
     storage: str | None
     grace_period: float
     constraints: _outcomes.Constraints | None
+    sampler_options: _samplers.Options | None
     pruner: _samplers.PrunerOption
+    pruner_options: _samplers.Options | None
 
 
 class OracleOptions(StudyOptions, total=False):

@@ -24,8 +24,12 @@ class OptunaSearch(_tuner.Tuner):
             "tpe".
         seed: With a seed, a search in one process is reproducible, also if it is interrupted and
             resumed.
-        pruner: None, "median", "asha", "hyperband" or "patience"; or a function of a seed that
-            returns an `optuna` pruner. Defaults to None.
+        sampler_options: Arguments of Optuna's class for a sampler that is given by name, such as
+            `{"n_startup_trials": 20, "multivariate": False}` for "tpe".
+        pruner: None, "median", "asha", "hyperband", "patience", or, with `folds`, "wilcoxon"; or a
+            function of a seed that returns an `optuna` pruner. Defaults to None.
+        pruner_options: Arguments of Optuna's class for a pruner that is given by name, such as
+            `{"reduction_factor": 3}` for "asha".
         hyperparameters: `keras_tuner.HyperParameters` that override those that the model asks for.
         storage: None for a file in the project's directory, a database URL for several machines,
             or "memory". On a network file system use a URL.

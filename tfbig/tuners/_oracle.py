@@ -64,8 +64,7 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
         seed: The seed of the search, >= 0; None for a random one.
         max_retries_per_trial: How often a trial that raised an error is run again.
         max_consecutive_failed_trials: After how many failed trials in a row the search ends.
-        sampler: See `OptunaSearch`.
-        pruner: See `OptunaSearch`.
+        sampler: See `OptunaSearch`; `sampler_options`, `pruner` and `pruner_options` as well.
         storage: None for a file in the project's directory, "memory", or a database URL.
         grace_period: Seconds without a heartbeat after which another process takes a trial.
         constraints: Function of a trial's metrics that returns a dictionary of numbers; the trial
@@ -92,7 +91,9 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
         max_consecutive_failed_trials: int = 3,
         *,
         sampler: _samplers.SamplerOption = "tpe",
+        sampler_options: _samplers.Options | None = None,
         pruner: _samplers.PrunerOption = None,
+        pruner_options: _samplers.Options | None = None,
         storage: str | None = None,
         grace_period: float = 60.0,
         constraints: _outcomes.Constraints | None = None,
@@ -113,8 +114,8 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
         # KerasTuner takes 0 for no seed.
         self.seed = seed
         self._seeds_trainings = seed is not None
-        self._sampler = _samplers.sampler(sampler, storage)
-        self._pruner = _samplers.pruner(pruner, self.objective)
+        self._sampler = _samplers.sampler(sampler, storage, sampler_options)
+        self._pruner = _samplers.pruner(pruner, self.objective, pruner_options)
         self._storage = storage
         self._grace = grace_period
         self._constraints = constraints

@@ -7,6 +7,7 @@ that a resumed search makes the same suggestions.
 import dataclasses
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +34,11 @@ class Maker:
     name: str
     make: Callable[[int, int], _Made]
 
+    @property
+    def kind(self) -> str:
+        """The name without options."""
+        return self.name.split(" (")[0]
+
 
 # A name, or a function of a seed; a class counts as a function without one.
 SamplerOption: TypeAlias = (
@@ -43,27 +49,40 @@ PrunerOption: TypeAlias = (
 )
 
 
-def _tpe(seed: int, random_trials: int = 10) -> optuna.samplers.BaseSampler:
+# What a sampler or a pruner takes besides a seed, by name.
+Options: TypeAlias = dict[str, Any]
+
+
+def _tpe(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
     # Considers running trials bad, so that parallel processes look elsewhere.
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=random_trials, constant_liar=True)
+    return optuna.samplers.TPESampler(seed=seed, **{"constant_liar": True} | options)
 
 
-def _gp(seed: int, random_trials: int = 10) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.GPSampler(
-        seed=seed, n_startup_trials=random_trials, deterministic_objective=False
-    )
+def _gp(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed, **{"deterministic_objective": False} | options)
 
 
-def _hyperopt(seed: int) -> optuna.samplers.BaseSampler:
+def _hyperopt(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
     from tfbig.tuners._hyperopt import HyperoptSampler
 
     return HyperoptSampler(seed=seed)
 
 
-def _qmc(seed: int, of_search: int) -> optuna.samplers.BaseSampler:
+def _qmc(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
     # All trials share one sequence; the study knows how much of it is used.
     rest = optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.QMCSampler(seed=of_search, scramble=True, independent_sampler=rest)
+    defaults: Options = {"scramble": True, "independent_sampler": rest}
+    return optuna.samplers.QMCSampler(seed=of_search, **defaults | options)
+
+
+def _seeded(kind: type) -> Callable[..., _Made]:
+    """Makes samplers of a class; ignores the seed of the search."""
+    return lambda seed, of_search, **options: kind(seed=seed, **options)
+
+
+def _unseeded(kind: type, **defaults: Any) -> Callable[..., _Made]:
+    """Makes pruners of a class."""
+    return lambda seed, of_search, **options: kind(**defaults | options)
 
 
 def _by_trial(function: Callable[[int], _Made]) -> Callable[[int, int], _Made]:
@@ -71,29 +90,41 @@ def _by_trial(function: Callable[[int], _Made]) -> Callable[[int, int], _Made]:
     return lambda seed, of_search: function(seed)
 
 
-_SAMPLERS = {
-    "random": _by_trial(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
-    "tpe": _by_trial(_tpe),
-    "gp": _by_trial(_gp),
-    "cmaes": _by_trial(lambda seed: optuna.samplers.CmaEsSampler(seed=seed)),
-    "nsga2": _by_trial(lambda seed: optuna.samplers.NSGAIISampler(seed=seed)),
-    "qmc": _qmc,
-    "hyperopt": _by_trial(_hyperopt),
+# The class of each sampler, whose arguments are its options; None if it has none.
+_SAMPLERS: dict[str, tuple[type | None, Callable[..., _Made]]] = {
+    "random": (None, _seeded(optuna.samplers.RandomSampler)),
+    "tpe": (optuna.samplers.TPESampler, _tpe),
+    "gp": (optuna.samplers.GPSampler, _gp),
+    "cmaes": (optuna.samplers.CmaEsSampler, _seeded(optuna.samplers.CmaEsSampler)),
+    "nsga2": (optuna.samplers.NSGAIISampler, _seeded(optuna.samplers.NSGAIISampler)),
+    "qmc": (optuna.samplers.QMCSampler, _qmc),
+    "hyperopt": (None, _hyperopt),
 }
 
-# The modules that a sampler needs besides Optuna, and what to install.
+# The modules that a sampler or pruner needs besides Optuna, and what to install.
 _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "gp": (("torch", "scipy"), "torch scipy"),
     "cmaes": (("cmaes",), "cmaes"),
     "qmc": (("scipy",), "scipy"),
+    "wilcoxon": (("scipy",), "scipy"),
     "hyperopt": (("hyperopt",), "tfbig[hyperopt]"),
 }
 
-_PRUNERS = {
-    "median": _by_trial(lambda seed: optuna.pruners.MedianPruner(n_startup_trials=5)),
-    "asha": _by_trial(lambda seed: optuna.pruners.SuccessiveHalvingPruner()),
-    "hyperband": _by_trial(lambda seed: optuna.pruners.HyperbandPruner()),
-    "patience": _by_trial(lambda seed: optuna.pruners.PatientPruner(None, patience=5)),
+_PRUNERS: dict[str, tuple[type | None, Callable[..., _Made]]] = {
+    "median": (
+        optuna.pruners.MedianPruner,
+        _unseeded(optuna.pruners.MedianPruner, n_startup_trials=5),
+    ),
+    "asha": (
+        optuna.pruners.SuccessiveHalvingPruner,
+        _unseeded(optuna.pruners.SuccessiveHalvingPruner),
+    ),
+    "hyperband": (optuna.pruners.HyperbandPruner, _unseeded(optuna.pruners.HyperbandPruner)),
+    "patience": (
+        optuna.pruners.PatientPruner,
+        _unseeded(optuna.pruners.PatientPruner, wrapped_pruner=None, patience=5),
+    ),
+    "wilcoxon": (optuna.pruners.WilcoxonPruner, _unseeded(optuna.pruners.WilcoxonPruner)),
 }
 
 
@@ -104,42 +135,42 @@ def beginning_at_random(given: SamplerOption, trials: int) -> Maker:
             "`num_initial_points` must be an integer >= 1. Received: "
             f"num_initial_points={trials!r}."
         )
-    made = {"tpe": _tpe, "gp": _gp}.get(given) if isinstance(given, str) else None
-    if made is None or not isinstance(given, str):
+    if given not in ("tpe", "gp"):
         raise errors.InvalidOptionError(
             f"`num_initial_points` needs sampler='tpe' or 'gp'. Received: sampler={given!r}."
         )
     _check_installed(given)
-    return Maker(
-        f"{given} after {trials} at random",
-        _by_trial(functools.partial(made, random_trials=trials)),
-    )
+    _, make = _SAMPLERS[given]
+    made = functools.partial(make, n_startup_trials=trials)
+    return Maker(f"{given} after {trials} at random", made)
 
 
-def _check_installed(name: str) -> None:
+def _check_installed(name: str, kind: str = "sampler") -> None:
     modules, install = _NEEDS.get(name, ((), ""))
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise errors.InvalidOptionError(
-            f"sampler={name!r} needs {' and '.join(missing)}, which is not installed. "
+            f"{kind}={name!r} needs {' and '.join(missing)}, which is not installed. "
             f"pip install {install}"
         )
 
 
-def sampler(given: SamplerOption, storage: str | None) -> Maker:
+def sampler(given: SamplerOption, storage: str | None, options: Options | None = None) -> Maker:
     """Makes the samplers that a user asks for.
 
     Args:
         given: One of the names above, or a function of a seed.
         storage: Of the search.
+        options: Of a sampler that is given by name.
 
     Raises:
-        InvalidOptionError: If it is neither; if the name needs a package that is not installed; or
-            if the sampler would unpickle what others may have written.
+        InvalidOptionError: If it is neither; if the name needs a package that is not installed; if
+            the sampler has no such option; or if it would unpickle what others may have written.
     """
     if isinstance(given, Maker):
+        _check_options("sampler", given.name, None, options)
         return given
-    found = _maker("sampler", given, _SAMPLERS)
+    found = _maker("sampler", given, _SAMPLERS, options)
     if isinstance(given, str):
         _check_installed(given)
     if given == "cmaes" and storage is not None and storage != _study.MEMORY:
@@ -152,11 +183,16 @@ def sampler(given: SamplerOption, storage: str | None) -> Maker:
     return found
 
 
-def pruner(given: PrunerOption, objective: _tuner_types.Objective) -> Maker | None:
+def pruner(
+    given: PrunerOption, objective: _tuner_types.Objective, options: Options | None = None
+) -> Maker | None:
     """Makes the pruners that a user asks for; None for none."""
     if given is None:
+        _check_options("pruner", None, None, options)
         return None
-    found = _maker("pruner", given, _PRUNERS)
+    found = _maker("pruner", given, _PRUNERS, options)
+    if isinstance(given, str):
+        _check_installed(given, "pruner")
     if hasattr(objective, "objectives"):
         raise errors.InvalidOptionError(
             "`pruner` needs a single objective: with several, it cannot say which trial is worse. "
@@ -168,12 +204,22 @@ def pruner(given: PrunerOption, objective: _tuner_types.Objective) -> Maker | No
 def _maker(
     kind: Literal["sampler", "pruner"],
     given: SamplerOption | PrunerOption,
-    known: dict[str, Callable[[int, int], _Made]],
+    known: dict[str, tuple[type | None, Callable[..., _Made]]],
+    options: Options | None,
 ) -> Maker:
     if isinstance(given, str) and given in known:
-        return Maker(given, known[given])
+        of, make = known[given]
+        options = _check_options(kind, given, of, options)
+        told = ", ".join(f"{name}={options[name]!r}" for name in sorted(options))
+        name = f"{given} ({told})" if told else given
+        made = functools.partial(make, **options)
+        # Fails now rather than at the first trial, if an option has a wrong value.
+        if options:
+            _try_out(kind, name, made)
+        return Maker(name, made)
     base = optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner
     if callable(given):
+        _check_options(kind, given, None, options)
         if isinstance(given, type) and issubclass(given, base):
             return Maker(given.__name__, lambda seed, of_search: given())
         name = getattr(given, "__qualname__", type(given).__name__)
@@ -182,3 +228,27 @@ def _maker(
         f"`{kind}` must be one of {', '.join(sorted(known))}, or a function of a seed that returns "
         f"an optuna.{kind}s.{base.__name__}. Received: {kind}={given!r}."
     )
+
+
+def _check_options(kind: str, given: object, of: type | None, options: Options | None) -> Options:
+    """Options that a class takes; raises if it has no such option."""
+    options = dict(options or {})
+    known = set(inspect.signature(of).parameters) - {"seed"} if of else set()
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        has = ", ".join(sorted(known)) or "no options"
+        raise errors.InvalidOptionError(
+            f"`{kind}_options` must have options of the {kind} {given!r}, which has {has}. "
+            f"Received: {unknown[0]!r}."
+        )
+    return options
+
+
+def _try_out(kind: str, name: str, made: Callable[[int, int], _Made]) -> None:
+    try:
+        with _study.quiet():
+            made(0, 0)
+    except (TypeError, ValueError) as e:
+        raise errors.InvalidOptionError(
+            f"`{kind}_options` must be valid. Received: {name}. {e}"
+        ) from None

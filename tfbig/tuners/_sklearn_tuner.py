@@ -151,7 +151,9 @@ class SklearnTuner(_base_tuner.BaseTuner):
             for name, value in scores.items():
                 found.setdefault(name, []).append(value)
             means = {name: float(np.mean(values)) for name, values in found.items()}
-            self._report(trial.trial_id, means, number, is_last=number == len(folds))
+            last = {name: values[-1] for name, values in found.items()}
+            told = last if self.oracle.compares_folds else means
+            self._report(trial.trial_id, told, number, is_last=number == len(folds))
         self.save_model(trial.trial_id, model)
         return means
 
@@ -167,9 +169,11 @@ class SklearnTuner(_base_tuner.BaseTuner):
             scores |= {m.__name__: float(m(y, predicted, **weights)) for m in self.metrics}
         return scores
 
-    def _report(self, trial_id: str, means: _tuner_types.Metrics, fold: int, is_last: bool) -> None:
+    def _report(
+        self, trial_id: str, metrics: _tuner_types.Metrics, fold: int, is_last: bool
+    ) -> None:
         """Reports a fold to the study; ends the trial if it is pruned or lost."""
-        is_pruned = self.oracle.report(trial_id, means, fold)
+        is_pruned = self.oracle.report(trial_id, metrics, fold)
         if self.oracle.is_lost(trial_id):
             raise TrialLost
         # After the last fold, pruning saves nothing.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tfbig.tuners import _budget, _search, _tuner_types
+from tfbig.tuners import _budget, _samplers, _search, _tuner_types
 
 __all__ = ("TrainingTrials",)
 
@@ -13,10 +13,16 @@ class TrainingTrials:
     _budget: _budget.Budget
     # Whether the search was given a seed.
     _seeds_trainings: bool
+    _pruner: _samplers.Maker | None
 
     @property
     def _search(self) -> _search.Search:
         raise NotImplementedError
+
+    @property
+    def compares_folds(self) -> bool:
+        """Whether the pruner wants the value of each fold, rather than the mean so far."""
+        return self._pruner is not None and self._pruner.kind == "wilcoxon"
 
     def epochs_of(self, trial_id: str) -> int | None:
         """The epoch up to which a trial of this process is trained; None: as `search` says."""

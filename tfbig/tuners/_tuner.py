@@ -88,6 +88,11 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         _options.check_tuner_options(
             executions_per_trial, folds, keep_best_k, getattr(oracle, "goes_on", False)
         )
+        if getattr(oracle, "compares_folds", False) and not folds:
+            raise errors.InvalidOptionError(
+                "pruner='wilcoxon' compares trials fold by fold. Received: folds=None. Use "
+                "`folds`, or another pruner."
+            )
         # `Hyperband` has a `run_trial` of its own, which needs a model as well.
         if hypermodel is None and type(self).run_trial.__module__.startswith("tfbig.tuners."):
             raise errors.InvalidOptionError(
@@ -197,7 +202,8 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             results.append(self._build_and_fit_model(trial, *run_args, **run_kwargs))
             report.finish()
             if self._folds and number + 1 < self._folds:
-                means, _ = _trial_results.best_of(results, self.oracle.objective)
+                told = results[-1:] if self.oracle.compares_folds else results
+                means, _ = _trial_results.best_of(told, self.oracle.objective)
                 report.decide(means, number + 1)
                 report.finish()
         return results
