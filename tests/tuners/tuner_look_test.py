@@ -188,6 +188,8 @@ def test_a_tuner_shows_the_results_of_a_search_that_it_may_not_write(elsewhere, 
         assert tuner.remaining_trials == 0
         with pytest.raises(errors.StorageUnavailableError, match="cannot be written"):
             tuner.search()
+        # What would be noted when a search resumes with another pruner is not.
+        assert tuner_of(elsewhere, pruner="median").get_best_hyperparameters()[0].values == best
         different = tuner_of(elsewhere, names=("loss", "time"))
         with pytest.raises(errors.StudyError, match="different search"):
             different.results_summary()

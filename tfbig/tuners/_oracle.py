@@ -181,7 +181,8 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
             )
             _study.name_metrics(study, self._objectives.names)
             space.push(self.hyperparameters)
-            _agreement.record_changes(study, changed + wider)
+            if not isinstance(ledger, _read_only.ReadOnlyLedger):
+                _agreement.record_changes(study, changed + wider)
             self._opened = self._parts(study, ledger, self.seed, space, initial)
         return self._opened
 
