@@ -642,6 +642,62 @@ def test_the_sampler_chooses_what_an_enqueued_trial_leaves_open(tmp_path):
     oracle.release()
 
 
+class Loop(kt.RandomSearch):
+    """A loop of the user's own, whose values are known."""
+
+    steps = ()
+
+    def run_trial(self, trial, **kwargs):
+        x = trial.hyperparameters.Int("x", 1, 1000)
+        first = trial.trial_id == "0000"
+        for step in range(1, 7):
+            self.steps.append((trial.trial_id, step))
+            self.report(trial, step, {"loss": 0.0 if first else x})
+            if self.should_prune(trial):
+                raise kt.errors.TrialPruned
+        return {"loss": x}
+
+
+def loop(directory, **kwargs):
+    tuner = Loop(
+        objective=kt.Objective("loss", "min"),
+        directory=directory,
+        project_name="p",
+        seed=0,
+        **{"max_trials": 4} | kwargs,
+    )
+    tuner.steps = []
+    return tuner
+
+
+def test_a_loop_of_ones_own_is_pruned(tmp_path):
+    options = {"n_startup_trials": 1, "n_warmup_steps": 2}
+    tuner = loop(tmp_path, pruner="median", pruner_options=options)
+    tuner.search(verbose=0)
+    trials = list(tuner.oracle.trials.values())
+    assert [t.status for t in trials] == ["COMPLETED"] + ["STOPPED"] * 3
+    # Step 1 is below `n_warmup_steps`.
+    assert [t for t, _ in tuner.steps] == ["0000"] * 6 + ["0001"] * 2 + ["0002"] * 2 + ["0003"] * 2
+    first = tuner.oracle.study.trials[0]
+    assert first.intermediate_values == dict.fromkeys(range(1, 7), 0.0)
+
+
+def test_steps_of_a_loop_of_ones_own_count_as_epochs(tmp_path):
+    tuner = loop(tmp_path, max_trials=9, max_total_epochs=12)
+    tuner.search(verbose=0)
+    assert len(tuner.oracle.trials) == 2
+
+
+def test_what_a_loop_reports_must_have_the_objective(tmp_path):
+    class Wrong(Loop):
+        def run_trial(self, trial, **kwargs):
+            self.report(trial, 1, {"accuracy": 1.0})
+
+    tuner = Wrong(objective="loss", max_trials=2, directory=tmp_path)
+    with pytest.raises(errors.SearchError, match=r"`logs` must have the objective 'loss'"):
+        tuner.search(verbose=0)
+
+
 class Enqueued(kt.Tuner):
     def run_trial(self, trial, **kwargs):
         return trial.hyperparameters.get("a")

@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import traceback
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import keras
 import keras_tuner
@@ -22,6 +22,7 @@ from tfbig.tuners import (
     _own_values,
     _progress,
     _study,
+    _trial_callbacks,
     _trial_results,
     _trials,
     _tuner_results,
@@ -95,6 +96,8 @@ class BaseTuner(
                 "tfbig.tuners.oracles has those of KerasTuner."
             )
         self._keep_best_k = keep_best_k
+        # What `report` has told last.
+        self._reported: _trial_callbacks.ReportObjective | None = None
         # The trials that had ended, and those whose models were kept, when models were removed.
         self._seen_ended: set[str] = set()
         self._kept: set[str] = set()
@@ -128,6 +131,63 @@ class BaseTuner(
             self.oracle = cast(_oracle.StudyOracle, _worker_oracle.WorkerOracle(oracle))
 
     # --- The search ---
+
+    @overload
+    def report(self, path: str | os.PathLike[str]) -> None: ...
+
+    @overload
+    def report(
+        self, path: _tuner_types.Trial, step: int, logs: _tuner_types.Metrics | float
+    ) -> None: ...
+
+    def report(
+        self,
+        path: str | os.PathLike[str] | _tuner_types.Trial,
+        step: int | None = None,
+        logs: _tuner_types.Metrics | float | None = None,
+    ) -> None:
+        """Reports a step of a trial, from a `run_trial` or a loop of your own.
+
+        `report(trial, step, logs)` tells the study, whose pruner then decides: see `should_prune`.
+        It counts as an epoch. Keras's `fit` is reported without it. `report(path)`
+        writes a report on the search: one HTML file that needs no network.
+
+        Args:
+            path: The trial that runs; or the file of the report, which is replaced atomically.
+            step: From 1, in rising order.
+            logs: Metrics with the objective; or its value.
+
+        Raises:
+            SearchError: If the objective is not among the metrics, or is not one number.
+        """
+        if not isinstance(path, kt_trial.Trial):
+            super().report(path)
+            return
+        if step is None or logs is None:
+            raise TypeError("`report` of a trial needs `step` and `logs`.")
+        name = self.oracle.objective.name
+        metrics = dict(logs) if isinstance(logs, Mapping) else {name: float(logs)}
+        missing = [n for n in self.oracle.wanted or [name] if n not in metrics]
+        if missing:
+            raise errors.SearchError(
+                f"`logs` must have the objective {missing[0]!r}. Received: {sorted(metrics)}."
+            )
+        metrics = _trial_results.single_numbers(metrics, [name])
+        self.oracle.count_epoch(path.trial_id)
+        self._reported = _trial_callbacks.ReportObjective(
+            self.oracle, self._workers, path.trial_id, (), reports=True
+        )
+        self._reported.decide(metrics, step)
+        if self._reported.is_lost:
+            raise TrialLost
+
+    def should_prune(self, trial: _tuner_types.Trial) -> bool:
+        """Whether the pruner stops a trial after its last `report`.
+
+        Raise `tfbig.tuners.errors.TrialPruned` then.
+        """
+        reported = self._reported
+        return reported is not None and reported.is_of(trial) and reported.is_pruned
 
     def enqueue(self, values: Mapping[str, _tuner_types.Value]) -> bool:
         """Has a trial try values of yours, before those that the tuner chooses.

@@ -30,7 +30,7 @@ CHECKPOINT, BUILD, STATE = "checkpoint.weights.h5", "build_config.json", "state"
 
 
 class TrialPruned(Exception):  # noqa: N818
-    """Ends a trial that the pruner has stopped."""
+    """Raised to end a trial that the pruner stops."""
 
 
 class TrialLost(Exception):  # noqa: N818
@@ -101,6 +101,19 @@ class ReportObjective(TrialCallback):
     def _last_epoch(self) -> int | None:
         """None if a user's own training loop does not say."""
         return (self.params or {}).get("epochs")
+
+    def is_of(self, trial: _tuner_types.Trial) -> bool:
+        return bool(trial.trial_id == self._trial_id)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the pruner stops the trial."""
+        return self._is_pruned
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process has taken the trial."""
+        return self._is_lost
 
     def decide(self, metrics: _tuner_types.Metrics, step: int) -> None:
         """Finds out whether the trial is pruned or lost, the same on all workers."""

@@ -1,4 +1,4 @@
-"""The errors of `keras_tuner.errors`, which say how a trial or the search ends."""
+"""The errors of `keras_tuner.errors` and `TrialPruned`, which say how a trial or a search ends."""
 
 from keras_tuner.errors import (
     FailedTrialError,
@@ -8,10 +8,13 @@ from keras_tuner.errors import (
     FatalValueError,
 )
 
+from tfbig.tuners._trial_callbacks import TrialPruned
+
 __all__ = (
     "FailedTrialError",
     "FatalError",
     "FatalRuntimeError",
     "FatalTypeError",
     "FatalValueError",
+    "TrialPruned",
 )
