@@ -22,6 +22,7 @@ from tfbig.tuners import (
     _own_values,
     _progress,
     _study,
+    _transfer,
     _trial_callbacks,
     _trial_results,
     _trials,
@@ -66,6 +67,11 @@ class BaseTuner(
         isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
             and a trial that is killed for its memory is infeasible. The program is run again for
             each trial, up to `search`. Defaults to False.
+        transfer_from: An earlier search to begin with: the directory of its project, its file, or a
+            database URL. Its space may be another: what fits by name and range is taken.
+        transfer: "best" to try the values of its best three trials first; or "observations" to
+            have the sampler learn from all its complete trials whose values are all of this space,
+            as if they were of this search. They do not count as trials. Defaults to "best".
         **kwargs: As for `keras_tuner.engine.base_tuner.BaseTuner`.
     """
 
@@ -87,6 +93,8 @@ class BaseTuner(
         max_seconds: float | None = None,
         max_total_epochs: int | None = None,
         isolate: bool = False,
+        transfer_from: str | os.PathLike[str] | None = None,
+        transfer: _transfer.Transfer = "best",
         **kwargs: Any,  # KerasTuner's, which has no types.
     ) -> None:
         _check_environment()
@@ -95,6 +103,9 @@ class BaseTuner(
                 f"`oracle` must be a `tfbig.tuners.Oracle`. Received: oracle={oracle!r}. "
                 "tfbig.tuners.oracles has those of KerasTuner."
             )
+        _transfer.check(transfer_from, transfer)
+        self._transfer_from = transfer_from
+        self._transfer: _transfer.Transfer = transfer
         self._keep_best_k = keep_best_k
         # What `report` has told last.
         self._reported: _trial_callbacks.ReportObjective | None = None
@@ -222,6 +233,8 @@ class BaseTuner(
         if "verbose" in fit_kwargs:
             self.oracle.verbose = fit_kwargs["verbose"]
         self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
+        if self._transfer_from is not None and self._workers.is_chief:
+            _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
         self.on_search_begin()
         # Garbage is collected before each trial; objects that exist now need not be visited.
         gc.freeze()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypedDict, cast
+from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 import keras
 import keras_tuner
@@ -87,6 +87,8 @@ class TunerOptions(PassedOn, total=False):
     max_seconds: float | None
     max_total_epochs: int | None
     isolate: bool
+    transfer_from: str | os.PathLike[str] | None
+    transfer: Literal["best", "observations"]
 
 
 class SearchOptions(OracleOptions, TunerOptions, total=False):

@@ -11,7 +11,7 @@ from tfbig import errors
 from tfbig.tuners import _json, _proposals, _queue, _space, _study, _trials, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("OwnValuesQueue", "enqueue", "enqueued")
+__all__ = ("OwnValuesQueue", "enqueue", "enqueued", "may_be")
 
 _STATUS = kt_trial.TrialStatus
 
@@ -85,7 +85,7 @@ def enqueue(
             raise errors.InvalidOptionError(
                 f"`values` must have names of hyperparameters ({known}). Received: {name!r}."
             )
-        if kinds and not any(_may_be(hp, value) for hp in kinds):
+        if kinds and not any(may_be(hp, value) for hp in kinds):
             ranges = " or ".join(_space.range_of(hp) for hp in kinds)
             raise errors.InvalidOptionError(
                 f"The value of {name!r} must be in its range ({ranges}). Received: {value!r}."
@@ -98,7 +98,8 @@ def enqueue(
     return True
 
 
-def _may_be(hp: _tuner_types.Hyperparameter, value: _tuner_types.Value) -> bool:
+def may_be(hp: _tuner_types.Hyperparameter, value: _tuner_types.Value) -> bool:
+    """Whether a hyperparameter may have a value."""
     allowed = _space.all_values(hp)
     if allowed is not None:
         return _json.dumps(value) in map(_json.dumps, allowed)

@@ -21,6 +21,7 @@ from tfbig.tuners import (
     _folds,
     _options,
     _oracle,
+    _transfer,
     _trial_callbacks,
     _trial_results,
     _tuner_types,
@@ -63,6 +64,11 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
             and a trial that is killed for its memory is infeasible. The program is run again for
             each trial, up to `search`. Defaults to False.
+        transfer_from: An earlier search to begin with: the directory of its project, its file, or a
+            database URL. Its space may be another: what fits by name and range is taken.
+        transfer: "best" to try the values of its best three trials first; or "observations" to
+            have the sampler learn from all its complete trials whose values are all of this space,
+            as if they were of this search. They do not count as trials. Defaults to "best".
         **kwargs: As for `keras_tuner.Tuner`; and options of models, such as `micro_batch_size`, as
             for `tfbig.extend`, for every model.
     """
@@ -83,6 +89,8 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         max_seconds: float | None = None,
         max_total_epochs: int | None = None,
         isolate: bool = False,
+        transfer_from: str | os.PathLike[str] | None = None,
+        transfer: _transfer.Transfer = "best",
         **kwargs: Unpack[_options.PassedOn],
     ) -> None:
         _options.check_tuner_options(
@@ -113,6 +121,8 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             max_seconds=max_seconds,
             max_total_epochs=max_total_epochs,
             isolate=isolate,
+            transfer_from=transfer_from,
+            transfer=transfer,
             executions_per_trial=executions_per_trial,
             **kwargs,
         )
