@@ -70,7 +70,7 @@ def test_a_search_on_a_full_disk_goes_on_when_there_is_space(tmp_path):
                 run(oracle_in(tmp_path))
             except errors.StorageUnavailableError as e:
                 said.append(str(e))
-    assert len(said) >= 8
+    assert len(said) >= 4
     assert all("study.db cannot be used: " in message for message in said)
     assert run(oracle_in(tmp_path)) == run(oracle_in(tmp_path / "straight"))
 
