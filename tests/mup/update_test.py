@@ -233,6 +233,25 @@ def test_extended_model_keeps_its_widths():
     assert_same(trained(model), plain)
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_stages_change_nothing(name, is_first):
+    """Variables are moved to the devices of their stages, before or after."""
+
+    def make():
+        return getattr(OPTIMIZERS, name)(0.02)
+
+    options = {"pipeline": tfbig.distribute.Pipeline(["CPU:0", "CPU:1"])}
+    options["gradient_accumulation_steps"] = 3
+    if is_first:
+        model = tfbig.extend(parametrized(make()), **options)
+    else:
+        keras.utils.set_random_seed(7)  # As `parametrized` does.
+        model = tfbig.extend(mlp(16, make()), **options)
+        tfbig.mup.parametrize(model, base=mlp(4), delta=mlp(8))
+    assert_same(trained(model), trained(parametrized(make())))
+
+
 def test_equivalence_of_a_cut_batch():
     model = parametrized(
         OPTIMIZERS.Adam(0.02, global_clipnorm=0.1), tfbig.Model, gradient_accumulation_steps=3

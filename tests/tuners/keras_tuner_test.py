@@ -683,7 +683,16 @@ def test_a_loop_of_ones_own_is_pruned(tmp_path):
 
 
 def test_steps_of_a_loop_of_ones_own_count_as_epochs(tmp_path):
-    tuner = loop(tmp_path, max_trials=9, max_total_epochs=12)
+    """However they are numbered."""
+
+    class Sparse(kt.RandomSearch):
+        def run_trial(self, trial, **kwargs):
+            x = trial.hyperparameters.Float("x", 0, 1)
+            for step in range(10, 70, 10):
+                self.report(trial, step, x)
+            return x
+
+    tuner = Sparse(max_trials=9, max_total_epochs=12, directory=tmp_path)
     tuner.search(verbose=0)
     assert len(tuner.oracle.trials) == 2
 
@@ -724,6 +733,55 @@ def test_values_that_are_enqueued_are_tried_once_and_first(tmp_path, kind):
         assert values[0] == {"a": 3, "b": (1, 2)}
         assert values[1]["b"] == "x"
         assert len(values) == len({str(v) for v in values}) == 4
+
+
+def test_values_that_two_processes_enqueue_at_once_are_tried_once(tmp_path, monkeypatch):
+    hp = kt.HyperParameters()
+    hp.Float("a", 0, 1)
+    first, second = enqueuing(tmp_path, hp), enqueuing(tmp_path, hp)
+    for tuner in (first, second):
+        with monkeypatch.context() as m:
+            # Neither sees yet what the other has done.
+            m.setattr(type(tuner.oracle.study), "get_trials", lambda *args, **kwargs: [])
+            assert tuner.enqueue({"a": 0.25})
+    second.search(verbose=0)
+    values = [t.hyperparameters.get("a") for t in second.oracle.trials.values()]
+    assert len(values) == 4
+    assert values.count(0.25) == 1
+
+
+def test_an_enqueued_trial_belongs_to_the_process_that_takes_it(tmp_path):
+    hp = kt.HyperParameters()
+    hp.Float("a", 0, 1)
+    first, second = (enqueuing(tmp_path, hp).oracle for _ in range(2))
+    enqueuing(tmp_path, hp).enqueue({"a": 0.25})
+    with second.one_look():
+        # What it sees is from before the other takes it.
+        assert second._search.trials.has_enqueued()
+        assert first.create_trial("1").hyperparameters.get("a") == 0.25
+        assert second.create_trial("2").hyperparameters.get("a") != 0.25
+    for oracle in (first, second):
+        oracle.release()
+
+
+def test_an_enqueued_trial_of_a_process_that_was_killed_is_run(tmp_path, monkeypatch):
+    hp = kt.HyperParameters()
+    hp.Float("a", 0, 1)
+    killed = enqueuing(tmp_path, hp)
+    killed.enqueue({"a": 0.25})
+    storage = killed.oracle.study._storage
+    with monkeypatch.context() as m:
+        m.setattr(storage, "set_trial_user_attr", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            killed.search(verbose=0)
+    # As if the process had not even said that it stops.
+    killed.oracle._ledger.release(0)
+    tuner = enqueuing(tmp_path, hp)
+    assert not tuner.enqueue({"a": 0.25})
+    tuner.search(verbose=0)
+    values = [t.hyperparameters.get("a") for t in tuner.oracle.trials.values()]
+    assert len(values) == 4
+    assert values[0] == 0.25
 
 
 def test_values_may_be_enqueued_after_all_were_tried(tmp_path):

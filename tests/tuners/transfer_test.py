@@ -108,6 +108,19 @@ def test_samplers_learn_from_observations_that_fit(tmp_path, earlier, monkeypatc
     assert all(values == [abs(p["x"] - 0.7)] for p, values in Observing.seen[0])
 
 
+def test_an_observation_that_another_process_takes_is_not_taken_twice(tmp_path, earlier):
+    options = {"transfer_from": tmp_path / "earlier", "transfer": "observations"}
+    hp = space(x=(0, 1), kind=["p", (1, 2)])
+    other = searched(tmp_path, hp, max_trials=1)
+    # It has said that it takes the first one, and is about to.
+    place = tmp_path / "earlier" / "study.db"
+    name = tuners._json.name_of(f"{place} earlier 0000")
+    other.oracle._ledger.metadata(f"transferred {name}", other.oracle._ledger.owner)
+    tuner = searched(tmp_path, hp, max_trials=1, **options)
+    taken = [t for t in tuner.oracle.study.trials if "tfbig:transferred" in t.user_attrs]
+    assert len(taken) == 5
+
+
 def test_a_model_of_the_objective_knows_where_to_look(tmp_path):
     hp = space(x=(0, 1))
     searched(tmp_path, hp, "earlier", max_trials=20, sampler="random")

@@ -375,9 +375,12 @@ def test_a_pruner_looks_at_the_mean_after_each_fold(options):
     assert second.state == optuna.trial.TrialState.PRUNED
 
 
-def test_wilcoxon_compares_trials_fold_by_fold(options):
+@pytest.mark.parametrize("pruner", ["wilcoxon", lambda seed: optuna.pruners.WilcoxonPruner()])
+def test_wilcoxon_compares_trials_fold_by_fold(pruner, options):
     """The second trial is worse by less than folds differ, but in every fold."""
     pytest.importorskip("scipy")
+
+    losses = []
 
     class Model(keras_tuner.HyperModel):
         def build(self, hp):
@@ -385,18 +388,20 @@ def test_wilcoxon_compares_trials_fold_by_fold(options):
             return build(keras_tuner.HyperParameters())
 
         def fit(self, hp, model, x, y, validation_data, callbacks, **kwargs):
-            return float(np.abs(validation_data[0]).mean()) + hp.get("worse")
+            losses.append(float(np.abs(validation_data[0]).mean()) + hp.get("worse"))
+            return losses[-1]
 
-    tuner = tuners.GridSearch(Model(), folds=8, pruner="wilcoxon", **options)
+    tuner = tuners.GridSearch(Model(), folds=8, pruner=pruner, **options)
     tuner.search(FOLDED["x"], FOLDED["y"])
     first, second = tuner.oracle.study.trials
-    assert np.std(list(first.intermediate_values.values())) > 0.01
+    assert [first.intermediate_values[fold] for fold in range(1, 8)] == losses[:7]
+    assert np.std(losses[:7]) > 0.01
     assert second.state == optuna.trial.TrialState.PRUNED
     assert 3 <= len(second.intermediate_values) <= 7
     for fold, value in second.intermediate_values.items():
         assert value == pytest.approx(first.intermediate_values[fold] + 0.01)
     with pytest.raises(errors.InvalidOptionError, match="Use `folds`"):
-        tuners.GridSearch(Model(), pruner="wilcoxon", **options)
+        tuners.GridSearch(Model(), pruner=pruner, **options)
 
 
 @pytest.mark.parametrize(

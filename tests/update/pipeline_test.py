@@ -691,6 +691,47 @@ def test_nothing_of_the_size_of_a_weight_is_sent(options, optimizer):
     check_what_is_sent(optimizer, "default", {"loss_scale": None} | options)
 
 
+def test_operations_that_are_no_layers_are_computed_on_their_stage():
+    pipeline = on_cpus(2)
+    with pipeline.stage(0):
+        x = keras.Input((3,))
+        h = layers.Dense(5, "tanh")(x)
+    with pipeline.stage(1):
+        h = keras.ops.concatenate([h, h, h], axis=-1)
+        outputs = layers.Dense(2)(h)
+    model = tfbig.Model(x, outputs, gradient_accumulation_steps=2, pipeline=pipeline)
+    model.compile("sgd", "mse")
+    data = (np.ones((32, 3), "float32"), np.zeros((32, 2), "float32"))
+    shapes = [tuple(shape) for _, shape in sent(model, data) if shape is not None and shape.rank]
+    # What they receive is sent, and not what they make of it.
+    assert (None, 5) in shapes
+    assert (None, 15) not in shapes
+
+
+def test_recomputed_layers_are_computed_again_on_their_stage():
+    """Also where what comes from another stage is larger than the weight."""
+    pipeline = on_cpus(2)
+    with pipeline.stage(0):
+        x = keras.Input((20, 3))
+        h = layers.Dense(5, "tanh")(x)
+    with pipeline.stage(1):
+        h = layers.Dense(7, "tanh", name="again")(h)
+        outputs = layers.Dense(2)(h)
+    model = tfbig.Model(
+        *(x, outputs),
+        gradient_accumulation_steps=2,
+        pipeline=pipeline,
+        recompute=lambda layer: layer.name == "again",
+    )
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(32, 20, 3)).astype("float32"), np.zeros((32, 20, 2), "float32"))
+    shapes = [tuple(shape) for _, shape in sent(model, data) if shape is not None and shape.rank]
+    assert (None, 20, 5) in shapes
+    assert (5, 7) not in shapes
+    assert (7,) not in shapes
+
+
 @in_turn({"loss_scale": ["dynamic", None], "optimizer": ["adamw", "muon"]})
 def test_replicas_send_nothing_of_the_size_of_a_weight(loss_scale, optimizer):
     # What they exchange is not sent from device to device, but by collectives.

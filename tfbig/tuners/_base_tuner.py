@@ -141,7 +141,7 @@ class BaseTuner(
             # It has all attributes of the oracle.
             self.oracle = cast(_oracle.StudyOracle, _worker_oracle.WorkerOracle(oracle))
 
-    # --- The search ---
+    # --- What a user tells the search ---
 
     @overload
     def report(self, path: str | os.PathLike[str]) -> None: ...
@@ -160,8 +160,9 @@ class BaseTuner(
         """Reports a step of a trial, from a `run_trial` or a loop of your own.
 
         `report(trial, step, logs)` tells the study, whose pruner then decides: see `should_prune`.
-        It counts as an epoch. Keras's `fit` is reported without it. `report(path)`
-        writes a report on the search: one HTML file that needs no network.
+        The step counts as an epoch. The tuner itself reports what Keras's `fit` does.
+
+        `report(path)` writes a report on the search: one HTML file that needs no network.
 
         Args:
             path: The trial that runs; or the file of the report, which is replaced atomically.
@@ -176,14 +177,14 @@ class BaseTuner(
             return
         if step is None or logs is None:
             raise TypeError("`report` of a trial needs `step` and `logs`.")
-        name = self.oracle.objective.name
-        metrics = dict(logs) if isinstance(logs, Mapping) else {name: float(logs)}
-        missing = [n for n in self.oracle.wanted or [name] if n not in metrics]
+        names = self.oracle.wanted or [self.oracle.objective.name]
+        metrics = dict(logs) if isinstance(logs, Mapping) else {names[0]: float(logs)}
+        missing = [n for n in names if n not in metrics]
         if missing:
             raise errors.SearchError(
                 f"`logs` must have the objective {missing[0]!r}. Received: {sorted(metrics)}."
             )
-        metrics = _trial_results.single_numbers(metrics, [name])
+        metrics = _trial_results.single_numbers(metrics, names)
         self.oracle.count_epoch(path.trial_id)
         self._reported = _trial_callbacks.ReportObjective(
             self.oracle, self._workers, path.trial_id, (), reports=True
@@ -210,12 +211,16 @@ class BaseTuner(
             values: Values of hyperparameters by name. The tuner chooses those that are left out.
 
         Returns:
-            Whether the values were not enqueued before.
+            Whether the values were not enqueued before; False on workers that are not the chief.
 
         Raises:
             InvalidOptionError: If there is no such hyperparameter, or if it cannot have the value.
         """
+        if not self._workers.is_chief:
+            return False
         return _own_values.enqueue(self.oracle.study, self.oracle.get_space(), values)
+
+    # --- The search ---
 
     def search(self, *fit_args: Any, **fit_kwargs: Any) -> None:
         """Runs trials until none is left. Any number of processes may do so at once.
@@ -233,12 +238,14 @@ class BaseTuner(
         if "verbose" in fit_kwargs:
             self.oracle.verbose = fit_kwargs["verbose"]
         self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
-        if self._transfer_from is not None and self._workers.is_chief:
-            _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
-        self.on_search_begin()
         # Garbage is collected before each trial; objects that exist now need not be visited.
         gc.freeze()
         try:
+            # A trial process is started after its parent has done it.
+            is_parent = self._workers.is_chief and not self._is_trial_process
+            if self._transfer_from is not None and is_parent:
+                _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
+            self.on_search_begin()
             if self._isolate and not self._is_trial_process:
                 _isolation.run_trials(self.oracle.name, self.oracle.on_death)
             else:

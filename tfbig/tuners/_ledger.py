@@ -335,6 +335,11 @@ class Ledger:
         except sa.exc.IntegrityError:
             return self.metadata(name)
 
+    def is_first(self, name: str) -> bool:
+        """Whether this process is to do what is done once: none does it, or that one has died."""
+        owner = self.metadata(name, self.owner)
+        return owner == self.owner or _processes.is_dead(str(owner))
+
     def change_metadata(self, name: str, change: Callable[[str | None], str]) -> str:
         """Replaces the text under a name, None if there is none, by what a function returns."""
         try:

@@ -57,10 +57,6 @@ class OwnValuesQueue(_queue.TrialQueue):
         return None
 
 
-# The attribute of the study's trial that has the values from `enqueue`, of any type.
-_GIVEN = "tfbig:enqueued"
-
-
 def enqueue(
     study: optuna.Study, hyperparameters: HyperParameters, values: Mapping[str, _tuner_types.Value]
 ) -> bool:
@@ -91,10 +87,10 @@ def enqueue(
                 f"The value of {name!r} must be in its range ({ranges}). Received: {value!r}."
             )
     given = _json.dumps(dict(values))
-    if any(t.user_attrs.get(_GIVEN) == given for t in study.get_trials(deepcopy=False)):
+    if any(t.user_attrs.get(_trials.GIVEN) == given for t in study.get_trials(deepcopy=False)):
         return False
     with _study.quiet():
-        study.enqueue_trial({}, user_attrs={_GIVEN: given})
+        study.enqueue_trial({}, user_attrs={_trials.GIVEN: given})
     return True
 
 
@@ -127,7 +123,7 @@ def enqueued(
     if frozen is None:
         return None
     given: _tuner_types.Values = dict(frozen.system_attrs[_trials.ENQUEUED])
-    given |= _json.loads(frozen.user_attrs.get(_GIVEN, "{}"))
+    given |= _json.loads(frozen.user_attrs.get(_trials.GIVEN, "{}"))
     with _study.quiet():
         trials.seed(seed)
         values = proposals._suggestion(frozen)

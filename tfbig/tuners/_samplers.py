@@ -34,11 +34,6 @@ class Maker:
     name: str
     make: Callable[[int, int], _Made]
 
-    @property
-    def kind(self) -> str:
-        """The name without options."""
-        return self.name.split(" (")[0]
-
 
 # A name, or a function of a seed; a class counts as a function without one.
 SamplerOption: TypeAlias = (

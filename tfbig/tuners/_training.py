@@ -1,8 +1,11 @@
 """What the training of a trial asks its oracle, and tells it."""
 
-import numpy as np
+import functools
 
-from tfbig.tuners import _budget, _samplers, _search, _tuner_types
+import numpy as np
+import optuna
+
+from tfbig.tuners import _budget, _samplers, _search, _study, _tuner_types
 
 __all__ = ("TrainingTrials",)
 
@@ -19,10 +22,13 @@ class TrainingTrials:
     def _search(self) -> _search.Search:
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def compares_folds(self) -> bool:
         """Whether the pruner wants the value of each fold, rather than the mean so far."""
-        return self._pruner is not None and self._pruner.kind == "wilcoxon"
+        if self._pruner is None:
+            return False
+        with _study.quiet():
+            return isinstance(self._pruner.make(0, 0), optuna.pruners.WilcoxonPruner)
 
     def epochs_of(self, trial_id: str) -> int | None:
         """The epoch up to which a trial of this process is trained; None: as `search` says."""

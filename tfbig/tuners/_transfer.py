@@ -8,7 +8,15 @@ import optuna
 from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import _oracle, _own_values, _read_only, _record, _space, _tuner_types
+from tfbig.tuners import (
+    _json,
+    _oracle,
+    _own_values,
+    _read_only,
+    _record,
+    _space,
+    _tuner_types,
+)
 from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("Transfer", "check", "transfer")
@@ -102,7 +110,7 @@ def _observe(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
             continue
         count += 1
         name = f"{earlier.place} {earlier.name} {row.trial}"
-        if name not in taken:
+        if name not in taken and oracle._ledger.is_first(f"transferred {_json.name_of(name)}"):
             study.add_trial(
                 optuna.trial.create_trial(
                     state=TrialState.COMPLETE,

@@ -27,6 +27,9 @@ RUN = "tfbig:run "
 # The attribute in which Optuna keeps the values of a trial that a user has enqueued.
 ENQUEUED = "fixed_params"
 
+# The attribute that has values from `tuner.enqueue`, of any type.
+GIVEN = "tfbig:enqueued"
+
 # Why a trial ended other than with a result; stored under `WHY`. A void trial never began: no
 # values were left for it.
 INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
@@ -134,22 +137,40 @@ class Trials:
         return known
 
     def has_enqueued(self) -> bool:
-        """Whether a trial from `study.enqueue_trial` waits to be run."""
+        """Whether a trial that was enqueued waits to be run."""
         return any(t.state == TrialState.WAITING for t in self.all())
 
     def with_enqueued(self, index: int) -> FrozenTrial | None:
-        """The trial of an index if a user has enqueued it; takes one that waits if there is none.
+        """The trial of an index if it was enqueued; takes one that waits if the index has none.
 
         None if the index has another trial, or if no trial waits.
         """
         frozen = self.by_index().get(index)
-        if frozen is None and self.has_enqueued():
-            trial_id = self.study._pop_waiting_trial_id()
-            if trial_id is not None:
-                storage = self.study._storage
-                storage.set_trial_user_attr(trial_id, INDEX, index)
-                frozen = self._written(storage.get_trial(trial_id))
+        if frozen is None:
+            frozen = next(filter(None, (self._taken(t, index) for t in self.all())), None)
         return frozen if frozen is not None and ENQUEUED in frozen.system_attrs else None
+
+    def _taken(self, frozen: FrozenTrial, index: int) -> FrozenTrial | None:
+        """Gives an enqueued trial an index; None if it is none, or if it has another one."""
+        attrs, storage, trial_id = frozen.user_attrs, self.study._storage, frozen._trial_id
+        is_free = ENQUEUED in frozen.system_attrs and INDEX not in attrs
+        if not is_free or frozen.state.is_finished():
+            return None
+        # Processes that enqueue the same at the same time do not see each other.
+        is_again = GIVEN in attrs and any(
+            t.number < frozen.number and t.user_attrs.get(GIVEN) == attrs[GIVEN] for t in self.all()
+        )
+        # If this process is killed from here on, the trial belongs to whoever takes the index.
+        if not is_again and not self.ledger.claim(index, f"enqueued {frozen.number}"):
+            return None
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            if is_again:
+                storage.set_trial_state_values(trial_id, TrialState.FAIL, None)
+                return None
+            storage.set_trial_user_attr(trial_id, INDEX, index)
+            if frozen.state == TrialState.WAITING:
+                storage.set_trial_state_values(trial_id, TrialState.RUNNING, None)
+        return self._written(storage.get_trial(trial_id))
 
     def of(self, index: int) -> FrozenTrial:
         """The study's trial of an index; created if there is none."""

@@ -98,7 +98,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         )
         if getattr(oracle, "compares_folds", False) and not folds:
             raise errors.InvalidOptionError(
-                "pruner='wilcoxon' compares trials fold by fold. Received: folds=None. Use "
+                "A Wilcoxon pruner compares trials fold by fold. Received: folds=None. Use "
                 "`folds`, or another pruner."
             )
         # `Hyperband` has a `run_trial` of its own, which needs a model as well.
