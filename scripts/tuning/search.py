@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import signal
@@ -35,6 +36,8 @@ def _start() -> None:
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")
+    # SQLAlchemy prints a traceback if Ctrl-C comes while it returns a connection to its pool.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     if settings.THREADS.value:
         tf.config.threading.set_intra_op_parallelism_threads(settings.THREADS.value)
         tf.config.threading.set_inter_op_parallelism_threads(settings.THREADS.value)

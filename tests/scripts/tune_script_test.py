@@ -127,7 +127,9 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, stderr = finish(process)
     assert code == 130
-    (line,) = stderr.strip().splitlines()
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
+    (line,) = lines
     assert line.startswith("tune.py: interrupted")
     assert "with the same flags" in line
     assert not (tmp_path / "report.html").exists()
