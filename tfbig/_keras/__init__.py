@@ -40,6 +40,7 @@ from tfbig._keras import (
     trainer,
     variables,
     work,
+    workers_together,
 )
 
 __all__ = (
@@ -71,4 +72,5 @@ __all__ = (
     "trainer",
     "variables",
     "work",
+    "workers_together",
 )

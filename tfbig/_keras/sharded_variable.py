@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -14,40 +14,20 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable, UninitializedVariable
 
-from tfbig import _types, errors
-from tfbig._keras import collectives
+from tfbig import _types
+from tfbig._keras import collectives, workers_together
 from tfbig._keras.thread import current, holding
+from tfbig._keras.workers_together import Span
 
 __all__ = (
     "Gathering",
     "ShardedVariable",
     "ShardedWeight",
-    "Span",
     "bytes_on_a_replica",
-    "chief_alone",
     "divide",
     "initialized_by",
     "make_whole",
 )
-
-# Bytes that workers exchange at a time when a variable is read as a whole.
-_PART_BYTES = 4 * 2**20
-
-
-class Span(Protocol):
-    """Which elements of a variable a replica has, in row-major order."""
-
-    @property
-    def begin(self) -> int:
-        """The first element."""
-
-    @property
-    def end(self) -> int:
-        """The element after the last."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape that they have as a tensor."""
 
 
 class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no types.
@@ -135,7 +115,11 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     def numpy(self) -> _types.Array:
         """All of it. Every worker must call it."""
         if isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            return _from_all_workers(self)
+            workers_together.check_reading(self)
+            held = [(self._span(r), part.numpy().reshape([-1])) for r, part in self._parts.items()]
+            return workers_together.joined(
+                self._strategy, held, self.shape, tf.as_dtype(self._dtype)
+            )
         whole = np.empty([math.prod(self.shape)], tf.as_dtype(self._dtype).as_numpy_dtype)
         for replica, part in self._parts.items():
             span = self._span(replica)
@@ -368,7 +352,8 @@ def initialized_by(
             return False
         with tf.init_scope():
             value = initializer(tuple(variable.shape), dtype=variable._dtype)
-            divide(variable, _of_chief(strategy, tf.convert_to_tensor(value).numpy()))
+            value = workers_together.of_chief(strategy, tf.convert_to_tensor(value).numpy())
+            divide(variable, value)
         return True
 
     with holding("initialize", initialize):
@@ -423,119 +408,3 @@ def bytes_on_a_replica(variables: Iterable[_types.KerasVariable], strategy: _typ
         else:
             copied += math.prod(variable.shape) * element
     return copied + max(pieces.values())
-
-
-# --- Several workers ---------------------------------------------------------------
-
-# Who acts on the chief alone, and the function that asks the other workers to take part.
-_alone: list[tuple[str, Callable[[ShardedVariable], bool] | None]] = []
-
-
-@contextlib.contextmanager
-def chief_alone(who: str, ask: Callable[[ShardedVariable], bool] | None = None) -> Iterator[None]:
-    """Within it, reading a variable of several workers raises instead of waiting for them.
-
-    Args:
-        who: what runs on the chief alone, for the message.
-        ask: function that asks the other workers to take part in reading a variable, and returns
-            whether they will; None if they do not listen.
-    """
-    _alone.append((who, ask))
-    try:
-        yield
-    finally:
-        _alone.pop()
-
-
-# For each strategy and dtype, the function that adds up a vector over the workers.
-_SUMS: dict[tuple[int, str], Callable[[_types.Tensor], _types.Tensor]] = {}
-
-
-def _sum_over_workers(strategy: _types.Strategy, vector: _types.Array) -> _types.Array:
-    key = id(strategy), vector.dtype.name
-    if key not in _SUMS:
-
-        def summed(vector: _types.Tensor) -> _types.Tensor:
-            def of_replica(vector: _types.Tensor) -> _types.Tensor:
-                context = tf.distribute.get_replica_context()
-                # Of several replicas of a worker, one sends.
-                first = min(collectives.local_replicas(strategy))
-                sent = vector if collectives.replica_id() == first else tf.zeros_like(vector)
-                # An argument of a function is on no device, and an exchange needs one.
-                return context.all_reduce("SUM", tf.identity(sent))
-
-            sums = strategy.run(of_replica, args=(vector,))
-            return strategy.experimental_local_results(sums)[0]
-
-        _SUMS[key] = tf.function(summed, autograph=False, reduce_retracing=True)
-    result: _types.Array = _SUMS[key](tf.convert_to_tensor(vector)).numpy()
-    return result
-
-
-def _from_all_workers(variable: ShardedVariable) -> _types.Array:
-    """All of a variable whose pieces lie on several workers."""
-    if _alone:
-        who, ask = _alone[-1]
-        if ask is None or not ask(variable):
-            raise errors.UnsupportedStrategyError(
-                f"All workers must take part in reading {variable.path}, which is divided over "
-                f"them. Received: {who} on the chief alone. Do it at the end of an epoch, or on "
-                "all workers, each with files of its own."
-            )
-    held = [
-        (variable._span(replica), part.numpy().reshape([-1]))
-        for replica, part in variable.pieces.items()
-    ]
-    return _joined(variable._strategy, held, variable.shape, tf.as_dtype(variable._dtype))
-
-
-def _of_chief(strategy: _types.Strategy, value: _types.Array) -> _types.Array:
-    """What worker 0 passes, on all workers."""
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return value
-    all_of_it = _Elements(0, value.size, value.shape)
-    held = [(all_of_it, value.reshape([-1]))] if strategy.cluster_resolver.task_id == 0 else []
-    return _joined(strategy, held, value.shape, tf.as_dtype(value.dtype))
-
-
-class _Elements(NamedTuple):
-    """A `Span`."""
-
-    begin: int
-    end: int
-    shape: tuple[int, ...]
-
-
-def _joined(
-    strategy: _types.Strategy,
-    held: Sequence[tuple[Span, _types.Array]],
-    shape: Sequence[int],
-    dtype: _types.DType,
-) -> _types.Array:
-    """An array of which each worker holds some elements, and no two the same.
-
-    Each sends its elements and zeros for the others', as integers of the same bits: the sum has the
-    bits of every element.
-
-    Args:
-        strategy: the strategy of the workers.
-        held: elements that this worker holds, and their values.
-        shape: shape of the array.
-        dtype: its dtype.
-    """
-    sent_as = {2: np.int32, 4: np.int32, 8: np.int64}[dtype.size]
-    bits = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.size]
-    size = math.prod(shape)
-    whole = np.empty([size], dtype.as_numpy_dtype)
-    step = _PART_BYTES // np.dtype(sent_as).itemsize
-    for begin in range(0, size, step):
-        end = min(begin + step, size)
-        sent = np.zeros([end - begin], sent_as)
-        for span, piece in held:
-            a, b = max(begin, span.begin), min(end, span.end)
-            if a < b:
-                values = piece[a - span.begin : b - span.begin]
-                sent[a - begin : b - begin] = np.ascontiguousarray(values).view(bits)
-        summed = _sum_over_workers(strategy, sent)
-        whole[begin:end] = summed.astype(bits).view(dtype.as_numpy_dtype)
-    return whole.reshape(shape)

@@ -85,7 +85,7 @@ class ChiefOnly(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
             if self._is_helped(callback, name, *args):
                 _help.act_with_help(self._workers, self.model, who, hook)
             elif self._workers.is_chief:
-                with _keras.sharded_variable.chief_alone(who):
+                with _keras.workers_together.chief_alone(who):
                     hook()
 
     def _is_helped(self, callback: _types.Callback, name: str, *args: Any) -> bool:

@@ -41,7 +41,7 @@ def act_with_help(
             return index is not None
 
         try:
-            with _keras.sharded_variable.chief_alone(who, ask):
+            with _keras.workers_together.chief_alone(who, ask):
                 action()
         except (errors.WorkerUnavailableError, tf.errors.OpError):
             # There may be no one to tell.
