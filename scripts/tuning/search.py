@@ -80,14 +80,16 @@ def _make_tuner(task: tasks.Task, path: pathlib.Path) -> Any:  # A tuner of `tfb
         "random": tuners.RandomSearch,
         "bayesian": tuners.BayesianOptimization,
         "hyperband": tuners.Hyperband,
+        "asha": tuners.ASHA,
+        "pasha": tuners.PASHA,
         "optuna": tuners.OptunaSearch,
         "hyperopt": tuners.HyperoptSearch,
     }[settings.TUNER.value]
     options: dict[str, Any] = {"sampler": settings.SAMPLER.value, "pruner": settings.PRUNER.value}
     options["micro_batch_size"] = settings.MICRO_BATCH_SIZE.value
-    if settings.TUNER.value == "hyperband":
+    if settings.TUNER.value in settings.IN_RUNGS:
         options["max_epochs"] = settings.MAX_EPOCHS.value or 27
-    else:
+    if settings.TUNER.value != "hyperband":
         options["max_trials"] = settings.MAX_TRIALS.value or 20
     return made(
         _hypermodel(task.build),
@@ -115,9 +117,8 @@ def tune(path: pathlib.Path) -> int:
     tuner = None
     try:
         tuner = _make_tuner(task, path)
-        epochs = (
-            {} if settings.TUNER.value == "hyperband" else {"epochs": settings.EPOCHS.value or 20}
-        )
+        is_in_rungs = settings.TUNER.value in settings.IN_RUNGS
+        epochs = {} if is_in_rungs else {"epochs": settings.EPOCHS.value or 20}
         tuner.search(*task.train, validation_data=task.validation, **epochs)
         # In every worker the search ends after the last trial of all.
         if settings.worker() in (None, "0"):

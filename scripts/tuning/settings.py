@@ -15,15 +15,15 @@ TASK = flags.DEFINE_enum("task", "digits", sorted(TASKS), "What to train.")
 TUNER = flags.DEFINE_enum(
     "tuner",
     "bayesian",
-    ["grid", "random", "bayesian", "hyperband", "optuna", "hyperopt"],
+    ["grid", "random", "bayesian", "hyperband", "asha", "pasha", "optuna", "hyperopt"],
     "How to search. bayesian: Optuna's TPE. optuna: any --sampler. hyperopt needs tfbig[hyperopt].",
 )
 SAMPLER = flags.DEFINE_enum(
     "sampler",
     None,
     ["tpe", "random", "gp", "cmaes", "nsga2", "qmc", "hyperopt"],
-    "What suggests values in --tuner=optuna and hyperband; in bayesian, tpe or gp. By default tpe, "
-    "in hyperband random.",
+    "What suggests values in --tuner=optuna, hyperband, asha and pasha; in bayesian, tpe or gp. By "
+    "default tpe, in hyperband random.",
 )
 PRUNER = flags.DEFINE_enum(
     "pruner",
@@ -38,13 +38,11 @@ MAX_TRIALS = flags.DEFINE_integer(
     "chooses its own number.",
     lower_bound=1,
 )
-EPOCHS = flags.DEFINE_integer(
-    "epochs", None, "Epochs of a trial. By default 20. Hyperband chooses its own.", lower_bound=1
-)
+EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of a trial. By default 20.", lower_bound=1)
 MAX_EPOCHS = flags.DEFINE_integer(
     "max_epochs",
     None,
-    "Epochs of a trial that --tuner=hyperband trains to the end. By default 27.",
+    "Epochs of a trial that --tuner=hyperband, asha or pasha trains to the end. By default 27.",
     lower_bound=1,
 )
 MICRO_BATCH_SIZE = flags.DEFINE_integer(
@@ -83,13 +81,17 @@ _REPORT = flags.DEFINE_string(
     "report", None, "HTML file for the report. By default report.html in --output_dir."
 )
 
+# Those that say how long each trial is trained.
+IN_RUNGS = ("hyperband", "asha", "pasha")
+_AT_ONCE = ("grid", "random", "bayesian", "optuna", "hyperopt")
+
 # The tuners that each flag goes with.
 _GOES_WITH = {
-    "sampler": ("bayesian", "hyperband", "optuna"),
-    "pruner": ("grid", "random", "bayesian", "optuna", "hyperopt"),
-    "max_trials": ("grid", "random", "bayesian", "optuna", "hyperopt"),
-    "epochs": ("grid", "random", "bayesian", "optuna", "hyperopt"),
-    "max_epochs": ("hyperband",),
+    "sampler": ("bayesian", *IN_RUNGS, "optuna"),
+    "pruner": _AT_ONCE,
+    "max_trials": (*_AT_ONCE, "asha", "pasha"),
+    "epochs": _AT_ONCE,
+    "max_epochs": IN_RUNGS,
 }
 
 

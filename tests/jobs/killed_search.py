@@ -19,7 +19,7 @@ import traceback
 import keras_tuner
 
 from tests.jobs.killed_search_points import POINTS, dies_at
-from tfbig.tuners import _grid_search, _hyperband, _oracle, _trials, _tuner
+from tfbig.tuners import _asha, _grid_search, _hyperband, _oracle, _trials, _tuner
 
 # Seconds after which the trial of a stopped process is run by another.
 GRACE = 1.0
@@ -52,6 +52,8 @@ def oracle_of(kind, storage, trials):
     arguments["hyperparameters"] = space
     if kind == "hyperband":
         return _hyperband.HyperbandOracle(max_epochs=9, factor=3, **arguments)
+    if kind == "asha":
+        return _asha.ASHAOracle(max_trials=trials, max_epochs=9, **arguments)
     pruner = "median" if kind == "pruned" else None
     sampler = {"pruned": "tpe"}.get(kind, kind)
     return _oracle.StudyOracle(max_trials=trials, sampler=sampler, pruner=pruner, **arguments)

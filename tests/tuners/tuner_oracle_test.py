@@ -34,18 +34,6 @@ RUNNING, IDLE, COMPLETED, STOPPED, INVALID, FAILED = (
 )
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    verbose = 0
-
-    def on_trial_begin(self, trial):
-        del trial
-
-    def on_trial_end(self, trial):
-        del trial
-
-
 def space():
     """A space with a value of each kind."""
     hp = HyperParameters()
@@ -76,35 +64,6 @@ def line():
     hp = HyperParameters()
     hp.Float("x", 0, 1)
     return hp
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Makes oracles over one study in a directory."""
-    oracles = []
-
-    def made(
-        max_trials=10, hyperparameters=None, kind=_oracle.StudyOracle, project="p", **arguments
-    ):
-        arguments = {
-            "objective": keras_tuner.Objective("loss", "min"),
-            "seed": 0,
-            "hyperparameters": hyperparameters,
-        } | arguments
-        if kind is not _hyperband.HyperbandOracle:
-            arguments["max_trials"] = max_trials
-        if kind is _grid_search.GridSearchOracle:
-            arguments.pop("sampler", None)
-        oracle = kind(**arguments)
-        oracle._set_project_dir(str(tmp_path), project)
-        oracle._display = Silent()
-        oracles.append(oracle)
-        return oracle
-
-    yield made
-    for oracle in oracles:
-        if oracle._opened:
-            oracle.release()
 
 
 def loss_of(values):

@@ -5,6 +5,7 @@ and any of them may be killed at any moment: when the program runs again, the se
 """
 
 from tfbig.tuners import applications, engine, errors, oracles, tuners
+from tfbig.tuners._asha import ASHA, PASHA
 from tfbig.tuners._grid_search import GridSearch
 from tfbig.tuners._hyperband import Hyperband
 from tfbig.tuners._hyperparameters import HyperParameters
@@ -23,6 +24,8 @@ from tfbig.tuners.engine.hyperparameters import HyperParameter
 from tfbig.tuners.engine.oracle import Objective, Oracle
 
 __all__ = (
+    "ASHA",
+    "PASHA",
     "BayesianOptimization",
     "GridSearch",
     "HyperModel",

@@ -3,29 +3,14 @@ Optimization", JMLR 18 (2018), Algorithm 1.
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable
-from typing import Any, TypedDict, Unpack, cast
+from collections.abc import Sequence
+from typing import Unpack
 
 import keras_tuner
-from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import (
-    _ledger,
-    _objectives,
-    _options,
-    _oracle,
-    _proposals,
-    _queue,
-    _running,
-    _samplers,
-    _trials,
-    _tuner,
-    _tuner_types,
-)
-from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _ledger, _options, _proposals, _rungs, _samplers, _trials
 
 __all__ = ("Bracket", "Hyperband", "HyperbandOracle", "brackets")
 
@@ -67,48 +52,25 @@ def brackets(max_epochs: int, factor: int) -> list[Bracket]:
     return found
 
 
-class _Note(TypedDict):
-    """What the ledger notes of a trial: its rung, and its score in each rung."""
-
-    rung: int
-    scores: dict[str, float]
-
-
-def _note(row: _ledger.TrialRow) -> _Note:
-    return cast(_Note, {"rung": 0, "scores": {}} | json.loads(row.note))
-
-
-def _rung(row: _ledger.TrialRow) -> int:
-    return _note(row)["rung"]
-
-
-class BracketQueue(_queue.TrialQueue):
-    """Puts completed trials back, and promotes the best of a rung once all have completed it.
+class BracketQueue(_rungs.RungQueue):
+    """Promotes the best of a rung once all trials of their bracket have completed it.
 
     Args:
         trials: See `TrialQueue`.
+        oracle: The oracle of the search.
         proposals: See `TrialQueue`.
-        values_for: See `TrialQueue`.
-        hyperparameters: See `TrialQueue`.
         brackets: All brackets of the search.
-        direction: KerasTuner's "min" or "max".
-        score_trial: Sets the score of KerasTuner's trial.
     """
 
     def __init__(
         self,
         trials: _trials.Trials,
+        oracle: _rungs.RungOracle,
         proposals: _proposals.Proposals,
-        values_for: Callable[[int], _tuner_types.Values | None],
-        hyperparameters: Callable[[], HyperParameters],
         brackets: list[Bracket],
-        direction: str,
-        score_trial: Callable[[_tuner_types.Trial], None],
     ) -> None:
-        super().__init__(trials, proposals, values_for, hyperparameters)
+        super().__init__(trials, oracle, proposals)
         self._brackets = brackets
-        self._direction = direction
-        self._score_trial = score_trial
 
     def bracket_of(self, index: int) -> int:
         """The number of a trial's bracket."""
@@ -118,10 +80,8 @@ class BracketQueue(_queue.TrialQueue):
             index -= bracket.sizes[0]
         raise AssertionError(index)
 
-    def epochs_of(self, index: int) -> int:
-        """The epoch up to which a trial is trained in its current rung."""
-        (row,) = self._ledger.trials(index=index)
-        return self._brackets[self.bracket_of(index)].epochs[_rung(row)]
+    def epochs_by_rung(self, index: int) -> Sequence[int]:
+        return self._brackets[self.bracket_of(index)].epochs
 
     def take_paused(self) -> int | None:
         by_bracket: dict[int, list[_ledger.TrialRow]] = {}
@@ -140,47 +100,26 @@ class BracketQueue(_queue.TrialQueue):
                     continue
                 sizes = tuple(max(1, size * len(rows) // sizes[0]) for size in sizes)
             for rung, size in enumerate(sizes[1:]):
-                found = self._promote(rows, rung, size)
+                found = self._end_rung(rows, rung, size)
                 if found is not None:
                     return found
         return None
 
-    def _promote(self, rows: list[_ledger.TrialRow], rung: int, size: int) -> int | None:
+    def _end_rung(self, rows: list[_ledger.TrialRow], rung: int, size: int) -> int | None:
         """Ends a rung that all its trials have completed; returns a trial to continue, or None."""
-        members = [row for row in rows if _rung(row) >= rung]
-        if any(row.state == _ledger.RUNNING and _rung(row) == rung for row in members):
+        if any(row.state == _ledger.RUNNING and _rungs.rung_of(row) == rung for row in rows):
             return None
-        # Trials that failed in this rung have no score in it.
-        scored = [row for row in members if str(rung) in _note(row)["scores"]]
-        sign = -1 if self._direction == "max" else 1
-        scored.sort(key=lambda row: (sign * _note(row)["scores"][str(rung)], row.index))
-        for place, row in enumerate(scored):
-            if row.state != _ledger.PAUSED or _rung(row) != rung:
+        for place, row in enumerate(self.ranked(rows, rung)):
+            if row.state != _ledger.PAUSED or _rungs.rung_of(row) != rung:
                 continue
-            if place < size:
-                note = json.dumps({**_note(row), "rung": rung + 1})
-                if self._ledger.take(row, note):
-                    return row.index
-            elif self._ledger.take(row):
-                attrs = {_trials.WHY: _trials.STOPPED_EARLY}
-                self._trials.end(row.index, TrialState.PRUNED, attrs)
+            if place >= size:
+                self.stop(row)
+            elif self.promote(row):
+                return row.index
         return None
 
-    def pause(self, running: _running.RunningTrial) -> bool:
-        (row,) = self._ledger.trials(index=running.index)
-        rung = _rung(row)
-        if rung + 1 == len(self._brackets[self.bracket_of(running.index)].sizes):
-            return False
-        with _objectives.nan_allowed():
-            self._score_trial(running.trial)
-        if not math.isfinite(running.trial.score):
-            return False
-        scores = _note(row)["scores"] | {str(rung): float(running.trial.score)}
-        self._ledger.set_state(running.index, _ledger.PAUSED, scores=scores)
-        return True
 
-
-class HyperbandOracle(_oracle.StudyOracle):
+class HyperbandOracle(_rungs.RungOracle):
     """Runs brackets: trains many trials a little, and the best of them longer.
 
     A rung ends when all its trials have completed it. Meanwhile, processes begin the next bracket.
@@ -194,8 +133,6 @@ class HyperbandOracle(_oracle.StudyOracle):
         sampler: As in `OptunaSearch`; proposes the models of a bracket. Defaults to "random".
         **kwargs: As for `StudyOracle`.
     """
-
-    goes_on = True
 
     def __init__(
         self,
@@ -236,22 +173,10 @@ class HyperbandOracle(_oracle.StudyOracle):
         }
 
     def _new_queue(self, trials: _trials.Trials, proposals: _proposals.Proposals) -> BracketQueue:
-        return BracketQueue(
-            trials,
-            proposals,
-            self._populated_values,
-            self._known_hyperparameters,
-            self._brackets,
-            self.objective.direction,
-            self.score_trial,
-        )
-
-    def epochs_of(self, trial_id: str) -> int:
-        """The epoch up to which a trial of this process is trained now."""
-        return cast(BracketQueue, self._search.queue).epochs_of(int(trial_id))
+        return BracketQueue(trials, self, proposals, self._brackets)
 
 
-class Hyperband(_tuner.Tuner):
+class Hyperband(_rungs.RungTuner):
     """Trains many models for few epochs, and the best of them for more.
 
     Brackets and rungs are those of the paper (Li et al., JMLR 18, 2018). A promoted model resumes
@@ -291,10 +216,3 @@ class Hyperband(_tuner.Tuner):
             **of_oracle,
         )
         super().__init__(oracle, hypermodel, **of_tuner)
-
-    def run_trial(
-        self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
-    ) -> _tuner_types.Results:
-        """Trains the model of a trial up to the end of its rung."""
-        kwargs["epochs"] = self.oracle.epochs_of(trial.trial_id)
-        return super().run_trial(trial, *args, **kwargs)

@@ -1,7 +1,8 @@
 """A study as samplers see it, so that they learn from infeasible trials as well."""
 
+import collections
 import copy
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import optuna
 from optuna.study import StudyDirection
@@ -9,7 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tfbig.tuners import _trials
 
-__all__ = ("LearningStudy", "penalized")
+__all__ = ("LearningStudy", "by_place", "penalized")
+
+# How many trials must have been trained for so many epochs for samplers to compare them there.
+_ENOUGH = 10
 
 # The constraint that infeasible trials violate.
 _FEASIBILITY = "constraints:tfbig:infeasible"
@@ -73,3 +77,42 @@ def penalized(trials: list[FrozenTrial], directions: Sequence[StudyDirection]) -
             trial.system_attrs = trial.system_attrs | {_FEASIBILITY: 0.0}
         found.append(trial)
     return found
+
+
+def by_place(
+    trials: list[FrozenTrial],
+    scores: Mapping[int, Mapping[int, float]],
+    direction: StudyDirection,
+) -> list[FrozenTrial]:
+    """Trials that were trained in rungs, as complete ones whose values are their places.
+
+    Scores can be compared only after the same epochs. As in BOHB (Falkner, Klein and Hutter, ICML
+    2018), these are the most that enough trials have reached. Trials that were not promoted as far
+    come after those, and the shorter they were trained, the later.
+
+    Args:
+        trials: The trials of the study.
+        scores: By the index of a trial, its scores by epochs.
+        direction: That of the scores.
+    """
+    reached = collections.Counter(epochs for found in scores.values() for epochs in found)
+    enough = [epochs for epochs, count in reached.items() if count >= _ENOUGH]
+    compared = max(enough) if enough else min(reached, default=0)
+    sign = 1 if direction == StudyDirection.MINIMIZE else -1
+
+    def order(index: int) -> tuple[int, float]:
+        found = scores[index]
+        # Some have begun with more epochs.
+        epochs = min((e for e in found if e >= compared), default=max(found))
+        return -min(epochs, compared), sign * found[epochs]
+
+    scored = sorted((index for index, found in scores.items() if found), key=order)
+    places = {index: place for place, index in enumerate(scored)}
+    seen = []
+    for trial in trials:
+        place = places.get(trial.user_attrs.get(_trials.INDEX, -1))
+        if place is not None and trial.state != TrialState.FAIL:
+            trial = copy.copy(trial)
+            trial.state, trial.values = TrialState.COMPLETE, [float(sign * place)]
+        seen.append(trial)
+    return seen

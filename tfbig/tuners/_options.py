@@ -146,6 +146,6 @@ def check_tuner_options(
         )
     if resumes_trials and (folds or executions_per_trial > 1):
         raise errors.InvalidOptionError(
-            "Hyperband resumes trials, so each must be trained once. Received: "
+            "A tuner that resumes trials must train each of them once. Received: "
             f"folds={folds}, executions_per_trial={executions_per_trial}."
         )

@@ -14,6 +14,7 @@ import keras_tuner
 import numpy as np
 import optuna
 from keras_tuner.src.engine import trial as kt_trial
+from optuna.trial import FrozenTrial
 
 from tfbig import errors
 from tfbig.tuners import (
@@ -197,7 +198,12 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
         objectives = self._objectives
         trials = _trials.Trials(study, ledger, self._sampler, self._pruner, seed)
         proposals = _proposals.Proposals(
-            trials, seed, self._known_hyperparameters, self._values_of, initial
+            trials,
+            seed,
+            self._known_hyperparameters,
+            self._values_of,
+            initial,
+            self._as_learned_from,
         )
         running = _running.RunningTrials(trials, objectives, self._pruner is not None)
         return Search(
@@ -219,6 +225,10 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
     def _values_of(self, hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value] | None:
         """Hook: all values of a hyperparameter that are tried; None for infinitely many."""
         return _space.all_values(hp)
+
+    def _as_learned_from(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Hook: trials as samplers see them."""
+        return trials
 
     def _new_queue(
         self, trials: _trials.Trials, proposals: _proposals.Proposals

@@ -89,6 +89,17 @@ class Outcomes:
         )
         return False
 
+    def complete(self, index: int, trial: _tuner_types.Trial) -> bool:
+        """Completes a paused trial of this process with the metrics that it has.
+
+        Returns:
+            Whether this process still owned it.
+        """
+        trial.status = _STATUS.COMPLETED
+        values, constraints = self._scored(trial)
+        outcome = _Outcome(TrialState.COMPLETE, _attrs(trial, None), values, constraints)
+        return self._trials.end(index, **vars(outcome))
+
     def _judge(
         self, running: _running.RunningTrial, why: str | None, max_retries: int
     ) -> _Outcome | None:

@@ -36,6 +36,7 @@ class Proposals:
         hyperparameters: Returns the hyperparameters known so far.
         values_of: Returns all values of a hyperparameter; None if there are infinitely many.
         initial: Names of the hyperparameters that the program has before any trial.
+        learned_from: Returns trials as samplers are to see them.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Proposals:
         hyperparameters: Callable[[], HyperParameters],
         values_of: Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None],
         initial: set[str],
+        learned_from: Callable[[list[FrozenTrial]], list[FrozenTrial]] = lambda trials: trials,
     ) -> None:
         self._trials = trials
+        self._learned_from = learned_from
         self._ledger = trials.ledger
         self._seed = seed
         self._hyperparameters = hyperparameters
@@ -85,7 +88,8 @@ class Proposals:
         filtered = optuna.pruners._filter_study(study, frozen)
         # Hyperband's pruner shows the trials of a bracket.
         seen = self._trials.all if filtered is study else filtered.get_trials
-        filtered = _learning_study.LearningStudy(filtered, seen)
+        learned = self._learned_from(seen())
+        filtered = _learning_study.LearningStudy(filtered, lambda: learned)
         sampler.before_trial(filtered, frozen)
         space = sampler.infer_relative_search_space(filtered, frozen)
         relative = sampler.sample_relative(filtered, frozen, space)

@@ -1,0 +1,183 @@
+"""Trials that are trained rung by rung: paused at the end of one, and perhaps promoted later."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, cast
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tfbig.tuners import (
+    _learning_study,
+    _ledger,
+    _objectives,
+    _oracle,
+    _proposals,
+    _queue,
+    _running,
+    _trials,
+    _tuner,
+    _tuner_types,
+    _views,
+)
+
+__all__ = ("RungOracle", "RungQueue", "RungTuner", "rung_of", "score_in")
+
+
+class _Note(TypedDict):
+    """What the ledger notes of a trial: its rung, and its score in each rung."""
+
+    rung: int
+    scores: dict[str, float]
+
+
+def _note(row: _ledger.TrialRow) -> _Note:
+    return cast(_Note, {"rung": 0, "scores": {}} | json.loads(row.note))
+
+
+def rung_of(row: _ledger.TrialRow) -> int:
+    """The rung that a trial has reached, from 0."""
+    return _note(row)["rung"]
+
+
+def score_in(row: _ledger.TrialRow, rung: int) -> float | None:
+    """The score of a trial at the end of a rung; None if it has not completed that."""
+    return _note(row)["scores"].get(str(rung))
+
+
+class RungQueue(_queue.TrialQueue):
+    """Puts trials back that have completed a rung; a subclass says which of them are promoted.
+
+    Args:
+        trials: See `TrialQueue`.
+        oracle: The oracle of the search.
+        proposals: See `TrialQueue`.
+    """
+
+    def __init__(
+        self, trials: _trials.Trials, oracle: RungOracle, proposals: _proposals.Proposals
+    ) -> None:
+        super().__init__(trials, proposals, oracle._populated_values, oracle._known_hyperparameters)
+        # Scores are minimized after multiplication with it.
+        self._sign = -1 if oracle.objective.direction == "max" else 1
+        self._score_trial: Callable[[_tuner_types.Trial], None] = oracle.score_trial
+
+    def epochs_by_rung(self, index: int) -> Sequence[int]:
+        """Hook: the epoch up to which a trial is trained in each rung."""
+        raise NotImplementedError
+
+    def epochs_of(self, index: int) -> int:
+        """The epoch up to which a trial is trained in its current rung."""
+        (row,) = self._ledger.trials(index=index)
+        return self.epochs_by_rung(index)[rung_of(row)]
+
+    def pause(self, running: _running.RunningTrial) -> bool:
+        (row,) = self._ledger.trials(index=running.index)
+        rung = rung_of(row)
+        if rung + 1 == len(self.epochs_by_rung(running.index)):
+            return False
+        with _objectives.nan_allowed():
+            self._score_trial(running.trial)
+        if not math.isfinite(running.trial.score):
+            return False
+        scores = _note(row)["scores"] | {str(rung): float(running.trial.score)}
+        # If it is not promoted, these are its results.
+        self._trials.study._storage.set_trial_user_attr(
+            running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
+        )
+        self._ledger.set_state(running.index, _ledger.PAUSED, scores=scores)
+        return True
+
+    def ranked(self, rows: Sequence[_ledger.TrialRow], rung: int) -> list[_ledger.TrialRow]:
+        """The trials that have completed a rung, best first; those that failed in it have not."""
+        found = [(score_in(row, rung), row) for row in rows]
+        scored = [(self._sign * score, row.index, row) for score, row in found if score is not None]
+        return [row for _, _, row in sorted(scored, key=lambda entry: entry[:2])]
+
+    def paused(self) -> list[tuple[int, float]]:
+        """Index and score of paused trials; those that were trained longest first, best first."""
+        found = []
+        for row in self._ledger.trials(state=_ledger.PAUSED):
+            score = _note(row)["scores"][str(rung_of(row))]
+            epochs = self.epochs_by_rung(row.index)[rung_of(row)]
+            found.append((-epochs, self._sign * score, row.index, score))
+        return [(index, score) for _, _, index, score in sorted(found)]
+
+    def scores_by_epochs(self, trials: Sequence[FrozenTrial]) -> dict[int, dict[int, float]]:
+        """By index: the scores of a trial at the ends of its rungs, by the epochs until then."""
+        values = {
+            t.user_attrs.get(_trials.INDEX): t.values[0]
+            for t in trials
+            if t.state == TrialState.COMPLETE
+        }
+        found = {}
+        for row in self._ledger.trials():
+            epochs = self.epochs_by_rung(row.index)
+            scores = {epochs[int(rung)]: score for rung, score in _note(row)["scores"].items()}
+            if row.index in values:
+                scores[epochs[rung_of(row)]] = values[row.index]
+            found[row.index] = scores
+        return found
+
+    def promote(self, row: _ledger.TrialRow) -> bool:
+        """Has this process continue a paused trial; returns whether no other was faster."""
+        note = json.dumps({**_note(row), "rung": rung_of(row) + 1})
+        return self._ledger.take(row, note)
+
+    def stop(self, row: _ledger.TrialRow) -> None:
+        """Ends a paused trial that is not promoted."""
+        if self._ledger.take(row):
+            attrs = {_trials.WHY: _trials.STOPPED_EARLY}
+            self._trials.end(row.index, TrialState.PRUNED, attrs)
+
+
+class RungOracle(_oracle.StudyOracle):
+    """An oracle of trials that are trained rung by rung. See `StudyOracle` for the arguments."""
+
+    goes_on = True
+
+    @property
+    def _rungs(self) -> RungQueue:
+        return cast(RungQueue, self._search.queue)
+
+    def epochs_of(self, trial_id: str) -> int:
+        """The epoch up to which a trial of this process is trained now."""
+        return self._rungs.epochs_of(int(trial_id))
+
+    def _as_learned_from(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Trials as samplers see them, paused ones as well."""
+        if not self._objectives.is_single:
+            return trials
+        scores = self._rungs.scores_by_epochs(trials)
+        return _learning_study.by_place(trials, scores, self.study.direction)
+
+    def get_best_trials(self, num_trials: int = 1) -> list[_tuner_types.Trial]:
+        """The best completed trials, best first.
+
+        If none is complete, because the search was interrupted or its budget is spent: the paused
+        ones that were trained longest, best first.
+        """
+        complete = super().get_best_trials(num_trials)
+        if complete:
+            return complete
+        best = []
+        for index, score in self._rungs.paused()[:num_trials]:
+            trial = self.get_trial(_views.trial_id_of(index))
+            trial.score = score
+            best.append(trial)
+        return best
+
+
+class RungTuner(_tuner.Tuner):
+    """Trains the model of a trial up to the end of its rung."""
+
+    oracle: RungOracle
+
+    def run_trial(
+        self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
+    ) -> _tuner_types.Results:
+        """Trains the model of a trial up to the end of its rung."""
+        kwargs["epochs"] = self.oracle.epochs_of(trial.trial_id)
+        return super().run_trial(trial, *args, **kwargs)
