@@ -19,7 +19,15 @@ import traceback
 import keras_tuner
 
 from tests.jobs.killed_search_points import POINTS, dies_at
-from tfbig.tuners import _asha, _grid_search, _hyperband, _oracle, _trials, _tuner
+from tfbig.tuners import (
+    _asha,
+    _grid_search,
+    _hyperband,
+    _oracle,
+    _population,
+    _trials,
+    _tuner,
+)
 
 # Seconds after which the trial of a stopped process is run by another.
 GRACE = 1.0
@@ -54,6 +62,9 @@ def oracle_of(kind, storage, trials):
         return _hyperband.HyperbandOracle(max_epochs=9, factor=3, **arguments)
     if kind == "asha":
         return _asha.ASHAOracle(max_trials=trials, max_epochs=9, **arguments)
+    if kind == "population":
+        sizes = {"population_size": trials, "max_epochs": 4, "epochs_per_generation": 2}
+        return _population.PopulationOracle(**sizes, **arguments)
     pruner = "median" if kind == "pruned" else None
     sampler = {"pruned": "tpe"}.get(kind, kind)
     return _oracle.StudyOracle(max_trials=trials, sampler=sampler, pruner=pruner, **arguments)
@@ -100,6 +111,7 @@ class Killer:
             "states": [t.state.name for t in trials],
             "indices": [t.user_attrs[_trials.INDEX] for t in trials],
             "values": [json.loads(t.user_attrs[_trials.VALUES]) for t in trials],
+            "steps": [sorted(t.intermediate_values) for t in trials],
             "rows": [row.state for row in oracle._ledger.trials()],
         }
         (self.options.directory / f"{self.name}.json").write_text(json.dumps(found))

@@ -3,7 +3,7 @@
 import keras_tuner
 import pytest
 
-from tfbig.tuners import _grid_search, _hyperband, _oracle
+from tfbig.tuners import _grid_search, _hyperband, _oracle, _population
 
 
 class Silent:
@@ -31,7 +31,7 @@ def make(tmp_path):
             "seed": 0,
             "hyperparameters": hyperparameters,
         } | arguments
-        if kind is not _hyperband.HyperbandOracle:
+        if kind not in (_hyperband.HyperbandOracle, _population.PopulationOracle):
             arguments["max_trials"] = max_trials
         if kind is _grid_search.GridSearchOracle:
             arguments.pop("sampler", None)

@@ -22,7 +22,8 @@ from tfbig import launch
 from tfbig.tuners import HyperParameters, StudyOracle, _read_only
 from tfbig.tuners import __main__ as looked
 
-KINDS = dict.fromkeys(("random", "pruned", "nsga2", "hyperopt", "grid", "asha"), 12)
+KINDS = ("random", "pruned", "nsga2", "hyperopt", "grid", "asha", "population")
+KINDS = dict.fromkeys(KINDS, 12)
 KINDS |= {"hyperband": 17}
 
 slow = pytest.mark.slow
@@ -67,6 +68,11 @@ def assert_each_once(result, kind, trials=None):
     trials = trials or KINDS[kind]
     assert sorted(result["indices"]) == list(range(trials))
     assert set(result["rows"]) == {"told"}
+    if kind == "population":
+        # Values change while trials are trained.
+        assert set(result["states"]) == {"COMPLETE"}
+        assert result["steps"] == [[1, 2, 3, 4]] * trials
+        return
     # No two trials have the same values, and one has the defaults.
     texts = [json.dumps(v, sort_keys=True) for v in result["values"]]
     assert len(set(texts)) == trials
@@ -86,6 +92,7 @@ def assert_each_once(result, kind, trials=None):
     ("kind", "kills"),
     [
         ("asha", 10),
+        ("population", 10),
         pytest.param("hyperband", 10, marks=slow),
         *(pytest.param(kind, 40, marks=slow) for kind in KINDS),
     ],

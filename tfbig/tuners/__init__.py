@@ -16,6 +16,7 @@ from tfbig.tuners._optuna_search import (
     RandomSearch,
 )
 from tfbig.tuners._oracle import StudyOracle
+from tfbig.tuners._population import PopulationBasedTraining
 from tfbig.tuners._sklearn_tuner import SklearnTuner
 from tfbig.tuners._synchronized import synchronized
 from tfbig.tuners._tuner import Tuner
@@ -36,6 +37,7 @@ __all__ = (
     "Objective",
     "OptunaSearch",
     "Oracle",
+    "PopulationBasedTraining",
     "RandomSearch",
     "SklearnTuner",
     "StudyOracle",

@@ -59,7 +59,7 @@ def agree_on_settings(
     drawn = {"seed": str(random.SystemRandom().randrange(2**31))}
     stored = ledger.change_metadata(SETTINGS, lambda text: text or json.dumps(drawn | wanted))
     known = json.loads(stored)
-    changed = [name for name, value in wanted.items() if known.get(name) != value]
+    changed = [name for name, value in wanted.items() if known.get(name, "") != value]
     for name in changed:
         told = f"{'oracle' if name == KIND else name}: {known.get(name)!r}, expected"
         if name not in _CHANGEABLE:

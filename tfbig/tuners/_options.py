@@ -31,8 +31,14 @@ ObjectiveOption: TypeAlias = (
     str | _tuner_types.Objective | Sequence[str | _tuner_types.Objective] | None
 )
 
-# A function of hyperparameters that returns a compiled model, or an object that has one.
-Build: TypeAlias = Callable[[HyperParameters], keras.Model] | _tuner_types.HyperModel | None
+# A function of hyperparameters that returns a compiled model, or an object that has one; with
+# `scale_width`, of hyperparameters and a width.
+Build: TypeAlias = (
+    Callable[[HyperParameters], keras.Model]
+    | Callable[[HyperParameters, int], keras.Model]
+    | _tuner_types.HyperModel
+    | None
+)
 
 # The same for models that need not be Keras's.
 BuildAny: TypeAlias = Callable[[HyperParameters], Any] | _tuner_types.HyperModel | None
@@ -89,6 +95,7 @@ class TunerOptions(PassedOn, total=False):
     isolate: bool
     transfer_from: str | os.PathLike[str] | None
     transfer: Literal["best", "observations"]
+    scale_width: tuple[int, int] | None
 
 
 class SearchOptions(OracleOptions, TunerOptions, total=False):

@@ -40,9 +40,9 @@ class OptunaSearch(_tuner.Tuner):
         **kwargs: The other options of `Tuner` and `StudyOracle`: `directory`, `project_name`,
             `overwrite`, `executions_per_trial`, `folds`, `max_retries_per_trial`,
             `max_consecutive_failed_trials`, `max_seconds`, `max_total_epochs`, `keep_best_k`,
-            `isolate`, `transfer_from`, `transfer`, `distribution_strategy`, `optimizer`, `loss`,
-            `metrics`, `max_model_size`; and the options of `tfbig.Model`, such as
-            `micro_batch_size`, for every model.
+            `isolate`, `transfer_from`, `transfer`, `scale_width`, `distribution_strategy`,
+            `optimizer`, `loss`, `metrics`, `max_model_size`; and the options of `tfbig.Model`, such
+            as `micro_batch_size`, for every model.
 
     Raises:
         InvalidOptionError: If an argument is not valid, or needs a package that is not installed.

@@ -8,10 +8,8 @@ trials, and `_views` shows them to KerasTuner.
 import contextlib
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import keras_tuner
-import numpy as np
 import optuna
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import FrozenTrial
@@ -24,6 +22,7 @@ from tfbig.tuners import (
     _options,
     _outcomes,
     _own_values,
+    _populating,
     _proposals,
     _queue,
     _read_only,
@@ -50,7 +49,12 @@ _POLL_INTERVAL = 0.5
 _STATUS = kt_trial.TrialStatus
 
 
-class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  # type: ignore[misc]  # KerasTuner has no types.
+class StudyOracle(
+    StoredAtOnce,
+    _training.TrainingTrials,
+    _populating.PopulatesSpace,
+    keras_tuner.Oracle,  # type: ignore[misc]  # KerasTuner has no types.
+):
     """Asks an Optuna study for values, and tells it results.
 
     Any number of processes may have one over the same study.
@@ -123,6 +127,7 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
         self._budget = _budget.Budget()
         self._project_name: str | None = None
         self._opened: Search | None = None
+        self._width: int | None = None
 
     # --- The study ---
 
@@ -249,7 +254,12 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
             _agreement.KIND: type(self).__name__,
             "sampler": self._sampler.name,
             "pruner": self._pruner.name if self._pruner else "none",
+            "width": str(self._width or ""),
         }
+
+    def set_width(self, width: int) -> None:
+        """Says at which width models are searched, which must not change during a search."""
+        self._width = width
 
     def begin_anew(self) -> None:
         """Removes the study.
@@ -379,52 +389,6 @@ class StudyOracle(StoredAtOnce, _training.TrainingTrials, keras_tuner.Oracle):  
         else:
             time.sleep(_POLL_INTERVAL)
         return kt_trial.Trial(self.get_space(), "", _STATUS.STOPPED if is_over else _STATUS.IDLE)
-
-    @property
-    def _has_own_values(self) -> bool:
-        """Whether a user's `populate_space` chooses the values."""
-        return type(self).populate_space is not StudyOracle.populate_space
-
-    def _populated_values(self, index: int) -> _tuner_types.Values | None:
-        """The values of a new trial; None if the space is exhausted."""
-        status, values = self._populated(index)
-        return values if status == _STATUS.RUNNING else None
-
-    def _populated(self, index: int) -> tuple[str, _tuner_types.Values]:
-        """What `populate_space` returns for a trial, unless it was given to the study."""
-        search = self._search
-        # Used by KerasTuner's `_random_values`, which an override may call.
-        self._seed_state = int(np.random.SeedSequence([search.seed, index]).generate_state(1)[0])
-        enqueued = _own_values.enqueued(
-            search.trials, search.proposals, self.hyperparameters, index, self._seed_state
-        )
-        if enqueued is not None:
-            return _STATUS.RUNNING, self._with_active(enqueued)
-        proposed = self.populate_space(_views.trial_id_of(index))
-        return proposed["status"], self._with_active(proposed.get("values") or {})
-
-    def _with_active(self, values: _tuner_types.Values) -> _tuner_types.Values:
-        """Values of JSON, with those of all active hyperparameters."""
-        hps = self.hyperparameters.copy()
-        hps.values = {k: _json.canonical(v) for k, v in values.items()}
-        hps.ensure_active_values()
-        return hps.values
-
-    def populate_space(self, trial_id: str) -> dict[str, Any]:  # As in KerasTuner.
-        """Values for a trial; override it to search in another way.
-
-        Returns:
-            A dictionary with "status": RUNNING; IDLE to be asked again later; or STOPPED if there
-            are no more trials; and "values": a dictionary of values by name.
-        """
-        values = self._search.proposals.values_for(int(trial_id))
-        status = _STATUS.STOPPED if values is None else _STATUS.RUNNING
-        return {"status": status, "values": values}
-
-    def _duplicate(self, values: _tuner_types.Values) -> bool:
-        """Whether a trial has these values; KerasTuner's, for an overridden `populate_space`."""
-        names = {_json.name_of(t.hyperparameters.values) for t in self.trials.values()}
-        return _json.name_of(values) in names
 
     # --- Ending a trial ---
 

@@ -23,28 +23,39 @@ from tfbig.tuners import (
     _views,
 )
 
-__all__ = ("RungOracle", "RungQueue", "RungTuner", "rung_of", "score_in")
+__all__ = ("Note", "RungOracle", "RungQueue", "RungTuner", "note_of", "rung_of", "score_in")
 
 
-class _Note(TypedDict):
-    """What the ledger notes of a trial: its rung, and its score in each rung."""
+class Note(TypedDict):
+    """What the ledger notes of a trial, by rungs as strings.
+
+    Attributes:
+        rung: The rung that it has reached.
+        scores: Its score at the end of each rung.
+        copied: The trial that it is a copy of, from a rung on.
+        values: JSON of its values, from a rung on.
+    """
 
     rung: int
     scores: dict[str, float]
+    copied: dict[str, int]
+    values: dict[str, str]
 
 
-def _note(row: _ledger.TrialRow) -> _Note:
-    return cast(_Note, {"rung": 0, "scores": {}} | json.loads(row.note))
+def note_of(row: _ledger.TrialRow) -> Note:
+    """What the ledger notes of a trial."""
+    empty = {"rung": 0, "scores": {}, "copied": {}, "values": {}}
+    return cast(Note, empty | json.loads(row.note))
 
 
 def rung_of(row: _ledger.TrialRow) -> int:
     """The rung that a trial has reached, from 0."""
-    return _note(row)["rung"]
+    return note_of(row)["rung"]
 
 
 def score_in(row: _ledger.TrialRow, rung: int) -> float | None:
     """The score of a trial at the end of a rung; None if it has not completed that."""
-    return _note(row)["scores"].get(str(rung))
+    return note_of(row)["scores"].get(str(rung))
 
 
 class RungQueue(_queue.TrialQueue):
@@ -78,17 +89,22 @@ class RungQueue(_queue.TrialQueue):
         rung = rung_of(row)
         if rung + 1 == len(self.epochs_by_rung(running.index)):
             return False
-        with _objectives.nan_allowed():
-            self._score_trial(running.trial)
-        if not math.isfinite(running.trial.score):
+        score = self.score(running)
+        if score is None:
             return False
-        scores = _note(row)["scores"] | {str(rung): float(running.trial.score)}
+        scores = note_of(row)["scores"] | {str(rung): score}
         # If it is not promoted, these are its results.
         self._trials.study._storage.set_trial_user_attr(
             running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
         )
         self._ledger.set_state(running.index, _ledger.PAUSED, scores=scores)
         return True
+
+    def score(self, running: _running.RunningTrial) -> float | None:
+        """The score of a trial at the end of its rung; None if it cannot go on."""
+        with _objectives.nan_allowed():
+            self._score_trial(running.trial)
+        return float(running.trial.score) if math.isfinite(running.trial.score) else None
 
     def ranked(self, rows: Sequence[_ledger.TrialRow], rung: int) -> list[_ledger.TrialRow]:
         """The trials that have completed a rung, best first; those that failed in it have not."""
@@ -100,7 +116,7 @@ class RungQueue(_queue.TrialQueue):
         """Index and score of paused trials; those that were trained longest first, best first."""
         found = []
         for row in self._ledger.trials(state=_ledger.PAUSED):
-            score = _note(row)["scores"][str(rung_of(row))]
+            score = note_of(row)["scores"][str(rung_of(row))]
             epochs = self.epochs_by_rung(row.index)[rung_of(row)]
             found.append((-epochs, self._sign * score, row.index, score))
         return [(index, score) for _, _, index, score in sorted(found)]
@@ -115,16 +131,21 @@ class RungQueue(_queue.TrialQueue):
         found = {}
         for row in self._ledger.trials():
             epochs = self.epochs_by_rung(row.index)
-            scores = {epochs[int(rung)]: score for rung, score in _note(row)["scores"].items()}
+            scores = {epochs[int(rung)]: score for rung, score in note_of(row)["scores"].items()}
             if row.index in values:
                 scores[epochs[rung_of(row)]] = values[row.index]
             found[row.index] = scores
         return found
 
-    def promote(self, row: _ledger.TrialRow) -> bool:
-        """Has this process continue a paused trial; returns whether no other was faster."""
-        note = json.dumps({**_note(row), "rung": rung_of(row) + 1})
-        return self._ledger.take(row, note)
+    def promote(self, row: _ledger.TrialRow, note: Note | None = None) -> bool:
+        """Has this process continue a paused trial; returns whether no other was faster.
+
+        Args:
+            row: The trial as it was seen.
+            note: Replaces its note, but for the rung.
+        """
+        new = {**(note or note_of(row)), "rung": rung_of(row) + 1}
+        return self._ledger.take(row, json.dumps(new))
 
     def stop(self, row: _ledger.TrialRow) -> None:
         """Ends a paused trial that is not promoted."""

@@ -175,4 +175,5 @@ def restore_metrics(
     for step, value in frozen.intermediate_values.items():
         if not trial.metrics.exists(objective.name):
             trial.metrics.register(objective.name, direction=objective.direction)
-        trial.metrics.update(objective.name, value, step=step - 1)
+        with _objectives.nan_allowed():
+            trial.metrics.update(objective.name, value, step=step - 1)

@@ -147,11 +147,11 @@ class KeepState(TrialCallback, tfbig.callbacks.BackupAndRestore):
     """Backs up what is needed to resume a trial, in this process or in another.
 
     Args:
-        trial_dir: The directory of the trial.
+        directory: Where the state is.
     """
 
-    def __init__(self, trial_dir: str) -> None:
-        super().__init__(os.path.join(trial_dir, STATE), on_preemption=None)
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        super().__init__(directory, on_preemption=None)
 
     def on_train_end(self, logs: _types.Logs | None = None) -> None:
         # The last epoch was backed up already; after it, Keras may replace weights by averages.

@@ -194,6 +194,7 @@ class Trials:
         params, distributions = _space.parameters_of(
             hyperparameters, values, self.known_distributions()
         )
+        # Optuna's storages refuse to change a parameter.
         for name in [n for n in params if n not in frozen.params]:
             d = distributions[name]
             storage.set_trial_param(trial_id, name, d.to_internal_repr(params[name]), d)

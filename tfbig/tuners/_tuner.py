@@ -12,7 +12,7 @@ import keras
 import keras_tuner
 
 import tfbig
-from tfbig import _types, errors
+from tfbig import _types, errors, mup
 from tfbig._update import step_options
 from tfbig._update.option import declared
 from tfbig._update.train_step import TrainStep
@@ -25,6 +25,7 @@ from tfbig.tuners import (
     _trial_callbacks,
     _trial_results,
     _tuner_types,
+    _widths,
 )
 from tfbig.tuners._hyperparameters import HyperParameters
 from tfbig.tuners._trial_callbacks import BUILD, CHECKPOINT
@@ -69,6 +70,8 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         transfer: "best" to try the values of its best three trials first; or "observations" to
             have the sampler learn from all its complete trials whose values are all of this space,
             as if they were of this search. They do not count as trials. Defaults to "best".
+        scale_width: Two widths: that of the models of the search, and that of `build_wide`. Then
+            `hypermodel` is a function of `hp` and a width. Defaults to None.
         **kwargs: As for `keras_tuner.Tuner`; and options of models, such as `micro_batch_size`, as
             for `tfbig.extend`, for every model.
     """
@@ -91,8 +94,13 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         isolate: bool = False,
         transfer_from: str | os.PathLike[str] | None = None,
         transfer: _transfer.Transfer = "best",
+        scale_width: tuple[int, int] | None = None,
         **kwargs: Unpack[_options.PassedOn],
     ) -> None:
+        self._widths = None if scale_width is None else _widths.Widths.of(scale_width)
+        if self._widths is not None:
+            hypermodel = self._widths.builder(hypermodel)
+            oracle.set_width(self._widths.search)
         _options.check_tuner_options(
             executions_per_trial, folds, keep_best_k, getattr(oracle, "goes_on", False)
         )
@@ -165,6 +173,10 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             StudyError: If a different search created the study.
             StorageUnavailableError: If the database cannot be reached.
         """
+        if self._widths is not None:
+            # What cannot be widened is refused now, rather than once the search has ended.
+            hp = HyperParameters.of(self.oracle.get_space())
+            self._at_width(hp, 2 * self._widths.search)
         super().search(*fit_args, **fit_kwargs)
 
     def run_trial(
@@ -204,7 +216,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             if self._workers.is_chief:
                 callbacks.append(keep_best)
             if self.oracle.goes_on:
-                callbacks.append(_trial_callbacks.KeepState(self.get_trial_dir(trial.trial_id)))
+                callbacks = self._with_state(trial, callbacks)
             run_kwargs = run_kwargs | {"callbacks": callbacks}
             seed = self.oracle.seed_of_training(trial.trial_id, number)
             if seed is not None:
@@ -217,6 +229,13 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
                 report.decide(means, number + 1)
                 report.finish()
         return results
+
+    def _with_state(
+        self, trial: _tuner_types.Trial, callbacks: list[_types.Callback]
+    ) -> list[_types.Callback]:
+        """Callbacks, and one that keeps the state of a trial that another process may resume."""
+        state = pathlib.Path(self.get_trial_dir(trial.trial_id), _trial_callbacks.STATE)
+        return [*callbacks, _trial_callbacks.KeepState(state)]
 
     def _executions(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -299,6 +318,44 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
                 f"The model has {size} parameters, more than max_model_size={self.max_model_size}."
             )
         return model
+
+    def build_wide(self, hyperparameters: HyperParameters | None = None) -> keras.Model:
+        """The model of the larger width of `scale_width`, parametrized by `tfbig.mup`.
+
+        Args:
+            hyperparameters: Defaults to the best of the search.
+
+        Returns:
+            A compiled model, not trained. If `batch_size` or `epochs` was searched, pass the best
+            one to `fit`.
+
+        Raises:
+            InvalidOptionError: Without `scale_width`, or if `tfbig.mup` does not know the
+                optimizer.
+            UnsupportedModelError: If `tfbig.mup` cannot parametrize the model.
+            SearchError: If there is no best one yet.
+        """
+        if self._widths is None:
+            raise errors.InvalidOptionError(
+                "`build_wide` needs a width to scale to. Received: scale_width=None."
+            )
+        if hyperparameters is None:
+            found = self.get_best_hyperparameters()
+            if not found:
+                raise errors.SearchError("No trial is complete, whose values could be the best.")
+            hyperparameters = found[0]
+        return self._at_width(hyperparameters, self._widths.wide)
+
+    def _at_width(self, hp: HyperParameters, width: int) -> keras.Model:
+        """A model of another width than that of the search, parametrized."""
+        assert self._widths is not None
+        base = self._widths.search
+        found = []
+        # First the one that is wanted, so that it draws the same random numbers as without others.
+        for each in (width, base, 2 * base if width != 2 * base else 3 * base):
+            with self._widths.at(each):
+                found.append(self._build_hypermodel(hp.copy()))
+        return mup.parametrize(found[0], base=found[1], delta=found[2])
 
     def load_model(self, trial: _tuner_types.Trial) -> keras.Model:
         """The model of a trial with the weights of its best epoch."""
