@@ -11,7 +11,7 @@ import tfbig
 from tests.tuners.tuner_oracle_test import by_number, climb, end, line
 from tests.tuners.tuner_test import DATA, files, noisy
 from tfbig import errors, tuners
-from tfbig.tuners import _asha, _hyperband, _learning_study
+from tfbig.tuners import _asha, _budget, _hyperband, _learning_study
 
 COMPLETED, RUNNING, STOPPED = "COMPLETED", "RUNNING", "STOPPED"
 
@@ -106,7 +106,7 @@ def test_more_trials_later_go_on_with_what_was_learned(make):
 
 def test_without_a_complete_trial_the_best_paused_ones_are_shown(make):
     oracle = asha(make, None)
-    oracle.begin_search(max_total_epochs=20)
+    oracle.begin_search(_budget.Limits(max_total_epochs=20))
     found = climb(oracle, by_number)
     assert sum(epochs for _, epochs in found) > 20
     assert {t.status for t in oracle.trials.values()} == {RUNNING}
@@ -117,7 +117,7 @@ def test_without_a_complete_trial_the_best_paused_ones_are_shown(make):
     assert [t.trial_id for t in oracle.get_best_trials(4)] == expected[:4]
     assert oracle.get_best_trials()[0].score == by_number(int(expected[0]), reached[expected[0]])
     # With more to spend, the search goes on.
-    oracle.begin_search(max_total_epochs=60)
+    oracle.begin_search(_budget.Limits(max_total_epochs=60))
     assert climb(oracle, by_number)
 
 

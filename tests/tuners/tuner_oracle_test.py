@@ -15,6 +15,7 @@ from tests.tuners.tuner_space_test import typed
 from tfbig import errors
 from tfbig.tuners import (
     HyperParameters,
+    _budget,
     _grid_search,
     _hyperband,
     _learning_study,
@@ -1319,7 +1320,7 @@ def test_an_option_that_is_not_valid_is_refused_at_once(option):
 
 def test_no_trial_begins_when_the_epochs_are_used_up(make):
     oracle = make(None, line())
-    oracle.begin_search(max_total_epochs=7)
+    oracle.begin_search(_budget.Limits(max_total_epochs=7))
     # 3 and 6 epochs are less than 7.
     for _ in range(3):
         trial = oracle.create_trial("a")
@@ -1328,13 +1329,13 @@ def test_no_trial_begins_when_the_epochs_are_used_up(make):
         end(oracle, trial)
     assert oracle.create_trial("a").status == STOPPED
     again = make(None, line())
-    again.begin_search(max_total_epochs=10)
+    again.begin_search(_budget.Limits(max_total_epochs=10))
     assert again.create_trial("a").status == RUNNING
 
 
 def test_no_trial_begins_when_the_time_is_over(make, monkeypatch):
     oracle = make(None, line())
-    oracle.begin_search(max_seconds=100)
+    oracle.begin_search(_budget.Limits(max_seconds=100))
     end(oracle, oracle.create_trial("a"))
     now = time.monotonic()
     monkeypatch.setattr(_oracle.time, "monotonic", lambda: now + 101)

@@ -16,10 +16,12 @@ from keras_tuner.src.engine import trial as kt_trial
 from tfbig import errors
 from tfbig.distribute import _workers
 from tfbig.tuners import (
+    _budget,
     _isolation,
     _options,
     _oracle,
     _own_values,
+    _process_memory,
     _progress,
     _study,
     _transfer,
@@ -39,8 +41,6 @@ __all__ = ("BaseTuner",)
 _INFEASIBLE = (
     keras_tuner.errors.FailedTrialError,
     errors.LossScaleError,
-    MemoryError,
-    tf.errors.ResourceExhaustedError,
 )
 
 _STATUS = kt_trial.TrialStatus
@@ -64,6 +64,13 @@ class BaseTuner(
         keep_best_k: The models of so many of the best trials are kept. Defaults to 10.
         max_seconds: Seconds after which no trial begins.
         max_total_epochs: Epochs of all trials together after which no trial begins.
+        patience: After so many ended trials in a row without a better one, no trial begins.
+        timeout_per_trial: Seconds after which a trial is stopped as if pruned: after a batch of
+            Keras's `fit`; with several workers, after an epoch; in a loop of your own, when
+            `should_prune` says so.
+        process_memory: Bytes of memory that this process has for a trial. A trial that runs out of
+            memory is left to a process with more, and is infeasible if there is none. None: what
+            the host gives the process, without a GPU; unknown with one.
         isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
             and a trial that is killed for its memory is infeasible. The program is run again for
             each trial, up to `search`. Defaults to False.
@@ -92,6 +99,9 @@ class BaseTuner(
         keep_best_k: int = 10,
         max_seconds: float | None = None,
         max_total_epochs: int | None = None,
+        patience: int | None = None,
+        timeout_per_trial: float | None = None,
+        process_memory: int | None = None,
         isolate: bool = False,
         transfer_from: str | os.PathLike[str] | None = None,
         transfer: _transfer.Transfer = "best",
@@ -112,8 +122,8 @@ class BaseTuner(
         # The trials that had ended, and those whose models were kept, when models were removed.
         self._seen_ended: set[str] = set()
         self._kept: set[str] = set()
-        self._max_seconds = max_seconds
-        self._max_total_epochs = max_total_epochs
+        self._limits = _budget.Limits(max_seconds, max_total_epochs, patience, timeout_per_trial)
+        self._memory = _process_memory.checked(process_memory)
         project = directory or ".", project_name or "untitled_project"
         # KerasTuner makes it, too, but leaves errors to TensorFlow.
         _study.make_directory(os.path.join(*project))
@@ -194,7 +204,7 @@ class BaseTuner(
             raise TrialLost
 
     def should_prune(self, trial: _tuner_types.Trial) -> bool:
-        """Whether the pruner stops a trial after its last `report`.
+        """Whether the pruner stops a trial after its last `report`, or its time is over.
 
         Raise `tfbig.tuners.errors.TrialPruned` then.
         """
@@ -237,7 +247,10 @@ class BaseTuner(
         """
         if "verbose" in fit_kwargs:
             self.oracle.verbose = fit_kwargs["verbose"]
-        self.oracle.begin_search(self._max_seconds, self._max_total_epochs)
+        memory = self._memory
+        if memory is None and not tf.config.list_physical_devices("GPU"):
+            memory = _process_memory.limit()
+        self.oracle.begin_search(self._limits, memory)
         # Garbage is collected before each trial; objects that exist now need not be visited.
         gc.freeze()
         try:
@@ -284,14 +297,17 @@ class BaseTuner(
             errors.StorageUnavailableError,
         ):
             raise
-        except TrialPruned:
+        except TrialPruned as e:
             trial.status = _STATUS.STOPPED
+            trial.message = str(e) or None
         except TrialLost:
             trial.status = _STATUS.INVALID
         except Exception as e:
             trial.status = _STATUS.INVALID
             trial.message = traceback.format_exc()[-20_000:]
-            if isinstance(e, _INFEASIBLE):
+            if isinstance(e, MemoryError | tf.errors.ResourceExhaustedError):
+                trial.why = _trials.OUT_OF_MEMORY
+            elif isinstance(e, _INFEASIBLE):
                 trial.why = _trials.INFEASIBLE
 
     def _run_and_update_trial(

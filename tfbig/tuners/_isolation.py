@@ -49,13 +49,13 @@ def end_trial_process(is_over: bool) -> NoReturn:
     os._exit(_NONE_LEFT if is_over else _ONE_MORE)
 
 
-def run_trials(search: str, on_death: Callable[[int, str], bool]) -> None:
+def run_trials(search: str, on_death: Callable[[int, str, bool], bool]) -> None:
     """Runs one process after the other until no trials are left.
 
     Args:
         search: The name of the search.
-        on_death: Called with the id of a process that died and a message. Returns whether it died
-            in the middle of a trial.
+        on_death: Called with the id of a process that died, a message, and whether it may have
+            lacked memory. Returns whether it died in the middle of a trial.
 
     Raises:
         SearchError: If a process died before its trial began.
@@ -79,7 +79,9 @@ def run_trials(search: str, on_death: Callable[[int, str], bool]) -> None:
             what = f"was ended by {signal.Signals(-code).name}"
         else:
             what = f"exited with code {code}"
-        if not on_death(process.pid, f"The process of the trial {what}."):
+        # So the kernel ends processes when memory is short.
+        is_killed = code == -signal.SIGKILL
+        if not on_death(process.pid, f"The process of the trial {what}.", is_killed):
             raise errors.SearchError(
                 f"A trial process {what} before its trial began. With isolate=True, the program "
                 "runs again for each trial, so see what it printed."

@@ -260,11 +260,25 @@ class Ledger:
         """Lets other processes know that this one works on the study."""
         self.metadata(self._entry, self.owner)
 
+    def join_with(self, memory: int) -> None:
+        """Lets other processes know how many bytes of memory this one has."""
+        entry = json.dumps([self.owner, memory])
+        self.change_metadata(f"memory of {self._entry}", lambda _: entry)
+
+    def memory_of_processes(self) -> dict[str, int]:
+        """By the names of processes that have not died: their bytes of memory, as they said."""
+        names = _SEARCH_METADATA.c["name"].like("memory of process %")
+        query = sa.select(_SEARCH_METADATA.c["text"]).where(self._where(_SEARCH_METADATA), names)
+        with self._engine.begin() as connection:
+            found = dict(map(json.loads, connection.execute(query).scalars()))
+        return {owner: size for owner, size in found.items() if not _processes.is_dead(owner)}
+
     def leave(self) -> None:
         """Lets other processes know that this one no longer works on the study."""
-        entry = self._where(_SEARCH_METADATA, name=self._entry)
+        names = _SEARCH_METADATA.c["name"].in_([self._entry, f"memory of {self._entry}"])
         with self._engine.begin() as connection:
-            connection.execute(_SEARCH_METADATA.delete().where(entry))
+            where = sa.and_(self._where(_SEARCH_METADATA), names)
+            connection.execute(_SEARCH_METADATA.delete().where(where))
 
     def has_others(self) -> bool:
         """Whether other processes work on the study.

@@ -92,6 +92,9 @@ class TunerOptions(PassedOn, total=False):
     keep_best_k: int
     max_seconds: float | None
     max_total_epochs: int | None
+    patience: int | None
+    timeout_per_trial: float | None
+    process_memory: int | None
     isolate: bool
     transfer_from: str | os.PathLike[str] | None
     transfer: Literal["best", "observations"]

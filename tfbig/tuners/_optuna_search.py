@@ -39,7 +39,8 @@ class OptunaSearch(_tuner.Tuner):
             is feasible if all of them are <= 0.
         **kwargs: The other options of `Tuner` and `StudyOracle`: `directory`, `project_name`,
             `overwrite`, `executions_per_trial`, `folds`, `max_retries_per_trial`,
-            `max_consecutive_failed_trials`, `max_seconds`, `max_total_epochs`, `keep_best_k`,
+            `max_consecutive_failed_trials`, `max_seconds`, `max_total_epochs`, `patience`,
+            `timeout_per_trial`, `process_memory`, `keep_best_k`,
             `isolate`, `transfer_from`, `transfer`, `scale_width`, `distribution_strategy`,
             `optimizer`, `loss`, `metrics`, `max_model_size`; and the options of `tfbig.Model`, such
             as `micro_batch_size`, for every model.

@@ -23,6 +23,7 @@ from tfbig.tuners import (
     _outcomes,
     _own_values,
     _populating,
+    _process_memory,
     _proposals,
     _queue,
     _read_only,
@@ -211,17 +212,21 @@ class StudyOracle(
             self._as_learned_from,
         )
         running = _running.RunningTrials(trials, objectives, self._pruner is not None)
+        memory = _process_memory.ProcessMemory(trials, self._grace)
+        queue = self._new_queue(trials, proposals)
+        queue.may_run = memory.may_run
         return Search(
             seed,
             space,
             trials,
-            self._new_queue(trials, proposals),
+            queue,
             proposals,
             running,
             _outcomes.Outcomes(
-                trials, objectives, self._constraints, self.score_trial, self._grace
+                trials, objectives, self._constraints, self.score_trial, self._grace, memory
             ),
             _views.TrialViews(trials, running, objectives, self._known_hyperparameters),
+            memory,
         )
 
     def _known_hyperparameters(self) -> HyperParameters:
@@ -274,22 +279,18 @@ class StudyOracle(
         self._ledger.join()
 
     def begin_search(
-        self, max_seconds: float | None = None, max_total_epochs: int | None = None
+        self, limits: _budget.Limits | None = None, process_memory: int | None = None
     ) -> None:
         """Called before the first trial.
 
         Args:
-            max_seconds: Seconds from now after which no trial begins; None for no limit.
-            max_total_epochs: Epochs of all trials together after which no trial begins; None for
-                no limit.
+            limits: How long the search may go on, and a trial.
+            process_memory: Bytes of memory that this process has; None if unknown.
         """
-        if max_total_epochs is not None and not self._objectives.is_single:
-            raise errors.InvalidOptionError(
-                "`max_total_epochs` needs a single objective: with several, epochs are not "
-                f"reported. Received: max_total_epochs={max_total_epochs} and the objectives "
-                f"{self.objective_names}. Use `max_seconds` or `max_trials`."
-            )
-        self._budget = _budget.Budget(max_seconds, max_total_epochs)
+        if limits is not None:
+            self.check_limits(limits)
+        self._budget = _budget.Budget(limits, self._objectives.rank)
+        self._search.memory.join(process_memory)
         self._ledger.change_metadata(_agreement.MAX_TRIALS, lambda _: str(self.max_trials))
         self._search.outcomes.begin_search()
         self._ledger.join()
@@ -445,9 +446,9 @@ class StudyOracle(
             trial.best_step, trial.metrics = kept.best_step, kept.metrics
             self._display.on_trial_end(kept)
 
-    def on_death(self, pid: int, what: str) -> bool:
+    def on_death(self, pid: int, what: str, may_lack_memory: bool = False) -> bool:
         """Records that a process of this machine died in a trial; returns whether it had one."""
-        return self._search.outcomes.record_death(pid, what)
+        return self._search.outcomes.record_death(pid, what, may_lack_memory)
 
     def release(self) -> None:
         """Lets other processes run the trials of this one, which stops in the middle of them."""

@@ -11,7 +11,16 @@ from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import _json, _ledger, _objectives, _processes, _running, _trials, _tuner_types
+from tfbig.tuners import (
+    _json,
+    _ledger,
+    _objectives,
+    _process_memory,
+    _processes,
+    _running,
+    _trials,
+    _tuner_types,
+)
 
 __all__ = ("Constraints", "Outcomes")
 
@@ -40,6 +49,7 @@ class Outcomes:
         constraints: Says which trials are feasible; None if all are.
         score_trial: Sets the score and best step of KerasTuner's trial.
         grace: Seconds without a heartbeat after which another process takes a trial.
+        memory: Leaves trials to processes with more memory.
     """
 
     def __init__(
@@ -49,6 +59,7 @@ class Outcomes:
         constraints: Constraints | None,
         score_trial: Callable[[_tuner_types.Trial], None],
         grace: float,
+        memory: _process_memory.ProcessMemory,
     ) -> None:
         self._trials = trials
         self._ledger = trials.ledger
@@ -56,6 +67,7 @@ class Outcomes:
         self._constraints = constraints
         self._score_trial = score_trial
         self._grace = grace
+        self._memory = memory
         self._ended_before = 0
 
     def begin_search(self) -> None:
@@ -75,6 +87,11 @@ class Outcomes:
             Whether it has ended. If not, it runs again, here or elsewhere.
         """
         trial_id = running.trial.trial_id
+        if why == _trials.OUT_OF_MEMORY:
+            if self._memory.leave_to_larger(running.index):
+                print(f"Trial {trial_id} ran out of memory; a process that has more will run it.")
+                return False
+            why = _trials.INFEASIBLE
         outcome = self._judge(running, why, max_retries)
         if outcome is None:
             print(f"Trial {trial_id} raised an error and will run again.")
@@ -140,10 +157,18 @@ class Outcomes:
         metrics = {name: h.get_last_value() for name, h in trial.metrics.metrics.items()}
         return values, {k: float(v) for k, v in self._constraints(metrics).items()}
 
-    def record_death(self, pid: int, message: str) -> bool:
-        """Ends the trial of a process of this machine that died; returns whether it had one."""
+    def record_death(self, pid: int, message: str, may_lack_memory: bool) -> bool:
+        """Ends the trial of a process of this machine that died; returns whether it had one.
+
+        Args:
+            pid: The id of the process.
+            message: How it died.
+            may_lack_memory: Whether a process with more memory may run the trial.
+        """
         for row in self._ledger.trials(state=_ledger.RUNNING):
             if _processes.process_id(row.owner) == pid and self._ledger.take(row):
+                if may_lack_memory and self._memory.leave_to_larger(row.index):
+                    return True
                 attrs = {_trials.MESSAGE: message, _trials.WHY: _trials.INFEASIBLE}
                 self._trials.end(row.index, TrialState.FAIL, attrs)
                 return True

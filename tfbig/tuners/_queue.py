@@ -35,11 +35,13 @@ class TrialQueue:
         self._proposals = proposals
         self._values_for = values_for
         self._hyperparameters = hyperparameters
+        # Whether this process may run a trial that another one has given up.
+        self.may_run: Callable[[_ledger.TrialRow], bool] = lambda row: True
 
     def next(self, max_trials: int | None) -> tuple[int, FrozenTrial] | None:
         """Index and values of a trial that this process owns from now on; None if there is none."""
         for row in self._ledger.abandoned():
-            if not self._ledger.take(row, died=bool(row.owner)):
+            if not self.may_run(row) or not self._ledger.take(row, died=bool(row.owner)):
                 continue
             if row.deaths >= _MAX_DEATHS:
                 message = f"The processes that ran it died, {row.deaths + 1} times."

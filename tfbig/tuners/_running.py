@@ -25,6 +25,7 @@ class RunningTrial:
         is_updated: Whether the user's `run_trial` has reported its metrics.
         run: The attribute of the study's trial that tells when which process ran it.
         began: When this process began to run it, in seconds since the epoch.
+        seconds_before: For how long it was run before.
         reported: Values of the objective by step, as this process reported them.
     """
 
@@ -36,8 +37,10 @@ class RunningTrial:
         index: int,
         tuner_id: str,
         run: str,
+        seconds_before: float,
     ) -> None:
         self.tuner_id = tuner_id
+        self.seconds_before = seconds_before
         self.run, self.began = run, time.time()
         self.trial = trial
         self.storage_id = storage_id
@@ -59,6 +62,11 @@ class RunningTrial:
                 warnings.warn(
                     f"The storage of the search did not answer: {type(e).__name__}", stacklevel=1
                 )
+
+    @property
+    def seconds(self) -> float:
+        """For how long the trial has been run, here and before."""
+        return self.seconds_before + time.time() - self.began
 
     def stop_heartbeat(self) -> None:
         self._ended.set()
@@ -100,7 +108,8 @@ class RunningTrials:
         self, trial: _tuner_types.Trial, frozen: FrozenTrial, index: int, tuner_id: str
     ) -> None:
         run = _trials.new_run(frozen)
-        running = RunningTrial(trial, frozen._trial_id, self._ledger, index, tuner_id, run)
+        before = _trials.seconds_of(frozen)
+        running = RunningTrial(trial, frozen._trial_id, self._ledger, index, tuner_id, run, before)
         self._by_id[trial.trial_id] = running
         self._note_run(running, None)
 

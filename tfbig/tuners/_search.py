@@ -2,7 +2,16 @@
 
 import dataclasses
 
-from tfbig.tuners import _agreement, _outcomes, _proposals, _queue, _running, _trials, _views
+from tfbig.tuners import (
+    _agreement,
+    _outcomes,
+    _process_memory,
+    _proposals,
+    _queue,
+    _running,
+    _trials,
+    _views,
+)
 
 __all__ = ("Search",)
 
@@ -20,6 +29,7 @@ class Search:
         running: The trials that this process runs.
         outcomes: Ends trials.
         views: The trials as KerasTuner sees them.
+        memory: Leaves trials to processes with more memory.
     """
 
     seed: int
@@ -30,3 +40,4 @@ class Search:
     running: _running.RunningTrials
     outcomes: _outcomes.Outcomes
     views: _views.TrialViews
+    memory: _process_memory.ProcessMemory

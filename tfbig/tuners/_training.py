@@ -5,7 +5,10 @@ import functools
 import numpy as np
 import optuna
 
-from tfbig.tuners import _budget, _samplers, _search, _study, _tuner_types
+from tfbig import errors
+from tfbig.tuners import _samplers, _search, _study, _tuner_types
+from tfbig.tuners._budget import Budget, Limits
+from tfbig.tuners._objectives import Objectives
 
 __all__ = ("TrainingTrials",)
 
@@ -13,10 +16,19 @@ __all__ = ("TrainingTrials",)
 class TrainingTrials:
     """The methods of an oracle for trials that are being trained in this process."""
 
-    _budget: _budget.Budget
+    _budget: Budget
     # Whether the search was given a seed.
     _seeds_trainings: bool
     _pruner: _samplers.Maker | None
+    goes_on: bool
+
+    @property
+    def _objectives(self) -> Objectives:
+        raise NotImplementedError
+
+    @property
+    def objective_names(self) -> str:
+        raise NotImplementedError
 
     @property
     def _search(self) -> _search.Search:
@@ -52,6 +64,34 @@ class TrainingTrials:
         # Not those of suggestions, which end with small numbers.
         seeds = np.random.SeedSequence([self._search.seed, int(trial_id), execution, 1])
         return int(seeds.generate_state(1)[0])
+
+    def check_limits(self, limits: Limits) -> None:
+        """Raises for limits that do not go with this search."""
+        for name, value in (
+            ("max_total_epochs", limits.max_total_epochs),
+            ("patience", limits.patience),
+        ):
+            if value is not None and not self._objectives.is_single:
+                raise errors.InvalidOptionError(
+                    f"`{name}` needs a single objective. Received: {name}={value} and the "
+                    f"objectives {self.objective_names}. Use `max_seconds` or `max_trials`."
+                )
+        if limits.patience is not None and self.goes_on:
+            raise errors.InvalidOptionError(
+                "`patience` does not go with a tuner that pauses trials, since most end at the end "
+                f"of the search. Received: patience={limits.patience}. Use `max_seconds` or "
+                "`max_total_epochs`."
+            )
+
+    def is_late(self, trial_id: str) -> bool:
+        """Whether a trial of this process has been trained for too long."""
+        running = self._search.running.get(trial_id)
+        return running is not None and self._budget.is_late(running.seconds)
+
+    @property
+    def too_late(self) -> str:
+        """Why a trial that is late is stopped."""
+        return self._budget.too_late
 
     def count_epoch(self, trial_id: str) -> None:
         """Counts an epoch of a trial of this process, if the search has a budget of epochs."""

@@ -82,8 +82,13 @@ class ReportObjective(TrialCallback):
         self._trial_id = trial_id
         self._wanted = wanted
         self._reports = reports
-        self._is_pruned = self._is_lost = False
+        self._is_pruned = self._is_lost = self._is_late = False
         self._epochs = 0
+
+    def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
+        # Several workers must stop together, at the end of an epoch.
+        if self._workers.count == 1 and self._oracle.is_late(self._trial_id):
+            raise TrialPruned(self._oracle.too_late)
 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         self._epochs += 1
@@ -94,7 +99,8 @@ class ReportObjective(TrialCallback):
             self.decide(metrics, epoch + 1)
             # After the last epoch, pruning saves nothing.
             self._is_pruned &= epoch + 1 != self._last_epoch
-            if self._is_pruned or self._is_lost:
+            self._is_late &= epoch + 1 != self._last_epoch
+            if self._is_pruned or self._is_lost or self._is_late:
                 self.model.stop_training = True
 
     @property
@@ -107,8 +113,8 @@ class ReportObjective(TrialCallback):
 
     @property
     def is_pruned(self) -> bool:
-        """Whether the pruner stops the trial."""
-        return self._is_pruned
+        """Whether the pruner stops the trial, or its time is over."""
+        return self._is_pruned or self._is_late
 
     @property
     def is_lost(self) -> bool:
@@ -119,10 +125,11 @@ class ReportObjective(TrialCallback):
         """Finds out whether the trial is pruned or lost, the same on all workers."""
         self._is_pruned = self._oracle.report(self._trial_id, metrics, step)
         self._is_lost = self._oracle.is_lost(self._trial_id)
+        self._is_late = self._oracle.is_late(self._trial_id)
         if self._workers.count > 1:
-            decided = json.dumps([self._is_pruned, self._is_lost])
+            decided = json.dumps([self._is_pruned, self._is_lost, self._is_late])
             answers = self._workers.exchange("whether a trial is pruned", decided)
-            self._is_pruned, self._is_lost = json.loads(answers[0])
+            self._is_pruned, self._is_lost, self._is_late = json.loads(answers[0])
 
     def _check_objective(self, logs: _types.Logs) -> None:
         for objective in self._wanted:
@@ -141,6 +148,8 @@ class ReportObjective(TrialCallback):
             raise TrialLost
         if self._is_pruned:
             raise TrialPruned
+        if self._is_late:
+            raise TrialPruned(self._oracle.too_late)
 
 
 class KeepState(TrialCallback, tfbig.callbacks.BackupAndRestore):

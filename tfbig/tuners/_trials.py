@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tfbig.tuners import _json, _ledger, _samplers, _space, _study, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("Trials", "as_keras_tuner", "epochs_of", "new_run")
+__all__ = ("Trials", "as_keras_tuner", "epochs_of", "new_run", "seconds_of")
 
 # Attributes of the study's trials, under the names that running searches have stored.
 INDEX, VALUES, METRICS, MESSAGE, BEST_STEP, WHY, EPOCHS = (
@@ -34,6 +34,9 @@ GIVEN = "tfbig:enqueued"
 # values were left for it.
 INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
 
+# Why a trial is infeasible, unless a process with more memory runs it; not stored.
+OUT_OF_MEMORY = "out of memory"
+
 
 def epochs_of(trial: FrozenTrial) -> int:
     """For how many epochs a trial was trained, in all its executions.
@@ -46,6 +49,12 @@ def epochs_of(trial: FrozenTrial) -> int:
 def new_run(trial: FrozenTrial) -> str:
     """The attribute for the next time that a trial is run."""
     return f"{RUN}{sum(name.startswith(RUN) for name in trial.user_attrs)}"
+
+
+def seconds_of(trial: FrozenTrial) -> float:
+    """For how long a trial was run, without runs whose process was killed."""
+    runs = [value for name, value in trial.user_attrs.items() if name.startswith(RUN)]
+    return float(sum(ended - began for _, began, ended in runs if ended is not None))
 
 
 class Trials:

@@ -62,6 +62,12 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         keep_best_k: The weights of so many of the best trials are kept. Defaults to 10.
         max_seconds: Seconds after which no trial begins.
         max_total_epochs: Epochs of all trials together after which no trial begins.
+        patience: After so many ended trials in a row without a better one, no trial begins.
+        timeout_per_trial: Seconds after which a trial is stopped as if pruned: after a batch; with
+            several workers, after an epoch; in a loop of your own, when `should_prune` says so.
+        process_memory: Bytes of memory that this process has for a trial. A trial that runs out of
+            memory is left to a process with more, and is infeasible if there is none. None: what
+            the host gives the process, without a GPU; unknown with one.
         isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
             and a trial that is killed for its memory is infeasible. The program is run again for
             each trial, up to `search`. Defaults to False.
@@ -91,6 +97,9 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         keep_best_k: int = 10,
         max_seconds: float | None = None,
         max_total_epochs: int | None = None,
+        patience: int | None = None,
+        timeout_per_trial: float | None = None,
+        process_memory: int | None = None,
         isolate: bool = False,
         transfer_from: str | os.PathLike[str] | None = None,
         transfer: _transfer.Transfer = "best",
@@ -128,6 +137,9 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             keep_best_k=keep_best_k,
             max_seconds=max_seconds,
             max_total_epochs=max_total_epochs,
+            patience=patience,
+            timeout_per_trial=timeout_per_trial,
+            process_memory=process_memory,
             isolate=isolate,
             transfer_from=transfer_from,
             transfer=transfer,

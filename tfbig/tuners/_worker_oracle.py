@@ -7,7 +7,7 @@ from keras_tuner.src.engine import trial as kt_trial
 
 from tfbig import errors
 from tfbig.distribute._workers import Workers
-from tfbig.tuners import _json, _tuner_types
+from tfbig.tuners import _budget, _json, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 from tfbig.tuners._oracle import StudyOracle
 
@@ -43,9 +43,9 @@ class WorkerOracle:
         return self._epochs
 
     def begin_search(
-        self, max_seconds: float | None = None, max_total_epochs: int | None = None
+        self, limits: _budget.Limits | None = None, process_memory: int | None = None
     ) -> None:
-        del max_seconds, max_total_epochs
+        del limits, process_memory
 
     def best_reported(self, trial_id: str) -> None:
         del trial_id
@@ -55,6 +55,10 @@ class WorkerOracle:
         return False
 
     def is_lost(self, trial_id: str) -> bool:
+        del trial_id
+        return False
+
+    def is_late(self, trial_id: str) -> bool:
         del trial_id
         return False
 

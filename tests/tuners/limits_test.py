@@ -1,0 +1,232 @@
+"""Limits of time, of patience and of memory."""
+
+import time
+
+import keras
+import keras_tuner
+import pytest
+
+from tests.tuners.tuner_oracle_test import end, line
+from tests.tuners.tuner_test import DATA, build
+from tfbig import errors, tuners
+from tfbig.tuners import _budget, _process_memory, _trials
+
+COMPLETED, RUNNING, STOPPED, IDLE, INVALID = "COMPLETED", "RUNNING", "STOPPED", "IDLE", "INVALID"
+LIMITS = _budget.Limits
+
+
+# --- Patience ------------------------------------------------------------------------------
+
+
+def ended(oracle, losses):
+    """How many trials end with these losses before the search does."""
+    for number, loss in enumerate(losses):
+        trial = oracle.create_trial("a")
+        if trial.status == STOPPED:
+            return number
+        if loss is None:
+            end(oracle, trial, status=INVALID, why=_trials.INFEASIBLE, message="no memory")
+        else:
+            end(oracle, trial, loss, size=abs(loss))
+    return None
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["min", "max"])
+def test_a_search_ends_when_it_no_longer_improves(make, sign):
+    objective = keras_tuner.Objective("loss", "min" if sign == 1 else "max")
+    oracle = make(None, line(), objective=objective)
+    oracle.begin_search(LIMITS(patience=3))
+    losses = [5.0, 6.0, 6.0, 4.0, 4.0, None, 5.0, 0.0]
+    assert ended(oracle, [x and sign * x for x in losses]) == 7
+    # With more patience it goes on.
+    again = make(None, line(), objective=objective)
+    again.begin_search(LIMITS(patience=4))
+    assert again.create_trial("a").status == RUNNING
+
+
+def test_patience_begins_with_the_first_complete_trial(make):
+    oracle = make(None, line())
+    oracle.begin_search(LIMITS(patience=2))
+    assert ended(oracle, [None, None, None, 1.0, 2.0, 2.0, 0.0]) == 6
+
+
+def test_what_violates_a_constraint_is_no_improvement(make):
+    oracle = make(None, line(), constraints=lambda metrics: {"size": metrics["size"] - 10.0})
+    oracle.begin_search(LIMITS(patience=2))
+    assert ended(oracle, [5.0, -20.0, -30.0, 0.0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "why"),
+    [
+        (tuners.Hyperband, {}, "pauses trials"),
+        (tuners.PopulationBasedTraining, {}, "pauses trials"),
+        (tuners.RandomSearch, {"objective": ["val_loss", "loss"]}, "single objective"),
+    ],
+    ids=str,
+)
+def test_patience_that_would_mean_nothing_is_refused(kind, more, why, options):
+    tuner = kind(build, patience=3, **options | more)
+    with pytest.raises(errors.InvalidOptionError, match=rf"`patience` .*{why}"):
+        tuner.search(**DATA)
+    assert not tuner.oracle.trials
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"patience": 0},
+        {"patience": 1.5},
+        {"patience": True},
+        {"timeout_per_trial": 0},
+        {"timeout_per_trial": "60"},
+        {"process_memory": 0},
+        {"process_memory": 1e9},
+    ],
+    ids=str,
+)
+def test_limits_are_checked(option, options):
+    with pytest.raises(errors.InvalidOptionError, match=next(iter(option))):
+        tuners.RandomSearch(build, **option, **options)
+
+
+# --- Time -----------------------------------------------------------------------------------
+
+
+class Slow(keras.callbacks.Callback):
+    """Batches of the second trial take their time."""
+
+    trials = 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if Slow.trials == 2:
+            time.sleep(0.3)
+
+
+def test_a_trial_that_takes_too_long_is_stopped(options):
+    Slow.trials = 0
+    tuner = tuners.RandomSearch(build, max_trials=3, timeout_per_trial=60, **options)
+    # Only the time of the second trial is short, however slow the machine is.
+    limits = tuner._limits
+
+    class Second(Slow):
+        def on_train_begin(self, logs=None):
+            Slow.trials += 1
+            late = LIMITS(timeout_per_trial=0.5) if Slow.trials == 2 else limits
+            tuner.oracle._budget = _budget.Budget(late)
+
+    tuner.search(**DATA, batch_size=2, epochs=20, callbacks=[Second()])
+    trials = list(tuner.oracle.trials.values())
+    assert [t.status for t in trials] == [COMPLETED, STOPPED, COMPLETED]
+    assert trials[1].message == "The trial took longer than timeout_per_trial=0.5 s."
+    assert len(tuner.oracle.study.trials[1].intermediate_values) < 20
+
+
+def test_a_loop_of_ones_own_is_told_that_its_time_is_over(options):
+    class Search(tuners.RandomSearch):
+        def run_trial(self, trial, **kwargs):
+            trial.hyperparameters.Float("x", 0, 1)
+            running = self.oracle._search.running[trial.trial_id]
+            for step in range(1, 4):
+                if step == 2 and trial.trial_id == "0001":
+                    running.began -= 100
+                self.report(trial, step, 1.0 / step)
+                if self.should_prune(trial):
+                    raise tuners.errors.TrialPruned
+            return 0.5
+
+    tuner = Search(max_trials=2, timeout_per_trial=90, **options | {"objective": "loss"})
+    tuner.search(verbose=0)
+    first, second = tuner.oracle.trials.values()
+    assert (first.status, second.status) == (COMPLETED, STOPPED)
+    assert sorted(tuner.oracle.study.trials[1].intermediate_values) == [1, 2]
+
+
+def test_the_time_before_a_pause_counts(make):
+    oracle = make(9, line(), kind=tuners.ASHA._oracle_class, storage="memory", max_epochs=9)
+    oracle.begin_search(LIMITS(timeout_per_trial=100))
+    for _ in range(3):
+        trial = oracle.create_trial("a")
+        oracle._search.running[trial.trial_id].began -= 60
+        assert not oracle.is_late(trial.trial_id)
+        end(oracle, trial, -float(trial.trial_id))
+    promoted = oracle.create_trial("a")
+    assert promoted.trial_id == "0002"
+    assert not oracle.is_late("0002")
+    oracle._search.running["0002"].began -= 60
+    assert oracle.is_late("0002")
+
+
+# --- Memory -----------------------------------------------------------------------------------
+
+GIB = 2**30
+
+
+def run_out(oracle, trial):
+    end(oracle, trial, status=INVALID, why=_trials.OUT_OF_MEMORY, message="OOM")
+
+
+def process(make, memory, **arguments):
+    oracle = make(3, line(), **arguments)
+    oracle.begin_search(process_memory=memory)
+    return oracle
+
+
+def test_a_trial_that_ran_out_of_memory_goes_to_a_process_with_more(make, capsys):
+    small, large = process(make, GIB), process(make, 2 * GIB)
+    trial = small.create_trial("small")
+    run_out(small, trial)
+    assert "a process that has more will run it" in capsys.readouterr().out
+    # The small one goes on with others.
+    other = small.create_trial("small")
+    assert other.trial_id == "0001"
+    again = large.create_trial("large")
+    assert again.trial_id == trial.trial_id
+    assert again.hyperparameters.values == trial.hyperparameters.values
+    end(large, again, 1.0)
+    end(small, other, 2.0)
+    end(small, small.create_trial("small"), 3.0)
+    assert small.create_trial("small").status == STOPPED
+    assert [t.status for t in small.trials.values()] == [COMPLETED] * 3
+
+
+def test_it_is_waited_for_as_long_as_the_larger_process_is_busy(make):
+    small = process(make, GIB, grace_period=0.2)
+    large = process(make, 2 * GIB, grace_period=60.0)
+    busy = large.create_trial("large")
+    run_out(small, small.create_trial("small"))
+    end(small, small.create_trial("small"), 1.0)
+    large._ledger.heartbeat(int(busy.trial_id))
+    for _ in range(2):
+        assert small.create_trial("small").status == IDLE
+        large._ledger.heartbeat(int(busy.trial_id))
+    end(large, busy, 1.0)
+    # It does nothing any more, and takes no trial either.
+    while (trial := small.create_trial("small")).status == IDLE:
+        pass
+    assert trial.status == STOPPED
+    found = small.get_trial("0001")
+    assert (found.status, "none with more is left" in found.message) == (INVALID, True)
+
+
+@pytest.mark.parametrize("other", [None, GIB, GIB // 2])
+def test_without_a_larger_process_it_is_infeasible(make, other):
+    small = process(make, GIB)
+    process(make, other)
+    run_out(small, small.create_trial("small"))
+    found = small.get_trial("0000")
+    assert (found.status, found.message) == (INVALID, "OOM")
+
+
+def test_if_the_larger_process_has_left_it_is_infeasible(make):
+    small, large = process(make, GIB), process(make, 2 * GIB)
+    run_out(small, small.create_trial("small"))
+    large.release()
+    assert small.create_trial("small").trial_id == "0001"
+    found = small.get_trial("0000")
+    assert (found.status, "none with more is left" in found.message) == (INVALID, True), found.message
+
+
+def test_the_memory_of_this_process_is_known():
+    found = _process_memory.limit()
+    assert found is None or 2**26 < found < 2**50
