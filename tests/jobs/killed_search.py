@@ -36,10 +36,13 @@ GRACE = 1.0
 class Search(_tuner.Tuner):
     """Trials that take a moment, and report after each step."""
 
+    # The largest value of "b".
+    most = 4
+
     def run_trial(self, trial, *args, **kwargs):
         hp = trial.hyperparameters
         x = hp.Choice("a", [1, 2, None]) or 0
-        x += hp.Int("b", 1, 4)
+        x += hp.Int("b", 1, self.most)
         for epoch in range(self.oracle.epochs_of(trial.trial_id) or 3):
             time.sleep(0.03)
             self.oracle.report(trial.trial_id, {"loss": x + 1 / (1 + epoch)}, epoch + 1)
@@ -56,6 +59,10 @@ def oracle_of(kind, storage, trials):
     }
     if kind == "grid":
         return _grid_search.GridSearchOracle(**arguments)
+    if kind == "defined":
+        # By trials alone: 60 combinations.
+        Search.most = 20
+        return _oracle.StudyOracle(max_trials=trials, sampler="random", **arguments)
     space.Float("c", 0, 1)
     arguments["hyperparameters"] = space
     if kind == "hyperband":
@@ -111,6 +118,7 @@ class Killer:
             "states": [t.state.name for t in trials],
             "indices": [t.user_attrs[_trials.INDEX] for t in trials],
             "values": [json.loads(t.user_attrs[_trials.VALUES]) for t in trials],
+            "processes": len({t.user_attrs[f"{_trials.RUN}0"][0] for t in trials}),
             "steps": [sorted(t.intermediate_values) for t in trials],
             "rows": [row.state for row in oracle._ledger.trials()],
         }

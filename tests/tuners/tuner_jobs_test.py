@@ -155,11 +155,12 @@ def test_a_process_that_dies_at_the_worst_moment_leaves_nothing_behind(kind, tmp
 
 
 @pytest.mark.parametrize("storage", ["file", pytest.param("postgresql", marks=slow)])
-def test_four_workers_run_forty_trials(storage, request, tmp_path):
+def test_four_workers_share_a_space_that_only_trials_define(storage, request, tmp_path):
     if storage == "postgresql":
         storage = request.getfixturevalue("postgresql")
-    (result,), _ = killed(tmp_path, storage, "random", "--workers", 4, "--trials", 40)
-    assert_each_once(result, "random", 40)
+    (result,), _ = killed(tmp_path, storage, "defined", "--workers", 4, "--trials", 60)
+    assert_each_once(result, "defined", 60)
+    assert result["processes"] == 4
 
 
 @slow
