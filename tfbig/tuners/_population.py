@@ -305,16 +305,17 @@ class SetLearningRate(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        optimizer = model.optimizer
-        is_schedule = isinstance(
-            getattr(optimizer, "_learning_rate", None),
-            keras.optimizers.schedules.LearningRateSchedule,
-        )
-        self._rate = None if is_schedule else float(optimizer.learning_rate)
+        # None if a training loop of the user's own has others.
+        optimizer = getattr(model, "optimizer", None)
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        rate = getattr(inner, "_learning_rate", None)
+        is_schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
+        self._rate = None if rate is None or is_schedule else float(rate)
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if epoch == self._epoch and self._rate is not None:
-            self.model.optimizer.learning_rate = self._rate
+            optimizer = self.model.optimizer
+            getattr(optimizer, "inner_optimizer", optimizer).learning_rate = self._rate
 
 
 class PopulationBasedTraining(_rungs.RungTuner):

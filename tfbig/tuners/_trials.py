@@ -1,6 +1,7 @@
 """The trials of a search: what the study and the ledger hold of each."""
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -207,8 +208,14 @@ class Trials:
         for name in [n for n in params if n not in frozen.params]:
             d = distributions[name]
             storage.set_trial_param(trial_id, name, d.to_internal_repr(params[name]), d)
-        storage.set_trial_user_attr(trial_id, VALUES, _json.dumps(values))
-        return self._written(storage.get_trial(trial_id))
+        text = _json.dumps(values)
+        storage.set_trial_user_attr(trial_id, VALUES, text)
+        # What was written is known; reading it back from a database takes long.
+        stored = copy.copy(frozen)
+        stored.params = params | frozen.params
+        stored.distributions = distributions | frozen.distributions
+        stored.user_attrs = frozen.user_attrs | {VALUES: text}
+        return self._written(stored)
 
     def store_found(
         self, index: int, hyperparameters: HyperParameters, values: _tuner_types.Values
@@ -255,6 +262,7 @@ class Trials:
     # `end` is of JSON: the arguments of `Trials.end`.
     def _record(self, frozen: FrozenTrial, end: dict[str, Any]) -> None:
         storage, trial_id, state = self.study._storage, frozen._trial_id, TrialState[end["state"]]
+        told: FrozenTrial | None = None
         try:
             for name, value in end["attrs"].items():
                 if frozen.user_attrs.get(name) != value:
@@ -266,12 +274,12 @@ class Trials:
             else:
                 with _study.quiet():
                     self.seed()
-                    self.study.tell(frozen.number, end["values"], state)
+                    told = self.study.tell(frozen.number, end["values"], state)
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
             # Another process was faster, and wrote the same.
             if not storage.get_trial(trial_id).state.is_finished():
                 raise
-        self._written(storage.get_trial(trial_id))
+        self._written(told or storage.get_trial(trial_id))
 
 
 def _by_index(trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
