@@ -214,6 +214,15 @@ def test_checkpoint_of_tensorflow(tmp_path):
     assert_same(trained(other, 2), trained(model, 2))
 
 
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
+def test_a_file_that_does_not_hold_widths_is_warned_of(tmp_path, recwarn):
+    with pytest.warns(UserWarning, match=r"does not hold the widths of tfbig.mup"):
+        parametrized(OPTIMIZERS.Adam(0.02)).save(tmp_path / "model.h5")
+    recwarn.clear()
+    mlp(16).save(tmp_path / "plain.h5")
+    assert not [w for w in recwarn if "widths" in str(w.message)]
+
+
 @pytest.mark.parametrize("cls", [keras.Model, tfbig.Model])
 def test_clone_begins_anew_and_is_parametrized(cls):
     model = parametrized(OPTIMIZERS.Adam(0.02), cls)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import keras
 from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
+from keras.src.legacy.saving import legacy_h5_format
 from keras.src.models import cloning as _cloning
 from keras.src.models import functional as _functional
 from keras.src.models import model as _model
@@ -175,6 +176,22 @@ def save_beside_config(
         return model
 
     saving_lib._serialize_model_as_json, saving_lib._model_from_config = with_addition, loaded
+
+
+def before_saving_hdf5(look: Callable[[keras.Model], object]) -> None:
+    """Has a function look at every model that is saved as an HDF5 file, which has a config alone.
+
+    Args:
+        look: function of the model.
+    """
+    save = legacy_h5_format.save_model_to_hdf5
+
+    @functools.wraps(save)
+    def saved(model: keras.Model, *args: object, **kwargs: object) -> object:
+        look(model)
+        return save(model, *args, **kwargs)
+
+    legacy_h5_format.save_model_to_hdf5 = saved
 
 
 def with_class(model: keras.Model, cls: type[keras.Model]) -> keras.Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -315,5 +316,16 @@ def _parametrize_clone(original: keras.Model, clone: keras.Model) -> keras.Model
     return clone
 
 
+def _warn_of_hdf5(model: keras.Model) -> None:
+    if has_widths(model):
+        warnings.warn(
+            f"The HDF5 file of {model.name} does not hold the widths of tfbig.mup: a model that is "
+            "loaded from it predicts the same, but trains as if it were not parametrized. Save it "
+            "as a .keras file.",
+            stacklevel=5,
+        )
+
+
 _keras.saving.save_beside_config("tfbig_widths", _saved, _restore)
+_keras.saving.before_saving_hdf5(_warn_of_hdf5)
 _keras.saving.after_cloning(_parametrize_clone)
