@@ -144,7 +144,10 @@ WAYS_TO_COMPILE = {
 }
 
 
-@in_turn({"make": {make.__name__: make for make in TASKS}, "trains": ["defaults", "sgd"]})
+@in_turn(
+    {"make": {make.__name__: make for make in TASKS}, "trains": ["defaults", "sgd"]},
+    slow=("segformer", "bart"),
+)
 # The pooler of BERT and RoBERTa takes no part in a masked language model.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_tasks_keep_their_compile(make, trains):

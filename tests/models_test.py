@@ -373,9 +373,9 @@ on_each_option = pytest.mark.parametrize(
         {"gradient_accumulation_steps": 4},
         {"micro_batch_size": 2},
         {"micro_batch_size": "auto"},
-        {"loss_scale": 8.0},
-        {"log_grad_norm": True},
         {"recompute": True},
+        pytest.param({"loss_scale": 8.0}, marks=pytest.mark.slow),
+        pytest.param({"log_grad_norm": True}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "_".join(f"{k}={v}" for k, v in options.items()),
 )

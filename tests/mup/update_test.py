@@ -110,6 +110,10 @@ def make_optimizer(name):
 
 
 each_optimizer = pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "adagrad"])
+each_in_ordinary_runs = pytest.mark.parametrize(
+    "name",
+    ["sgd", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adamw", "adagrad"))],
+)
 
 
 @each_optimizer
@@ -123,7 +127,7 @@ def test_accumulation_and_loss_scale_change_nothing(name):
     assert_same(trained(model), plain, 1e-8 if name == "muon" else 1e-10)
 
 
-@each_optimizer
+@each_in_ordinary_runs
 def test_replicas_change_nothing(name, mirrored):
     plain = trained(parametrized(make_optimizer(name)))
     with mirrored.scope():
@@ -140,8 +144,22 @@ def test_plain_keras_on_replicas(mirrored):
     assert_same(trained(model), plain)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "adagrad"])
-@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [
+        ("sgd", "optimizer"),
+        ("adamw", "weights"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [
+                ("adamw", "optimizer"),
+                ("adagrad", "optimizer"),
+                ("sgd", "weights"),
+                ("adagrad", "weights"),
+            ]
+        ),
+    ],
+)
 def test_divided_state_changes_nothing(name, shard, mirrored):
     plain = trained(parametrized(make_optimizer(name)))
     with mirrored.scope():

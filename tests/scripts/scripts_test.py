@@ -144,6 +144,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     assert (tmp_path / "model.keras").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_skips_without_end_are_one_line(tmp_path):
     # The largest float16 is 65504, so that every update overflows and is skipped.
     done = forked.run(
@@ -175,6 +176,7 @@ def test_an_interrupted_run_is_saved(tmp_path):
     assert len((tmp_path / "history.csv").read_text().splitlines()) >= 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_before_its_first_backup_is_started_again(tmp_path):
     backup = tmp_path / "backup"
     arguments = ["--batch_size=32", "--epochs=8", "--verbose=2", "--backup_freq=100000"]

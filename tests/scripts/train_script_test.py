@@ -86,7 +86,10 @@ def arguments_of(task, cache):
     ("task", "options", "micro_batches"),
     [
         ("language", ("--micro_batch_size=auto",), None),
-        ("speech", ("--precision=mixed_float16", "--gradient_accumulation_steps=3"), "3"),
+        pytest.param(
+            *("speech", ("--precision=mixed_float16", "--gradient_accumulation_steps=3"), "3"),
+            marks=pytest.mark.slow,
+        ),
         ("gan", ("--strategy=mirrored", "--micro_batch_size=100"), "3"),
     ],
 )
@@ -188,6 +191,7 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert "complete" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_run_with_stages_resumes_without(tmp_path):
     arguments = ("--batch_size=32", "--epochs=4", "--verbose=2", "--gradient_accumulation_steps=4")
     arguments = (*arguments, "--nomonitor", f"--output_dir={tmp_path}")
@@ -202,7 +206,7 @@ def test_a_run_with_stages_resumes_without(tmp_path):
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("is_written", [True, False])
+@pytest.mark.parametrize("is_written", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_interruption_takes_a_backup(is_written, tmp_path):
     arguments = ("--batch_size=32", "--epochs=6", "--verbose=2", "--backup_freq=100000")
     arguments = (*arguments, f"--output_dir={tmp_path}")
@@ -267,6 +271,7 @@ def test_a_second_interruption_ends_at_once_and_is_not_a_termination(tmp_path):
     assert not (tmp_path / "backup.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
     arguments = ("--batch_size=32", "--epochs=8", "--verbose=2", "--backup_freq=100000")
     arguments = (*arguments, f"--output_dir={tmp_path}")
@@ -336,7 +341,9 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize(
+    "how", ["killed", *(pytest.param(h, marks=pytest.mark.slow) for h in ("interrupted", "full"))]
+)
 def test_a_run_that_ends_between_its_training_and_its_files_is_concluded(how, tmp_path):
     # The curves, which come after the model, are drawn by this.
     end, code = ENDS[how]

@@ -92,7 +92,6 @@ def assert_each_once(result, kind, trials=None):
     ("kind", "kills"),
     [
         ("asha", 10),
-        ("population", 10),
         pytest.param("hyperband", 10, marks=slow),
         *(pytest.param(kind, 40, marks=slow) for kind in KINDS),
     ],
@@ -106,7 +105,7 @@ def test_a_search_whose_processes_are_killed_ends_with_each_trial_once(kind, kil
 
 @pytest.mark.parametrize(
     ("kind", "kills"),
-    [("pruned", 10), *(pytest.param(kind, 40, marks=slow) for kind in KINDS)],
+    [("population", 10), *(pytest.param(kind, 40, marks=slow) for kind in KINDS)],
 )
 def test_on_postgresql_too(kind, kills, postgresql, tmp_path):
     options = ["--kills", kills, "--workers", 2]

@@ -177,7 +177,11 @@ MIB = 2**20
 
 @pytest.mark.parametrize(
     ("name", "kwargs"),
-    [("default", {}), ("default", {"jit_compile": True}), ("mirrored_2", {})],
+    [
+        ("default", {}),
+        ("default", {"jit_compile": True}),
+        pytest.param("mirrored_2", {}, marks=pytest.mark.slow),
+    ],
     ids=["default", "compiled", "mirrored_2"],
 )
 def test_budget_on_the_cpu(name, kwargs):
@@ -384,7 +388,11 @@ SILENT = {
 
 @pytest.mark.parametrize(
     ("name", "data"),
-    [*(("default", data) for data in SILENT), ("mirrored_2", "map"), ("mirrored_2", "rebatch")],
+    [
+        *(("default", data) for data in SILENT),
+        pytest.param("mirrored_2", "map", marks=pytest.mark.slow),
+        ("mirrored_2", "rebatch"),
+    ],
 )
 def test_batches_tell_their_size(name, data):
     arguments = {"steps_per_epoch": 3, "verbose": 0, "shuffle": False}

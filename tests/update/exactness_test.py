@@ -577,22 +577,41 @@ def test_combinations_hold_every_pair():
         assert {(row[i], row[j]) for row in rows} >= set(itertools.product(a, b))
 
 
+def in_ordinary_runs():
+    """Rows with all values of each dimension on each strategy; the others are slow tests.
+
+    Features take turns: each is trained by default, and on two replicas or on four.
+    OneDeviceStrategy takes the way of the default strategy, and meets all splits alone.
+    """
+    places = {name: place for place, name in enumerate(dict.fromkeys(FEATURES))}
+    seen, rows = set(), []
+    for row in COMBINATIONS:
+        strategy = row[4]
+        has_turn = {
+            "default": True,
+            "one_device": False,
+            "mirrored_2": places[row[0]] % 2 == 0,
+            "mirrored_4": places[row[0]] % 2 == 1,
+        }[strategy]
+        dimensions = {"one_device": [1]}.get(strategy, [0, 1, 2, 3] if has_turn else [1, 2, 3])
+        values = {(strategy, i, row[i]) for i in dimensions}
+        if values - seen:
+            rows.append(row)
+            seen |= values
+    return rows
+
+
+ORDINARY = in_ordinary_runs()
+
 # For the oldest supported Keras: each feature once, with one split or another.
-CORE = dict.fromkeys(row[0] for row in COMBINATIONS)
-CORE = [
-    next(row for row in COMBINATIONS[i::7] + COMBINATIONS if row[0] == f)
-    for i, f in enumerate(CORE)
-]
-
-
-# OneDeviceStrategy takes the way of the default strategy, and most of its rows are slow tests.
-ON_ONE_DEVICE = [row for row in COMBINATIONS if row[4] == "one_device" and row not in CORE]
+CORE = [row for row in ORDINARY if row[4] != "mirrored_4"]
+CORE = [next(r for r in CORE[i::7] + CORE if r[0] == f) for i, f in enumerate(FEATURES)]
 
 
 def marks_of(row):
     if row in CORE:
         return [pytest.mark.core]
-    return [pytest.mark.slow] if row in ON_ONE_DEVICE and ON_ONE_DEVICE.index(row) % 5 else []
+    return [] if row in ORDINARY else [pytest.mark.slow]
 
 
 # --- Training ----------------------------------------------------------------

@@ -272,14 +272,20 @@ def test_jit_compile(name, options, feed):
     assert_same_training(trained, plain_training(feed))
 
 
-@on_strategies_and_splits
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("default", K3), pytest.param("mirrored_2", BY_2, marks=pytest.mark.slow)],
+)
 def test_jit_compile_of_batches_that_divide(name, options):
     # Keras knows the size of every batch then, and XLA sees a static shape.
     feed = arrays(12, 6, validation_data=(X[12:24], Y[12:24]), validation_batch_size=4)
     both(name, options, functional, compile_classifier, feed, jit_compile=True)
 
 
-@on_strategies
+@pytest.mark.parametrize(
+    "name",
+    ["mirrored_2", pytest.param("default", marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("ignore:.*larger than a replica's share")
 def test_jit_compile_with_steps_per_execution(name):
     trained = train(
@@ -401,7 +407,7 @@ STRUCTURES = {
     [
         ("mirrored_2", {"steps_per_execution": 2}, "bool_and_int"),
         ("default", {}, "dict"),
-        ("mirrored_2", {"steps_per_execution": 2}, "tuple"),
+        ("default", {}, "tuple"),
         ("default", {}, "optional"),
         ("mirrored_2", {"steps_per_execution": 2}, "optional"),
         *(
@@ -409,7 +415,7 @@ STRUCTURES = {
             for row in [
                 ("default", {}, "bool_and_int"),
                 ("mirrored_2", {"steps_per_execution": 2}, "dict"),
-                ("default", {}, "tuple"),
+                ("mirrored_2", {"steps_per_execution": 2}, "tuple"),
                 *(("mirrored_2", {}, structure) for structure in STRUCTURES),
             ]
         ),

@@ -154,7 +154,7 @@ JIT, EAGERLY = {"jit_compile": True}, {"run_eagerly": True}
 @pytest.mark.parametrize(
     ("build", "name", "compile_kwargs"),
     [
-        (blocks, "default", {}),
+        pytest.param(blocks, "default", {}, marks=pytest.mark.slow),
         pytest.param(blocks, "default", JIT, marks=pytest.mark.slow),
         pytest.param(blocks, "default", EAGERLY, marks=pytest.mark.slow),
         (blocks, "mirrored_2", {}),

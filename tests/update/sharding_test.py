@@ -866,8 +866,15 @@ class Delay(layers.Layer):
 @pytest.mark.parametrize(
     ("runs", "updates"), [(3, 20), pytest.param(10, 200, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
-@both
+@pytest.mark.parametrize(
+    ("optimizer", "shard"),
+    [
+        ("adam", "optimizer"),
+        ("muon", "weights"),
+        pytest.param("muon", "optimizer", marks=pytest.mark.slow),
+        pytest.param("adam", "weights", marks=pytest.mark.slow),
+    ],
+)
 def test_no_replica_reads_what_another_has_not_written(optimizer, runs, updates, shard):
     """With one slow replica, all runs end with the same bits, as do both replicas of each."""
     rng = np.random.default_rng(0)

@@ -102,15 +102,24 @@ def turns(program):
     return *(pairs if index % 2 else pairs[::-1]), SHARDS[index // 2 % 3]
 
 
-@each(EXACT)
-def test_program_trains_as_in_plain_keras(program, tmp_path):
+def ways(programs):
+    """Each program on one device and on two replicas, one of them in turn as a slow test."""
+    for index, each_program in enumerate(programs):
+        is_on_replicas = each_program.is_on_replicas
+        found = ("one device", "replicas") if is_on_replicas else ("one device",)
+        for place, way in enumerate(found):
+            marks = [] if not is_on_replicas or index % 2 == place else [pytest.mark.slow]
+            yield pytest.param(each_program, way, marks=marks, id=f"{each_program.name}-{way}")
+
+
+@pytest.mark.parametrize(("program", "way"), ways(EXACT))
+def test_program_trains_as_in_plain_keras(program, way, tmp_path):
     on_one_device, on_replicas, shard = turns(program)
-    found = {f"{on_one_device}, split": deviation(program, on_one_device, "default", tmp_path)}
-    if program.is_on_replicas:
-        found[f"{on_replicas}, 2 replicas"] = deviation(
-            program, on_replicas, "mirrored_2", shard=shard
-        )
-    assert not {k: d for k, d in found.items() if d > program.tolerance}
+    if way == "one device":
+        found = deviation(program, on_one_device, "default", tmp_path)
+    else:
+        found = deviation(program, on_replicas, "mirrored_2", shard=shard)
+    assert found <= program.tolerance
 
 
 # Further consequences of the same guarantee, and long tests.
