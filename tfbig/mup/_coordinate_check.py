@@ -147,18 +147,17 @@ def coordinate_check(
     In a model that is parametrized well, the numbers in a layer's output are as large at every
     width, and so is how much an update changes them.
 
-    Use a learning rate as large as in training, or larger: what it changes is what is measured.
+    Use a learning rate as large as in training, or larger.
 
     Args:
         build_model: Function of a width that returns a new, compiled model.
-        x: One batch of data; each update is of all of it.
+        x: One batch of data, all of which each update is of.
         y: Its targets.
         widths: Widths, at least two.
         base_width: The width at which hyperparameters are tuned. Defaults to the least of `widths`.
         delta_width: See `build`.
         updates: Updates of each model.
-        repeats: Models of each width, over which sizes are averaged. They differ by their random
-            first values.
+        repeats: Models of each width with other first values, over which sizes are averaged.
         tolerance: Sizes may grow by this power of the width, and changes may grow or shrink by it.
         parametrized: Whether the models are parametrized. False shows what happens without.
         zero_output: Whether the weights of output layers begin at zero. Otherwise, outputs begin
@@ -194,41 +193,64 @@ def coordinate_check(
             f"Received: widths={tuple(widths)}, updates={updates}, repeats={repeats}."
         )
     least = widths[0] if base_width is None else base_width
+    other = 2 * least if delta_width is None else delta_width
     names: list[str] = []
-    rows: list[Coordinates] = []
+    rows = []
     for width in widths:
         runs = []
         for _ in range(repeats):
             model = build_model(width)
-            if not model.compiled:
-                raise errors.InvalidOptionError(
-                    "`build_model` must return a compiled model, which can be trained. Received: "
-                    f"{model.name}, which is not compiled."
-                )
-            other = 2 * least if delta_width is None else delta_width
             base, delta = build_model(least), build_model(other)
-            outputs = [v for v, width in widths_of(model, base, delta) if width.kind == "output"]
-            if parametrized:
-                parametrize(model, base=base, delta=delta)
-            if zero_output:
-                _keras.variables.assign_all(outputs, [np.zeros(v.shape) for v in outputs])
+            _prepare(model, base, delta, parametrized, zero_output)
             found, measured = _train(model, x, y, updates)
             names = names or found
             runs.append(measured)
-        if any(len(measured[0]) != len(names) for measured in runs):
-            raise errors.UnsupportedModelError(
-                "Models of all widths must call the same layers. Received: "
-                f"{len(names)} outputs at width {widths[0]}, {len(runs[0][0])} at width {width}."
-            )
-        mean = np.mean(runs, axis=0)
-        rows += [
-            Coordinates(name, update, width, *map(float, mean[update, i]))
-            for update in range(updates + 1)
-            for i, name in enumerate(names)
-        ]
-    order = {name: i for i, name in enumerate(names)}
-    rows.sort(key=lambda r: (order[r.layer], r.update, r.width))
+        rows += _mean_rows(names, width, runs)
+    rows.sort(key=lambda r: (names.index(r.layer), r.update, r.width))
     return CoordinateCheck(tuple(rows), tolerance)
+
+
+def _prepare(
+    model: keras.Model,
+    base: keras.Model,
+    delta: keras.Model,
+    parametrized: bool,
+    zero_output: bool,
+) -> None:
+    """See `coordinate_check` for the last two arguments."""
+    if not model.compiled:
+        raise errors.InvalidOptionError(
+            "`build_model` must return a compiled model, which can be trained. Received: "
+            f"{model.name}, which is not compiled."
+        )
+    outputs = [v for v, width in widths_of(model, base, delta) if width.kind == "output"]
+    if parametrized:
+        parametrize(model, base=base, delta=delta)
+    if zero_output:
+        _keras.variables.assign_all(outputs, [np.zeros(v.shape) for v in outputs])
+
+
+def _mean_rows(
+    names: list[str], width: int, runs: list[list[list[tuple[float, float]]]]
+) -> list[Coordinates]:
+    """What layers computed, the mean of several models of a width.
+
+    Args:
+        names: The layers.
+        width: The width.
+        runs: Of each model, what `_train` measured.
+    """
+    if any(len(measured[0]) != len(names) for measured in runs):
+        raise errors.UnsupportedModelError(
+            f"Models of all widths must call the same layers. Received: {len(names)} outputs at "
+            f"the least width, {len(runs[0][0])} at width {width}."
+        )
+    mean = np.mean(runs, axis=0)
+    return [
+        Coordinates(name, update, width, *map(float, mean[update, i]))
+        for update in range(len(mean))
+        for i, name in enumerate(names)
+    ]
 
 
 def _train(
