@@ -1,6 +1,7 @@
 """Trials that are promoted without waiting for others: who goes on, when, and what is complete."""
 
 import collections
+import pathlib
 
 import keras_tuner
 import numpy as np
@@ -78,6 +79,22 @@ def test_those_that_came_furthest_are_complete(make):
     oracle.check_result()
 
 
+def test_if_some_came_to_the_end_only_these_are_complete(make):
+    oracle = asha(make, 27)
+    found = climb(oracle, by_number)
+    complete = {t.trial_id for t in oracle.trials.values() if t.status == COMPLETED}
+    assert complete == {trial_id for trial_id, epochs in found if epochs == 27}
+
+
+def test_what_violates_a_constraint_is_not_promoted(make):
+    oracle = asha(make, 9, constraints=lambda metrics: {"large": metrics["size"] - 5.0})
+    while (trial := oracle.create_trial("a")).status != STOPPED:
+        index = int(trial.trial_id)
+        end(oracle, trial, -float(index), size=9.0 if index >= 6 else 1.0)
+    (best,) = oracle.get_best_trials()
+    assert int(best.trial_id) < 6
+
+
 def test_metrics_besides_the_objective_are_kept_at_the_end(make):
     oracle = asha(make, 4)
     while (trial := oracle.create_trial("a")).status != STOPPED:
@@ -147,6 +164,23 @@ def test_several_processes_train_each_rung_of_each_trial_once(make):
     assert reached[3] >= 9
     assert reached[27] >= 1
     assert all(oracle.get_best_trials()[0].trial_id == "0026" for oracle in oracles)
+
+
+def test_a_trial_that_is_paused_at_the_last_moment_ends_with_its_score(make, monkeypatch):
+    first, second = (asha(make, 2, storage=None) for _ in range(2))
+    end(first, first.create_trial("first"), 3.0)
+    trial = first.create_trial("first")
+    queue = second._search.queue
+    left = queue.left
+
+    def after_the_pause():
+        # The second one has read the study before.
+        end(first, trial, 2.0)
+        return left()
+
+    monkeypatch.setattr(queue, "left", after_the_pause)
+    assert second.create_trial("second").status == STOPPED
+    assert [t.score for t in second.trials.values()] == [3.0, 2.0]
 
 
 # --- Rungs that grow ---------------------------------------------------------------------
@@ -285,6 +319,32 @@ def test_options_are_checked(option):
 def test_several_objectives_are_refused():
     with pytest.raises(errors.InvalidOptionError, match=r"PASHA needs a single objective"):
         tuners.PASHA(noisy, ["val_loss", "loss"])
+
+
+@pytest.mark.parametrize("kind", [tuners.ASHA, tuners.Hyperband])
+def test_a_trial_that_is_paused_keeps_its_state_however_few_weights_are_kept(kind, options):
+    class Search(kind):
+        def on_trial_end(self, trial):
+            super().on_trial_end(trial)
+            paused = [row.index for row in self.oracle._ledger.trials(state="paused")]
+            counts.append(len(paused))
+            for index in paused:
+                directory = pathlib.Path(self.get_trial_dir(f"{index:04d}"))
+                assert (directory / "state/backup.npz").exists()
+                assert (directory / "checkpoint.weights.h5").exists()
+
+    counts = []
+    more = {"max_trials": 5} if kind is tuners.ASHA else {}
+    tuner = Search(noisy, max_epochs=4, factor=2, keep_best_k=1, **more, **options)
+    tuner.search(**DATA, batch_size=5)
+    assert max(counts) > 1
+    assert not files(tuner, "**/state/**/*")
+    assert len(files(tuner, "**/checkpoint.weights.h5")) == 1
+
+
+def test_observations_of_other_epochs_are_refused(options):
+    with pytest.raises(errors.InvalidOptionError, match="pauses trials"):
+        tuners.ASHA(noisy, transfer_from="earlier", transfer="observations", **options)
 
 
 def test_another_search_is_refused(make):

@@ -11,7 +11,7 @@ import tfbig
 from tests.tuners.tuner_oracle_test import end, line
 from tests.tuners.tuner_test import DATA, files
 from tfbig import errors, tuners
-from tfbig.tuners import HyperParameters, _explore, _population
+from tfbig.tuners import HyperParameters, _budget, _explore, _population
 
 COMPLETED, RUNNING, STOPPED, IDLE = "COMPLETED", "RUNNING", "STOPPED", "IDLE"
 
@@ -157,6 +157,49 @@ def test_a_population_that_was_stopped_goes_on_as_if_it_had_not_been(make):
     assert begun + train(again, by_index) == expected
 
 
+def test_a_process_that_was_overtaken_waits_for_the_others(make, monkeypatch):
+    """As seen by the slower one, the last of a generation is paused; the other has taken it."""
+    first, second = (population(make, 4, 4, project="race", storage=None) for _ in range(2))
+
+    def finish(oracle, trial):
+        epochs = oracle.epochs_of(trial.trial_id)
+        oracle.report(trial.trial_id, {"loss": by_index(int(trial.trial_id), epochs)}, epochs)
+        end(oracle, trial, by_index(int(trial.trial_id), epochs), step=epochs - 1)
+
+    # All but the last have completed the second generation.
+    for _ in range(4 + 3):
+        finish(first, first.create_trial("first"))
+    take, taken = second._ledger.take, []
+
+    def overtaken(row, *args, **kwargs):
+        if not taken:
+            taken.append(first.create_trial("first"))
+        return take(row, *args, **kwargs)
+
+    monkeypatch.setattr(second._ledger, "take", overtaken)
+    assert second.create_trial("second").status == IDLE
+    assert (taken[0].trial_id, first.epochs_of("0003")) == ("0003", 2)
+    finish(first, taken[0])
+    assert second.epochs_of(second.create_trial("second").trial_id) == 3
+
+
+def test_the_score_of_a_copy_is_that_of_the_model_that_it_became(make):
+    # Trial 0 is best in its first epoch and worst at the end of the generation.
+    losses = {(0, 1): -9.0, (0, 2): 99.0}
+    oracle = population(make, 4, 4, epochs_per_generation=2, resample_probability=0)
+    while (trial := oracle.create_trial("a")).status != STOPPED:
+        index, last = int(trial.trial_id), oracle.epochs_of(trial.trial_id)
+        best = oracle.best_reported(trial.trial_id)
+        assert (best is None) == (last == 2 or index == 0)
+        values = {e: losses.get((index, e), index - e / 100) for e in (last - 1, last)}
+        for epochs, value in values.items():
+            oracle.report(trial.trial_id, {"loss": value}, epochs)
+        best = min(values, key=values.get)
+        end(oracle, trial, values[best], step=best - 1)
+    assert oracle.schedule("0000")[0].trial_id == "0001"
+    assert oracle.get_trial("0000").score == -0.04
+
+
 def test_a_space_with_fewer_combinations_than_members(make):
     hp = HyperParameters()
     hp.Int("x", 1, 4)
@@ -209,6 +252,23 @@ def test_values_nearby(made, value, smaller, larger):
     assert _explore.nearby(hp, value, is_larger=True) == pytest.approx(larger)
 
 
+def test_a_large_range_is_not_listed():
+    hp = hyperparameter("Int", 0, 2**40, 3)
+    assert _explore.nearby(hp, 3 * 2**30, is_larger=True) == pytest.approx(3.6 * 2**30, abs=2)
+
+
+def test_a_value_of_another_condition_is_drawn_anew():
+    hp = HyperParameters()
+    hp.Choice("kind", ["a", "b"])
+    for kind, values in (("a", ["x", "y"]), ("b", ["z", "w"])):
+        with hp.conditional_scope("kind", [kind]):
+            hp.Choice("n", values)
+    values = {"kind": "a", "n": "x"}
+    for seed in range(20):
+        found = _explore.explored(hp, values, None, 0.5, np.random.default_rng(seed))
+        assert found["n"] in {"a": ["x", "y"], "b": ["z", "w"]}[found["kind"]]
+
+
 def test_only_named_values_change_and_conditions_hold():
     hp = HyperParameters()
     kind = hp.Choice("kind", ["a", "b"])
@@ -258,10 +318,14 @@ def test_options_are_checked(option):
         tuners.PopulationBasedTraining(lambda hp: None, "val_loss", **option)
 
 
-def test_a_name_that_is_no_hyperparameter_is_refused(make):
-    oracle = population(make, explore=["y"])
+def test_a_name_that_is_no_hyperparameter_is_refused_before_training(make):
+    oracle = population(make, explore=["y"], storage=None)
     with pytest.raises(errors.InvalidOptionError, match=r"'y'; the model has \['x'\]"):
-        train(oracle, by_index)
+        oracle.begin_search(_budget.Limits())
+    # The name may be corrected.
+    again = population(make, explore=["x"], storage=None)
+    again.begin_search(_budget.Limits())
+    assert train(again, by_index)
 
 
 def dropping(hp):
@@ -350,6 +414,26 @@ def test_a_search_that_was_stopped_at_a_copy_goes_on_with_the_rate_of_the_copy(o
         assert found == pytest.approx(expected, rel=1e-10)
 
 
+def test_a_search_that_is_started_over_begins_with_new_weights(options):
+    class Stops(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            epochs.append(epoch)
+            if epoch == stop_at:
+                raise KeyboardInterrupt
+
+    settings = {"population_size": 2, "max_epochs": 2, "quantile": 0.5, **options}
+    for stop_at, overwrite in ((1, False), (9, True)):
+        epochs = []
+        tuner = tuners.PopulationBasedTraining(dropping, overwrite=overwrite, **settings)
+        if stop_at == 1:
+            with pytest.raises(KeyboardInterrupt):
+                tuner.search(**DATA, callbacks=[Stops()])
+            assert files(tuner, "generations/**/*")
+        else:
+            tuner.search(**DATA, callbacks=[Stops()])
+    assert sorted(epochs) == [0, 0, 1, 1]
+
+
 def test_shapes_that_change_are_refused_with_what_to_do(options):
     def build(hp):
         keras.utils.set_random_seed(7)
@@ -368,7 +452,7 @@ def test_shapes_that_change_are_refused_with_what_to_do(options):
     settings["project_name"] = "other"
     tuner = tuners.PopulationBasedTraining(build, explore=["rate"], **settings)
     tuner.search(**DATA, batch_size=5)
-    changed = [s for s in map(tuner.schedule, tuner.oracle.trials.values()) if s[0] != s[1]]
-    for schedule in map(tuner.schedule, tuner.oracle.trials.values()):
-        assert schedule[0].values["units"] == schedule[1].values["units"]
-    assert changed
+    schedules = [tuner.schedule(trial) for trial in tuner.oracle.trials.values()]
+    assert any(before.trial_id != after.trial_id for before, after in schedules)
+    for before, after in schedules:
+        assert before.values["units"] == after.values["units"]

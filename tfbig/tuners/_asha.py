@@ -13,6 +13,7 @@ from typing import Unpack, cast
 
 import keras_tuner
 import numpy as np
+from optuna.trial import TrialState
 
 from tfbig import errors
 from tfbig.tuners import (
@@ -163,7 +164,15 @@ class HalvingQueue(_rungs.RungQueue):
         rows = self._ledger.trials()
         if any(row.state == _ledger.RUNNING for row in rows) or self._promotable(rows):
             return [], []
-        reached = max((r for r, _ in enumerate(self._epochs) if self.ranked(rows, r)), default=0)
+        last = len(self._epochs) - 1
+        trials = self._trials.by_index()
+        reached = max((rung for rung in range(last) if self.ranked(rows, rung)), default=0)
+        for row in rows:
+            trial = trials.get(row.index)
+            is_complete = trial is not None and trial.state == TrialState.COMPLETE
+            if is_complete and _rungs.rung_of(row) == last:
+                # It is complete already.
+                reached = last
         paused = [row for row in rows if row.state == _ledger.PAUSED]
         longest = [row for row in paused if _rungs.rung_of(row) == reached]
         return longest, [row for row in paused if row not in longest]
@@ -240,8 +249,11 @@ class ASHAOracle(_rungs.RungOracle):
         queue = cast(HalvingQueue, self._search.queue)
         longest, others = queue.left()
         for row in longest:
-            trial = self.get_trial(_views.trial_id_of(row.index))
             if self._ledger.take(row):
+                # Another process may have paused it since this one read the study.
+                frozen = self._search.trials.read_again(row.index)
+                trial_id = _views.trial_id_of(row.index)
+                trial = _trials.as_keras_tuner(frozen, trial_id, self.hyperparameters.copy())
                 self._search.outcomes.complete(row.index, trial)
         for row in others:
             queue.stop(row)

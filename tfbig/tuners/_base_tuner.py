@@ -114,6 +114,12 @@ class BaseTuner(
                 "tfbig.tuners.oracles has those of KerasTuner."
             )
         _transfer.check(transfer_from, transfer)
+        if transfer_from is not None and transfer == "observations" and oracle.goes_on:
+            raise errors.InvalidOptionError(
+                "`transfer` does not go with a tuner that pauses trials, since scores after other "
+                "numbers of epochs cannot be compared. Received: transfer='observations'. Use "
+                "transfer='best'."
+            )
         self._transfer_from = transfer_from
         self._transfer: _transfer.Transfer = transfer
         self._keep_best_k = keep_best_k
@@ -334,8 +340,9 @@ class BaseTuner(
                 self._remove_worse()
 
     def _remove_worse(self) -> None:
-        best = {t.trial_id for t in self.oracle.get_best_trials(self._keep_best_k)}
         ended = {t.trial_id for t in self.oracle.trials.values() if t.status != _STATUS.RUNNING}
+        # Those that are only paused need theirs in any case.
+        best = {t.trial_id for t in self.oracle.get_best_trials(self._keep_best_k)} & ended
         # Of those that ended before, only what was among the best can have become worse.
         for trial_id in (ended - self._seen_ended) | (self._kept - best):
             directory = pathlib.Path(self.project_dir, f"trial_{trial_id}")

@@ -41,6 +41,8 @@ class Limits:
                     f"`{name}` must be {least}. Received: {name}={value!r}."
                 )
 
+        check("max_seconds", int | float, "a number of seconds > 0 or None")
+        check("max_total_epochs", int, "an integer >= 1 or None")
         check("patience", int, "an integer >= 1 or None")
         check("timeout_per_trial", int | float, "a number of seconds > 0 or None")
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 import numpy as np
 
 from tfbig.tuners import _hyperparameters as hps
-from tfbig.tuners import _json, _space, _tuner_types
+from tfbig.tuners import _json, _own_values, _space, _tuner_types
 
 __all__ = ("explored", "nearby")
 
@@ -40,7 +40,7 @@ def explored(
             continue
         # Drawn in any case, so that one hyperparameter more does not change what others become.
         is_anew, seed, is_larger = rng.random(), int(rng.integers(2**31)), bool(rng.integers(2))
-        if is_anew < resample_probability:
+        if is_anew < resample_probability or not _own_values.may_be(hp, values[hp.name]):
             found.values[hp.name] = hp.random_sample(seed)
         else:
             found.values[hp.name] = nearby(hp, values[hp.name], is_larger)
@@ -60,7 +60,8 @@ def nearby(
         target = value * FACTORS[is_larger]
         if all_values is None:
             return min(max(target, hp.min_value), hp.max_value)
-        return _neighbour(list(all_values), value, target, is_larger)
+        steps = all_values if isinstance(all_values, range) else list(all_values)
+        return _neighbour(steps, value, target, is_larger)
     if isinstance(hp, hps.Choice) and getattr(hp, "ordered", False):
         ordered = sorted(hp.values)
         position = [_json.dumps(v) for v in ordered].index(_json.dumps(value))

@@ -52,6 +52,10 @@ def brackets(max_epochs: int, factor: int) -> list[Bracket]:
     return found
 
 
+class _OvertakenError(Exception):
+    """Another process has taken a trial since its row was read."""
+
+
 class BracketQueue(_rungs.RungQueue):
     """Promotes the best of a rung once all trials of their bracket have completed it.
 
@@ -84,6 +88,13 @@ class BracketQueue(_rungs.RungQueue):
         return self._brackets[self.bracket_of(index)].epochs
 
     def take_paused(self) -> int | None:
+        while True:
+            try:
+                return self._take_paused()
+            except _OvertakenError:
+                continue
+
+    def _take_paused(self) -> int | None:
         by_bracket: dict[int, list[_ledger.TrialRow]] = {}
         for row in self._ledger.trials():
             if row.state == _ledger.VOID:
@@ -107,14 +118,14 @@ class BracketQueue(_rungs.RungQueue):
 
     def _end_rung(self, rows: list[_ledger.TrialRow], rung: int, size: int) -> int | None:
         """Ends a rung that all its trials have completed; returns a trial to continue, or None."""
-        if any(row.state == _ledger.RUNNING and _rungs.rung_of(row) == rung for row in rows):
+        if any(row.state == _ledger.RUNNING and _rungs.rung_of(row) <= rung for row in rows):
             return None
         for place, row in enumerate(self.ranked(rows, rung)):
             if row.state != _ledger.PAUSED or _rungs.rung_of(row) != rung:
                 continue
-            if place >= size:
-                self.stop(row)
-            elif self.promote(row):
+            if not (self.stop(row) if place >= size else self.promote(row)):
+                raise _OvertakenError
+            if place < size:
                 return row.index
         return None
 

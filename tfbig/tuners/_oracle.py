@@ -236,6 +236,11 @@ class StudyOracle(
         """Hook: all values of a hyperparameter that are tried; None for infinitely many."""
         return _space.all_values(hp)
 
+    def _is_itself_after(self, index: int) -> int:
+        """Hook: the step until which the reports of a trial are of another model."""
+        del index
+        return 0
+
     def _as_learned_from(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Hook: trials as samplers see them."""
         return trials
@@ -373,7 +378,8 @@ class StudyOracle(
         hps.values = _json.loads(frozen.user_attrs[_trials.VALUES])
         trial = kt_trial.Trial(hps, _views.trial_id_of(index), _STATUS.RUNNING)
         if self.goes_on:
-            _running.restore_metrics(trial, frozen, self.objective)
+            after = self._is_itself_after(index)
+            _running.restore_metrics(trial, frozen, self.objective, after)
         search.running.add(trial, frozen, index, tuner_id)
         self._display.on_trial_begin(trial)
         return trial

@@ -152,10 +152,17 @@ class Outcomes:
         else:
             values = [float(trial.metrics.get_last_value(name)) for name in self._objectives.names]
             trial.score = tuple(values)
+        return values, self._constraints_of(trial)
+
+    def _constraints_of(self, trial: _tuner_types.Trial) -> dict[str, float] | None:
         if self._constraints is None:
-            return values, None
+            return None
         metrics = {name: h.get_last_value() for name, h in trial.metrics.metrics.items()}
-        return values, {k: float(v) for k, v in self._constraints(metrics).items()}
+        return {k: float(v) for k, v in self._constraints(metrics).items()}
+
+    def is_feasible(self, trial: _tuner_types.Trial) -> bool:
+        """Whether the metrics of a trial violate no constraint."""
+        return all(value <= 0 for value in (self._constraints_of(trial) or {}).values())
 
     def record_death(self, pid: int, message: str, may_lack_memory: bool) -> bool:
         """Ends the trial of a process of this machine that died; returns whether it had one.

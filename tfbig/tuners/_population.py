@@ -18,8 +18,9 @@ import keras_tuner
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from tfbig import _types, errors
+from tfbig import _keras, _types, errors
 from tfbig.tuners import (
+    _budget,
     _explore,
     _json,
     _ledger,
@@ -28,6 +29,7 @@ from tfbig.tuners import (
     _rungs,
     _running,
     _samplers,
+    _study,
     _trial_callbacks,
     _trials,
     _tuner_types,
@@ -35,9 +37,6 @@ from tfbig.tuners import (
 )
 
 __all__ = ("Generation", "PopulationBasedTraining", "PopulationOracle", "generations")
-
-# Where the states at the ends of generations are, in the project's directory.
-GENERATIONS = "generations"
 
 
 def generations(max_epochs: int, epochs_per_generation: int) -> tuple[int, ...]:
@@ -103,11 +102,14 @@ class PopulationQueue(_rungs.RungQueue):
             rung = _rungs.rung_of(row)
             # Those that have failed are not waited for.
             is_missing = any(
-                other.state == _ledger.RUNNING and _rungs.score_in(other, rung) is None
+                other.state in (_ledger.RUNNING, _ledger.PAUSED)
+                and _rungs.score_in(other, rung) is None
                 for other in rows
             )
-            if not is_missing and self._continue(row, self.ranked(rows, rung)):
-                return row.index
+            if is_missing:
+                return None
+            # If another process was faster, the others are not as they were seen.
+            return row.index if self._continue(row, self.ranked(rows, rung)) else None
         return None
 
     def _continue(self, row: _ledger.TrialRow, ranked: Sequence[_ledger.TrialRow]) -> bool:
@@ -151,6 +153,12 @@ class PopulationQueue(_rungs.RungQueue):
         if rung == 0:
             return None
         return rung - 1, _rungs.note_of(row)["copied"].get(str(rung), index)
+
+    def first_step_of(self, index: int) -> int:
+        """The epochs after which a trial was last copied; 0 if it never was."""
+        (row,) = self._ledger.trials(index=index)
+        rungs = map(int, _rungs.note_of(row)["copied"])
+        return (0, *self._oracle.generations)[max(rungs, default=0)]
 
     def lineage(self, index: int) -> list[Generation]:
         """How the model of a trial was trained, in all generations so far."""
@@ -236,13 +244,9 @@ class PopulationOracle(_rungs.RungOracle):
             )
 
     def _settings(self) -> dict[str, str]:
-        explore = "all" if self._explore is None else ", ".join(self._explore)
         return super()._settings() | {
             "population_size": str(self.population_size),
             "ends of generations": ", ".join(map(str, self.generations)),
-            "quantile": str(self.quantile),
-            "resample_probability": str(self._resample_probability),
-            "explore": explore,
         }
 
     def _new_queue(
@@ -267,6 +271,18 @@ class PopulationOracle(_rungs.RungOracle):
         Raises:
             InvalidOptionError: If `explore` has names that are no hyperparameters.
         """
+        self._check_names()
+        return _explore.explored(
+            self.hyperparameters, values, self._explore, self._resample_probability, rng
+        )
+
+    def check_limits(self, limits: _budget.Limits) -> None:
+        super().check_limits(limits)
+        # If only trials define the space, the names are checked when it is known.
+        if self.hyperparameters.space:
+            self._check_names()
+
+    def _check_names(self) -> None:
         known = {hp.name for hp in self.hyperparameters.space}
         unknown = [name for name in self._explore or () if name not in known]
         if unknown:
@@ -274,9 +290,9 @@ class PopulationOracle(_rungs.RungOracle):
                 f"`explore` must name hyperparameters. Received: {unknown[0]!r}; the model has "
                 f"{sorted(known)}."
             )
-        return _explore.explored(
-            self.hyperparameters, values, self._explore, self._resample_probability, rng
-        )
+
+    def _is_itself_after(self, index: int) -> int:
+        return self._population.first_step_of(index)
 
     def source_of(self, trial_id: str) -> tuple[int, str] | None:
         """The generation and the trial from which a trial continues; None in its first one."""
@@ -293,7 +309,7 @@ class PopulationOracle(_rungs.RungOracle):
 
 
 class SetLearningRate(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types.
-    """Replaces the learning rate that a backup restores by that of the model's builder.
+    """Replaces the learning rates that a backup restores by those of the model's builder.
 
     Args:
         epoch: The epoch at whose beginning it does so, from 0.
@@ -305,17 +321,17 @@ class SetLearningRate(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        # None if a training loop of the user's own has others.
-        optimizer = getattr(model, "optimizer", None)
-        inner = getattr(optimizer, "inner_optimizer", optimizer)
-        rate = getattr(inner, "_learning_rate", None)
-        is_schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
-        self._rate = None if rate is None or is_schedule else float(rate)
+        self._rates = []
+        for _, optimizer in _keras.optimizer.optimizers_of(model):
+            inner = getattr(optimizer, "inner_optimizer", optimizer)
+            rate = getattr(inner, "_learning_rate", None)
+            is_schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
+            if rate is not None and not is_schedule:
+                self._rates.append((inner, float(rate)))
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
-        if epoch == self._epoch and self._rate is not None:
-            optimizer = self.model.optimizer
-            getattr(optimizer, "inner_optimizer", optimizer).learning_rate = self._rate
+        for optimizer, rate in self._rates if epoch == self._epoch else ():
+            optimizer.learning_rate = rate
 
 
 class PopulationBasedTraining(_rungs.RungTuner):
@@ -327,6 +343,9 @@ class PopulationBasedTraining(_rungs.RungTuner):
     `Choice`; some are drawn anew. So the result is a trained model, and a schedule of
     hyperparameters. A trial is a member of the population; `trial.hyperparameters` has its last
     values.
+
+    The score of a trial, and the weights that are kept, are those of its best epoch since it was
+    last copied.
 
     Any number of processes train the members; a generation begins when the one before has ended in
     all of them, so that a search with a seed does not depend on their number. Do not pass `epochs`
@@ -396,7 +415,7 @@ class PopulationBasedTraining(_rungs.RungTuner):
 
     @property
     def _generations(self) -> pathlib.Path:
-        return pathlib.Path(self.project_dir, GENERATIONS)
+        return pathlib.Path(self.project_dir, _study.GENERATIONS)
 
     def _state_of(self, generation: int, trial_id: str) -> pathlib.Path:
         return self._generations / str(generation) / trial_id
@@ -408,9 +427,13 @@ class PopulationBasedTraining(_rungs.RungTuner):
         try:
             return super().run_trial(trial, *args, **kwargs)
         except errors.BackupError as e:
+            source = self.oracle.source_of(trial.trial_id) if self._workers.is_chief else None
+            if source is None or source[1] == trial.trial_id:
+                raise
             raise errors.SearchError(
                 f"The model of trial {trial.trial_id} cannot continue with the weights of another. "
-                "Leave hyperparameters out of `explore` that change the shapes of weights. "
+                "Leave hyperparameters out of `explore` that change the shapes of weights or the "
+                "kind of optimizer. "
                 f"Received: {trial.hyperparameters.values}. {e}"
             ) from e
 
@@ -423,12 +446,20 @@ class PopulationBasedTraining(_rungs.RungTuner):
             source = json.loads(answers[0])
         if source is None:
             directory = self._state_of(0, trial.trial_id)
+            if self._workers.is_chief and self.oracle.last_step(trial.trial_id) == 0:
+                shutil.rmtree(directory, ignore_errors=True)
+            if self._workers.count > 1:
+                self._workers.exchange("a copied state", "")
             return [*callbacks, _trial_callbacks.KeepState(directory)]
         generation, original = source
         directory = self._state_of(generation + 1, trial.trial_id)
         if self._workers.is_chief:
             # All trials have begun the generation before this one's.
             shutil.rmtree(self._generations / str(generation - 1), ignore_errors=True)
+            begin = self.oracle.generations[generation]
+            if self.oracle.last_step(trial.trial_id) <= begin:
+                # Not trained since, whatever is there.
+                shutil.rmtree(directory, ignore_errors=True)
             _copy(self._state_of(generation, original), directory)
         if self._workers.count > 1:
             self._workers.exchange("a copied state", "")
@@ -449,6 +480,8 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
         shutil.copytree(source, copy)
         os.replace(copy, target)
     except OSError as e:
+        if target.exists():
+            return  # Another process took the trial meanwhile, and has done it.
         raise errors.StorageUnavailableError(
             f"The state {source} cannot be copied to {target}: {e}. What the search has recorded "
             "is kept; start the program again once the cause is removed."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -32,19 +33,21 @@ class Note(TypedDict):
     Attributes:
         rung: The rung that it has reached.
         scores: Its score at the end of each rung.
+        violates: Whether it violated a constraint when it was paused.
         copied: The trial that it is a copy of, from a rung on.
         values: JSON of its values, from a rung on.
     """
 
     rung: int
     scores: dict[str, float]
+    violates: bool
     copied: dict[str, int]
     values: dict[str, str]
 
 
 def note_of(row: _ledger.TrialRow) -> Note:
     """What the ledger notes of a trial."""
-    empty = {"rung": 0, "scores": {}, "copied": {}, "values": {}}
+    empty = {"rung": 0, "scores": {}, "violates": False, "copied": {}, "values": {}}
     return cast(Note, empty | json.loads(row.note))
 
 
@@ -73,6 +76,7 @@ class RungQueue(_queue.TrialQueue):
         super().__init__(trials, proposals, oracle._populated_values, oracle._known_hyperparameters)
         # Scores are minimized after multiplication with it.
         self._sign = -1 if oracle.objective.direction == "max" else 1
+        self._is_feasible = oracle.is_feasible
         self._score_trial: Callable[[_tuner_types.Trial], None] = oracle.score_trial
 
     def epochs_by_rung(self, index: int) -> Sequence[int]:
@@ -92,13 +96,18 @@ class RungQueue(_queue.TrialQueue):
         score = self.score(running)
         if score is None:
             return False
+        # Another process may have taken it, and written its own.
+        if not self._ledger.heartbeat(running.index):
+            return False
         scores = note_of(row)["scores"] | {str(rung): score}
         # If it is not promoted, these are its results.
         self._trials.study._storage.set_trial_user_attr(
             running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
         )
-        self._ledger.set_state(running.index, _ledger.PAUSED, scores=scores)
-        return True
+        violates = not self._is_feasible(running.trial)
+        return self._ledger.set_state(
+            running.index, _ledger.PAUSED, scores=scores, violates=violates
+        )
 
     def score(self, running: _running.RunningTrial) -> float | None:
         """The score of a trial at the end of its rung; None if it cannot go on."""
@@ -107,15 +116,23 @@ class RungQueue(_queue.TrialQueue):
         return float(running.trial.score) if math.isfinite(running.trial.score) else None
 
     def ranked(self, rows: Sequence[_ledger.TrialRow], rung: int) -> list[_ledger.TrialRow]:
-        """The trials that have completed a rung, best first; those that failed in it have not."""
-        found = [(score_in(row, rung), row) for row in rows]
-        scored = [(self._sign * score, row.index, row) for score, row in found if score is not None]
-        return [row for _, _, row in sorted(scored, key=lambda entry: entry[:2])]
+        """The trials that have completed a rung, best first; those that failed in it have not.
+
+        Those that violate a constraint are the worst.
+        """
+        found = []
+        for row in rows:
+            score = score_in(row, rung)
+            if score is not None:
+                found.append((note_of(row)["violates"], self._sign * score, row.index, row))
+        return [row for *_, row in sorted(found, key=lambda entry: entry[:3])]
 
     def paused(self) -> list[tuple[int, float]]:
         """Index and score of paused trials; those that were trained longest first, best first."""
         found = []
         for row in self._ledger.trials(state=_ledger.PAUSED):
+            if note_of(row)["violates"]:
+                continue
             score = note_of(row)["scores"][str(rung_of(row))]
             epochs = self.epochs_by_rung(row.index)[rung_of(row)]
             found.append((-epochs, self._sign * score, row.index, score))
@@ -147,17 +164,20 @@ class RungQueue(_queue.TrialQueue):
         new = {**(note or note_of(row)), "rung": rung_of(row) + 1}
         return self._ledger.take(row, json.dumps(new))
 
-    def stop(self, row: _ledger.TrialRow) -> None:
-        """Ends a paused trial that is not promoted."""
-        if self._ledger.take(row):
-            attrs = {_trials.WHY: _trials.STOPPED_EARLY}
-            self._trials.end(row.index, TrialState.PRUNED, attrs)
+    def stop(self, row: _ledger.TrialRow) -> bool:
+        """Ends a paused trial that is not promoted; returns whether no other was faster."""
+        attrs = {_trials.WHY: _trials.STOPPED_EARLY}
+        return self._ledger.take(row) and self._trials.end(row.index, TrialState.PRUNED, attrs)
 
 
 class RungOracle(_oracle.StudyOracle):
     """An oracle of trials that are trained rung by rung. See `StudyOracle` for the arguments."""
 
     goes_on = True
+
+    def is_feasible(self, trial: _tuner_types.Trial) -> bool:
+        """Whether the metrics of a trial violate no constraint."""
+        return self._search.outcomes.is_feasible(trial)
 
     @property
     def _rungs(self) -> RungQueue:
@@ -195,6 +215,13 @@ class RungTuner(_tuner.Tuner):
     """Trains the model of a trial up to the end of its rung."""
 
     oracle: RungOracle
+
+    def on_search_end(self) -> None:
+        """Removes the states of trials that ended while they were paused."""
+        super().on_search_end()
+        if self._workers.is_chief:
+            with contextlib.suppress(OSError), self.oracle.one_look():
+                self._remove_worse()
 
     def run_trial(
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any

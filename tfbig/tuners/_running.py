@@ -26,6 +26,7 @@ class RunningTrial:
         run: The attribute of the study's trial that tells when which process ran it.
         began: When this process began to run it, in seconds since the epoch.
         seconds_before: For how long it was run before.
+        last_step: The last step that it had reported before; 0 if none.
         reported: Values of the objective by step, as this process reported them.
     """
 
@@ -38,7 +39,9 @@ class RunningTrial:
         tuner_id: str,
         run: str,
         seconds_before: float,
+        last_step: int,
     ) -> None:
+        self.last_step = last_step
         self.tuner_id = tuner_id
         self.seconds_before = seconds_before
         self.run, self.began = run, time.time()
@@ -109,7 +112,10 @@ class RunningTrials:
     ) -> None:
         run = _trials.new_run(frozen)
         before = _trials.seconds_of(frozen)
-        running = RunningTrial(trial, frozen._trial_id, self._ledger, index, tuner_id, run, before)
+        last = max(frozen.intermediate_values, default=0)
+        running = RunningTrial(
+            trial, frozen._trial_id, self._ledger, index, tuner_id, run, before, last
+        )
         self._by_id[trial.trial_id] = running
         self._note_run(running, None)
 
@@ -160,7 +166,9 @@ class RunningTrials:
             return False
         frozen = study._storage.get_trial(running.storage_id)
         # Without what an earlier process has reported for later steps.
-        frozen.intermediate_values = dict(running.reported)
+        first = min(running.reported)
+        earlier = {s: v for s, v in frozen.intermediate_values.items() if s < first}
+        frozen.intermediate_values = earlier | running.reported
         with _study.quiet():
             filtered = optuna.pruners._filter_study(study, frozen)
             return study.pruner.prune(filtered, frozen)
@@ -178,10 +186,22 @@ class RunningTrials:
 
 
 def restore_metrics(
-    trial: _tuner_types.Trial, frozen: FrozenTrial, objective: _tuner_types.Objective
+    trial: _tuner_types.Trial,
+    frozen: FrozenTrial,
+    objective: _tuner_types.Objective,
+    after: int = 0,
 ) -> None:
-    """Gives a trial the values of the objective that it has reported to the study."""
+    """Gives a trial the values of the objective that it has reported to the study.
+
+    Args:
+        trial: The trial.
+        frozen: That of the study.
+        objective: The objective.
+        after: The step until which they are of another model.
+    """
     for step, value in frozen.intermediate_values.items():
+        if step <= after:
+            continue
         if not trial.metrics.exists(objective.name):
             trial.metrics.register(objective.name, direction=objective.direction)
         with _objectives.nan_allowed():

@@ -179,6 +179,8 @@ class SklearnTuner(_base_tuner.BaseTuner):
         # After the last fold, pruning saves nothing.
         if is_pruned and not is_last:
             raise TrialPruned
+        if self.oracle.is_late(trial_id) and not is_last:
+            raise TrialPruned(self.oracle.too_late)
 
     def save_model(self, trial_id: str, model: _Estimator, step: int = 0) -> None:
         """Keeps the model of a trial.

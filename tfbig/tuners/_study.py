@@ -31,6 +31,9 @@ __all__ = (
 )
 
 # The storage of a search that is not kept.
+# Where a population keeps its states, in the project's directory.
+GENERATIONS = "generations"
+
 MEMORY = "memory"
 
 FILE = "study.db"
@@ -138,11 +141,16 @@ def check_directions(
         )
 
 
+def _files_of_trials(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
+    directory = pathlib.Path(directory)
+    return [*directory.glob("trial_*"), *directory.glob(GENERATIONS)]
+
+
 def _check_not_emptied(
     ledger: _ledger.Ledger, directory: str | os.PathLike[str], name: str
 ) -> None:
     """Raises if a study knows of no trial, and files of trials are there."""
-    if any(pathlib.Path(directory).glob("trial_*")) and not ledger.trials():
+    if _files_of_trials(directory) and not ledger.trials():
         raise errors.StudyError(
             f"The study {name!r} is empty, but {os.fspath(directory)} has files of its trials, "
             "which a new search would overwrite: its database was removed or emptied. Restore it, "
@@ -215,7 +223,7 @@ def remove_unless_used(
         with quiet():
             ledger.clear()
             optuna.delete_study(study_name=name, storage=backend)
-    for path in pathlib.Path(directory).glob("trial_*"):
+    for path in _files_of_trials(directory):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -102,6 +102,10 @@ class TrainingTrials:
         """The best value that a trial of this process has reported before; None if none."""
         return self._search.running.best_reported(trial_id)
 
+    def last_step(self, trial_id: str) -> int:
+        """The last step that a trial of this process had reported before it was run; 0 if none."""
+        return self._search.running[trial_id].last_step
+
     def is_updated(self, trial_id: str) -> bool:
         """Whether `update_trial` was called for a trial of this process."""
         return self._search.running[trial_id].is_updated

@@ -129,6 +129,10 @@ class Trials:
         """The study's trials by index, without void ones."""
         return self._by_index if self._seen is not None else _by_index(self.all())
 
+    def read_again(self, index: int) -> FrozenTrial:
+        """The trial of an index as it is now, whatever was seen before."""
+        return self._written(_by_index(self.study.get_trials(deepcopy=False))[index])
+
     def ended(self) -> list[FrozenTrial]:
         """The trials that have ended, in the order in which they did."""
         ended = [t for t in self.by_index().values() if t.state.is_finished()]
@@ -253,7 +257,8 @@ class Trials:
             trials = self.by_index()
             for row in ended:
                 end = json.loads(row.note)["end"]
-                frozen = trials.get(row.index)
+                # It may have begun since the study was read.
+                frozen = trials.get(row.index) or self.read_again(row.index)
                 if frozen is not None and not frozen.state.is_finished():
                     self._record(frozen, end)
                 is_void = end["attrs"].get(WHY) == VOID

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import Any, Unpack, cast, overload
 
@@ -247,6 +248,11 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
     ) -> list[_types.Callback]:
         """Callbacks, and one that keeps the state of a trial that another process may resume."""
         state = pathlib.Path(self.get_trial_dir(trial.trial_id), _trial_callbacks.STATE)
+        # A trial that has reported nothing was not trained: what is there is of another search.
+        if self._workers.is_chief and self.oracle.last_step(trial.trial_id) == 0:
+            shutil.rmtree(state, ignore_errors=True)
+        if self._workers.count > 1:
+            self._workers.exchange("the state of a trial", "")
         return [*callbacks, _trial_callbacks.KeepState(state)]
 
     def _executions(

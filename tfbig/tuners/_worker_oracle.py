@@ -62,6 +62,10 @@ class WorkerOracle:
         del trial_id
         return False
 
+    @property
+    def too_late(self) -> str:
+        return ""
+
     def is_updated(self, trial_id: str) -> bool:
         del trial_id
         return False
