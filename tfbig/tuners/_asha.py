@@ -252,6 +252,7 @@ class ASHAOracle(_rungs.RungOracle):
             if self._ledger.take(row):
                 # Another process may have paused it since this one read the study.
                 frozen = self._search.trials.read_again(row.index)
+                assert frozen is not None
                 trial_id = _views.trial_id_of(row.index)
                 trial = _trials.as_keras_tuner(frozen, trial_id, self.hyperparameters.copy())
                 self._search.outcomes.complete(row.index, trial)

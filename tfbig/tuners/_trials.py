@@ -129,9 +129,10 @@ class Trials:
         """The study's trials by index, without void ones."""
         return self._by_index if self._seen is not None else _by_index(self.all())
 
-    def read_again(self, index: int) -> FrozenTrial:
-        """The trial of an index as it is now, whatever was seen before."""
-        return self._written(_by_index(self.study.get_trials(deepcopy=False))[index])
+    def read_again(self, index: int) -> FrozenTrial | None:
+        """The trial of an index as it is now, whatever was seen before; None if there is none."""
+        frozen = _by_index(self.study.get_trials(deepcopy=False)).get(index)
+        return None if frozen is None else self._written(frozen)
 
     def ended(self) -> list[FrozenTrial]:
         """The trials that have ended, in the order in which they did."""
