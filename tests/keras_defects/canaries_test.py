@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -327,3 +328,22 @@ def test_loss_scale_optimizer_of_one_worker_skips_while_the_other_waits(tmp_path
     assert skipping == "done"
     assert "UnavailableError" in waiting
     assert "CollectiveReduce" in waiting
+
+
+def seconds_of_the_ends_of_iterators():
+    """How long letting go of each of a few iterators takes."""
+    iterators = [iter(tf.data.Dataset.range(2)) for _ in range(5)]
+    for iterator in iterators:
+        next(iterator)
+    del iterator
+    # The threads that tune them then sleep until 630 ms after the beginning.
+    time.sleep(0.4)
+    while iterators:
+        begin = time.perf_counter()
+        iterators.pop()
+        yield time.perf_counter() - begin
+
+
+def test_the_end_of_an_iterator_waits_for_a_sleeping_thread():
+    # A race, which two of three ends lose on an idle machine, and one of twenty on a busy one.
+    assert any(s > 0.1 for _ in range(40) for s in seconds_of_the_ends_of_iterators())

@@ -1,7 +1,9 @@
 """`fit`, `evaluate` and `predict` of Keras fail or deviate under strategies; here they do not."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -21,6 +23,7 @@ from tfbig._keras.batches import (
 from tfbig._keras.compiling import CompileHooks
 from tfbig._keras.devices import is_on_cpu, is_tpu
 from tfbig._keras.epoch_iterator import effective_batch_size
+from tfbig._keras.finished_iterators import released
 from tfbig._keras.input_clock import InputClock
 from tfbig._keras.losses import added_loss, check_is_scalar
 from tfbig._keras.padding import check_divides, data_of, fix_batch_size
@@ -44,7 +47,7 @@ class TrainerOverrides(CompileHooks):
     test_function: _types.AnyFunction | None
     predict_function: _types.AnyFunction | None
 
-    # The iterator of the running, or last, `fit` or `evaluate`: see `_keras.epoch_iterator.of_fit`.
+    # The iterator of the running `fit` or `evaluate`: see `_keras.epoch_iterator.of_fit`.
     _epoch_iterator: EpochIterator | None = None
     _batch_size: int | None = None
     # The `_batch_size` of the last `fit`, whatever a validation within it had.
@@ -203,7 +206,24 @@ class TrainerOverrides(CompileHooks):
         self.train_function = self.train_function and train
         self.test_function = self.test_function and test
 
-    # --- Prediction -------------------------------------------------------------
+    # --- Evaluation and prediction ----------------------------------------------
+
+    if not TYPE_CHECKING:
+        # Editors show Keras's own. Any: a class that is extended may take other arguments.
+
+        @functools.wraps(keras.Model.evaluate)
+        def evaluate(self, *args: Any, **kwargs: Any) -> _types.Structure:
+            iterator_of_fit = self._epoch_iterator
+            try:
+                with released():
+                    return super().evaluate(*args, **kwargs)
+            finally:
+                self._epoch_iterator = iterator_of_fit
+
+        @functools.wraps(keras.Model.predict)
+        def predict(self, *args: Any, **kwargs: Any) -> _types.Structure:
+            with released():
+                return super().predict(*args, **kwargs)
 
     def predict_on_batch(self, x: _types.Structure) -> _types.Structure:
         if self.distribute_strategy.num_replicas_in_sync == 1:

@@ -144,12 +144,17 @@ class TrainingChecks(step_options.StepOptions):
 
         def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:  # Any: of Keras.
             arguments = fit_context.arguments_of(super().fit, args, kwargs)
-            with fit_context.prepare_fit(self, arguments, self._options()) as arguments:
+            with (
+                _keras.finished_iterators.released(),
+                fit_context.prepare_fit(self, arguments, self._options()) as arguments,
+            ):
                 try:
                     return super().fit(**arguments)
                 finally:
                     # Of a callback that was not told that training ended.
                     self.input_clock = None
+                    # It would keep the data.
+                    self._epoch_iterator = None
 
         fit.__doc__ = keras.Model.fit.__doc__
 
