@@ -101,7 +101,7 @@ def _tfbig(sampler: str, storage: str | None = "memory") -> Search:
         oracle = tuners.StudyOracle(
             keras_tuner.Objective("value", "min"),
             trials,
-            sampler,
+            sampler=sampler,
             hyperparameters=_space(tuners.HyperParameters, bounds),
             seed=seed,
             storage=storage,

@@ -487,6 +487,16 @@ def test_other_modes_of_benchmark_have_tables_for_markdown(tmp_path):
         assert row in text
 
 
+def test_benchmark_runs_every_search_that_it_compares():
+    from benchmarks import tuners
+
+    function, bounds = tuners.PROBLEMS["Branin"]
+    for row, search in tuners.rows().items():
+        values, seconds = search(function, bounds, 2, 0)
+        assert len(values) == len(seconds) == 2, row
+        assert min(values) > 0.39, row
+
+
 NOT_MEASURED = {
     "--markdown=/tmp": "--markdown must be a file",
     "--json=/tmp": "--json must be a file",
