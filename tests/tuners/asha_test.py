@@ -342,6 +342,22 @@ def test_a_trial_that_is_paused_keeps_its_state_however_few_weights_are_kept(kin
     assert len(files(tuner, "**/checkpoint.weights.h5")) == 1
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [tuners.ASHA, tuners.Hyperband, tuners.PopulationBasedTraining],
+    ids=lambda k: k.__name__,
+)
+def test_epochs_that_would_have_no_effect_are_refused(kind, options):
+    def build(hp):
+        hp.Int("epochs", 1, 5)
+        return noisy(hp)
+
+    tuner = kind(build, **options)
+    with pytest.raises(errors.InvalidOptionError, match="a hyperparameter named 'epochs'"):
+        tuner.search(**DATA)
+    assert not tuner.oracle.trials
+
+
 def test_observations_of_other_epochs_are_refused(options):
     with pytest.raises(errors.InvalidOptionError, match="pauses trials"):
         tuners.ASHA(noisy, transfer_from="earlier", transfer="observations", **options)

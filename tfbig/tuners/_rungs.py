@@ -10,6 +10,7 @@ from typing import Any, TypedDict, cast
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tfbig import errors
 from tfbig.tuners import (
     _learning_study,
     _ledger,
@@ -215,6 +216,15 @@ class RungTuner(_tuner.Tuner):
     """Trains the model of a trial up to the end of its rung."""
 
     oracle: RungOracle
+
+    def on_search_begin(self) -> None:
+        """Checks that no hyperparameter says how long trials are trained, which this tuner does."""
+        super().on_search_begin()
+        if "epochs" in {hp.name for hp in self.oracle.get_space().space}:
+            raise errors.InvalidOptionError(
+                f"{type(self).__name__} itself says for how many epochs a trial is trained. "
+                "Received: a hyperparameter named 'epochs'. Leave it out, or use another tuner."
+            )
 
     def on_search_end(self) -> None:
         """Removes the states of trials that ended while they were paused."""
