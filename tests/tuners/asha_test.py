@@ -358,6 +358,23 @@ def test_epochs_that_would_have_no_effect_are_refused(kind, options):
     assert not tuner.oracle.trials
 
 
+def test_a_fit_of_ones_own_that_reports_nothing_resumes_as_well(options):
+    class Model(keras_tuner.HyperModel):
+        def build(self, hp):
+            return noisy(hp)
+
+        def fit(self, hp, model, *args, **kwargs):
+            history = model.fit(*args, **kwargs)
+            epochs.append(history.epoch)
+            return {"own": float(len(epochs))}
+
+    epochs = []
+    objective = keras_tuner.Objective("own", "min")
+    more = {"max_epochs": 2, "factor": 2, "max_trials": 2}
+    tuners.ASHA(Model(), **more, **options | {"objective": objective}).search(**DATA)
+    assert sorted(epochs) == [[0], [0], [1]]
+
+
 def test_observations_of_other_epochs_are_refused(options):
     with pytest.raises(errors.InvalidOptionError, match="pauses trials"):
         tuners.ASHA(noisy, transfer_from="earlier", transfer="observations", **options)

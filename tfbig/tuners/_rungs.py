@@ -89,6 +89,12 @@ class RungQueue(_queue.TrialQueue):
         (row,) = self._ledger.trials(index=index)
         return self.epochs_by_rung(index)[rung_of(row)]
 
+    def epochs_completed(self, index: int) -> int:
+        """The epochs at the end of the last rung that a trial has completed; 0 if none."""
+        (row,) = self._ledger.trials(index=index)
+        rungs = map(int, note_of(row)["scores"])
+        return max((self.epochs_by_rung(index)[rung] for rung in rungs), default=0)
+
     def pause(self, running: _running.RunningTrial) -> bool:
         (row,) = self._ledger.trials(index=running.index)
         rung = rung_of(row)
@@ -187,6 +193,12 @@ class RungOracle(_oracle.StudyOracle):
     def epochs_of(self, trial_id: str) -> int:
         """The epoch up to which a trial of this process is trained now."""
         return self._rungs.epochs_of(int(trial_id))
+
+    def last_step(self, trial_id: str) -> int:
+        """The last step that a trial was trained for before; 0 if it is not known to have been."""
+        # What replaces `fit` may report nothing in between.
+        completed = self._rungs.epochs_completed(int(trial_id))
+        return max(super().last_step(trial_id), completed)
 
     def _as_learned_from(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Trials as samplers see them, paused ones as well."""
