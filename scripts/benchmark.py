@@ -29,13 +29,15 @@ sent against accumulation that exchanges each micro-batch. This needs Linux, ipr
 the right to make network namespaces, which root has; elsewhere one line says that it is skipped,
 and the exit code is 0.
 
-With --tuners, searches without models: how good they get, and how long a suggestion takes.
+With --tuners, searches without models: how good they get, and how long a suggestion takes. With
+--tables as well, searches in tables of models that others have measured, and in learning curves.
 
 Exit code 1 says that a row has failed; the table says which.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -46,10 +48,12 @@ from typing import Any
 
 import command_line
 from absl import flags
-from benchmarks import markdown, modes, network, peers, provenance, rows, settings
+from benchmarks import markdown, modes, network, peers, provenance, rows, settings, tables
 
 PROGRAM = "benchmark.py"
 _PACKAGES = ("tensorflow", "keras", "tfbig")
+# What some samplers need.
+_SAMPLING = ("cmaes", "hyperopt", "scipy", "torch")
 
 flags.adopt_module_key_flags(settings)
 
@@ -68,7 +72,7 @@ def _benchmark() -> int:
     except network.UnavailableError as e:
         print(f"{PROGRAM}: --network skipped: {e}", file=sys.stderr)
         return 0
-    except (RuntimeError, rows.DifferentModelsError) as e:
+    except (RuntimeError, rows.DifferentModelsError, tables.UnavailableError) as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
         return 1
     if settings.JSON.value is not None:
@@ -80,7 +84,11 @@ def _benchmark() -> int:
 
 
 def _provenance() -> provenance.Provenance:
-    packages = (*_PACKAGES, "keras-tuner", "optuna") if settings.TUNERS.value else _PACKAGES
+    packages = _PACKAGES
+    if settings.TUNERS.value:
+        packages += ("keras-tuner", "optuna")
+    if settings.TABLES.value:
+        packages += tuple(p for p in _SAMPLING if importlib.util.find_spec(p))
     return provenance.collect(__file__, packages, settings.PEERS.value)
 
 

@@ -2,5 +2,6 @@
 
 `settings` has the flags, `rows` the table and the processes that fill it, `with_keras` and
 `with_torch` what runs in such a process, `report`, `markdown` and `plot` what is made of the
-numbers. `in_turn`, `network` and `tuners` are the other modes.
+numbers. `in_turn`, `network` and `tuners` are the other modes; in that of --tables, `tables` and
+`learning_curves` have what is searched, `table_searches`, `curve_searches` and `population` search.
 """

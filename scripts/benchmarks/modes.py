@@ -7,7 +7,20 @@ import signal
 import sys
 from typing import Any
 
-from benchmarks import in_turn, network, plot, report, rows, settings, tuners
+from benchmarks import (
+    curve_searches,
+    in_turn,
+    learning_curves,
+    network,
+    plot,
+    population,
+    report,
+    rows,
+    settings,
+    table_searches,
+    tables,
+    tuners,
+)
 from benchmarks.markdown import Table
 
 
@@ -39,8 +52,11 @@ def measure(program: str) -> Outcome:
     Raises:
         UsageError: If that is impossible.
         network.UnavailableError: If --network does not work here.
+        tables.UnavailableError: If the tables of --tables cannot be had.
     """
     settings.check()
+    if settings.TABLES.value:
+        return _of_tables()
     if settings.TUNERS.value:
         return _of_tuners()
     if settings.NETWORK.value:
@@ -49,9 +65,27 @@ def measure(program: str) -> Outcome:
 
 
 def _of_tuners() -> Outcome:
-    trials, seeds = settings.TRIALS.value, settings.SEEDS.value
+    trials, seeds = settings.TRIALS.value, settings.seeds()
     measured = tuners.compare(trials, seeds)
     return Outcome(measured, {"trials": trials, "seeds": seeds}, tuners.tables(measured))
+
+
+def _of_tables() -> Outcome:
+    trials, seeds = settings.TRIALS.value, settings.seeds()
+    problems = tables.load(settings.TABLES_DIRECTORY.value)
+    curves = learning_curves.load()
+    in_tables = table_searches.compare(problems, trials, seeds)
+    in_curves, trained = curve_searches.compare(curves, seeds)
+    populations = population.compare(curves, trained, seeds)
+    return Outcome(
+        in_tables + in_curves + populations,
+        {"trials": trials, "seeds": seeds},
+        [
+            table_searches.table(in_tables, problems),
+            curve_searches.table(in_curves),
+            population.table(populations),
+        ],
+    )
 
 
 def _over_network(program: str) -> Outcome:

@@ -29,7 +29,12 @@ def requirements(peer: str) -> tuple[str, ...]:
     return _REQUIREMENTS[peer] + keras
 
 
-def _run(command: list[str], purpose: str) -> None:
+def run(command: list[str], purpose: str) -> None:
+    """Runs pip or the like.
+
+    Raises:
+        UnavailableError: If it fails.
+    """
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_SECONDS
@@ -62,11 +67,11 @@ def python(peer: str, directory: pathlib.Path | str = ROOT) -> pathlib.Path:
     if stamp.exists() and stamp.read_text().split() == list(wanted):
         return interpreter
     print(f"making {environment}: {', '.join(wanted)}", file=sys.stderr, flush=True)
-    _run([sys.executable, "-m", "venv", "--clear", str(environment)], f"python -m venv for {peer}")
+    run([sys.executable, "-m", "venv", "--clear", str(environment)], f"python -m venv for {peer}")
     (environment / ".gitignore").write_text("*\n")
     install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
-        _run([*install, *wanted], f"pip install for {peer}")
+        run([*install, *wanted], f"pip install for {peer}")
     except BaseException:
         # Even half of PyTorch is large.
         shutil.rmtree(environment, ignore_errors=True)

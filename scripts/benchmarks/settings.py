@@ -10,7 +10,7 @@ import re
 import command_line
 from absl import flags
 
-from benchmarks import in_turn, peers, rows
+from benchmarks import in_turn, peers, rows, tables
 from benchmarks.models import MODELS
 from benchmarks.process import Task
 
@@ -78,8 +78,22 @@ NETWORK = flags.DEFINE_boolean(
 TUNERS = flags.DEFINE_boolean(
     "tuners", False, "Measure searches for the minimum of two functions instead."
 )
+TABLES = flags.DEFINE_boolean(
+    "tables",
+    False,
+    "With --tuners: search in tables of measured models instead, and in learning curves. Downloads "
+    "the tables, 37 MB, if they are not there.",
+)
+TABLES_DIRECTORY = flags.DEFINE_string(
+    "tables_directory", str(tables.DIRECTORY), "Where the tables are."
+)
 TRIALS = flags.DEFINE_integer("trials", 50, "Trials of a search, for --tuners.", lower_bound=1)
-SEEDS = flags.DEFINE_integer("seeds", 10, "Searches of each kind, for --tuners.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer(
+    "seeds",
+    None,
+    "Searches of each kind, for --tuners; by default 10, with --tables 20.",
+    lower_bound=1,
+)
 ROW = flags.DEFINE_string("row", None, "Internal: the file that this worker writes to.")
 
 
@@ -125,6 +139,11 @@ def check() -> None:
         raise command_line.UsageError(e) from None
 
 
+def seeds() -> int:
+    """Searches of each kind."""
+    return _SEEDS.value or (20 if TABLES.value else 10)
+
+
 def tasks() -> list[Task]:
     """What to measure for the table, or with --in_turn.
 
@@ -141,6 +160,8 @@ def tasks() -> list[Task]:
 
 
 def _check_modes() -> None:
+    if TABLES.value and not TUNERS.value:
+        raise ValueError("--tables needs --tuners")
     if TUNERS.value and NETWORK.value:
         raise ValueError("--tuners does not go with --network")
     for mode in (TUNERS, NETWORK):

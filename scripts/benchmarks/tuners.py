@@ -22,10 +22,10 @@ import numpy as np
 from benchmarks.markdown import Table
 
 Bounds = list[tuple[float, float]]
-Function = Callable[[Mapping[str, float]], float]
-# Values of all trials, and the seconds that each suggestion took; of a function, its bounds, a
-# number of trials and a seed.
-Search = Callable[[Function, Bounds, int, int], tuple[list[float], list[float]]]
+Function = Callable[[Mapping[str, Any]], float]
+# Values of all trials, and the seconds that each suggestion took; of a function, its space, a
+# number of trials and a seed. A space is `Bounds` here.
+Search = Callable[[Function, Any, int, int], tuple[list[float], list[float]]]
 
 # The time of a suggestion is given after so many trials, as the mean of the ten around it.
 MOMENTS = (10, 50, 100, 200)
@@ -69,11 +69,13 @@ PROBLEMS: dict[str, tuple[Function, Bounds]] = {
 }
 
 
-def _space(kind: Callable[[], Any], bounds: Bounds) -> Any:  # `HyperParameters` of either.
-    hps = kind()
+def _define(hps: Any, bounds: Bounds) -> None:  # `HyperParameters` of either.
     for i, (low, high) in enumerate(bounds):
         hps.Float(f"x{i}", low, high)
-    return hps
+
+
+def _suggest(trial: Any, bounds: Bounds) -> dict[str, Any]:  # `optuna.Trial`.
+    return {f"x{i}": trial.suggest_float(f"x{i}", *b) for i, b in enumerate(bounds)}
 
 
 def _drive(oracle: Any, function: Function, trials: int) -> tuple[list[float], list[float]]:
@@ -90,19 +92,36 @@ def _drive(oracle: Any, function: Function, trials: int) -> tuple[list[float], l
     return values, seconds
 
 
-def _tfbig(sampler: str, storage: str | None = "memory") -> Search:
+def with_tfbig(
+    sampler: str,
+    storage: str | None = "memory",
+    define: Callable[[Any, Any], None] = _define,
+    **sampler_options: Any,
+) -> Search:
+    """A search of tfbig.
+
+    Args:
+        sampler: Its name.
+        storage: Of the study.
+        define: Given `HyperParameters` and a space, adds the latter to the former.
+        **sampler_options: Of Optuna's class.
+    """
+
     def run(
-        function: Function, bounds: Bounds, trials: int, seed: int
+        function: Function, space: Any, trials: int, seed: int
     ) -> tuple[list[float], list[float]]:
         import keras_tuner
 
         from tfbig import tuners
 
+        hyperparameters = tuners.HyperParameters()
+        define(hyperparameters, space)
         oracle = tuners.StudyOracle(
             keras_tuner.Objective("value", "min"),
             trials,
             sampler=sampler,
-            hyperparameters=_space(tuners.HyperParameters, bounds),
+            sampler_options=sampler_options,
+            hyperparameters=hyperparameters,
             seed=seed,
             storage=storage,
         )
@@ -114,16 +133,20 @@ def _tfbig(sampler: str, storage: str | None = "memory") -> Search:
     return run
 
 
-def _keras_tuner(name: str) -> Search:
+def with_keras_tuner(name: str, define: Callable[[Any, Any], None] = _define) -> Search:
+    """A search of KerasTuner, by the name of its oracle; see `with_tfbig`."""
+
     def run(
-        function: Function, bounds: Bounds, trials: int, seed: int
+        function: Function, space: Any, trials: int, seed: int
     ) -> tuple[list[float], list[float]]:
         import keras_tuner
 
+        hyperparameters = keras_tuner.HyperParameters()
+        define(hyperparameters, space)
         oracle = getattr(keras_tuner.oracles, name)(
             objective=keras_tuner.Objective("value", "min"),
             max_trials=trials,
-            hyperparameters=_space(keras_tuner.HyperParameters, bounds),
+            hyperparameters=hyperparameters,
             seed=seed + 1,  # 0 would mean no seed.
         )
         oracle.verbose = 0
@@ -136,9 +159,18 @@ def _keras_tuner(name: str) -> Search:
     return run
 
 
-def _optuna(make: Callable[[Any, int], Any]) -> Search:
+def with_optuna(
+    make: Callable[[Any, int], Any], suggest: Callable[[Any, Any], dict[str, Any]] = _suggest
+) -> Search:
+    """A search of Optuna.
+
+    Args:
+        make: Makes a sampler, given `optuna.samplers` and a seed.
+        suggest: Given a trial and a space, returns values.
+    """
+
     def run(
-        function: Function, bounds: Bounds, trials: int, seed: int
+        function: Function, space: Any, trials: int, seed: int
     ) -> tuple[list[float], list[float]]:
         import optuna
 
@@ -148,7 +180,7 @@ def _optuna(make: Callable[[Any, int], Any]) -> Search:
         for _ in range(trials):
             begin = time.perf_counter()
             trial = study.ask()
-            v = {f"x{i}": trial.suggest_float(f"x{i}", *b) for i, b in enumerate(bounds)}
+            v = suggest(trial, space)
             seconds.append(time.perf_counter() - begin)
             values.append(function(v))
             study.tell(trial, values[-1])
@@ -160,19 +192,19 @@ def _optuna(make: Callable[[Any, int], Any]) -> Search:
 def rows() -> dict[str, Search]:
     """What is measured, by name; only what is installed."""
     found = {
-        "KerasTuner, random": _keras_tuner("RandomSearchOracle"),
-        "KerasTuner, Bayesian": _keras_tuner("BayesianOptimizationOracle"),
-        "Optuna, random": _optuna(lambda s, seed: s.RandomSampler(seed=seed)),
-        "Optuna, TPE": _optuna(lambda s, seed: s.TPESampler(seed=seed)),
-        "tfbig, random": _tfbig("random"),
-        "tfbig, TPE": _tfbig("tpe"),
-        "tfbig, TPE, SQLite": _tfbig("tpe", None),
+        "KerasTuner, random": with_keras_tuner("RandomSearchOracle"),
+        "KerasTuner, Bayesian": with_keras_tuner("BayesianOptimizationOracle"),
+        "Optuna, random": with_optuna(lambda s, seed: s.RandomSampler(seed=seed)),
+        "Optuna, TPE": with_optuna(lambda s, seed: s.TPESampler(seed=seed)),
+        "tfbig, random": with_tfbig("random"),
+        "tfbig, TPE": with_tfbig("tpe"),
+        "tfbig, TPE, SQLite": with_tfbig("tpe", None),
     }
     if importlib.util.find_spec("hyperopt"):
-        found["tfbig, Hyperopt"] = _tfbig("hyperopt")
+        found["tfbig, Hyperopt"] = with_tfbig("hyperopt")
     if importlib.util.find_spec("torch") and importlib.util.find_spec("scipy"):
-        found["Optuna, GP"] = _optuna(lambda s, seed: s.GPSampler(seed=seed))
-        found["tfbig, GP"] = _tfbig("gp")
+        found["Optuna, GP"] = with_optuna(lambda s, seed: s.GPSampler(seed=seed))
+        found["tfbig, GP"] = with_tfbig("gp")
     return found
 
 

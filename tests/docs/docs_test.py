@@ -249,7 +249,7 @@ def source_of(module):
 
 @functools.cache
 def all_programs():
-    files = [f for f in ROOT.glob("scripts/**/*") if f.suffix != ".pyc"]
+    files = [f for f in ROOT.glob("scripts/**/*") if f.suffix not in (".pyc", ".npz")]
     files += [*ROOT.glob("tfbig/*.py"), *ROOT.glob("tfbig/*/__main__.py")]
     return "\n".join(file.read_text() for file in files if file.is_file())
 
