@@ -249,9 +249,10 @@ def source_of(module):
 
 @functools.cache
 def all_programs():
-    files = [f for f in ROOT.glob("scripts/**/*") if f.suffix not in (".pyc", ".npz")]
+    files = [f for f in ROOT.glob("scripts/**/*") if f.is_file() and f.suffix != ".npz"]
+    files = [f for f in files if "__pycache__" not in f.parts]
     files += [*ROOT.glob("tfbig/*.py"), *ROOT.glob("tfbig/*/__main__.py")]
-    return "\n".join(file.read_text() for file in files if file.is_file())
+    return "\n".join(file.read_text() for file in files)
 
 
 @functools.cache
