@@ -284,6 +284,7 @@ def test_a_run_that_is_killed_in_its_first_backup_begins_anew(tmp_path):
     assert not (tmp_path / "backup").exists()
 
 
+@pytest.mark.slow
 def test_a_history_that_cannot_be_read_is_named_and_one_that_is_gone_is_not_made_up(tmp_path):
     arguments = ("--batch_size=32", "--epochs=6", "--verbose=2", f"--output_dir={tmp_path}")
     interrupt(start(*arguments), signal.SIGTERM, "Epoch 3/")
@@ -319,6 +320,7 @@ numpy.load = interrupted
 """
 
 
+@pytest.mark.slow
 def test_an_interruption_before_anything_is_restored_leaves_the_model(tmp_path):
     # Its optimizers are built before training begins.
     directory = tmp_path / "run"

@@ -321,7 +321,9 @@ def test_several_objectives_are_refused():
         tuners.PASHA(noisy, ["val_loss", "loss"])
 
 
-@pytest.mark.parametrize("kind", [tuners.ASHA, tuners.Hyperband])
+@pytest.mark.parametrize(
+    "kind", [tuners.ASHA, pytest.param(tuners.Hyperband, marks=pytest.mark.slow)]
+)
 def test_a_trial_that_is_paused_keeps_its_state_however_few_weights_are_kept(kind, options):
     class Search(kind):
         def on_trial_end(self, trial):

@@ -154,10 +154,10 @@ JIT, EAGERLY = {"jit_compile": True}, {"run_eagerly": True}
 @pytest.mark.parametrize(
     ("build", "name", "compile_kwargs"),
     [
-        pytest.param(blocks, "default", {}, marks=pytest.mark.slow),
+        (blocks, "default", {}),
         pytest.param(blocks, "default", JIT, marks=pytest.mark.slow),
         pytest.param(blocks, "default", EAGERLY, marks=pytest.mark.slow),
-        (blocks, "mirrored_2", {}),
+        pytest.param(blocks, "mirrored_2", {}, marks=pytest.mark.slow),
         pytest.param(blocks, "mirrored_2", JIT, marks=pytest.mark.slow),
         (lookup, "default", {}),
         (lookup, "default", JIT),

@@ -869,8 +869,8 @@ class Delay(layers.Layer):
 @pytest.mark.parametrize(
     ("optimizer", "shard"),
     [
-        ("adam", "optimizer"),
         ("muon", "weights"),
+        pytest.param("adam", "optimizer", marks=pytest.mark.slow),
         pytest.param("muon", "optimizer", marks=pytest.mark.slow),
         pytest.param("adam", "weights", marks=pytest.mark.slow),
     ],
