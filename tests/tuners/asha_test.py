@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 import tfbig
-from tests.tuners.tuner_oracle_test import by_number, climb, end, line
+from tests.tuners.tuner_oracle_test import by_number, climb, end, in_turns, line
 from tests.tuners.tuner_test import DATA, files, noisy
 from tfbig import errors, tuners
 from tfbig.tuners import _asha, _budget, _hyperband, _learning_study
@@ -95,6 +95,17 @@ def test_what_violates_a_constraint_is_not_promoted(make):
     assert int(best.trial_id) < 6
 
 
+def test_a_pruner_sees_what_a_trial_reported_in_earlier_rungs(make):
+    # It becomes worse with every rung, in which it reports once.
+    oracle = asha(make, 8, factor=2, pruner="patience", pruner_options={"patience": 1})
+    decisions = {}
+    while (trial := oracle.create_trial("a")).status != STOPPED:
+        epochs = oracle.epochs_of(trial.trial_id)
+        decisions[trial.trial_id, epochs] = oracle.report(trial.trial_id, {"loss": epochs}, epochs)
+        end(oracle, trial, float(epochs), step=epochs - 1)
+    assert {epochs: pruned for (_, epochs), pruned in decisions.items()}[4]
+
+
 def test_metrics_besides_the_objective_are_kept_at_the_end(make):
     oracle = asha(make, 4)
     while (trial := oracle.create_trial("a")).status != STOPPED:
@@ -140,24 +151,8 @@ def test_without_a_complete_trial_the_best_paused_ones_are_shown(make):
 
 def test_several_processes_train_each_rung_of_each_trial_once(make):
     oracles = [asha(make, storage=None) for _ in range(3)]
-    trained, running, over = collections.Counter(), {}, set()
-    rng = np.random.default_rng(0)
-    while len(over) < 3:
-        number = int(rng.integers(3))
-        oracle = oracles[number]
-        if number in running:
-            trial, epochs = running.pop(number)
-            value = by_number(int(trial.trial_id), epochs)
-            oracle.report(trial.trial_id, {"loss": value}, epochs)
-            end(oracle, trial, value, step=epochs - 1)
-            continue
-        trial = oracle.create_trial(f"tuner {number}")
-        if trial.status == RUNNING:
-            epochs = oracle.epochs_of(trial.trial_id)
-            trained[trial.trial_id, epochs] += 1
-            running[number] = trial, epochs
-        elif trial.status == STOPPED:
-            over.add(number)
+    found, _ = in_turns(oracles, by_number)
+    trained = collections.Counter((index, epochs) for index, epochs, _ in found)
     assert set(trained.values()) == {1}
     reached = collections.Counter(epochs for _, epochs in trained)
     assert reached[1] == 27

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tfbig
-from tests.tuners.tuner_oracle_test import end, line
+from tests.tuners.tuner_oracle_test import end, in_turns, line
 from tests.tuners.tuner_test import DATA, files
 from tfbig import errors, tuners
 from tfbig.tuners import HyperParameters, _budget, _explore, _population
@@ -116,27 +116,8 @@ def test_one_that_has_failed_is_not_waited_for(make):
 def test_processes_train_the_same_population_as_one(make):
     alone = sorted(train(population(make, 6, project="one", storage=None), by_index))
     oracles = [population(make, 6, project="many", storage=None) for _ in range(3)]
-    rng, running, over, found = np.random.default_rng(0), {}, set(), []
-    waited = 0
-    while len(over) < 3:
-        number = int(rng.integers(3))
-        oracle = oracles[number]
-        if number in running:
-            trial, epochs = running.pop(number)
-            value = by_index(int(trial.trial_id), epochs)
-            oracle.report(trial.trial_id, {"loss": value}, epochs)
-            end(oracle, trial, value, step=epochs - 1)
-            continue
-        trial = oracle.create_trial(f"tuner {number}")
-        if trial.status == RUNNING:
-            epochs = oracle.epochs_of(trial.trial_id)
-            found.append((int(trial.trial_id), epochs, trial.hyperparameters.values["x"]))
-            running[number] = trial, epochs
-        elif trial.status == IDLE:
-            waited += 1
-        else:
-            over.add(number)
-    assert sorted(found) == alone
+    found, waited = in_turns(oracles, by_index)
+    assert sorted((index, epochs, v["x"]) for index, epochs, v in found) == alone
     assert waited
 
 
@@ -432,6 +413,25 @@ def test_a_search_that_is_started_over_begins_with_new_weights(options):
         else:
             tuner.search(**DATA, callbacks=[Stops()])
     assert sorted(epochs) == [0, 0, 1, 1]
+
+
+def test_every_optimizer_of_a_copy_gets_its_own_rate():
+    class TwoOptimizers(tfbig.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.other = keras.optimizers.SGD(0.25, momentum=0.9)
+
+    inputs = keras.Input((3,))
+    model = TwoOptimizers(inputs=inputs, outputs=keras.layers.Dense(1)(inputs))
+    model.compile(keras.optimizers.Adam(0.5), "mse")
+    callback = _population.SetLearningRate(2)
+    callback.set_model(model)
+    # As after a backup of the original.
+    model.optimizer.learning_rate = model.other.learning_rate = 1.0
+    for epoch, rates in ((1, (1.0, 1.0)), (2, (0.5, 0.25))):
+        callback.on_epoch_begin(epoch)
+        found = float(model.optimizer.learning_rate), float(model.other.learning_rate)
+        assert found == rates
 
 
 def test_shapes_that_change_are_refused_with_what_to_do(options):

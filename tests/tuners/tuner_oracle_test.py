@@ -962,6 +962,34 @@ def climb(oracle, loss, fails=()):
     return found
 
 
+def in_turns(oracles, loss):
+    """Runs trials in several processes, a step of one of them at a time.
+
+    Returns:
+        The (index, epochs, values) of what was trained; and how often a process waited.
+    """
+    rng, running, over, found, waited = np.random.default_rng(0), {}, set(), [], 0
+    while len(over) < len(oracles):
+        number = int(rng.integers(len(oracles)))
+        oracle = oracles[number]
+        if number in running:
+            trial, epochs = running.pop(number)
+            value = loss(int(trial.trial_id), epochs)
+            oracle.report(trial.trial_id, {"loss": value}, epochs)
+            end(oracle, trial, value, step=epochs - 1)
+            continue
+        trial = oracle.create_trial(f"tuner {number}")
+        if trial.status == RUNNING:
+            epochs = oracle.epochs_of(trial.trial_id)
+            found.append((int(trial.trial_id), epochs, trial.hyperparameters.values))
+            running[number] = trial, epochs
+        elif trial.status == STOPPED:
+            over.add(number)
+        else:
+            waited += 1
+    return found, waited
+
+
 def by_number(number, epochs):
     """Trials with larger numbers are better, and all of them with time."""
     return 100.0 - number - epochs / 100

@@ -156,7 +156,8 @@ class HalvingQueue(_rungs.RungQueue):
         before = [self._sign * cast(float, _rungs.score_in(row, rung - 1)) for row in members]
         after = [self._sign * cast(float, _rungs.score_in(row, rung)) for row in members]
         trials = self._trials.by_index()
-        curves = [trials[row.index].intermediate_values for row in members]
+        # One that has begun since the study was read is missing.
+        curves = [trials[r.index].intermediate_values for r in members if r.index in trials]
         return rank_alike(before, after, noise(curves))
 
     def left(self) -> tuple[list[_ledger.TrialRow], list[_ledger.TrialRow]]:

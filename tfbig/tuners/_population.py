@@ -154,7 +154,7 @@ class PopulationQueue(_rungs.RungQueue):
             return None
         return rung - 1, _rungs.note_of(row)["copied"].get(str(rung), index)
 
-    def first_step_of(self, index: int) -> int:
+    def copied_after(self, index: int) -> int:
         """The epochs after which a trial was last copied; 0 if it never was."""
         (row,) = self._ledger.trials(index=index)
         rungs = map(int, _rungs.note_of(row)["copied"])
@@ -292,7 +292,7 @@ class PopulationOracle(_rungs.RungOracle):
             )
 
     def _is_itself_after(self, index: int) -> int:
-        return self._population.first_step_of(index)
+        return self._population.copied_after(index)
 
     def source_of(self, trial_id: str) -> tuple[int, str] | None:
         """The generation and the trial from which a trial continues; None in its first one."""
@@ -445,12 +445,7 @@ class PopulationBasedTraining(_rungs.RungTuner):
             answers = self._workers.exchange("a generation", json.dumps(source))
             source = json.loads(answers[0])
         if source is None:
-            directory = self._state_of(0, trial.trial_id)
-            if self._workers.is_chief and self.oracle.last_step(trial.trial_id) == 0:
-                shutil.rmtree(directory, ignore_errors=True)
-            if self._workers.count > 1:
-                self._workers.exchange("a copied state", "")
-            return [*callbacks, _trial_callbacks.KeepState(directory)]
+            return [*callbacks, self._keep_state(trial, self._state_of(0, trial.trial_id))]
         generation, original = source
         directory = self._state_of(generation + 1, trial.trial_id)
         if self._workers.is_chief:

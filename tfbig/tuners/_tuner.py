@@ -248,12 +248,15 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
     ) -> list[_types.Callback]:
         """Callbacks, and one that keeps the state of a trial that another process may resume."""
         state = pathlib.Path(self.get_trial_dir(trial.trial_id), _trial_callbacks.STATE)
+        return [*callbacks, self._keep_state(trial, state)]
+
+    def _keep_state(self, trial: _tuner_types.Trial, state: pathlib.Path) -> _types.Callback:
         # A trial that has reported nothing was not trained: what is there is of another search.
         if self._workers.is_chief and self.oracle.last_step(trial.trial_id) == 0:
             shutil.rmtree(state, ignore_errors=True)
         if self._workers.count > 1:
             self._workers.exchange("the state of a trial", "")
-        return [*callbacks, _trial_callbacks.KeepState(state)]
+        return _trial_callbacks.KeepState(state)
 
     def _executions(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
