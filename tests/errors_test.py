@@ -98,6 +98,17 @@ def test_a_split_must_be_a_positive_integer(enter, name, value):
         ENTRANCES[enter](**{name: value})
 
 
+@pytest.mark.parametrize("value", [0, True, 2.0, "auto"], ids=repr)
+def test_a_chunk_must_be_a_positive_integer(value):
+    with refused(
+        errors.InvalidOptionError,
+        ValueError,
+        "`head_chunk_size` must be an integer >= 1",
+        f"Received: head_chunk_size={value!r}",
+    ):
+        functional(head_chunk_size=value)
+
+
 @pytest.mark.parametrize("value", [np.int64(3), np.int32(3), np.uint8(3)], ids=repr)
 def test_numpy_integers_are_integers(value):
     model = functional(gradient_accumulation_steps=value)

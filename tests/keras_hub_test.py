@@ -175,6 +175,19 @@ def check_same_training(model, plain, data, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "options", [{"gradient_accumulation_steps": 3}, {}], ids=["split", "whole"]
+)
+def test_the_last_layer_in_chunks(options):
+    """The table is that of the first layer, and the default metric is computed in chunks, too."""
+    keras.utils.set_random_seed(1)
+    plain, data = gpt2()
+    model = tfbig.extend(gpt2()[0], head_chunk_size=5, **options)
+    for m in (plain, model):
+        m.compile(keras.optimizers.SGD(0.1), jit_compile=False)
+    check_same_training(model, plain, data, 1e-10)
+
+
 def llama():
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=VOCABULARY,

@@ -280,6 +280,7 @@ def test_every_option_is_an_argument_of_the_constructor():
         "exchange_bucket_bytes",
         "exchange_dtype",
         "gradient_accumulation_steps",
+        "head_chunk_size",
         "log_grad_norm",
         "log_gradient_noise_scale",
         "loss_scale",

@@ -130,9 +130,12 @@ OPTIONS = {
     "exchange_bucket_bytes": 2**20,
     "log_gradient_noise_scale": True,
     "recompute": True,
+    "head_chunk_size": 4,
 }
 # Those that the two halves take.
-OF_HALVES = [n for n in OPTIONS if n not in ("log_gradient_noise_scale", "recompute")]
+OF_HALVES = [
+    n for n in OPTIONS if n not in ("log_gradient_noise_scale", "recompute", "head_chunk_size")
+]
 each_option = pytest.mark.parametrize("option", OPTIONS)
 
 

@@ -14,6 +14,7 @@ _backend.check(keras.backend.backend())
 from tfbig._keras import (
     batches,
     building,
+    chunked_head,
     collectives,
     compiling,
     datasets,
@@ -47,6 +48,7 @@ from tfbig._keras import (
 __all__ = (
     "batches",
     "building",
+    "chunked_head",
     "collectives",
     "compiling",
     "datasets",

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfbig import _types, errors
 from tfbig._keras.sharded_variable import ShardedVariable
+from tfbig._keras.thread import current
 from tfbig._keras.variables import native
 
 
@@ -22,6 +23,9 @@ def forward(
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     y_pred = model(x, training=training) if model._call_has_training_arg else model(x)
+    head = current("head")
+    if head is not None:
+        head.find(y_pred)
     loss = model._compute_loss(
         x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
     )

@@ -59,14 +59,14 @@ def recomputed(
 
 
 # The second pass is on the layer's stage, too.
-_keras_call = stages.placed_call
+keras_call = stages.placed_call
 
 
-@functools.wraps(_keras_call)
+@functools.wraps(keras_call)
 def _call(self: Operation, *args: object, **kwargs: object) -> _types.Structure:
     layers, compiled = current("recomputation") or ((), False)
     if id(self) not in layers:
-        return _keras_call(self, *args, **kwargs)
+        return keras_call(self, *args, **kwargs)
     return _RepeatableCall(self, args, kwargs, compiled)()
 
 
@@ -183,7 +183,7 @@ class _RepeatableCall:
             holding("reducer", self._refuse_loss),
         ):
             scope.state_mapping = state | scope.state_mapping
-            outputs = _keras_call(self.layer, *args, **kwargs)
+            outputs = keras_call(self.layer, *args, **kwargs)
         return outputs, scope
 
     def _gradient(

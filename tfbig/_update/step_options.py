@@ -9,6 +9,7 @@ import keras
 from tfbig import _keras
 from tfbig._update import (
     half_precision_exchange,
+    head_option,
     noise_scale,
     pipeline_option,
     recomputation,
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
     log_grad_norm: bool
     log_gradient_noise_scale: bool
     recompute: Any  # True, a list of layers or of names, a function of a layer, or None.
+    head_chunk_size: int | None
     exchange_dtype: str | None
     exchange_bucket_bytes: int
     shard: str | None
@@ -103,6 +105,12 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         ),
         fits=recomputation.check_fits,
         saved=recomputation.serialized,
+        needs_tfbig_step=True,
+    )
+    head_chunk_size: Option[int | None] = Option(
+        default=None,
+        check=head_option.checked,
+        doc="Tokens for which the last layer and the loss are computed at a time; None for all.",
         needs_tfbig_step=True,
     )
     exchange_dtype: Option[str | None] = Option(

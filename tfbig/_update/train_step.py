@@ -24,6 +24,7 @@ from tfbig._update import (
     exchange,
     exchange_and_apply,
     gathered_weights,
+    head_option,
     inexact,
     option,
     own_step,
@@ -180,7 +181,8 @@ class TrainStep(training_checks.TrainingChecks):
     def _is_step_of_keras(self, split: BatchSplit, data: _types.Structure = None) -> bool:
         """Whether Keras's own step does it, number for number."""
         is_padded = isinstance(data, _keras.padding.PaddedBatch)
-        return split.is_whole and replicas.count() == 1 and not is_padded and self.pipeline is None
+        needs_tfbig = is_padded or self.pipeline is not None or self.head_chunk_size is not None
+        return split.is_whole and replicas.count() == 1 and not needs_tfbig
 
     def _run_keras_step(
         self, step: Callable[[_types.Structure], _types.Logs], data: _types.Structure
@@ -242,18 +244,21 @@ class TrainStep(training_checks.TrainingChecks):
             self._recomputed_layers() if training else sharded_weights.layers_to_recompute(self)
         )
 
+        in_chunks = head_option.context_of(self, self.head_chunk_size)
+
         def loss_fn(micro_batch: _types.Structure) -> MicroBatchLoss:
-            with (
-                _keras.losses.output_losses(self) as output_losses,
-                _keras.recomputation.recomputed(recomputed, is_xla),
-            ):
-                loss, *batch = _keras.layers.forward(self, micro_batch, training)
-            return MicroBatchLoss(
-                tf.convert_to_tensor(loss),
-                weight=self.loss_denominator(*batch),
-                values=output_losses,
-                logs=_keras.losses.update_metrics(self, *batch),
-            )
+            with in_chunks(micro_batch):
+                with (
+                    _keras.losses.output_losses(self) as output_losses,
+                    _keras.recomputation.recomputed(recomputed, is_xla),
+                ):
+                    loss, *batch = _keras.layers.forward(self, micro_batch, training)
+                return MicroBatchLoss(
+                    tf.convert_to_tensor(loss),
+                    weight=self.loss_denominator(*batch),
+                    values=output_losses,
+                    logs=_keras.losses.update_metrics(self, *batch),
+                )
 
         return loss_fn
 
