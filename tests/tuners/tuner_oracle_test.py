@@ -302,6 +302,31 @@ def test_a_sampler_that_repeats_itself_in_an_infinite_space_ends_the_search(make
 
 # --- Finite spaces -----------------------------------------------------------
 
+
+def test_a_sampler_that_repeats_itself_in_a_finite_space_leaves_no_part_of_it_out(make):
+    class Counting(_oracle.StudyOracle):
+        looks = 0
+
+        def _as_learned_from(self, trials):
+            self.looks += 1
+            return super()._as_learned_from(trials)
+
+    hp = HyperParameters()
+    for name in "abc":
+        hp.Int(name, 0, 9)
+    fixed = dict.fromkeys("abc", 5)
+    rest = optuna.samplers.RandomSampler(0)
+    oracle = make(
+        12, hp, kind=Counting, sampler=lambda seed: optuna.samplers.PartialFixedSampler(fixed, rest)
+    )
+    values = run(oracle, loss=lambda v: 0.0)
+    assert len(as_set(values)) == 12
+    # In the order of all combinations, only "c" would change.
+    assert all(len({v[name] for v in values}) > 4 for name in "abc")
+    # The first trial, which has the defaults, asks no sampler.
+    assert oracle.looks == 11
+
+
 CELLS = [
     {"a": None, "d": (1,)},
     {"a": True, "b": 0.0, "d": (1,)},
