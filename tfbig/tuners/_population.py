@@ -225,6 +225,7 @@ class PopulationOracle(_rungs.RungOracle):
                 f"explore={explore!r}."
             )
         self.population_size = population_size
+        self.max_epochs = max_epochs
         self.generations = generations(max_epochs, epochs_per_generation)
         self.quantile = quantile
         self._resample_probability = resample_probability
@@ -348,8 +349,8 @@ class PopulationBasedTraining(_rungs.RungTuner):
     last copied.
 
     Any number of processes train the members; a generation begins when the one before has ended in
-    all of them, so that a search with a seed does not depend on their number. Do not pass `epochs`
-    to `search`.
+    all of them, so that a search with a seed does not depend on their number. `search` takes no
+    `epochs`.
 
     See `OptunaSearch` for the other arguments.
 

@@ -190,7 +190,14 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             # What cannot be widened is refused now, rather than once the search has ended.
             hp = HyperParameters.of(self.oracle.get_space())
             self._at_width(hp, 2 * self._widths.search)
+        fit_args, fit_kwargs = self._arguments_of_fit(fit_args, fit_kwargs)
         super().search(*fit_args, **fit_kwargs)
+
+    def _arguments_of_fit(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook: the arguments of `search` that `run_trial` gets."""
+        return args, kwargs
 
     def run_trial(
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
