@@ -403,6 +403,24 @@ def test_a_space_that_others_exhaust_meanwhile_is_no_failure(make):
 # --- Spaces that change ------------------------------------------------------
 
 
+def test_a_trial_that_another_ended_before_its_values_were_stored_is_left_to_it(make, monkeypatch):
+    """A process that is stopped for long between the two wakes up."""
+    asleep, other = make(2, line()), make(2, line())
+    trials, other._ledger._grace = asleep._search.trials, 0.0
+    store = trials.store
+
+    def late(*args):
+        monkeypatch.undo()
+        end(other, other.create_trial("b"), 0.5)
+        return store(*args)
+
+    monkeypatch.setattr(trials, "store", late)
+    trial = asleep.create_trial("a")
+    assert (trial.status, trial.trial_id) == (RUNNING, "0001")
+    end(asleep, trial, 1.0)
+    assert [t.score for t in asleep.trials.values()] == [0.5, 1.0]
+
+
 def test_hyperparameters_that_a_trial_meets_first_are_searched_from_then_on(make):
     oracle = make(5)
     values = []

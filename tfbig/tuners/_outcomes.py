@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import TrialState
@@ -87,6 +87,8 @@ class Outcomes:
             Whether it has ended. If not, it runs again, here or elsewhere.
         """
         trial_id = running.trial.trial_id
+        if running.is_lost:
+            return self._dropped(trial_id)
         if why == _trials.OUT_OF_MEMORY:
             if self._memory.leave_to_larger(running.index):
                 print(f"Trial {trial_id} ran out of memory; a process that has more will run it.")
@@ -97,12 +99,14 @@ class Outcomes:
             print(f"Trial {trial_id} raised an error and will run again.")
             self._ledger.release(running.index, raised=self._times_raised(running.index) + 1)
             return False
-        if self._trials.end(running.index, **vars(outcome)):
-            return True
+        return self._trials.end(running.index, **vars(outcome)) or self._dropped(trial_id)
+
+    def _dropped(self, trial_id: str) -> Literal[False]:
+        """Says that this process no longer owned a trial."""
         warnings.warn(
             f"Another process has taken over trial {trial_id}, because this one had no heartbeat "
             f"for {self._grace:g} s. The result of this process is dropped.",
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
 

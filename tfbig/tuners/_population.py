@@ -427,7 +427,12 @@ class PopulationBasedTraining(_rungs.RungTuner):
         """Trains the model of a trial for a generation."""
         try:
             return super().run_trial(trial, *args, **kwargs)
-        except errors.BackupError as e:
+        except (errors.BackupError, errors.StorageUnavailableError) as e:
+            if self._workers.count == 1:
+                # Who has taken the trial may have removed its state.
+                self._raise_if_lost(trial)
+            if not isinstance(e, errors.BackupError):
+                raise
             source = self.oracle.source_of(trial.trial_id) if self._workers.is_chief else None
             if source is None or source[1] == trial.trial_id:
                 raise

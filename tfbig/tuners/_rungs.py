@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, cast
 
 import keras
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tfbig import _types, errors
@@ -22,6 +23,7 @@ from tfbig.tuners import (
     _proposals,
     _queue,
     _running,
+    _trial_callbacks,
     _trials,
     _tuner,
     _tuner_types,
@@ -107,13 +109,14 @@ class RungQueue(_queue.TrialQueue):
         if score is None:
             return False
         # Another process may have taken it, and written its own.
-        if not self._ledger.heartbeat(running.index):
+        if running.is_lost_now():
             return False
         scores = note_of(row)["scores"] | {str(rung): score}
         # If it is not promoted, these are its results.
-        self._trials.study._storage.set_trial_user_attr(
-            running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
-        )
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._trials.study._storage.set_trial_user_attr(
+                running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
+            )
         violates = not self._is_feasible(running.trial)
         return self._ledger.set_state(
             running.index, _ledger.PAUSED, scores=scores, violates=violates
@@ -295,8 +298,19 @@ class RungTuner(_tuner.Tuner):
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
     ) -> _tuner_types.Results:
         """Trains the model of a trial up to the end of its rung."""
+        # Before the state of a trial is touched that is another's now.
+        self._raise_if_lost(trial)
         kwargs["epochs"] = self.oracle.epochs_of(trial.trial_id)
         return super().run_trial(trial, *args, **kwargs)
+
+    def _raise_if_lost(self, trial: _tuner_types.Trial) -> None:
+        """Raises `TrialLost`, on all workers, if another process has taken a trial."""
+        is_lost = self.oracle.is_lost_now(trial.trial_id)
+        if self._workers.count > 1:
+            answers = self._workers.exchange("whether a trial is lost", json.dumps(is_lost))
+            is_lost = json.loads(answers[0])
+        if is_lost:
+            raise _trial_callbacks.TrialLost
 
 
 def _positional_names(fit: _types.AnyFunction) -> list[str]:

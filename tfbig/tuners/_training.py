@@ -115,6 +115,10 @@ class TrainingTrials:
         running = self._search.running.get(trial_id)
         return running is not None and running.is_lost
 
+    def is_lost_now(self, trial_id: str) -> bool:
+        """As `is_lost`, but asks the storage: this process may have been stopped for long."""
+        return self._search.running[trial_id].is_lost_now()
+
     def report(self, trial_id: str, values: _tuner_types.Metrics, step: int) -> bool:
         """Tells the study the value of the objective after a step.
 
