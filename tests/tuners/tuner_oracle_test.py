@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import logging
 import math
 import time
 import warnings
@@ -234,6 +235,32 @@ def test_samplers_and_pruners_take_the_options_of_their_class(make):
 def test_options_that_a_sampler_or_pruner_has_not_are_refused(options, words):
     with pytest.raises(errors.InvalidOptionError, match=words):
         _oracle.StudyOracle(keras_tuner.Objective("loss", "min"), 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "at_random"),
+    [("cmaes", ["kind", "child"]), ("qmc", ["child"]), ("gp", ["child"]), ("tpe", [])],
+)
+def test_what_a_sampler_draws_at_random_is_said_once(make, name, at_random, recwarn):
+    for module in SAMPLERS[name]:
+        pytest.importorskip(module, reason=f"the sampler {name} needs {module}")
+    oracle = make(
+        16, space(), sampler=name, sampler_options={"n_startup_trials": 2} if name != "qmc" else {}
+    )
+    logged, handler = [], logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logging.getLogger("optuna").addHandler(handler)
+    try:
+        oracle.warn_of_random_values()
+        run(oracle)
+    finally:
+        logging.getLogger("optuna").removeHandler(handler)
+    found = [str(w.message) for w in recwarn if "random" in str(w.message)]
+    assert len(found) == bool(at_random)
+    for hp in oracle.hyperparameters.space:
+        assert (repr(hp.name) in "".join(found)) == (hp.name in at_random)
+    # Nor does Optuna say it for each trial.
+    assert not logged
 
 
 def test_what_torch_says_of_gpus_is_not_repeated(make):

@@ -264,6 +264,8 @@ class BaseTuner(
             is_parent = self._workers.is_chief and not self._is_trial_process
             if self._transfer_from is not None and is_parent:
                 _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
+            if is_parent:
+                self.oracle.warn_of_random_values()
             self.on_search_begin()
             if self._isolate and not self._is_trial_process:
                 _isolation.run_trials(self.oracle.name, self.oracle.on_death)

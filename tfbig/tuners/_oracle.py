@@ -271,6 +271,10 @@ class StudyOracle(
         """Says at which width models are searched, which must not change during a search."""
         self._width = width
 
+    def warn_of_random_values(self) -> None:
+        """Warns if the sampler draws hyperparameters at random that it cannot model."""
+        _samplers.warn_of_random_values(self._sampler, self.hyperparameters.space)
+
     def begin_anew(self) -> None:
         """Removes the study.
 
