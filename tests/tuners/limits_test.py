@@ -1,5 +1,6 @@
 """Limits of time, of patience and of memory."""
 
+import os
 import time
 
 import keras
@@ -120,6 +121,32 @@ def test_a_trial_that_takes_too_long_is_stopped(options):
     assert [t.status for t in trials] == [COMPLETED, STOPPED, COMPLETED]
     assert trials[1].message == "The trial took longer than timeout_per_trial=0.5 s."
     assert len(tuner.oracle.study.trials[1].intermediate_values) < 20
+
+
+def test_a_process_must_be_ended_that_goes_on_long_after_the_timeout_of_its_trial(
+    make, monkeypatch
+):
+    oracle, now = make(2, line(), grace_period=30.0, storage="memory"), time.time()
+    assert oracle.watch_interval is None
+    oracle.begin_search(LIMITS(timeout_per_trial=10))
+    assert oracle.watch_interval == 4
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert oracle.why_overdue(os.getpid()) is None
+    oracle.create_trial("a")
+    for seconds, is_overdue in ((0, False), (11, False), (40, False), (41, True)):
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: now + seconds)
+        why = oracle.why_overdue(os.getpid())
+        assert bool(why) == is_overdue
+    assert why.startswith("The trial took longer than timeout_per_trial=10 s. Because it did not")
+    assert "grace_period=30 s more, its process was ended." in why
+    # Another process has no trial.
+    assert oracle.why_overdue(os.getppid()) is None
+    assert oracle.on_death(os.getpid(), why)
+    assert not oracle.on_death(os.getpid(), why)
+    (frozen,) = oracle.study.trials
+    assert frozen.state.name == "FAIL"
+    assert frozen.user_attrs[_trials.MESSAGE] == why
+    assert frozen.user_attrs[_trials.WHY] == _trials.INFEASIBLE
 
 
 def test_a_loop_of_ones_own_is_told_that_its_time_is_over(options):

@@ -176,14 +176,23 @@ class Outcomes:
             message: How it died.
             may_lack_memory: Whether a process with more memory may run the trial.
         """
-        for row in self._ledger.trials(state=_ledger.RUNNING):
-            if _processes.process_id(row.owner) == pid and self._ledger.take(row):
-                if may_lack_memory and self._memory.leave_to_larger(row.index):
-                    return True
-                attrs = {_trials.MESSAGE: message, _trials.WHY: _trials.INFEASIBLE}
-                self._trials.end(row.index, TrialState.FAIL, attrs)
-                return True
-        return False
+        row = self._of_process(pid)
+        if row is None or not self._ledger.take(row):
+            return False
+        if not (may_lack_memory and self._memory.leave_to_larger(row.index)):
+            attrs = {_trials.MESSAGE: message, _trials.WHY: _trials.INFEASIBLE}
+            self._trials.end(row.index, TrialState.FAIL, attrs)
+        return True
+
+    def seconds_of_process(self, pid: int) -> float | None:
+        """For how long the trial was run that a process of this machine runs; None if none."""
+        row = self._of_process(pid)
+        frozen = None if row is None else self._trials.read_again(row.index)
+        return None if row is None or frozen is None else _trials.seconds_of(frozen, row.owner)
+
+    def _of_process(self, pid: int) -> _ledger.TrialRow | None:
+        rows = self._ledger.trials(state=_ledger.RUNNING)
+        return next((row for row in rows if _processes.process_id(row.owner) == pid), None)
 
     # --- The search as a whole ---
 

@@ -65,7 +65,9 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         max_total_epochs: Epochs of all trials together after which no trial begins.
         patience: After so many ended trials in a row without a better one, no trial begins.
         timeout_per_trial: Seconds after which a trial is stopped as if pruned: after a batch; with
-            several workers, after an epoch; in a loop of your own, when `should_prune` says so.
+            several workers, after an epoch; in a loop of your own, when `should_prune` says so. One
+            that hangs in between is stopped only with `isolate`: after `grace_period` seconds more,
+            its process is ended, and the trial is infeasible.
         process_memory: Bytes of memory that this process has for a trial. A trial that runs out of
             memory is left to a process with more, and is infeasible if there is none. None: what
             the host gives the process, without a GPU; unknown with one.
