@@ -52,8 +52,11 @@ class RunningTrial:
         self.reported: dict[int, float] = {}
         self._ledger = ledger
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep_heartbeat, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        # Otherwise nobody sees it, and a thread takes longer to start than all else here.
+        if ledger.is_shared:
+            self._thread = threading.Thread(target=self._keep_heartbeat, daemon=True)
+            self._thread.start()
 
     def _keep_heartbeat(self) -> None:
         while not self._ended.wait(self._ledger.heartbeat_interval):
@@ -78,7 +81,8 @@ class RunningTrial:
 
     def stop_heartbeat(self) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
 
 class RunningTrials:
