@@ -97,13 +97,12 @@ def _tfbig(name: str, **arguments: Any) -> Search:
 
 def _oracles() -> dict[str, Callable[..., Any]]:
     from tfbig import tuners
-    from tfbig.tuners import _asha
 
     return {
         "study": tuners.StudyOracle,
         "hyperband": tuners.oracles.HyperbandOracle,
-        "asha": _asha.ASHAOracle,
-        "pasha": _asha.PASHAOracle,
+        "asha": tuners.oracles.ASHAOracle,
+        "pasha": tuners.oracles.PASHAOracle,
     }
 
 

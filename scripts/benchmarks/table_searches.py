@@ -60,16 +60,14 @@ def rows() -> dict[str, tuners.Search]:
         "tfbig, TPE, ordered=False": tuners.with_tfbig("tpe", define=_define_unordered),
         "tfbig, NSGA-II": tuners.with_tfbig("nsga2", define=_define),
     }
-    # Of choices that have no order, whose values they draw at random.
-    silent = {"warn_independent_sampling": False}
-    for sampler, name, needed, options in (
-        ("cmaes", "CMA-ES", ("cmaes",), silent),
-        ("qmc", "quasi-Monte Carlo", ("scipy",), silent),
-        ("hyperopt", "Hyperopt", ("hyperopt",), {}),
-        ("gp", "GP", ("torch", "scipy"), {}),
+    for sampler, name, needed in (
+        ("cmaes", "CMA-ES", ("cmaes",)),
+        ("qmc", "quasi-Monte Carlo", ("scipy",)),
+        ("hyperopt", "Hyperopt", ("hyperopt",)),
+        ("gp", "GP", ("torch", "scipy")),
     ):
         if all(map(importlib.util.find_spec, needed)):
-            found[f"tfbig, {name}"] = tuners.with_tfbig(sampler, define=_define, **options)
+            found[f"tfbig, {name}"] = tuners.with_tfbig(sampler, define=_define)
     return found
 
 

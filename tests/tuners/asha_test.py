@@ -10,7 +10,7 @@ import pytest
 
 import tfbig
 from tests.tuners.tuner_oracle_test import by_number, climb, end, in_turns, line
-from tests.tuners.tuner_test import DATA, files, noisy
+from tests.tuners.tuner_test import DATA, X, Y, files, noisy
 from tfbig import errors, tuners
 from tfbig.tuners import _asha, _budget, _hyperband, _learning_study
 
@@ -407,3 +407,57 @@ def test_a_promoted_trial_equals_one_that_was_not_interrupted(kind, options, tmp
     loaded = tuner.get_best_models()[0]
     losses = loaded.evaluate(*DATA["validation_data"], verbose=0)
     assert losses == pytest.approx(min(expected), rel=1e-10)
+
+
+# --- Epochs that a program passes --------------------------------------------
+
+
+class Passes(keras_tuner.HyperModel):
+    """A builder whose `fit` has names of its own."""
+
+    def build(self, hp):
+        return noisy(hp)
+
+    def fit(self, hp, model, epochs, **kwargs):
+        return model.fit(**DATA, epochs=epochs, **kwargs)
+
+
+PASSED = {
+    "by name": (noisy, (), {**DATA, "epochs": 7}),
+    "by position": (noisy, (X, Y, 8, 7, 0), {"validation_data": (X, Y)}),
+    "to a fit of one's own": (Passes(), (7,), {}),
+}
+
+
+@pytest.mark.parametrize("passed", PASSED)
+@pytest.mark.parametrize("kind", [tuners.ASHA, tuners.PASHA, tuners.PopulationBasedTraining])
+def test_epochs_are_refused_before_the_first_trial(options, kind, passed):
+    model, args, kwargs = PASSED[passed]
+    tuner = kind(model, max_epochs=3, **options)
+    with pytest.raises(
+        errors.InvalidOptionError,
+        match=rf"`search` of {kind.__name__} must not .* Received: epochs=7\. .*`max_epochs`.* 3\.",
+    ):
+        tuner.search(*args, **kwargs)
+    assert not tuner.oracle.trials
+
+
+@pytest.mark.parametrize("passed", PASSED)
+def test_hyperband_ignores_the_epochs_of_keras_tuners_programs_with_a_warning(options, passed):
+    model, args, kwargs = PASSED[passed]
+    tuner = tuners.Hyperband(model, max_epochs=1, factor=2, **options)
+    with pytest.warns(UserWarning, match=r"no effect .* epochs=7\. .*`max_epochs`.* 1\.") as seen:
+        tuner.search(*args, **kwargs)
+    assert [w.filename for w in seen if "epochs" in str(w.message)] == [__file__]
+    (trial,) = tuner.oracle.study.trials
+    assert trial.intermediate_values.keys() == {1}
+
+
+def test_epochs_may_mean_something_to_a_run_trial_of_ones_own(options):
+    class Mine(tuners.ASHA):
+        def run_trial(self, trial, epochs):
+            return [float(epochs)] * 3
+
+    tuner = Mine(noisy, max_trials=1, max_epochs=1, **options | {"objective": None})
+    tuner.search(epochs=7)
+    assert tuner.oracle.get_best_trials()[0].score == 7

@@ -72,6 +72,9 @@ def test_tuners_and_oracles_are_of_the_classes_that_a_program_may_ask_for(projec
         (kt.BayesianOptimization, kt.oracles.BayesianOptimizationOracle),
         (kt.GridSearch, kt.oracles.GridSearchOracle),
         (kt.Hyperband, kt.oracles.HyperbandOracle),
+        (kt.ASHA, kt.oracles.ASHAOracle),
+        (kt.PASHA, kt.oracles.PASHAOracle),
+        (kt.PopulationBasedTraining, kt.oracles.PopulationOracle),
     ):
         made = tuner(regressor, "val_loss", **project)
         assert type(made.oracle) is oracle

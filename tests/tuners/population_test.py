@@ -11,7 +11,15 @@ import tfbig
 from tests.tuners.tuner_oracle_test import end, in_turns, line
 from tests.tuners.tuner_test import DATA, files
 from tfbig import errors, tuners
-from tfbig.tuners import HyperParameters, _budget, _explore, _population
+from tfbig.tuners import (
+    HyperParameters,
+    _budget,
+    _explore,
+    _ledger,
+    _population,
+    _trial_callbacks,
+    _trials,
+)
 
 COMPLETED, RUNNING, STOPPED, IDLE = "COMPLETED", "RUNNING", "STOPPED", "IDLE"
 
@@ -162,6 +170,31 @@ def test_a_process_that_was_overtaken_waits_for_the_others(make, monkeypatch):
     assert (taken[0].trial_id, first.epochs_of("0003")) == ("0003", 2)
     finish(first, taken[0])
     assert second.epochs_of(second.create_trial("second").trial_id) == 3
+
+
+@pytest.mark.parametrize("generations", [2, 3], ids=["it goes on", "the population ended"])
+def test_a_process_that_wakes_up_drops_the_trial_that_was_handed_on(make, generations):
+    """It was stopped for so long that another has continued its trial with other values."""
+    asleep, other = (population(make, 4, 3, project="sleep", storage=None) for _ in range(2))
+    trials = [asleep.create_trial(f"{i}") for i in range(4)]
+    other._ledger._grace = 0.0
+    begun = {}
+    while len(begun) < 4 * generations:
+        trial = other.create_trial("a")
+        index, epochs = int(trial.trial_id), other.epochs_of(trial.trial_id)
+        begun[index, epochs] = trial.hyperparameters.values
+        if (index, epochs) != (3, generations):
+            other.report(trial.trial_id, {"loss": by_index(index, epochs)}, epochs)
+            end(other, trial, by_index(index, epochs), step=epochs - 1)
+    if generations == 3:
+        end(other, trial, 9.0)
+    stored = [t.user_attrs[_trials.VALUES] for t in other.study.get_trials()]
+    assert begun[3, 1] != begun[3, 2]
+    for trial in trials:
+        with pytest.warns(UserWarning, match=f"has taken over trial {trial.trial_id}"):
+            end(asleep, trial, -1.0)
+    assert [t.user_attrs[_trials.VALUES] for t in asleep.study.get_trials()] == stored
+    assert asleep.create_trial("0").status == (STOPPED if generations == 3 else IDLE)
 
 
 def test_the_score_of_a_copy_is_that_of_the_model_that_it_became(make):
@@ -456,3 +489,76 @@ def test_shapes_that_change_are_refused_with_what_to_do(options):
     assert any(before.trial_id != after.trial_id for before, after in schedules)
     for before, after in schedules:
         assert before.values["units"] == after.values["units"]
+
+
+class Sleepy(tuners.PopulationBasedTraining):
+    """Is stopped once, at a moment in the second generation of the second trial.
+
+    Another process takes the trial meanwhile, and gives it up.
+    """
+
+    moment = ""
+    has_slept = False
+
+    def __init__(self, *args, **kwargs):
+        self.begun = []
+        super().__init__(*args, **kwargs)
+
+    def sleep_at(self, moment, trial):
+        epochs = self.oracle.epochs_of(trial.trial_id)
+        if self.has_slept or (moment, trial.trial_id, epochs) != (self.moment, "0001", 2):
+            return
+        self.has_slept = True
+        mine = self.oracle._ledger
+        other = _ledger.Ledger(mine._engine, mine._study, 60.0)
+        assert other.take(*other.trials(index=1))
+        assert other.release(1)
+
+    def on_trial_begin(self, trial):
+        super().on_trial_begin(trial)
+        self.sleep_at("before training", trial)
+
+    def _with_state(self, trial, callbacks):
+        self.begun.append(trial.trial_id)
+        self.sleep_at("as its state is gone", trial)
+        if (
+            self.moment == "as its state is gone"
+            and self.has_slept
+            and self.begun.count("0001") < 3
+        ):
+            raise errors.StorageUnavailableError("The state cannot be copied.")
+        return super()._with_state(trial, callbacks)
+
+    def on_epoch_end(self, trial, model, epoch, logs=None):
+        super().on_epoch_end(trial, model, epoch, logs)
+        self.sleep_at("in an epoch", trial)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("before training", marks=pytest.mark.slow),
+        pytest.param("as its state is gone", marks=pytest.mark.slow),
+        "in an epoch",
+    ],
+)
+def test_a_process_that_wakes_up_in_a_trial_of_another_leaves_its_files_alone(
+    moment, options, monkeypatch
+):
+    kept = []
+    keep = _trial_callbacks.KeepState.on_epoch_end
+    monkeypatch.setattr(
+        _trial_callbacks.KeepState,
+        "on_epoch_end",
+        lambda *args: [kept.append(args), keep(*args)][1],
+    )
+    monkeypatch.setattr(Sleepy, "moment", moment)
+    tuner = Sleepy(dropping, population_size=2, max_epochs=2, quantile=0.5, **options)
+    with pytest.warns(UserWarning, match="has taken over trial 0001"):
+        tuner.search(**DATA)
+    assert tuner.has_slept
+    # It was run again, from the end of the first generation.
+    assert [sorted(values) for values in reported(tuner)] == [[1, 2]] * 2
+    assert {t.status for t in tuner.oracle.trials.values()} == {COMPLETED}
+    assert len(kept) == 4
+    assert tuner.begun.count("0001") == (2 if moment == "before training" else 3)

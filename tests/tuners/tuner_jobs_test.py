@@ -5,10 +5,12 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import types
 
 import keras_tuner
@@ -19,7 +21,7 @@ import sqlalchemy as sa
 from tests import job
 from tests.jobs.killed_search_points import POINTS
 from tfbig import launch
-from tfbig.tuners import HyperParameters, StudyOracle, _read_only
+from tfbig.tuners import HyperParameters, StudyOracle, _isolation, _read_only
 from tfbig.tuners import __main__ as looked
 
 KINDS = ("random", "pruned", "nsga2", "hyperopt", "grid", "asha", "population")
@@ -212,6 +214,91 @@ def test_a_trial_in_a_process_of_its_own_leaves_no_memory_behind(trials, tmp_pat
     wanted[1] = "INVALID"
     assert statuses.split() == wanted
     assert message == "The process of the trial was ended by SIGKILL."
+
+
+# Hangs in its first run, deaf to SIGTERM if it is to be; there is no trial in the third.
+HANGING = """
+    import pathlib, signal, sys, time
+    runs = pathlib.Path(sys.argv[1])
+    runs.write_text(runs.read_text() + "x" if runs.exists() else "x")
+    if runs.read_text() == "x":
+        if sys.argv[2] == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        runs.with_name("hangs").touch()
+        time.sleep(1000)
+    sys.exit(75 if runs.read_text() == "xx" else 76)
+"""
+
+
+@pytest.mark.parametrize("kind", ["deaf", "not deaf"])
+def test_a_process_that_hangs_in_its_trial_is_ended_and_the_next_one_runs(
+    kind, tmp_path, monkeypatch
+):
+    program, runs, deaths, codes = tmp_path / "program.py", tmp_path / "runs", [], []
+    program.write_text(textwrap.dedent(HANGING))
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, program, runs, kind])
+    monkeypatch.setattr(_isolation, "_SECONDS_TO_END", 0.5)
+    end = _isolation._end
+    monkeypatch.setattr(_isolation, "_end", lambda process: codes.append(end(process)) or codes[-1])
+    began = time.monotonic()
+
+    def why_overdue(pid):
+        assert time.monotonic() < began + 60
+        if not (tmp_path / "hangs").exists():
+            return None
+        (tmp_path / "hangs").unlink()
+        return "It hangs."
+
+    watch = _isolation.Watch(0.05, why_overdue)
+    # It died without a trial: that has just ended by itself.
+    _isolation.run_trials("a search", lambda *death: deaths.append(death), watch)
+    assert runs.read_text() == "xxx"
+    assert [death[1:] for death in deaths] == [("It hangs.", False)]
+    assert codes == [-signal.SIGKILL if kind == "deaf" else -signal.SIGTERM]
+
+
+HANGS_IN_A_BATCH = """
+    import sys, time
+    import keras
+    import numpy as np
+    import tfbig.tuners
+
+    class Hangs(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            time.sleep(1000)
+
+    class Model(tfbig.tuners.HyperModel):
+        def build(self, hp):
+            hp.Choice("x", [0, 1])
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+            model.compile("sgd", "mse")
+            return model
+
+        def fit(self, hp, model, *args, callbacks, **kwargs):
+            callbacks = [*callbacks, *([] if hp.get("x") else [Hangs()])]
+            return model.fit(*args, callbacks=callbacks, **kwargs)
+
+    tuner = tfbig.tuners.GridSearch(
+        Model(), "loss", directory=sys.argv[1], isolate=True, timeout_per_trial=15, grace_period=5
+    )
+    tuner.search(np.zeros((8, 3)), np.zeros((8, 1)), verbose=0)
+    print(*(t.status for t in tuner.oracle.trials.values()))
+    print(tuner.oracle.trials["0000"].message)
+"""
+
+
+@slow
+def test_a_trial_that_hangs_in_a_batch_is_stopped_by_its_timeout(tmp_path):
+    program = tmp_path / "search.py"
+    program.write_text(textwrap.dedent(HANGS_IN_A_BATCH))
+    done = job.finish(job.start([sys.executable, program, tmp_path]), 250)
+    assert done.returncode == 0, done.stderr
+    statuses, message = done.stdout.splitlines()
+    assert statuses == "INVALID COMPLETED"
+    assert message == (
+        "The trial took longer than timeout_per_trial=15 s. Because it did not stop by itself "
+        "within grace_period=5 s more, its process was ended."
+    )
 
 
 def test_workers_of_a_job_train_each_trial_together(tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import logging
 import math
 import time
 import warnings
@@ -236,6 +237,32 @@ def test_options_that_a_sampler_or_pruner_has_not_are_refused(options, words):
         _oracle.StudyOracle(keras_tuner.Objective("loss", "min"), 3, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "at_random"),
+    [("cmaes", ["kind", "child"]), ("qmc", ["child"]), ("gp", ["child"]), ("tpe", [])],
+)
+def test_what_a_sampler_draws_at_random_is_said_once(make, name, at_random, recwarn):
+    for module in SAMPLERS[name]:
+        pytest.importorskip(module, reason=f"the sampler {name} needs {module}")
+    oracle = make(
+        16, space(), sampler=name, sampler_options={"n_startup_trials": 2} if name != "qmc" else {}
+    )
+    logged, handler = [], logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logging.getLogger("optuna").addHandler(handler)
+    try:
+        oracle.warn_of_random_values()
+        run(oracle)
+    finally:
+        logging.getLogger("optuna").removeHandler(handler)
+    found = [str(w.message) for w in recwarn if "random" in str(w.message)]
+    assert len(found) == bool(at_random)
+    for hp in oracle.hyperparameters.space:
+        assert (repr(hp.name) in "".join(found)) == (hp.name in at_random)
+    # Nor does Optuna say it for each trial.
+    assert not logged
+
+
 def test_what_torch_says_of_gpus_is_not_repeated(make):
     class Sampler(optuna.samplers.RandomSampler):
         def sample_relative(self, *args):
@@ -301,6 +328,31 @@ def test_a_sampler_that_repeats_itself_in_an_infinite_space_ends_the_search(make
 
 
 # --- Finite spaces -----------------------------------------------------------
+
+
+def test_a_sampler_that_repeats_itself_in_a_finite_space_leaves_no_part_of_it_out(make):
+    class Counting(_oracle.StudyOracle):
+        looks = 0
+
+        def _as_learned_from(self, trials):
+            self.looks += 1
+            return super()._as_learned_from(trials)
+
+    hp = HyperParameters()
+    for name in "abc":
+        hp.Int(name, 0, 9)
+    fixed = dict.fromkeys("abc", 5)
+    rest = optuna.samplers.RandomSampler(0)
+    oracle = make(
+        12, hp, kind=Counting, sampler=lambda seed: optuna.samplers.PartialFixedSampler(fixed, rest)
+    )
+    values = run(oracle, loss=lambda v: 0.0)
+    assert len(as_set(values)) == 12
+    # In the order of all combinations, only "c" would change.
+    assert all(len({v[name] for v in values}) > 4 for name in "abc")
+    # The first trial, which has the defaults, asks no sampler.
+    assert oracle.looks == 11
+
 
 CELLS = [
     {"a": None, "d": (1,)},
@@ -376,6 +428,24 @@ def test_a_space_that_others_exhaust_meanwhile_is_no_failure(make):
 
 
 # --- Spaces that change ------------------------------------------------------
+
+
+def test_a_trial_that_another_ended_before_its_values_were_stored_is_left_to_it(make, monkeypatch):
+    """A process that is stopped for long between the two wakes up."""
+    asleep, other = make(2, line()), make(2, line())
+    trials, other._ledger._grace = asleep._search.trials, 0.0
+    store = trials.store
+
+    def late(*args):
+        monkeypatch.undo()
+        end(other, other.create_trial("b"), 0.5)
+        return store(*args)
+
+    monkeypatch.setattr(trials, "store", late)
+    trial = asleep.create_trial("a")
+    assert (trial.status, trial.trial_id) == (RUNNING, "0001")
+    end(asleep, trial, 1.0)
+    assert [t.score for t in asleep.trials.values()] == [0.5, 1.0]
 
 
 def test_hyperparameters_that_a_trial_meets_first_are_searched_from_then_on(make):

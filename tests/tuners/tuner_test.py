@@ -41,6 +41,22 @@ class Scored(tuners.RandomSearch):
         return self.function(trial.hyperparameters)
 
 
+def test_a_search_says_what_its_sampler_draws_at_random(options):
+    pytest.importorskip("cmaes")
+
+    class Search(tuners.OptunaSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            return trial.hyperparameters.Float("x", 0, 1)
+
+    hp = tuners.HyperParameters()
+    hp.Choice("kind", ["a", "b"])
+    options |= {"objective": None, "hyperparameters": hp}
+    tuner = Search(max_trials=1, sampler="cmaes", **options)
+    with pytest.warns(UserWarning, match=r"models no choices .* draws 'kind' at random") as seen:
+        tuner.search(verbose=0)
+    assert [w.filename for w in seen] == [__file__]
+
+
 # --- All tuners --------------------------------------------------------------
 
 TUNERS = {

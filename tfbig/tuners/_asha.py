@@ -214,6 +214,7 @@ class ASHAOracle(_rungs.RungOracle):
                 "`min_epochs` must be <= `max_epochs`. Received: "
                 f"min_epochs={min_epochs}, max_epochs={max_epochs}."
             )
+        self.max_epochs = max_epochs
         self._epochs = rungs(min_epochs, max_epochs, factor)
         self._factor = factor
         super().__init__(
@@ -275,7 +276,7 @@ class ASHA(_rungs.RungTuner):
     1/`factor` of those that came as far, and resumes where it stopped: optimizer, loss scale, epoch
     and random states are kept, and its trial keeps its id. So no process ever waits, while
     `Hyperband` waits for all models of a rung. Those that come furthest are complete at the end,
-    even if none is trained for `max_epochs`. Do not pass `epochs` to `search`.
+    even if none is trained for `max_epochs`. `search` takes no `epochs`.
 
     See `OptunaSearch` for the other arguments.
 

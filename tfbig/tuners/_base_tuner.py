@@ -67,7 +67,8 @@ class BaseTuner(
         patience: After so many ended trials in a row without a better one, no trial begins.
         timeout_per_trial: Seconds after which a trial is stopped as if pruned: after a batch of
             Keras's `fit`; with several workers, after an epoch; in a loop of your own, when
-            `should_prune` says so.
+            `should_prune` says so. One that hangs in between is stopped only with `isolate`: after
+            `grace_period` seconds more, its process is ended, and the trial is infeasible.
         process_memory: Bytes of memory that this process has for a trial. A trial that runs out of
             memory is left to a process with more, and is infeasible if there is none. None: what
             the host gives the process, without a GPU; unknown with one.
@@ -264,9 +265,12 @@ class BaseTuner(
             is_parent = self._workers.is_chief and not self._is_trial_process
             if self._transfer_from is not None and is_parent:
                 _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
+            if is_parent:
+                self.oracle.warn_of_random_values()
             self.on_search_begin()
             if self._isolate and not self._is_trial_process:
-                _isolation.run_trials(self.oracle.name, self.oracle.on_death)
+                watch = _isolation.Watch(self.oracle.watch_interval, self.oracle.why_overdue)
+                _isolation.run_trials(self.oracle.name, self.oracle.on_death, watch)
             else:
                 is_over = self._run_trials(*fit_args, **fit_kwargs)
         finally:

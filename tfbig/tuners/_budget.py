@@ -95,6 +95,11 @@ class Budget:
             since += best is not None
         return since
 
+    @property
+    def timeout_per_trial(self) -> float | None:
+        """Seconds of training after which a trial is stopped; None for no limit."""
+        return self._limits.timeout_per_trial
+
     def is_late(self, seconds: float) -> bool:
         """Whether a trial that was trained for so many seconds is stopped."""
         timeout = self._limits.timeout_per_trial

@@ -167,7 +167,7 @@ class HyperbandOracle(_rungs.RungOracle):
                     f"`{name}` must be an integer >= {least}. Received: {name}={value!r}."
                 )
         self._brackets = brackets(max_epochs, factor) * hyperband_iterations
-        self._max_epochs, self._factor = max_epochs, factor
+        self.max_epochs, self._factor = max_epochs, factor
         super().__init__(
             objective=objective,
             max_trials=sum(bracket.sizes[0] for bracket in self._brackets),
@@ -179,7 +179,7 @@ class HyperbandOracle(_rungs.RungOracle):
 
     def _settings(self) -> dict[str, str]:
         return super()._settings() | {
-            "max_epochs": str(self._max_epochs),
+            "max_epochs": str(self.max_epochs),
             "factor": str(self._factor),
         }
 
@@ -192,7 +192,7 @@ class Hyperband(_rungs.RungTuner):
 
     Brackets and rungs are those of the paper (Li et al., JMLR 18, 2018). A promoted model resumes
     where it stopped: optimizer, loss scale, epoch and random states are kept, and its trial keeps
-    its id. Do not pass `epochs` to `search`.
+    its id. `search` ignores `epochs`, with a warning, since programs for KerasTuner pass it.
 
     See `OptunaSearch` for the other arguments.
 
@@ -203,6 +203,8 @@ class Hyperband(_rungs.RungTuner):
         sampler: As in `OptunaSearch`; proposes the models of a bracket. Defaults to "random", as in
             the paper.
     """
+
+    _ignores_epochs = True
 
     def __init__(
         self,

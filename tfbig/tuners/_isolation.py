@@ -4,6 +4,7 @@ There it runs one trial, and exits. Nothing needs to be pickled, and nothing tha
 memory remains.
 """
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,13 +15,48 @@ from typing import NoReturn
 from tfbig import errors
 from tfbig.distribute._workers import Workers
 
-__all__ = ("check", "end_trial_process", "is_trial_process", "run_trials")
+__all__ = ("Watch", "check", "end_trial_process", "is_trial_process", "run_trials")
 
 # Tells a trial process to which search it belongs.
 _VARIABLE = "TFBIG_TRIAL_OF"
 
 # Exit codes of a trial process: there may be another trial, or there is none.
 _ONE_MORE, _NONE_LEFT = 75, 76
+
+# Seconds after SIGTERM until SIGKILL.
+_SECONDS_TO_END = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Ends processes whose trial does not stop by itself.
+
+    Attributes:
+        interval: Seconds after which it looks; None if there is nothing to watch.
+        why_overdue: Returns why the process of an id must be ended; None if it need not.
+    """
+
+    interval: float | None
+    why_overdue: Callable[[int], str | None]
+
+    def wait(self, process: subprocess.Popen[bytes]) -> tuple[int, str | None]:
+        """Waits for a process; returns its exit code, and why this has ended it, if so."""
+        while True:
+            try:
+                return process.wait(self.interval), None
+            except subprocess.TimeoutExpired:
+                why = self.why_overdue(process.pid)
+            if why is not None:
+                return _end(process), why
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()
+    try:
+        return process.wait(_SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def check(workers: Workers) -> None:
@@ -49,13 +85,14 @@ def end_trial_process(is_over: bool) -> NoReturn:
     os._exit(_NONE_LEFT if is_over else _ONE_MORE)
 
 
-def run_trials(search: str, on_death: Callable[[int, str, bool], bool]) -> None:
+def run_trials(search: str, on_death: Callable[[int, str, bool], bool], watch: Watch) -> None:
     """Runs one process after the other until no trials are left.
 
     Args:
         search: The name of the search.
         on_death: Called with the id of a process that died, a message, and whether it may have
             lacked memory. Returns whether it died in the middle of a trial.
+        watch: Ends processes whose trial does not stop by itself.
 
     Raises:
         SearchError: If a process died before its trial began.
@@ -65,7 +102,7 @@ def run_trials(search: str, on_death: Callable[[int, str, bool], bool]) -> None:
             [sys.executable, *sys.orig_argv[1:]], env={**os.environ, _VARIABLE: search}
         )
         try:
-            code = process.wait()
+            code, why = watch.wait(process)
         except BaseException:
             # Ctrl-C reaches the process as well, which then releases its trial.
             process.send_signal(signal.SIGINT)
@@ -74,6 +111,10 @@ def run_trials(search: str, on_death: Callable[[int, str, bool], bool]) -> None:
         if code == _NONE_LEFT:
             return
         if code == _ONE_MORE:
+            continue
+        if why is not None:
+            # Its trial may just have ended by itself.
+            on_death(process.pid, why, False)
             continue
         if code < 0:
             what = f"was ended by {signal.Signals(-code).name}"

@@ -95,13 +95,16 @@ class Ledger:
         engine: A database whose transactions are serialized.
         study: The id of the study.
         grace: Seconds after which a trial may be taken from a process without a heartbeat.
+        is_shared: Whether other processes can reach the database.
 
     Attributes:
+        is_shared: Whether other processes can reach the database.
         owner: The name of this process.
         heartbeat_interval: Seconds between two heartbeats of this process.
     """
 
-    def __init__(self, engine: sa.Engine, study: int, grace: float) -> None:
+    def __init__(self, engine: sa.Engine, study: int, grace: float, is_shared: bool = True) -> None:
+        self.is_shared = is_shared
         self._engine = engine
         self._study = study
         self._grace = grace

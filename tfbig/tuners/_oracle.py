@@ -271,6 +271,10 @@ class StudyOracle(
         """Says at which width models are searched, which must not change during a search."""
         self._width = width
 
+    def warn_of_random_values(self) -> None:
+        """Warns if the sampler draws hyperparameters at random that it cannot model."""
+        _samplers.warn_of_random_values(self._sampler, self.hyperparameters.space)
+
     def begin_anew(self) -> None:
         """Removes the study.
 
@@ -362,8 +366,12 @@ class StudyOracle(
         search = self._search
         if (running := search.running.of_tuner(tuner_id)) is not None:
             return running.trial
-        with search.trials.one_look():
-            return self._next_trial(search, tuner_id)
+        while True:
+            # If this process is stopped for long between taking a trial and storing its values,
+            # another may have ended the trial.
+            lost = contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError)
+            with lost, search.trials.one_look():
+                return self._next_trial(search, tuner_id)
 
     def _next_trial(self, search: Search, tuner_id: str) -> _tuner_types.Trial:
         # Others may have found hyperparameters that this process has not.
@@ -440,8 +448,7 @@ class StudyOracle(
         kept.hyperparameters.ensure_active_values()
         values = kept.hyperparameters.values
         search.proposals.claim(running.index, values)
-        if not running.is_lost:
-            search.trials.store_found(running.index, self.hyperparameters, values)
+        search.trials.store_found(running.index, self.hyperparameters, values, running.is_lost_now)
         is_paused = kept.status == _STATUS.COMPLETED and search.queue.pause(running)
         search.running.remove(trial.trial_id)
         if is_paused:

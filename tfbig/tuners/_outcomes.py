@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import TrialState
@@ -87,6 +87,8 @@ class Outcomes:
             Whether it has ended. If not, it runs again, here or elsewhere.
         """
         trial_id = running.trial.trial_id
+        if running.is_lost:
+            return self._dropped(trial_id)
         if why == _trials.OUT_OF_MEMORY:
             if self._memory.leave_to_larger(running.index):
                 print(f"Trial {trial_id} ran out of memory; a process that has more will run it.")
@@ -97,12 +99,14 @@ class Outcomes:
             print(f"Trial {trial_id} raised an error and will run again.")
             self._ledger.release(running.index, raised=self._times_raised(running.index) + 1)
             return False
-        if self._trials.end(running.index, **vars(outcome)):
-            return True
+        return self._trials.end(running.index, **vars(outcome)) or self._dropped(trial_id)
+
+    def _dropped(self, trial_id: str) -> Literal[False]:
+        """Says that this process no longer owned a trial."""
         warnings.warn(
             f"Another process has taken over trial {trial_id}, because this one had no heartbeat "
             f"for {self._grace:g} s. The result of this process is dropped.",
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
 
@@ -172,14 +176,23 @@ class Outcomes:
             message: How it died.
             may_lack_memory: Whether a process with more memory may run the trial.
         """
-        for row in self._ledger.trials(state=_ledger.RUNNING):
-            if _processes.process_id(row.owner) == pid and self._ledger.take(row):
-                if may_lack_memory and self._memory.leave_to_larger(row.index):
-                    return True
-                attrs = {_trials.MESSAGE: message, _trials.WHY: _trials.INFEASIBLE}
-                self._trials.end(row.index, TrialState.FAIL, attrs)
-                return True
-        return False
+        row = self._of_process(pid)
+        if row is None or not self._ledger.take(row):
+            return False
+        if not (may_lack_memory and self._memory.leave_to_larger(row.index)):
+            attrs = {_trials.MESSAGE: message, _trials.WHY: _trials.INFEASIBLE}
+            self._trials.end(row.index, TrialState.FAIL, attrs)
+        return True
+
+    def seconds_of_process(self, pid: int) -> float | None:
+        """For how long the trial was run that a process of this machine runs; None if none."""
+        row = self._of_process(pid)
+        frozen = None if row is None else self._trials.read_again(row.index)
+        return None if row is None or frozen is None else _trials.seconds_of(frozen, row.owner)
+
+    def _of_process(self, pid: int) -> _ledger.TrialRow | None:
+        rows = self._ledger.trials(state=_ledger.RUNNING)
+        return next((row for row in rows if _processes.process_id(row.owner) == pid), None)
 
     # --- The search as a whole ---
 

@@ -124,9 +124,7 @@ def enqueued(
         return None
     given: _tuner_types.Values = dict(frozen.system_attrs[_trials.ENQUEUED])
     given |= _json.loads(frozen.user_attrs.get(_trials.GIVEN, "{}"))
-    with _study.quiet():
-        trials.seed(seed)
-        values = proposals._suggestion(frozen)
+    values = proposals.suggestion(index, seed)
     known = trials.known_distributions()
     for hp in hyperparameters.space:
         # A user of Optuna may have taken the name from the study.

@@ -225,6 +225,7 @@ class PopulationOracle(_rungs.RungOracle):
                 f"explore={explore!r}."
             )
         self.population_size = population_size
+        self.max_epochs = max_epochs
         self.generations = generations(max_epochs, epochs_per_generation)
         self.quantile = quantile
         self._resample_probability = resample_probability
@@ -348,8 +349,8 @@ class PopulationBasedTraining(_rungs.RungTuner):
     last copied.
 
     Any number of processes train the members; a generation begins when the one before has ended in
-    all of them, so that a search with a seed does not depend on their number. Do not pass `epochs`
-    to `search`.
+    all of them, so that a search with a seed does not depend on their number. `search` takes no
+    `epochs`.
 
     See `OptunaSearch` for the other arguments.
 
@@ -426,7 +427,12 @@ class PopulationBasedTraining(_rungs.RungTuner):
         """Trains the model of a trial for a generation."""
         try:
             return super().run_trial(trial, *args, **kwargs)
-        except errors.BackupError as e:
+        except (errors.BackupError, errors.StorageUnavailableError) as e:
+            if self._workers.count == 1:
+                # Who has taken the trial may have removed its state.
+                self._raise_if_lost(trial)
+            if not isinstance(e, errors.BackupError):
+                raise
             source = self.oracle.source_of(trial.trial_id) if self._workers.is_chief else None
             if source is None or source[1] == trial.trial_id:
                 raise

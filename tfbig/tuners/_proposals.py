@@ -14,7 +14,8 @@ from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("EXHAUSTED", "Proposals")
 
-# After so many suggestions that were tried before, the first untried combination is taken.
+# After so many suggestions that were tried before, and as many at random, the first untried
+# combination is taken.
 _MAX_COLLISIONS = 20
 
 
@@ -67,13 +68,23 @@ class Proposals:
             values = _space.default_values(self._hyperparameters())
             if self.claim(index, values):
                 return values
-        is_tried = self._is_tried()
-        for attempt in range(_MAX_COLLISIONS):
+        is_tried, is_infinite = self._is_tried(), self._is_infinite()
+        frozen = self._trials.of(index)
+        with _study.quiet():
+            seen = self._as_samplers_see(frozen)
+        # The first untried combinations are all in one corner of the space, so random ones come
+        # before them.
+        for attempt in range(_MAX_COLLISIONS * (1 if is_infinite else 2)):
             # Seeded for each trial, so that a resumed search makes the same suggestions.
             seeds = np.random.SeedSequence([self._seed, index, attempt])
+            seed = int(seeds.generate_state(1)[0])
             with _study.quiet():
-                self._trials.seed(int(seeds.generate_state(1)[0]))
-                values = self._suggestion(self._trials.of(index))
+                if attempt < _MAX_COLLISIONS:
+                    self._trials.seed(seed)
+                    sampler = self._trials.study.sampler
+                else:
+                    sampler = optuna.samplers.RandomSampler(seed)
+                values = self._suggestion(sampler, seen, frozen)
             if not is_tried(values) and self.claim(index, values):
                 return values
         while isinstance(untried := self.first_untried(), dict):
@@ -82,14 +93,30 @@ class Proposals:
         # Also if the sampler repeats itself in an infinite space.
         return None
 
-    def _suggestion(self, frozen: FrozenTrial) -> _tuner_types.Values:
-        """What the sampler suggests for a trial; nothing is stored."""
-        study, sampler = self._trials.study, self._trials.study.sampler
+    def suggestion(self, index: int, seed: int) -> _tuner_types.Values:
+        """What the sampler suggests for a trial, with a seed; nothing is stored."""
+        frozen = self._trials.of(index)
+        with _study.quiet():
+            self._trials.seed(seed)
+            return self._suggestion(
+                self._trials.study.sampler, self._as_samplers_see(frozen), frozen
+            )
+
+    def _as_samplers_see(self, frozen: FrozenTrial) -> _learning_study.LearningStudy:
+        """The study that the sampler of a trial learns from."""
+        study = self._trials.study
         filtered = optuna.pruners._filter_study(study, frozen)
         # Hyperband's pruner shows the trials of a bracket.
         seen = self._trials.all if filtered is study else filtered.get_trials
         learned = self._learned_from(seen())
-        filtered = _learning_study.LearningStudy(filtered, lambda: learned)
+        return _learning_study.LearningStudy(filtered, lambda: learned)
+
+    def _suggestion(
+        self,
+        sampler: optuna.samplers.BaseSampler,
+        filtered: optuna.Study,
+        frozen: FrozenTrial,
+    ) -> _tuner_types.Values:
         sampler.before_trial(filtered, frozen)
         space = sampler.infer_relative_search_space(filtered, frozen)
         relative = sampler.sample_relative(filtered, frozen, space)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, cast
 
+import keras
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig import errors
+from tfbig import _types, errors
 from tfbig.tuners import (
     _learning_study,
     _ledger,
@@ -19,6 +23,7 @@ from tfbig.tuners import (
     _proposals,
     _queue,
     _running,
+    _trial_callbacks,
     _trials,
     _tuner,
     _tuner_types,
@@ -104,13 +109,14 @@ class RungQueue(_queue.TrialQueue):
         if score is None:
             return False
         # Another process may have taken it, and written its own.
-        if not self._ledger.heartbeat(running.index):
+        if running.is_lost_now():
             return False
         scores = note_of(row)["scores"] | {str(rung): score}
         # If it is not promoted, these are its results.
-        self._trials.study._storage.set_trial_user_attr(
-            running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
-        )
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._trials.study._storage.set_trial_user_attr(
+                running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
+            )
         violates = not self._is_feasible(running.trial)
         return self._ledger.set_state(
             running.index, _ledger.PAUSED, scores=scores, violates=violates
@@ -178,9 +184,14 @@ class RungQueue(_queue.TrialQueue):
 
 
 class RungOracle(_oracle.StudyOracle):
-    """An oracle of trials that are trained rung by rung. See `StudyOracle` for the arguments."""
+    """An oracle of trials that are trained rung by rung. See `StudyOracle` for the arguments.
+
+    Attributes:
+        max_epochs: Epochs of a trial that is trained to the end.
+    """
 
     goes_on = True
+    max_epochs: int
 
     def is_feasible(self, trial: _tuner_types.Trial) -> bool:
         """Whether the metrics of a trial violate no constraint."""
@@ -229,6 +240,44 @@ class RungTuner(_tuner.Tuner):
 
     oracle: RungOracle
 
+    # Whether `epochs` is ignored, instead of refused.
+    _ignores_epochs = False
+
+    def _arguments_of_fit(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments without `epochs`, which the rungs say.
+
+        Raises:
+            InvalidOptionError: If there are `epochs`, unless this tuner ignores them.
+        """
+        if not type(self).run_trial.__module__.startswith("tfbig.tuners."):
+            return args, kwargs  # In a user's `run_trial` they may have an effect.
+        names = _positional_names(self.hypermodel.fit)
+        if "epochs" in names[: len(args)]:
+            # By name, so that what comes after them does not move.
+            first = names.index("epochs")
+            kwargs = dict(zip(names[first:], args[first:], strict=False)) | kwargs
+            args = args[:first]
+        if "epochs" not in kwargs:
+            return args, kwargs
+        name, epochs = type(self).__name__, kwargs["epochs"]
+        remedy = (
+            f"Leave it out, and set `max_epochs` of the tuner, which is {self.oracle.max_epochs}."
+        )
+        if not self._ignores_epochs:
+            raise errors.InvalidOptionError(
+                f"`search` of {name} must not have `epochs`: the tuner itself says for how many "
+                f"epochs a trial is trained. Received: epochs={epochs}. {remedy}"
+            )
+        if self._workers.is_chief and not self._is_trial_process:
+            warnings.warn(
+                f"`epochs` has no effect in `search` of {name}, which itself says for how many "
+                f"epochs a trial is trained. Received: epochs={epochs}. {remedy}",
+                stacklevel=3,
+            )
+        return args, {key: value for key, value in kwargs.items() if key != "epochs"}
+
     def on_search_begin(self) -> None:
         """Checks that no hyperparameter says how long trials are trained, which this tuner does."""
         super().on_search_begin()
@@ -249,5 +298,27 @@ class RungTuner(_tuner.Tuner):
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
     ) -> _tuner_types.Results:
         """Trains the model of a trial up to the end of its rung."""
+        # Before the state of a trial is touched that is another's now.
+        self._raise_if_lost(trial)
         kwargs["epochs"] = self.oracle.epochs_of(trial.trial_id)
         return super().run_trial(trial, *args, **kwargs)
+
+    def _raise_if_lost(self, trial: _tuner_types.Trial) -> None:
+        """Raises `TrialLost`, on all workers, if another process has taken a trial."""
+        is_lost = self.oracle.is_lost_now(trial.trial_id)
+        if self._workers.count > 1:
+            answers = self._workers.exchange("whether a trial is lost", json.dumps(is_lost))
+            is_lost = json.loads(answers[0])
+        if is_lost:
+            raise _trial_callbacks.TrialLost
+
+
+def _positional_names(fit: _types.AnyFunction) -> list[str]:
+    """The names of what `search` passes by position to the `fit` of a `HyperModel`."""
+    _, _, *parameters = inspect.signature(fit).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        # They go on to Keras.
+        _, *of_keras = inspect.signature(keras.Model.fit).parameters
+        names += of_keras[len(names) :]
+    return names

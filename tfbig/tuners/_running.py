@@ -52,8 +52,11 @@ class RunningTrial:
         self.reported: dict[int, float] = {}
         self._ledger = ledger
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep_heartbeat, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        # Otherwise nobody sees it, and a thread takes longer to start than all else here.
+        if ledger.is_shared:
+            self._thread = threading.Thread(target=self._keep_heartbeat, daemon=True)
+            self._thread.start()
 
     def _keep_heartbeat(self) -> None:
         while not self._ended.wait(self._ledger.heartbeat_interval):
@@ -71,9 +74,15 @@ class RunningTrial:
         """For how long the trial has been run, here and before."""
         return self.seconds_before + time.time() - self.began
 
+    def is_lost_now(self) -> bool:
+        """Whether another process has taken it, asked anew: this one may have been stopped."""
+        self.is_lost = self.is_lost or not self._ledger.heartbeat(self.index)
+        return self.is_lost
+
     def stop_heartbeat(self) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
 
 class RunningTrials:
@@ -120,16 +129,15 @@ class RunningTrials:
         self._note_run(running, None)
 
     def remove(self, trial_id: str) -> None:
-        running = self._by_id.pop(trial_id)
-        # If the trial has ended, another process had taken it.
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self._note_run(running, time.time())
+        self._note_run(self._by_id.pop(trial_id), time.time())
 
     def _note_run(self, running: RunningTrial, ended: float | None) -> None:
         """Stores that this process runs a trial, or has run it, for reports."""
-        self._trials.study._storage.set_trial_user_attr(
-            running.storage_id, running.run, [self._ledger.owner, running.began, ended]
-        )
+        # If the trial has ended, another process had taken it.
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._trials.study._storage.set_trial_user_attr(
+                running.storage_id, running.run, [self._ledger.owner, running.began, ended]
+            )
 
     def release(self) -> None:
         """Lets other processes run the trials of this one, which ends in the middle of them."""
@@ -157,8 +165,7 @@ class RunningTrials:
             return False
         value = float(objective.get_value(values))
         running.reported[step] = value
-        if not self._ledger.heartbeat(running.index):
-            running.is_lost = True
+        if running.is_lost_now():
             return False
         study = self._trials.study
         study._storage.set_trial_intermediate_value(running.storage_id, step, value)

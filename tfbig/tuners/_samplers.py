@@ -8,15 +8,17 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 
 from tfbig import errors
-from tfbig.tuners import _study, _tuner_types
+from tfbig.tuners import _space, _study, _tuner_types
 
-__all__ = ("Maker", "PrunerOption", "SamplerOption", "pruner", "sampler")
+__all__ = ("Maker", "PrunerOption", "SamplerOption", "pruner", "sampler", "warn_of_random_values")
 
 # A sampler or a pruner, as the name of its maker says.
 _Made: TypeAlias = Any
@@ -29,10 +31,12 @@ class Maker:
     Attributes:
         name: The same in all processes of a search.
         make: Makes one, given the seed of a trial and that of the search.
+        kind: The name by which a user asked for it; None for a function.
     """
 
     name: str
     make: Callable[[int, int], _Made]
+    kind: str | None = None
 
 
 # A name, or a function of a seed; a class counts as a function without one.
@@ -48,13 +52,22 @@ PrunerOption: TypeAlias = (
 Options: TypeAlias = dict[str, Any]
 
 
+# Else they log a line for each such hyperparameter of each trial; see `warn_of_random_values`.
+_SILENT: Options = {"warn_independent_sampling": False}
+
+
 def _tpe(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
     # Considers running trials bad, so that parallel processes look elsewhere.
     return optuna.samplers.TPESampler(seed=seed, **{"constant_liar": True} | options)
 
 
 def _gp(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.GPSampler(seed=seed, **{"deterministic_objective": False} | options)
+    defaults: Options = {"deterministic_objective": False, **_SILENT}
+    return optuna.samplers.GPSampler(seed=seed, **defaults | options)
+
+
+def _cmaes(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.CmaEsSampler(seed=seed, **_SILENT | options)
 
 
 def _hyperopt(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
@@ -66,7 +79,7 @@ def _hyperopt(seed: int, of_search: int, **options: Any) -> optuna.samplers.Base
 def _qmc(seed: int, of_search: int, **options: Any) -> optuna.samplers.BaseSampler:
     # All trials share one sequence; the study knows how much of it is used.
     rest = optuna.samplers.RandomSampler(seed=seed)
-    defaults: Options = {"scramble": True, "independent_sampler": rest}
+    defaults: Options = {"scramble": True, "independent_sampler": rest, **_SILENT}
     return optuna.samplers.QMCSampler(seed=of_search, **defaults | options)
 
 
@@ -90,11 +103,15 @@ _SAMPLERS: dict[str, tuple[type | None, Callable[..., _Made]]] = {
     "random": (None, _seeded(optuna.samplers.RandomSampler)),
     "tpe": (optuna.samplers.TPESampler, _tpe),
     "gp": (optuna.samplers.GPSampler, _gp),
-    "cmaes": (optuna.samplers.CmaEsSampler, _seeded(optuna.samplers.CmaEsSampler)),
+    "cmaes": (optuna.samplers.CmaEsSampler, _cmaes),
     "nsga2": (optuna.samplers.NSGAIISampler, _seeded(optuna.samplers.NSGAIISampler)),
     "qmc": (optuna.samplers.QMCSampler, _qmc),
     "hyperopt": (None, _hyperopt),
 }
+
+# What samplers cannot model, so that they draw it at random.
+UNORDERED, CONDITIONS = "choices without order", "conditions"
+_NOT_MODELED = {"cmaes": (UNORDERED, CONDITIONS), "gp": (CONDITIONS,), "qmc": (CONDITIONS,)}
 
 # The modules that a sampler or pruner needs besides Optuna, and what to install.
 _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -137,7 +154,31 @@ def beginning_at_random(given: SamplerOption, trials: int) -> Maker:
     _check_installed(given)
     _, make = _SAMPLERS[given]
     made = functools.partial(make, n_startup_trials=trials)
-    return Maker(f"{given} after {trials} at random", made)
+    return Maker(f"{given} after {trials} at random", made, given)
+
+
+def warn_of_random_values(made: Maker, space: Iterable[_tuner_types.Hyperparameter]) -> None:
+    """Warns if samplers draw hyperparameters at random that they cannot model.
+
+    Args:
+        made: The maker of the samplers.
+        space: The hyperparameters.
+    """
+    cannot = _NOT_MODELED.get(made.kind or "", ())
+    names: dict[str, None] = {}
+    for hp in space:
+        parameter = _space.parameter_of(hp)
+        if parameter is None or parameter.distribution.single():
+            continue
+        has_order = not isinstance(parameter.distribution, CategoricalDistribution)
+        if (hp.conditions and CONDITIONS in cannot) or (not has_order and UNORDERED in cannot):
+            names[hp.name] = None
+    if names:
+        warnings.warn(
+            f"sampler={made.kind!r} models no {' and no '.join(cannot)}: it draws "
+            f"{', '.join(map(repr, names))} at random. sampler='tpe' models them.",
+            stacklevel=5,
+        )
 
 
 def _check_installed(name: str, kind: str = "sampler") -> None:
@@ -211,7 +252,7 @@ def _maker(
         # Fails now rather than at the first trial, if an option has a wrong value.
         if options:
             _try_out(kind, name, made)
-        return Maker(name, made)
+        return Maker(name, made, given)
     base = optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner
     if callable(given):
         _check_options(kind, given, None, options)

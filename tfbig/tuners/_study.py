@@ -30,10 +30,10 @@ __all__ = (
     "without_secrets",
 )
 
-# The storage of a search that is not kept.
 # Where a population keeps its states, in the project's directory.
 GENERATIONS = "generations"
 
+# The storage of a search that is not kept.
 MEMORY = "memory"
 
 FILE = "study.db"
@@ -115,7 +115,7 @@ def open_study(
             connect_args={"check_same_thread": False},
         )
         _ledger.create_tables(engine)
-        return study, _ledger.Ledger(engine, study._study_id, grace)
+        return study, _ledger.Ledger(engine, study._study_id, grace, is_shared=False)
     storage = _url(storage, directory)
     with quiet(), _unavailable(storage):
         study = optuna.create_study(

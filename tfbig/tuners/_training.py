@@ -12,6 +12,9 @@ from tfbig.tuners._objectives import Objectives
 
 __all__ = ("TrainingTrials",)
 
+# Longest time, in seconds, until the parent of a trial process looks at it again.
+_LONGEST_INTERVAL = 10.0
+
 
 class TrainingTrials:
     """The methods of an oracle for trials that are being trained in this process."""
@@ -21,6 +24,8 @@ class TrainingTrials:
     _seeds_trainings: bool
     _pruner: _samplers.Maker | None
     goes_on: bool
+    # Seconds without a sign of life after which a process is given up.
+    _grace: float
 
     @property
     def _objectives(self) -> Objectives:
@@ -93,6 +98,29 @@ class TrainingTrials:
         """Why a trial that is late is stopped."""
         return self._budget.too_late
 
+    @property
+    def watch_interval(self) -> float | None:
+        """Seconds after which to ask `why_overdue` again; None if trials may take any time."""
+        timeout = self._budget.timeout_per_trial
+        return None if timeout is None else min((timeout + self._grace) / 10, _LONGEST_INTERVAL)
+
+    def why_overdue(self, pid: int) -> str | None:
+        """Why a process of this machine must be ended in the middle of its trial.
+
+        Args:
+            pid: The id of the process.
+
+        Returns:
+            None if it has no trial, or one that may still stop by itself.
+        """
+        seconds = self._search.outcomes.seconds_of_process(pid)
+        if seconds is None or not self._budget.is_late(seconds - self._grace):
+            return None
+        return (
+            f"{self.too_late} Because it did not stop by itself within grace_period="
+            f"{self._grace:g} s more, its process was ended."
+        )
+
     def count_epoch(self, trial_id: str) -> None:
         """Counts an epoch of a trial of this process, if the search has a budget of epochs."""
         if self._budget.counts_epochs:
@@ -114,6 +142,10 @@ class TrainingTrials:
         """Whether another process has taken a trial of this one."""
         running = self._search.running.get(trial_id)
         return running is not None and running.is_lost
+
+    def is_lost_now(self, trial_id: str) -> bool:
+        """As `is_lost`, but asks the storage: this process may have been stopped for long."""
+        return self._search.running[trial_id].is_lost_now()
 
     def report(self, trial_id: str, values: _tuner_types.Metrics, step: int) -> bool:
         """Tells the study the value of the objective after a step.

@@ -97,10 +97,13 @@ class ReportObjective(TrialCallback):
         self._oracle.count_epoch(self._trial_id)
         if self._reports:
             self.decide(metrics, epoch + 1)
+            if self._is_lost:
+                # At once, so that no later callback writes to the files that are another's now.
+                raise TrialLost
             # After the last epoch, pruning saves nothing.
             self._is_pruned &= epoch + 1 != self._last_epoch
             self._is_late &= epoch + 1 != self._last_epoch
-            if self._is_pruned or self._is_lost or self._is_late:
+            if self._is_pruned or self._is_late:
                 self.model.stop_training = True
 
     @property

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optuna
@@ -52,10 +53,21 @@ def new_run(trial: FrozenTrial) -> str:
     return f"{RUN}{sum(name.startswith(RUN) for name in trial.user_attrs)}"
 
 
-def seconds_of(trial: FrozenTrial) -> float:
-    """For how long a trial was run, without runs whose process was killed."""
-    runs = [value for name, value in trial.user_attrs.items() if name.startswith(RUN)]
-    return float(sum(ended - began for _, began, ended in runs if ended is not None))
+def seconds_of(trial: FrozenTrial, owner: str | None = None) -> float:
+    """For how long a trial was run, without runs whose process was killed.
+
+    Args:
+        trial: The trial.
+        owner: The process that runs it now, whose run counts as well; None if it has not begun.
+    """
+    found = 0.0
+    for name, value in trial.user_attrs.items():
+        if name.startswith(RUN):
+            process, began, ended = value
+            if ended is None and process == owner:
+                ended = time.time()
+            found += 0 if ended is None else ended - began
+    return found
 
 
 class Trials:
@@ -223,14 +235,27 @@ class Trials:
         return self._written(stored)
 
     def store_found(
-        self, index: int, hyperparameters: HyperParameters, values: _tuner_types.Values
+        self,
+        index: int,
+        hyperparameters: HyperParameters,
+        values: _tuner_types.Values,
+        is_lost: Callable[[], bool],
     ) -> None:
         """Stores the values of a trial, if it has asked for more since they were stored.
 
         Samplers learn most from trials that have all parameters.
+
+        Args:
+            index: The index of the trial.
+            hyperparameters: The space.
+            values: The values.
+            is_lost: Asked before anything is stored: whether another process has taken the trial,
+                whose values may be others by now.
         """
         frozen = self.by_index().get(index)
-        if frozen is not None and frozen.user_attrs.get(VALUES) != _json.dumps(values):
+        if frozen is None or frozen.user_attrs.get(VALUES) == _json.dumps(values) or is_lost():
+            return
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self.store(frozen, hyperparameters, values)
 
     def end(

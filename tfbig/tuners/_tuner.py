@@ -65,7 +65,9 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         max_total_epochs: Epochs of all trials together after which no trial begins.
         patience: After so many ended trials in a row without a better one, no trial begins.
         timeout_per_trial: Seconds after which a trial is stopped as if pruned: after a batch; with
-            several workers, after an epoch; in a loop of your own, when `should_prune` says so.
+            several workers, after an epoch; in a loop of your own, when `should_prune` says so. One
+            that hangs in between is stopped only with `isolate`: after `grace_period` seconds more,
+            its process is ended, and the trial is infeasible.
         process_memory: Bytes of memory that this process has for a trial. A trial that runs out of
             memory is left to a process with more, and is infeasible if there is none. None: what
             the host gives the process, without a GPU; unknown with one.
@@ -190,7 +192,14 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             # What cannot be widened is refused now, rather than once the search has ended.
             hp = HyperParameters.of(self.oracle.get_space())
             self._at_width(hp, 2 * self._widths.search)
+        fit_args, fit_kwargs = self._arguments_of_fit(fit_args, fit_kwargs)
         super().search(*fit_args, **fit_kwargs)
+
+    def _arguments_of_fit(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook: the arguments of `search` that `run_trial` gets."""
+        return args, kwargs
 
     def run_trial(
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any

@@ -58,6 +58,10 @@ class WorkerOracle:
         del trial_id
         return False
 
+    def is_lost_now(self, trial_id: str) -> bool:
+        del trial_id
+        return False
+
     def is_late(self, trial_id: str) -> bool:
         del trial_id
         return False
