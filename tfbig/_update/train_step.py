@@ -137,6 +137,7 @@ class TrainStep(training_checks.TrainingChecks):
             exchange_dtype=self.exchange_dtype,
             bucket_bytes=self.exchange_bucket_bytes,
             stop_request=self.stop_request,
+            guard=self.update_guard,
         )
         logs = self._report(update)
         if self.loss_scale_state is not None:
