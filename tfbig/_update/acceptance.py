@@ -17,7 +17,7 @@ __all__ = ("Decision", "UpdateGuard", "assigned", "decide")
 class UpdateGuard(Protocol):
     """Leaves updates out for what is known of them before they are applied.
 
-    A callback gives a model one while it trains.
+    `tfbig.callbacks.SpikeGuard` gives a model one while it trains.
 
     Attributes:
         needs_norm: whether it looks at the norm of the gradient.

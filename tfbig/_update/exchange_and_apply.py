@@ -52,7 +52,7 @@ def apply_gradients(
             replicas exchange them. None exchanges them as they are, and is exact.
         exchange_bucket_bytes: Gradients are exchanged in buckets of so many bytes, one after
             another. Defaults to 32 MiB.
-        update_guard: The `update_guard` of a model, which a callback gives it,
+        update_guard: The `update_guard` of a model, which a `tfbig.callbacks.SpikeGuard` gives it,
             or None. Of several optimizers, pass it with one.
 
     Returns:
