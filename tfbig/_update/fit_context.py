@@ -78,10 +78,13 @@ def prepare_fit(
                 "`callbacks` must hold only one that restores training. Received: "
                 f"{', '.join(type(c).__name__ for c in restoring)}."
             )
+        first = [c for c in around if c not in restoring]
+        if not first:
+            # That of an earlier `fit`.
+            model.update_guard = None
         for callback in around:
             stack.enter_context(callback.around_fit(model, arguments))
         if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
-            first = [c for c in around if c not in restoring]
             others = [c for c in callbacks if c not in around]
             before = [c.before_others() for c in restoring]
             arguments["callbacks"] = [*before, *first, *others, *restoring]

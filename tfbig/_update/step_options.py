@@ -177,7 +177,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
 
     @property
     def update_guard(self) -> acceptance.UpdateGuard | None:
-        """What may leave updates out, while a `fit` runs with it; None otherwise."""
+        """What may leave updates out, in a `fit` with such a callback; None before the first."""
         return self._update_guard
 
     @update_guard.setter

@@ -159,7 +159,8 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     @contextlib.contextmanager
     def around_fit(self, model: keras.Model, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Entered by `fit` of a tfbig model; the callback works only within it."""
-        if model.update_guard is not None:
+        other = model.update_guard
+        if isinstance(other, SpikeState) and other.number("is_active"):
             raise errors.InvalidOptionError(
                 "`callbacks` must hold only one SpikeGuard. Received: two. Let one look at both: "
                 "grad_norm=True, loss=True."
@@ -185,14 +186,16 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
             with model.distribute_strategy.scope():
                 self._state = SpikeState(settings)
             self._model_of_state = model
+        # It stays when `fit` ends, so that a further one need not be traced again.
         model.update_guard = self._state
+        self._running_state.set_active(True)
         self._is_running = True
         try:
             yield
         finally:
             self._is_running = False
             self._source = None
-            model.update_guard = None
+            self._running_state.set_active(False)
 
     def _settings(self) -> SpikeSettings:
         return SpikeSettings(

@@ -59,6 +59,8 @@ class SpikeState:
         spikes: int64 variable, all updates skipped so far.
         rollbacks: int64 variable, how often training went back.
         undone: int64 variable, applied updates that were taken back by that.
+        is_active: int64 variable, 1 while `fit` runs with the guard. Otherwise all updates are
+            accepted, and none is remembered. Not saved.
     """
 
     _names = (
@@ -84,11 +86,12 @@ class SpikeState:
     spikes: keras.Variable
     rollbacks: keras.Variable
     undone: keras.Variable
+    is_active: keras.Variable
 
     def __init__(self, settings: SpikeSettings) -> None:
         self.settings = settings
         self.needs_norm = settings.grad_norm
-        for name in self._names:
+        for name in (*self._names, "is_active"):
             is_window = name in ("norms", "losses")
             variable = keras.Variable(
                 np.zeros([settings.window] if is_window else []),
@@ -103,7 +106,7 @@ class SpikeState:
         return f"<SpikeGuard {self.settings}>"
 
     def variables(self) -> list[_types.KerasVariable]:
-        """All variables."""
+        """The variables that are saved, and that an update assigns."""
         return [getattr(self, name) for name in self._names]
 
     def counters(self) -> list[_types.KerasVariable]:
@@ -135,10 +138,11 @@ class SpikeState:
             has_risen = self._stands_out(loss, self.losses, limit, accepted)
             has_risen |= ~tf.math.is_finite(loss)
         # An update that is skipped for its loss scale says nothing about the weights.
-        is_judged = tf.constant(True) if is_finite is None else is_finite
-        is_accepted = is_judged & ~is_spike
-        self._remember(loss, norm, is_judged, is_accepted, has_risen)
-        return is_accepted
+        is_candidate = tf.constant(True) if is_finite is None else is_finite
+        is_active = tf.convert_to_tensor(self.is_active.value) > 0
+        is_judged = is_candidate & is_active
+        self._remember(loss, norm, is_judged, is_judged & ~is_spike, has_risen)
+        return is_candidate & ~(is_spike & is_active)
 
     def _stands_out(
         self,
@@ -199,6 +203,10 @@ class SpikeState:
     def number(self, name: str) -> int:
         """The value of a counter."""
         return int(getattr(self, name).numpy())
+
+    def set_active(self, is_active: bool) -> None:
+        """Turns the guard on or off."""
+        _keras.variables.assign_all([self.is_active], [int(is_active)])
 
     def is_calm(self) -> bool:
         """Whether the last update was accepted, and its loss had not risen."""
