@@ -55,10 +55,13 @@ class Decision:
         flags: bool vector, for each gradient, whether all its values are finite; None where nothing
             checks, because there is no loss scale.
         is_applied: bool scalar; None if the update is applied in any case.
+        is_repeated: bool scalar, whether the update is skipped and the same batch run again; None
+            if none ever is.
     """
 
     flags: _types.Tensor | None = None
     is_applied: _types.Tensor | None = None
+    is_repeated: _types.Tensor | None = None
 
     @property
     def is_finite(self) -> _types.Tensor | None:
@@ -70,6 +73,7 @@ def decide(
     batch: AccumulatedGradients,
     flags: _types.Tensor | None,
     norm: _types.Tensor | None,
+    loss_scale: LossScaleState | None,
     guard: UpdateGuard | None,
 ) -> Decision:
     """Decides on an update. In replica context; nothing is exchanged.
@@ -78,13 +82,16 @@ def decide(
         batch: what all replicas accumulated, after the exchange.
         flags: see `Decision`.
         norm: the global norm of the gradient before clipping, or None.
+        loss_scale: the loss scale, or None.
         guard: what may leave the update out, or None.
     """
     decision = Decision(flags)
-    decision.is_applied = decision.is_finite
+    decision.is_applied = is_finite = decision.is_finite
+    if loss_scale is not None:
+        decision.is_repeated = loss_scale.is_repeated(is_finite)
     if guard is not None:
         loss = tf.math.divide_no_nan(batch.loss, batch.weight)
-        decision.is_applied = guard.accepts(loss, norm, decision.is_finite)
+        decision.is_applied = guard.accepts(loss, norm, is_finite)
     return decision
 
 
@@ -92,4 +99,5 @@ def assigned(
     loss_scale: LossScaleState | None, guard: UpdateGuard | None
 ) -> list[_types.KerasVariable]:
     """The variables that the loss scale and the guard assign."""
-    return [v for state in (loss_scale, guard) if state is not None for v in state.variables()]
+    of_scale = [] if loss_scale is None else loss_scale.assigned_variables()
+    return [*of_scale, *([] if guard is None else guard.variables())]

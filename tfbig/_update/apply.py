@@ -37,6 +37,8 @@ class Update:
             loss scale.
         is_applied: bool scalar; False if the update was skipped, for whatever
             reason. None where none is.
+        is_repeated: bool scalar; True if the update was skipped and its batch will
+            be run again. None where none is.
         gradient_norm: float scalar, the global norm of the gradient before
             clipping, or None.
         samples: int32 scalar, samples of the effective batch.
@@ -48,6 +50,7 @@ class Update:
     values: _types.Structure
     is_finite: _types.Tensor | None
     is_applied: _types.Tensor | None
+    is_repeated: _types.Tensor | None
     gradient_norm: _types.Tensor | None
     samples: _types.Tensor
     logs: _types.Structure
@@ -75,7 +78,7 @@ def apply_to_weights(
     flags = None if loss_scale is None else _finite_flags(gradients)
     states = acceptance.assigned(loss_scale, guard)
     with _keras.variables.assigned_locally([*optimizer.variables, *batch.variables, *states]):
-        decision = acceptance.decide(batch, flags, norm, guard)
+        decision = acceptance.decide(batch, flags, norm, loss_scale, guard)
         if decision.is_applied is None:
             # The optimizer's counter would not depend on the gradients otherwise.
             with tf.control_dependencies([batch.weight]):
@@ -105,6 +108,7 @@ def finish(
         values,
         decision.is_finite,
         decision.is_applied,
+        decision.is_repeated,
         norm,
         batch.samples,
         batch.logs,
@@ -140,7 +144,8 @@ def is_reported(update: Update) -> _types.Tensor:
         # Not a constant: a count of losses would go up when the data have ended.
         with tf.control_dependencies([] if tf.executing_eagerly() else [update.loss]):
             return tf.identity(True)
-    return update.is_applied | tf.math.is_finite(update.loss)
+    is_reported = update.is_applied | tf.math.is_finite(update.loss)
+    return is_reported if update.is_repeated is None else is_reported & ~update.is_repeated
 
 
 def check_optimizer(optimizer: _types.Optimizer) -> None:
@@ -250,12 +255,15 @@ def _assign_state(
 ) -> None:
     """Writes non-trainable state back; a skipped update leaves it as it was.
 
-    Metrics count every batch whose loss is finite, skipped or not.
+    Metrics count every batch whose loss is finite, skipped or not, but once.
     """
+    is_applied, is_repeated = decision.is_applied, decision.is_repeated
     for update in state:
         after = update.after
-        keep = decision.is_applied
-        if keep is not None:
-            keep = keep | tf.math.is_finite(loss) if update.is_metric else keep
+        if is_applied is not None:
+            keep = is_applied
+            if update.is_metric:
+                keep |= tf.math.is_finite(loss)
+                keep = keep if is_repeated is None else keep & ~is_repeated
             after = tf.where(keep, after, update.before)
         _keras.variables.native(update.variable).assign(after)

@@ -13,6 +13,7 @@ from tfbig._update import (
     half_precision_exchange,
     own_step,
     replicas,
+    retried_batches,
     sharded_state,
     sharded_update,
 )
@@ -59,6 +60,8 @@ def apply_gradients(
         An `Update`: `loss`, `is_finite`, `is_applied`, `gradient_norm`.
     """
     apply.check_optimizer(optimizer)
+    if loss_scale is not None and loss_scale.is_retrying:
+        raise errors.InvalidOptionError(retried_batches.NEEDS_TFBIG_STEP)
     exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
     bucket_bytes = replicas.checked_bucket_bytes(exchange_bucket_bytes)
     own_step.applies(

@@ -74,7 +74,7 @@ def exchange_and_apply(
     norm = update.global_norm() if needs_norm else None
     update.clip(optimizer)
     flags = None if loss_scale is None else update.finite_flags()
-    decision = acceptance.decide(batch, flags, norm, guard)
+    decision = acceptance.decide(batch, flags, norm, loss_scale, guard)
     if is_checked:
         assertion = half_precision_exchange.assertion_of(tf.reduce_all(update.finite_flags()))
         with tf.control_dependencies([assertion]):
