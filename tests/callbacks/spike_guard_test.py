@@ -261,7 +261,7 @@ def test_training_goes_back_when_the_loss_has_risen():
     history = fit(model, x, y, guard)
     assert history["rollbacks"] == [1]
     assert history["spikes"] == [0]
-    # The copy after the spike is not taken, and that before it not confirmed.
+    # The copies after the spike and before it were never confirmed.
     assert_same_state(model, plain(x, y, [0, 1, 2, 6, 7, 8]))
 
 

@@ -58,8 +58,9 @@ class Snapshots:
         self._since += updates
         if is_calm and self._latest is not None:
             self._confirmed, self._latest = self._latest, None
-        if is_calm and self._since >= self._every:
-            self._since = 0
+        if self._since >= self._every:
+            # Let go of an earlier one, which would take memory while this one is made.
+            self._since, self._latest = 0, None
             self._latest = self._copy()
 
     def restore(self) -> None:
