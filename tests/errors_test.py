@@ -556,6 +556,7 @@ def test_errors_are_exported_with_their_built_in_parent():
         "MixinOrderError": TypeError,
         "OutOfMemoryError": MemoryError,
         "SearchError": RuntimeError,
+        "SpikeError": RuntimeError,
         "StorageUnavailableError": ConnectionError,
         "StudyError": ValueError,
         "UnsupportedModelError": ValueError,

@@ -14,6 +14,7 @@ __all__ = (
     "MixinOrderError",
     "OutOfMemoryError",
     "SearchError",
+    "SpikeError",
     "StorageUnavailableError",
     "StudyError",
     "TfbigError",
@@ -62,6 +63,10 @@ class OutOfMemoryError(TfbigError, MemoryError):
 
 class SearchError(TfbigError, RuntimeError):
     """A hyperparameter search cannot continue, or found nothing."""
+
+
+class SpikeError(TfbigError, RuntimeError):
+    """Training went back to an earlier state too often, or has none to go back to."""
 
 
 class StorageUnavailableError(TfbigError, ConnectionError):

@@ -1,5 +1,6 @@
 """Keras's loop of several steps fails under `MirroredStrategy`; this one has no nested function."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import keras
@@ -9,6 +10,35 @@ from tfbig import _types
 from tfbig._keras import replica_step
 from tfbig._keras.batches import without_optionals
 from tfbig._keras.input_clock import timed
+
+
+def run_batches(
+    model: keras.Model,
+    iterator: Iterator[_types.Structure],
+    run: Callable[[_types.Structure], _types.Logs],
+) -> _types.Logs:
+    """Makes the updates of an execution one by one; returns the logs of the last.
+
+    Args:
+        model: the tfbig model that is trained.
+        iterator: yields batches.
+        run: makes an update with a batch, and returns its logs.
+    """
+    logs: _types.Logs | None = None
+    waited = 0.0
+    for _ in range(model.steps_per_execution):
+        begin = time.perf_counter()
+        try:
+            data = next(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            if logs is None:
+                raise
+            break
+        waited += time.perf_counter() - begin
+        logs = run(data)
+    if model.input_clock is not None:
+        model.input_clock.add(waited)
+    return logs or {}
 
 
 class StepFunction:

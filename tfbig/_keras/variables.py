@@ -142,6 +142,37 @@ def divided_values_of(
     return each_value_of(v for v in variables if isinstance(v, ShardedVariable))
 
 
+def held_values_of(
+    variables: Iterable[_types.KerasVariable | _types.Variable],
+) -> list[list[_types.Array]]:
+    """For each variable, what the replicas of this process hold; nothing is exchanged.
+
+    A list of the pieces of a variable that is divided; of one that is the same on all replicas, its
+    value alone.
+    """
+    return [[part[0].numpy() for part in _held(v)] for v in variables]
+
+
+def assign_held(
+    variables: Iterable[_types.KerasVariable | _types.Variable],
+    values: Iterable[Sequence[_types.Array]],
+) -> None:
+    """Assigns what `held_values_of` returned."""
+    for variable, held in zip(variables, values, strict=True):
+        for copies, value in zip(_held(variable), held, strict=True):
+            for copy in copies:
+                copy.assign(value)
+
+
+def _held(
+    variable: _types.KerasVariable | _types.Variable,
+) -> list[Sequence[_types.Variable]]:
+    """The `tf.Variable`s of a variable in this process, those that are equal in one list."""
+    if isinstance(variable, ShardedVariable):
+        return [[piece] for piece in variable.pieces.values()]
+    return [copies_of(variable)]
+
+
 def _value_of(variable: _types.KerasVariable | _types.Variable) -> _types.Array:
     if isinstance(variable, ShardedVariable):
         return variable.numpy()

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _keras, _types, errors
-from tfbig._update import accumulators
+from tfbig._update import acceptance, accumulators
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.loss_scale import LossScaleState
 from tfbig._update.variable_update import VariableUpdate
@@ -32,8 +32,13 @@ class Update:
     Attributes:
         loss: float scalar, the loss of the effective batch.
         values: structure of float scalars, further means over the effective batch.
-        is_finite: bool scalar; False if the update was skipped. None where
-            nothing checks, because there is no loss scale.
+        is_finite: bool scalar; False if the update was skipped for a gradient
+            that is not finite. None where nothing checks, because there is no
+            loss scale.
+        is_applied: bool scalar; False if the update was skipped, for whatever
+            reason. None where none is.
+        is_repeated: bool scalar; True if the update was skipped and its batch will
+            be run again. None where none is.
         gradient_norm: float scalar, the global norm of the gradient before
             clipping, or None.
         samples: int32 scalar, samples of the effective batch.
@@ -44,6 +49,8 @@ class Update:
     loss: _types.Tensor
     values: _types.Structure
     is_finite: _types.Tensor | None
+    is_applied: _types.Tensor | None
+    is_repeated: _types.Tensor | None
     gradient_norm: _types.Tensor | None
     samples: _types.Tensor
     logs: _types.Structure
@@ -55,6 +62,7 @@ def apply_to_weights(
     batch: AccumulatedGradients,
     loss_scale: LossScaleState | None,
     needs_norm: bool,
+    guard: acceptance.UpdateGuard | None = None,
 ) -> Update:
     """Applies the optimizer, or skips the update, and assigns what the forward passes changed.
 
@@ -63,36 +71,49 @@ def apply_to_weights(
         batch: what all replicas accumulated, after the exchange.
         loss_scale: see `apply_gradients`.
         needs_norm: whether the global norm of the gradient is wanted.
+        guard: what may leave the update out, or None.
     """
     gradients = gradients_of_loss(batch)
     norm = global_norm(gradients) if needs_norm else None
-    with _keras.variables.assigned_locally(_assigned(optimizer, batch, loss_scale)):
-        if loss_scale is None:
-            is_finite = None
+    flags = None if loss_scale is None else _finite_flags(gradients)
+    states = acceptance.assigned(loss_scale, guard)
+    with _keras.variables.assigned_locally([*optimizer.variables, *batch.variables, *states]):
+        decision = acceptance.decide(batch, flags, norm, loss_scale, guard)
+        if decision.is_applied is None:
             # The optimizer's counter would not depend on the gradients otherwise.
             with tf.control_dependencies([batch.weight]):
                 _apply(optimizer, gradients, batch.variables)
         else:
-            flags = _finite_flags(gradients)
-            is_finite = tf.reduce_all(flags)
-            _apply_if_finite(optimizer, gradients, batch.variables, loss_scale, flags)
-    return finish(batch, is_finite, norm)
+            _apply_if(decision.is_applied, optimizer, gradients, batch.variables)
+        if loss_scale is not None:
+            tell_loss_scale(loss_scale, flags)
+    return finish(batch, decision, norm)
 
 
 def finish(
-    batch: AccumulatedGradients, is_finite: _types.Tensor | None, norm: _types.Tensor | None
+    batch: AccumulatedGradients, decision: acceptance.Decision, norm: _types.Tensor | None
 ) -> Update:
     """Assigns what the forward passes changed, after the optimizer was applied or skipped.
 
     Args:
         batch: what all replicas accumulated, after the exchange.
-        is_finite: see `Update`.
+        decision: what became of the update.
         norm: see `Update.gradient_norm`.
     """
     loss, values = _means(batch)
     with _keras.variables.assigned_locally([u.variable for u in batch.state]):
-        _assign_state(batch.state, is_finite, loss)
-    return Update(loss, values, is_finite, norm, batch.samples, batch.logs, batch.noise_moments)
+        _assign_state(batch.state, decision, loss)
+    return Update(
+        loss,
+        values,
+        decision.is_finite,
+        decision.is_applied,
+        decision.is_repeated,
+        norm,
+        batch.samples,
+        batch.logs,
+        batch.noise_moments,
+    )
 
 
 def tell_loss_scale(loss_scale: LossScaleState, flags: _types.Tensor) -> None:
@@ -114,16 +135,17 @@ def assign_without_gradients(batch: AccumulatedGradients) -> Update:
     Args:
         batch: what all replicas accumulated, after the exchange.
     """
-    return finish(batch, None, None)
+    return finish(batch, acceptance.Decision(), None)
 
 
 def is_reported(update: Update) -> _types.Tensor:
     """Whether the update's loss counts in the loss metric."""
-    if update.is_finite is None:
+    if update.is_applied is None:
         # Not a constant: a count of losses would go up when the data have ended.
         with tf.control_dependencies([] if tf.executing_eagerly() else [update.loss]):
             return tf.identity(True)
-    return update.is_finite | tf.math.is_finite(update.loss)
+    is_reported = update.is_applied | tf.math.is_finite(update.loss)
+    return is_reported if update.is_repeated is None else is_reported & ~update.is_repeated
 
 
 def check_optimizer(optimizer: _types.Optimizer) -> None:
@@ -190,16 +212,6 @@ def _finite_flags(gradients: list[_types.Gradient | None]) -> _types.Tensor:
     return tf.stack(flags)
 
 
-def _assigned(
-    optimizer: keras.optimizers.Optimizer,
-    batch: AccumulatedGradients,
-    loss_scale: LossScaleState | None,
-) -> list[_types.KerasVariable]:
-    """The variables that the optimizer and the loss scale assign."""
-    scale = [] if loss_scale is None else loss_scale.variables()
-    return [*optimizer.variables, *batch.variables, *scale]
-
-
 def _apply(
     optimizer: keras.optimizers.Optimizer,
     gradients: list[_types.Gradient | None],
@@ -211,49 +223,47 @@ def _apply(
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
 
-def _apply_if_finite(
+def _apply_if(
+    condition: _types.Tensor,
     optimizer: keras.optimizers.Optimizer,
     gradients: list[_types.Gradient | None],
     variables: list[keras.Variable],
-    loss_scale: LossScaleState,
-    flags: _types.Tensor,
 ) -> None:
-    """Applies the optimizer if all flags are set, and tells the loss scale."""
+    """Applies the optimizer if the condition holds, which is the same on every replica."""
 
-    def decide(
+    def branch(
         strategy: _types.Strategy,
-        flags: _types.Tensor,
+        condition: _types.Tensor,
         gradients: list[_types.Gradient | None],
     ) -> None:
-        # The gradients are those of the whole batch, so the replicas agree.
-        flags = strategy.experimental_local_results(flags)[0]
-        finite = tf.reduce_all(flags)
-
         def apply() -> None:
             strategy.extended.call_for_each_replica(_apply, args=(optimizer, gradients, variables))
 
         # merge_call may not run inside a cond in replica context (tf.distribute
         # raises), and the optimizer needs one, so the branch is taken out here.
-        tf.cond(finite, apply, lambda: None)
-        loss_scale.update(finite, flags)
+        condition = strategy.experimental_local_results(condition)[0]
+        tf.cond(condition, apply, lambda: None)
 
     if _keras.optimizer.updates_in_replica_context():
-        tf.cond(tf.reduce_all(flags), lambda: _apply(optimizer, gradients, variables), lambda: None)
-        loss_scale.update(tf.reduce_all(flags), flags)
+        tf.cond(condition, lambda: _apply(optimizer, gradients, variables), lambda: None)
     else:
-        tf.distribute.get_replica_context().merge_call(decide, args=(flags, gradients))
+        tf.distribute.get_replica_context().merge_call(branch, args=(condition, gradients))
 
 
 def _assign_state(
-    state: list[VariableUpdate], is_finite: _types.Tensor | None, loss: _types.Tensor
+    state: list[VariableUpdate], decision: acceptance.Decision, loss: _types.Tensor
 ) -> None:
     """Writes non-trainable state back; a skipped update leaves it as it was.
 
-    Metrics count every batch whose loss is finite, skipped or not.
+    Metrics count every batch whose loss is finite, skipped or not, but once.
     """
+    is_applied, is_repeated = decision.is_applied, decision.is_repeated
     for update in state:
         after = update.after
-        if is_finite is not None:
-            keep = is_finite | tf.math.is_finite(loss) if update.is_metric else is_finite
+        if is_applied is not None:
+            keep = is_applied
+            if update.is_metric:
+                keep |= tf.math.is_finite(loss)
+                keep = keep if is_repeated is None else keep & ~is_repeated
             after = tf.where(keep, after, update.before)
         _keras.variables.native(update.variable).assign(after)

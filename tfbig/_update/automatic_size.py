@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias, TypeVar
 
@@ -17,7 +16,7 @@ import tensorflow as tf
 
 from tfbig import _keras, _log, _types, errors
 from tfbig._keras import memory
-from tfbig._update import capacity, exchange, fit_context, replicas
+from tfbig._update import capacity, exchange, fit_context, replicas, retried_batches
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
 from tfbig._update.micro_batches import MicroBatches
@@ -144,26 +143,17 @@ class TrainFunction:
 
     def __call__(self, iterator: Iterator[_Distributed]) -> _types.Logs:
         """Makes `steps_per_execution` updates; returns the logs of the last."""
-        logs: _types.Logs | None = None
-        waited = 0.0
-        for _ in range(self.model.steps_per_execution):
-            begin = time.perf_counter()
-            try:
-                data = next(iterator)
-            except (StopIteration, tf.errors.OutOfRangeError):
-                if logs is None:
-                    raise
-                break
-            waited += time.perf_counter() - begin
-            logs = self.update(data)
-        if self.model.input_clock is not None:
-            self.model.input_clock.add(waited)
-        return logs or {}
+        return _keras.step_function.run_batches(self.model, iterator, self.update)
 
     def update(self, data: _Distributed) -> _types.Logs:
         """One update with one effective batch; returns its logs."""
         if self._is_new(data):
             self._choose(data)
+        return retried_batches.run_until_done(
+            self.model.loss_scale_state, lambda: self._update_once(data)
+        )
+
+    def _update_once(self, data: _Distributed) -> _types.Logs:
         while True:
             try:
                 tensors = self._accumulated(data)

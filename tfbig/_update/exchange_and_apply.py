@@ -6,12 +6,14 @@ import keras
 
 from tfbig import _keras, errors
 from tfbig._update import (
+    acceptance,
     apply,
     exchange,
     gathered_weights,
     half_precision_exchange,
     own_step,
     replicas,
+    retried_batches,
     sharded_state,
     sharded_update,
 )
@@ -29,6 +31,7 @@ def apply_gradients(
     log_grad_norm: bool = False,
     exchange_dtype: str | None = None,
     exchange_bucket_bytes: int = replicas.BUCKET_BYTES,
+    update_guard: acceptance.UpdateGuard | None = None,
 ) -> apply.Update:
     """Exchanges what the replicas accumulated and applies the optimizer once.
 
@@ -50,11 +53,15 @@ def apply_gradients(
             replicas exchange them. None exchanges them as they are, and is exact.
         exchange_bucket_bytes: Gradients are exchanged in buckets of so many bytes, one after
             another. Defaults to 32 MiB.
+        update_guard: The `update_guard` of a model, which a `tfbig.callbacks.SpikeGuard` gives it,
+            or None. Of several optimizers, pass it with one.
 
     Returns:
-        An `Update`: `loss`, `is_finite`, `gradient_norm`.
+        An `Update`: `loss`, `is_finite`, `is_applied`, `gradient_norm`.
     """
     apply.check_optimizer(optimizer)
+    if loss_scale is not None and loss_scale.is_retrying:
+        raise errors.InvalidOptionError(retried_batches.NEEDS_TFBIG_STEP)
     exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
     bucket_bytes = replicas.checked_bucket_bytes(exchange_bucket_bytes)
     own_step.applies(
@@ -63,6 +70,7 @@ def apply_gradients(
         exchange_dtype,
         bucket_bytes,
         is_sharded=sharded_state.is_divided(optimizer) or replicas.count() == 1,
+        is_guarded=update_guard is not None,
     )
     return exchange_and_apply(
         optimizer,
@@ -71,6 +79,7 @@ def apply_gradients(
         needs_norm=log_grad_norm,
         exchange_dtype=exchange_dtype,
         bucket_bytes=bucket_bytes,
+        guard=update_guard,
     )
 
 
@@ -83,6 +92,7 @@ def exchange_and_apply(
     exchange_dtype: str | None,
     bucket_bytes: int,
     stop_request: StopRequest | None = None,
+    guard: acceptance.UpdateGuard | None = None,
 ) -> apply.Update:
     """Sums what the replicas accumulated, and applies or skips the update on all of them.
 
@@ -96,7 +106,9 @@ def exchange_and_apply(
         exchange_dtype: see `apply_gradients`.
         bucket_bytes: see `apply_gradients`.
         stop_request: see `exchange.all_reduce_accumulated`.
+        guard: what may leave the update out, or None.
     """
+    needs_norm = needs_norm or (guard is not None and guard.needs_norm)
     state = sharded_state.state_of(optimizer)
     if state is not None:
         return sharded_update.exchange_and_apply(
@@ -107,6 +119,7 @@ def exchange_and_apply(
             exchange_dtype=exchange_dtype,
             bucket_bytes=bucket_bytes,
             stop_request=stop_request,
+            guard=guard,
         )
     if any(gathered_weights.is_divided(v) for v in local.variables):
         raise errors.UnsupportedModelError(
@@ -116,4 +129,4 @@ def exchange_and_apply(
         )
     with _keras.stages.following(_keras.stages.in_flight_of(local.variables) is not None):
         batch = exchange.all_reduce_accumulated(local, exchange_dtype, stop_request, bucket_bytes)
-        return apply.apply_to_weights(optimizer, batch, loss_scale, needs_norm)
+        return apply.apply_to_weights(optimizer, batch, loss_scale, needs_norm, guard)

@@ -45,8 +45,9 @@ def prepare_fit(
     """A context in which `fit` may run.
 
     A callback with a method `around_fit(model, arguments)`, which returns a context
-    manager, is entered here and left however training ends. Keras calls it after all other
-    callbacks, and what its `before_others()` returns before them.
+    manager, is entered here and left however training ends. Keras calls it before all other
+    callbacks. If it restores training, Keras calls what its `before_others()` returns before
+    them, and the callback itself after them.
 
     Args:
         model: the model.
@@ -70,17 +71,23 @@ def prepare_fit(
                 stack.enter_context(_keras.shuffling.reseeded_shuffling(int(seed)))
         callbacks = _callbacks(arguments.get("callbacks"))
         around = [c for c in callbacks if hasattr(c, "around_fit")]
-        if len(around) > 1:
+        restoring = [c for c in around if hasattr(c, "before_others")]
+        if len(restoring) > 1:
             # Each would move the data to where training resumes.
             raise errors.InvalidOptionError(
                 "`callbacks` must hold only one that restores training. Received: "
-                f"{', '.join(type(c).__name__ for c in around)}."
+                f"{', '.join(type(c).__name__ for c in restoring)}."
             )
+        first = [c for c in around if c not in restoring]
+        if not first:
+            # That of an earlier `fit`.
+            model.update_guard = None
         for callback in around:
             stack.enter_context(callback.around_fit(model, arguments))
         if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
             others = [c for c in callbacks if c not in around]
-            arguments["callbacks"] = [*(c.before_others() for c in around), *others, *around]
+            before = [c.before_others() for c in restoring]
+            arguments["callbacks"] = [*before, *first, *others, *restoring]
         yield arguments
 
 

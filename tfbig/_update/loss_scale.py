@@ -36,6 +36,13 @@ class DynamicLossScale:
             first skip since the scale last grew leaves it unchanged. Defaults to 1.
         max_consecutive_skips: >= 1, skipped updates in a row after which training raises
             `LossScaleError`. Defaults to 100.
+        retry: Whether a batch whose gradient is not finite is run again at the lower scale, on all
+            replicas, instead of being lost: True for as often as the scale can be lowered, or an
+            integer >= 1 for at most so often. Only an update that is given up is a skipped update;
+            it lowers the scale once, however often it was tried, because its data are to blame.
+            With `hysteresis`, a skip that leaves the scale unchanged is not retried. Python then
+            runs the batches of `steps_per_execution` one by one. Not with a `train_step` of your
+            own. Defaults to False.
 
     Raises:
         InvalidOptionError: If a value is out of its range.
@@ -58,6 +65,7 @@ class DynamicLossScale:
     max_scale: float = 2.0**24
     hysteresis: int = 1
     max_consecutive_skips: int = 100
+    retry: bool | int = False
 
     def __post_init__(self) -> None:
         def require(valid: bool, name: str, rule: str) -> None:
@@ -80,6 +88,14 @@ class DynamicLossScale:
             "initial_scale",
             f"between min_scale={self.min_scale} and max_scale={self.max_scale}",
         )
+        is_count = isinstance(self.retry, int) and self.retry >= 1
+        require(isinstance(self.retry, bool) or is_count, "retry", "a bool or an integer >= 1")
+        require(
+            not self.retry or self.min_scale < self.max_scale,
+            "retry",
+            f"False for a scale that cannot be lowered, as with min_scale={self.min_scale} and "
+            f"max_scale={self.max_scale}",
+        )
 
     def get_config(self) -> _types.Config:
         return dataclasses.asdict(self)
@@ -97,6 +113,33 @@ def is_positive_float32(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return 2.0**-126 <= value <= 2.0**126
+
+
+class _Attempts:
+    """What is known of a batch that is tried again; between batches, nothing.
+
+    No attribute of a `SavedState` itself, which would be saved.
+
+    Attributes:
+        retries: int64 variable, how often the batch is to have been run again.
+        first_scale: float32 variable, the scale at its first attempt, if it is run again.
+    """
+
+    def __init__(self) -> None:
+        self.retries, self.first_scale = (
+            keras.Variable(
+                0,
+                dtype=dtype,
+                trainable=False,
+                aggregation="only_first_replica",
+                name=name,
+            )
+            for name, dtype in (("retries", "int64"), ("first_scale", "float32"))
+        )
+
+    def variables(self) -> list[_types.KerasVariable]:
+        """Both variables."""
+        return [self.retries, self.first_scale]
 
 
 class LossScaleState(_keras.saving.SavedState):
@@ -143,6 +186,12 @@ class LossScaleState(_keras.saving.SavedState):
                 name=name,
             )
             setattr(self, name, variable)
+        self._attempts = _Attempts() if settings.retry else None
+
+    def assigned_variables(self) -> list[_types.KerasVariable]:
+        """All variables that an update assigns, of which `variables` are saved."""
+        attempts = [] if self._attempts is None else self._attempts.variables()
+        return [*self.variables(), *attempts]
 
     def logs(self) -> _types.Logs:
         """What the logs of `fit` hold of it."""
@@ -151,27 +200,56 @@ class LossScaleState(_keras.saving.SavedState):
             "skipped_updates": tf.convert_to_tensor(self.skipped_updates.value),
         }
 
+    # --- Batches that are tried again ----------------------------------------------------
+
+    @property
+    def is_retrying(self) -> bool:
+        """Whether batches are run again at all."""
+        return self._attempts is not None
+
+    def is_pending(self) -> bool:
+        """Whether the last batch must be run again. Between updates."""
+        return self._attempts is not None and int(self._attempts.retries.numpy()) > 0
+
+    def give_up(self) -> None:
+        """Forgets a batch that was to be run again."""
+        if self._attempts is not None:
+            _keras.variables.assign_all([self._attempts.retries], [0])
+
+    def is_repeated(self, finite: _types.Tensor) -> _types.Tensor | None:
+        """Whether the update's batch will be run again, a bool scalar; None if none ever is.
+
+        To be asked before `update`.
+
+        Args:
+            finite: bool scalar, whether the gradient is finite.
+        """
+        if self._attempts is None:
+            return None
+        scale, _, _ = self._moved(finite)
+        is_lower = scale < tf.convert_to_tensor(self.loss_scale.value)
+        if self.settings.retry is True:
+            return ~finite & is_lower
+        retries = tf.convert_to_tensor(self._attempts.retries.value)
+        return ~finite & is_lower & (retries < self.settings.retry)
+
+    # --- In an update ----------------------------------------------------------------------
+
     def update(self, finite: _types.Tensor, flags: _types.Tensor) -> None:
         """Moves the scale and the counters after an update.
 
         Args:
-            finite: bool scalar, whether the update was applied.
+            finite: bool scalar, whether the gradient is finite.
             flags: bool vector, whether the gradient of each trainable variable was finite.
         """
-        settings = self.settings
-        skipped = tf.cast(~finite, tf.int64)
-        finite_updates = tf.where(finite, self.finite_updates + 1, tf.zeros((), tf.int64))
-        hysteresis = self.remaining_hysteresis - skipped
-        scale = tf.convert_to_tensor(self.loss_scale.value)
-        if not self.is_fixed:
-            grows = finite_updates >= settings.growth_interval
-            backs_off = ~finite & (hysteresis <= 0)
-            scale = tf.where(grows, scale * settings.growth_factor, scale)
-            scale = tf.where(backs_off, scale * settings.backoff_factor, scale)
-            scale = tf.clip_by_value(scale, settings.min_scale, settings.max_scale)
-            finite_updates = tf.where(grows, tf.zeros((), tf.int64), finite_updates)
-            hysteresis = tf.where(grows, tf.constant(settings.hysteresis, tf.int64), hysteresis)
-        consecutive = tf.where(finite, tf.zeros((), tf.int64), self.consecutive_skips + 1)
+        repeated = self.is_repeated(finite)
+        scale, finite_updates, hysteresis = self._moved(finite)
+        is_skipped = ~finite
+        if repeated is not None:
+            scale = self._try_again(finite, repeated, scale)
+            is_skipped &= ~repeated
+        skipped = tf.cast(is_skipped, tf.int64)
+        consecutive = tf.where(finite, tf.zeros((), tf.int64), self.consecutive_skips + skipped)
         first = tf.argmin(tf.cast(flags, tf.int32), output_type=tf.int64)
         new = {
             "loss_scale": scale,
@@ -180,15 +258,54 @@ class LossScaleState(_keras.saving.SavedState):
             "skipped_updates": self.skipped_updates + skipped,
             "consecutive_skips": consecutive,
             "first_non_finite": tf.where(
-                finite, tf.convert_to_tensor(self.first_non_finite.value), first
+                is_skipped, first, tf.convert_to_tensor(self.first_non_finite.value)
             ),
         }
         written = [
             _keras.variables.native(getattr(self, name)).assign(new[name]) for name in self._names
         ]
-        limit = tf.constant(settings.max_consecutive_skips, tf.int64)
+        limit = tf.constant(self.settings.max_consecutive_skips, tf.int64)
         with tf.control_dependencies([] if tf.executing_eagerly() else written):
             tf.debugging.assert_less(consecutive, limit, _keras.graph_errors.TOO_MANY_SKIPS)
+
+    def _moved(self, finite: _types.Tensor) -> tuple[_types.Tensor, _types.Tensor, _types.Tensor]:
+        """What an update makes of `loss_scale`, `finite_updates` and `remaining_hysteresis`."""
+        settings = self.settings
+        finite_updates = tf.where(finite, self.finite_updates + 1, tf.zeros((), tf.int64))
+        hysteresis = self.remaining_hysteresis - tf.cast(~finite, tf.int64)
+        scale = tf.convert_to_tensor(self.loss_scale.value)
+        if self.is_fixed:
+            return scale, finite_updates, hysteresis
+        grows = finite_updates >= settings.growth_interval
+        backs_off = ~finite & (hysteresis <= 0)
+        scale = tf.where(grows, scale * settings.growth_factor, scale)
+        scale = tf.where(backs_off, scale * settings.backoff_factor, scale)
+        scale = tf.clip_by_value(scale, settings.min_scale, settings.max_scale)
+        finite_updates = tf.where(grows, tf.zeros((), tf.int64), finite_updates)
+        hysteresis = tf.where(grows, tf.constant(settings.hysteresis, tf.int64), hysteresis)
+        return scale, finite_updates, hysteresis
+
+    def _try_again(
+        self, finite: _types.Tensor, repeated: _types.Tensor, lower: _types.Tensor
+    ) -> _types.Tensor:
+        """Counts the attempts at a batch, and returns the next scale.
+
+        Args:
+            finite: bool scalar, whether the gradient is finite.
+            repeated: see `is_repeated`.
+            lower: float32 scalar, the scale that would follow without further attempts.
+        """
+        attempts, settings = self._attempts, self.settings
+        assert attempts is not None
+        retries = tf.convert_to_tensor(attempts.retries.value)
+        scale = tf.convert_to_tensor(self.loss_scale.value)
+        first = tf.where(retries > 0, tf.convert_to_tensor(attempts.first_scale.value), scale)
+        after_one_skip = tf.maximum(first * settings.backoff_factor, settings.min_scale)
+        is_given_up = ~finite & ~repeated & (retries > 0)
+        retries = tf.where(repeated, retries + 1, tf.zeros((), tf.int64))
+        _keras.variables.native(attempts.retries).assign(retries)
+        _keras.variables.native(attempts.first_scale).assign(first)
+        return tf.where(is_given_up, after_one_skip, lower)
 
     def watched(
         self,

@@ -96,8 +96,8 @@ class NoiseScale(_keras.saving.SavedState):
         )
         estimates = {"variance": variance, "squared_gradient": whole - variance / samples}
         is_known = (count > 1) & tf.math.is_finite(variance)
-        if update.is_finite is not None:
-            is_known &= update.is_finite
+        if update.is_applied is not None:
+            is_known &= update.is_applied
         new = {}
         for name, estimate in estimates.items():
             # Both averages start at zero; the bias cancels in their ratio.

@@ -49,6 +49,7 @@ def applies(
     exchange_dtype: str | None,
     bucket_bytes: int,
     is_sharded: bool,
+    is_guarded: bool,
 ) -> None:
     """Records what the step passes to `apply_gradients`."""
     passed = {
@@ -57,6 +58,7 @@ def applies(
         "exchange_dtype": exchange_dtype is not None,
         "exchange_bucket_bytes": bucket_bytes != replicas.BUCKET_BYTES,
         "shard": is_sharded,
+        "update_guard": is_guarded,
     }
     _use(*(name for name, is_passed in passed.items() if is_passed))
     if not is_sharded:
@@ -120,7 +122,13 @@ def _undo(model: keras.Model) -> Callable[[], None]:
 def _error(model: StepOptions, unused: dict[str, Any]) -> errors.UnsupportedModelError:
     said = ", ".join(f"{name}={value!r}" for name, value in unused.items())
     options = option.declared(type(model))
-    remedies = [options[name].passed_on or "" for name in unused]
+    remedies = [
+        options[name].passed_on or ""
+        if name in options
+        # A callback gives it.
+        else f"{name}=self.{name} to tfbig.apply_gradients"
+        for name in unused
+    ]
     halves = f", or pass {', '.join(remedies)}" if all(remedies) else ""
     keras_scales = ""
     if "loss_scale" in unused:

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tfbig import _keras, _types
 from tfbig._update import (
+    acceptance,
     accumulators,
     apply,
     exchange,
@@ -42,6 +43,7 @@ def exchange_and_apply(
     exchange_dtype: str | None,
     bucket_bytes: int,
     stop_request: StopRequest | None = None,
+    guard: acceptance.UpdateGuard | None = None,
 ) -> apply.Update:
     """Exchanges what the replicas accumulated, and updates. In replica context.
 
@@ -53,6 +55,7 @@ def exchange_and_apply(
         exchange_dtype: see `apply.apply_gradients`.
         bucket_bytes: see `apply.apply_gradients`.
         stop_request: see `exchange.all_reduce_accumulated`.
+        guard: what may leave the update out, or None.
     """
     if all(g is None for g in local.gradients):
         # As Keras does, which here sees the gradients of one replica's pieces.
@@ -71,17 +74,17 @@ def exchange_and_apply(
     norm = update.global_norm() if needs_norm else None
     update.clip(optimizer)
     flags = None if loss_scale is None else update.finite_flags()
-    is_finite = None if flags is None else tf.reduce_all(flags)
+    decision = acceptance.decide(batch, flags, norm, loss_scale, guard)
     if is_checked:
         assertion = half_precision_exchange.assertion_of(tf.reduce_all(update.finite_flags()))
         with tf.control_dependencies([assertion]):
             update.gradients = {
                 i: accumulators.map_values(tf.identity, g) for i, g in update.gradients.items()
             }
-    update.apply(is_finite, bucket_bytes)
+    update.apply(decision.is_applied, bucket_bytes)
     if loss_scale is not None:
         apply.tell_loss_scale(loss_scale, flags)
-    return apply.finish(batch, is_finite, norm)
+    return apply.finish(batch, decision, norm)
 
 
 def _is_dense(gradient: _types.Gradient | None) -> bool:
@@ -256,11 +259,11 @@ class _ShardedUpdate:
 
     # --- Update --------------------------------------------------------------------------
 
-    def apply(self, is_finite: _types.Tensor | None, bucket_bytes: int) -> None:
+    def apply(self, is_applied: _types.Tensor | None, bucket_bytes: int) -> None:
         """Updates this replica's pieces, and hands them to all replicas.
 
         Args:
-            is_finite: whether the update is made at all; None if it is in any case.
+            is_applied: whether the update is made at all; None if it is in any case.
             bucket_bytes: bytes that are gathered at a time.
         """
         whole = self._bring(bucket_bytes)
@@ -285,9 +288,9 @@ class _ShardedUpdate:
                     self.state.optimizer, gradients, variables, values
                 )
 
-        new = updated() if is_finite is None else tf.cond(is_finite, updated, unchanged)
+        new = updated() if is_applied is None else tf.cond(is_applied, updated, unchanged)
         new_of = dict(zip(own, new, strict=True))
-        self._send_back(new_of, is_finite, bucket_bytes)
+        self._send_back(new_of, is_applied, bucket_bytes)
         self._gather(new_of, bucket_bytes)
 
     def _bring(self, bucket_bytes: int) -> dict[int, _types.Tensor]:
@@ -316,7 +319,7 @@ class _ShardedUpdate:
     def _send_back(
         self,
         new: dict[int, _types.Tensor],
-        is_finite: _types.Tensor | None,
+        is_applied: _types.Tensor | None,
         bucket_bytes: int,
     ) -> None:
         """Sends the new values of what `_bring` brought to where the pieces lie."""
@@ -326,8 +329,8 @@ class _ShardedUpdate:
             ]
             scattered = rows.scatter(tensors, bucket_bytes, tf.identity, dtype, dtype)
             for k, piece in scattered.items():
-                if is_finite is not None:
-                    piece = tf.where(is_finite, piece, self._piece_of_divided(group[k]))
+                if is_applied is not None:
+                    piece = tf.where(is_applied, piece, self._piece_of_divided(group[k]))
                 _keras.variables.own_copy(self.variables[group[k]]).assign(piece)
 
     def _piece_of_divided(self, i: int) -> _types.Tensor:

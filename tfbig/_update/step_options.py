@@ -8,6 +8,7 @@ import keras
 
 from tfbig import _keras
 from tfbig._update import (
+    acceptance,
     half_precision_exchange,
     head_option,
     noise_scale,
@@ -151,6 +152,10 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     # `NoiseScale`; None where it is not logged.
     noise_scale_state: noise_scale.NoiseScale | None = None
 
+    _update_guard: acceptance.UpdateGuard | None = None
+    # Updates that a guard skipped or took back; `optimizer.iterations` does not count them.
+    left_out_updates: int = 0
+
     def __init__(self, *args: Any, **kwargs: Any):
         options = declared(type(self))
         given = {name: v.check(kwargs.pop(name)) for name, v in options.items() if name in kwargs}
@@ -179,23 +184,37 @@ class StepOptions(_keras.trainer.TrainerOverrides):
             )
 
     @property
+    def update_guard(self) -> acceptance.UpdateGuard | None:
+        """What may leave updates out, in a `fit` with such a callback; None before the first."""
+        return self._update_guard
+
+    @update_guard.setter
+    def update_guard(self, value: acceptance.UpdateGuard | None) -> None:
+        if value is not self._update_guard:
+            self._update_guard = value
+            self._rebuild_step()
+
+    @property
     def _needs_tfbig_step(self) -> bool:
-        """Whether an option asks for what Keras's own step does not do."""
+        """Whether an option, or a guard, asks for what Keras's own step does not do."""
         options = declared(type(self)).values()
-        return any(option.needs_tfbig_step and option.is_asked(self) for option in options)
+        return self.update_guard is not None or any(
+            option.needs_tfbig_step and option.is_asked(self) for option in options
+        )
 
     def _options(self) -> dict[str, Any]:
         """The options as they are saved and handed on."""
         return {name: option.saved(self) for name, option in declared(type(self)).items()}
 
     def _asked_options(self) -> dict[str, Any]:
-        """The options that ask for anything, as they are saved."""
+        """The options that ask for anything, as they are saved; and a guard."""
         options = declared(type(self)).items()
-        return {
+        asked = {
             name: option.value(self) if (saved := option.saved(self)) is None else saved
             for name, option in options
             if option.is_asked(self)
         }
+        return asked | ({} if self.update_guard is None else {"update_guard": self.update_guard})
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Keras ignores a value that is there already; here a property may show a number that

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbig import _keras, _types
+from tfbig import _keras, _types, errors
 from tfbig._update import (
     apply,
     empty_batch,
@@ -30,6 +30,7 @@ from tfbig._update import (
     own_step,
     recomputation,
     replicas,
+    retried_batches,
     sharded_weights,
     staged_prediction,
     step_inheritance,
@@ -100,6 +101,16 @@ class TrainStep(training_checks.TrainingChecks):
 
     # --- Training ----------------------------------------------------------------
 
+    def _make_train_function(self) -> _types.AnyFunction:
+        state = self.loss_scale_state
+        if state is None or not state.is_retrying:
+            return super()._make_train_function()
+        if self._has_own_step:
+            raise errors.InvalidOptionError(retried_batches.NEEDS_TFBIG_STEP)
+        return retried_batches.RetryingStepFunction(
+            self, self._checked_train_step(), is_training=True
+        )
+
     @_keras.replica_step.returns_global_logs
     def train_step(self, data: _types.Structure) -> _types.Logs:
         """One update, with this replica's share of the effective batch."""
@@ -138,6 +149,7 @@ class TrainStep(training_checks.TrainingChecks):
             exchange_dtype=self.exchange_dtype,
             bucket_bytes=self.exchange_bucket_bytes,
             stop_request=self.stop_request,
+            guard=self.update_guard,
         )
         logs = self._report(update)
         if self.loss_scale_state is not None:

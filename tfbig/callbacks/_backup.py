@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from tfbig import _keras, _types, errors
 
-__all__ = ("Backup", "SavedBackup", "State", "path_in", "read", "remove", "write")
+__all__ = ("Backup", "SavedBackup", "State", "assign", "path_in", "read", "remove", "write")
 
 FILE = "backup.npz"
 
@@ -28,6 +28,8 @@ FILE = "backup.npz"
 FORMAT = 1
 
 _ABOUT = "about"
+
+_GUARD = "spike guard"
 
 
 @dataclasses.dataclass
@@ -60,6 +62,7 @@ class State:
         variables: the variables; those of metrics are the last.
         metrics: the variables of metrics.
         described: a line for each variable.
+        guard: the variables of a `SpikeGuard`.
 
     Raises:
         BackupError: If an optimizer that the model holds is not built.
@@ -76,12 +79,14 @@ class State:
                 )
             kind = type(optimizer).__name__
             optimizers[f"{name}, {kind}" if name else kind] = optimizer.variables
+        self.guard = [] if model.update_guard is None else model.update_guard.variables()
         groups = {
             "weight": model.weights,
             **optimizers,
             "loss scale": scale.variables() if scale is not None else [],
             "noise scale": noise.variables() if noise is not None else [],
             "seed": model.seed_states.variables(),
+            _GUARD: self.guard,
             "metric": model.metrics_variables,
         }
         self.metrics: list[_types.KerasVariable] = list(groups["metric"])
@@ -217,6 +222,34 @@ class SavedBackup:
                 f"The backup {self._path} cannot be read: {e}. The file is kept. Move it away, or "
                 "use another directory."
             ) from None
+
+
+def assign(state: State, saved: SavedBackup) -> bool:
+    """Gives the variables of a model what a backup holds; those of metrics, too.
+
+    A guard that the backup knows nothing of begins anew, and what the backup knows of one that
+    training has no longer is left out.
+
+    Returns:
+        Whether the backup is of such a model; if not, nothing is assigned.
+    """
+
+    def required(described: list[str]) -> list[str]:
+        return [line for line in described if not line.startswith(_GUARD)]
+
+    lines = saved.backup.described
+    if required(lines) != required(state.described):
+        return False
+    has_same_guard = lines == state.described
+    guard = {id(v) for v in state.guard}
+    variables = [v for v in state.variables if has_same_guard or id(v) not in guard]
+    values = (
+        value
+        for line, value in zip(lines, saved.arrays(), strict=True)
+        if has_same_guard or not line.startswith(_GUARD)
+    )
+    _keras.variables.assign_all(variables, values)
+    return True
 
 
 def read(directory: str | os.PathLike[str]) -> SavedBackup | None:

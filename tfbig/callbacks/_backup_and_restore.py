@@ -215,19 +215,18 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     def _restore_from(self, saved: _backup.SavedBackup, state: _backup.State) -> None:
         backup = saved.backup
-        if backup.described != state.described:
+        if not _backup.assign(state, saved):
             raise errors.BackupError(
                 f"The backup in {self.backup_dir} belongs to another model, optimizer or loss "
                 f"scale: {_first_difference(backup.described, state.described)}. The file is kept. "
                 "Use another directory, or the model that the backup was made from."
             )
-        _keras.variables.assign_all(state.variables, saved.arrays())
         self._epoch, self._batch = backup.epoch, backup.batch
         self._first_epoch = backup.first_epoch
         if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
             _keras.epoch_iterator.set_initial_epoch(self.model, self.params["epochs"])
             return
-        self._metrics = list(saved.arrays(len(state.variables) - len(state.metrics)))
+        self._metrics = list(saved.arrays(len(backup.described) - len(state.metrics)))
         _keras.epoch_iterator.set_initial_epoch(self.model, self._epoch)
         complete = backup.epoch - backup.first_epoch
         _keras.epoch_iterator.resume(self._data, complete, backup.batch, backup.num_batches)

@@ -62,10 +62,10 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
     scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that are
     not a single number are left out. With `pipeline`, `device_mib` and `state_mib` are those of
-    the stage that has most. `update` counts updates since the model was made,
-    including skipped ones; with an optimizer that the model does not hold, only updates of a `fit`
-    with the callback count, and the learning rate is not known. Times exclude validation and the
-    first update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
+    the stage that has most. `update` counts updates since the model was made, including those that
+    were skipped or taken back; with an optimizer that the model does not hold, only updates of a
+    `fit` with the callback count, and the learning rate is not known. Times exclude validation and
+    the first update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
 
     With several workers, all may have the callback; the chief writes.
 

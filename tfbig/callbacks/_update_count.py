@@ -14,7 +14,7 @@ _COUNTS: weakref.WeakKeyDictionary[keras.Model, tuple[int, int]] = weakref.WeakK
 
 
 class UpdateCount:
-    """The updates since the model was made, including skipped ones.
+    """The updates since the model was made, including those that were skipped or taken back.
 
     With an optimizer that the model does not hold, only those that were added to `updates`.
 
@@ -47,4 +47,6 @@ class UpdateCount:
         optimizers = [optimizer for _, optimizer in _keras.optimizer.optimizers_of(self.model)]
         optimizer = max(optimizers, key=lambda o: int(o.iterations.numpy()), default=None)
         updates = int(optimizer.iterations.numpy()) if optimizer else 0
-        return optimizer, updates + getattr(self.model, "skipped_updates", 0)
+        # A model without loss scaling has no count of skipped updates.
+        left_out = getattr(self.model, "skipped_updates", 0) + self.model.left_out_updates
+        return optimizer, updates + left_out
