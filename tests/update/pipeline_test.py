@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import os
 import re
 import sys
 import time
@@ -470,6 +472,36 @@ def test_extend_moves_a_model_and_its_optimizer(float64):
         np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_a_model_for_which_every_device_is_too_small_is_made_on_the_host(monkeypatch):
+    """The host is CPU:3 here; that variables move one at a time is counted."""
+    with tf.device("CPU:3"):
+        model = plain(keras.Model)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        model.optimizer.build(model.trainable_variables)
+    everything = [*model.trainable_variables, *model.optimizer.momentums]
+    assert {v.value.device[-1] for v in everything} == {"3"}
+    natives = {id(v.value): v.value for v in everything}
+    elements = sum(math.prod(v.shape) for v in natives.values())
+    move, held = stages.move, []
+
+    def counted(variable, *args):
+        move(variable, *args)
+        natives[id(variable.value)] = variable.value
+        values = (
+            tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in natives.values()
+        )
+        held.append(sum(int(tf.size(value)) for value in values))
+
+    monkeypatch.setattr(stages, "move", counted)
+    moved = tfbig.extend(model, pipeline=on_cpus(2))
+    # Each time, what was moved has left the host.
+    assert held == [elements] * len(everything)
+    assert {v.value.device[-1] for v in everything} == {"0", "1"}
+    before = moved.get_weights()
+    moved.fit(X, Y, batch_size=16, verbose=0)
+    assert all((a != b).any() for a, b in zip(moved.get_weights(), before, strict=True))
+
+
 def test_files_hold_no_devices(tmp_path):
     model, values, _ = train("plain", pipeline=on_cpus(4))
     model.save(tmp_path / "model.keras")
@@ -799,6 +831,15 @@ def test_stages_are_as_busy_as_can_be():
     assert re.search(r"Received: \S*/calling_1/PyFunc \(PyFunc\)", warning)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a core for each stage")
+def test_two_stages_compute_at_the_same_time():
+    """Two cores, one thread each, against one stage after the other on one."""
+    found = measured("cores")
+    # The bubble alone allows (16 + 1) / (2 * 16) = 0.53.
+    assert found["ratio"] <= 0.65, found
+
+
 # Other load on the machine changes when memory is freed, and so what a process takes.
 @pytest.mark.slow
 def test_memory_follows_what_is_in_flight():
@@ -1081,13 +1122,37 @@ def test_other_numbers_of_devices_than_of_replicas():
     [
         ({}, {"jit_compile": True}, "`jit_compile=True` does not go with `pipeline`"),
         ({}, {"run_eagerly": True}, "`run_eagerly=True` does not go with `pipeline`"),
-        ({"shard": "optimizer"}, {}, "`shard='optimizer'` does not go with `pipeline`"),
+        (
+            {"shard": "optimizer"},
+            {},
+            "`shard='optimizer'` does not go with `pipeline`.*Use more stages or `recompute`",
+        ),
         ({"micro_batch_size": "auto"}, {}, "`micro_batch_size='auto'` does not go"),
     ],
 )
 def test_options_that_do_not_go_with_stages(options, compiled, message):
     with pytest.raises(errors.InvalidOptionError, match=message):
         skips(tfbig.Model, pipeline=on_cpus(), **options).compile("sgd", "mse", **compiled)
+
+
+def test_divided_weights_do_not_go_with_stages():
+    strategy = make_strategy("mirrored_2")
+    pipeline = on_cpus(2, 2)
+    with (
+        tfbig.distribute.sharded_weights(strategy),
+        pytest.raises(errors.InvalidOptionError, match="outside of `sharded_weights`"),
+        pipeline.stage(0),
+    ):
+        pass
+    with tfbig.distribute.sharded_weights(strategy):
+        x = h = keras.Input((16,))
+        for _ in range(2):
+            h = layers.Dense(1024)(h)
+    with (
+        strategy.scope(),
+        pytest.raises(errors.InvalidOptionError, match="`shard='weights'` does not go"),
+    ):
+        tfbig.Model(x, h, pipeline=pipeline)
 
 
 def test_options_of_replicas_that_do_not_go_with_stages():

@@ -8,7 +8,7 @@ import keras
 
 from tfbig import _keras, _log, _types, errors
 from tfbig._keras.stages import Stage
-from tfbig._update import option, stage_cut
+from tfbig._update import gathered_weights, option, stage_cut
 from tfbig.distribute._pipeline import Pipeline
 
 __all__ = ("apply", "check_before_run", "checked", "say_bubble", "update")
@@ -107,8 +107,14 @@ def _refuse_others(model: Any) -> None:  # Any: as above.
             "`exchange_dtype` does not go with `pipeline`: each stage exchanges the gradients of "
             f"its variables as they are. Received: exchange_dtype={model.exchange_dtype!r}."
         )
+    is_divided = any(gathered_weights.is_divided(v) for v in model.variables)
     given = {
-        "shard": (model.shard, "stages divide the model already; leave one of them out"),
+        "shard": (
+            "weights" if is_divided else model.shard,
+            "a stage has the weights and the optimizer state of its layers whole, on each "
+            "replica. Use more stages or `recompute` if they do not fit, or leave one of the two "
+            "out",
+        ),
         "micro_batch_size": (
             "auto" if is_automatic else None,
             "it watches the memory of one device; pass a number",
