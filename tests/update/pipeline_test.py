@@ -20,7 +20,7 @@ from tests import job
 from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig import errors
-from tfbig._keras import stages, variables, work
+from tfbig._keras import devices, stages, variables, work
 from tfbig._update import stage_cut
 from tfbig.distribute import Pipeline
 
@@ -211,8 +211,10 @@ def test_several_steps_per_execution(float64):
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_replicas_of_stages(optimizer, float64):
-    options = {"pipeline": on_cpus(2, 2), "gradient_accumulation_steps": 3}
-    found = train("masks", optimizer, strategy="mirrored_2", **options)
+    # Several buckets for each stage.
+    options = {"gradient_accumulation_steps": 3, "exchange_bucket_bytes": 1000}
+    pipeline = on_cpus(2, 2)
+    found = train("masks", optimizer, strategy="mirrored_2", pipeline=pipeline, **options)
     assert_same(found, train("masks", optimizer, keras.Model))
     model = found[0]
     ends = {stage: {d[-1] for d in devices} for stage, devices in devices_of(model).items()}
@@ -237,6 +239,21 @@ def test_a_gradient_that_is_not_finite_skips_on_all_stages():
     for a, b in zip(after, before, strict=True):
         np.testing.assert_array_equal(a, b)
     assert int(model.loss_scale_state.skipped_updates.numpy()) == 1
+
+
+def test_float16_and_a_scale_that_moves():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        # At the first of these scales, gradients overflow.
+        scale = tfbig.DynamicLossScale(initial_scale=2.0**22, backoff_factor=0.25)
+        options = {"gradient_accumulation_steps": 4, "loss_scale": scale}
+        found, expected = (train("plain", **options | o) for o in ({"pipeline": on_cpus()}, {}))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert found[0].compute_dtype == "float16"
+    assert found[0].skipped_updates == expected[0].skipped_updates > 0
+    assert found[0].loss_scale == expected[0].loss_scale
+    assert_same(found, expected, tolerance=0)
 
 
 class OwnStep(tfbig.Model):
@@ -990,6 +1007,12 @@ def test_numbers_that_are_none(name, value):
 def test_a_device_that_does_not_exist():
     with pytest.raises(errors.InvalidOptionError, match=r"'CPU:7'. There are .*CPU:3"):
         skips(tfbig.Model, pipeline=Pipeline(["CPU:0", "CPU:7"]))
+
+
+def test_the_cores_of_a_tpu_are_no_stages(monkeypatch):
+    monkeypatch.setattr(devices, "is_tpu", lambda strategy: True)
+    with pytest.raises(errors.UnsupportedStrategyError, match="Leave `pipeline` out"):
+        skips(tfbig.Model, pipeline=on_cpus())
 
 
 def test_a_stage_that_does_not_exist():
