@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -128,14 +129,47 @@ def busy(number, micro_batches, last=None, **kwargs):
         begin = time.perf_counter()
         model.train_on_batch(batch, batch)
         least = min(least, time.perf_counter() - begin)
-    ideal = (micro_batches + number - 1) * (FORWARD + BACKWARD)
+    passes = micro_batches + number - 1
+    ideal = passes * (FORWARD + BACKWARD)
+    held = [d.most for d in devices]
+    prediction = None if last is not None else of_prediction(model, batch) / (passes * FORWARD)
     failed = False
     if last is Asserting:
         try:
             model.train_on_batch(batch * 1e10, batch)
         except tf.errors.InvalidArgumentError:
             failed = True
-    return {"ratio": least / ideal, "held": [d.most for d in devices], "failed": failed}
+    bubbles = [] if last is not None else bubbles_of(model, batch)
+    return {
+        "ratio": least / ideal,
+        "prediction": prediction,
+        "held": held,
+        "failed": failed,
+        "bubbles": bubbles,
+    }
+
+
+def of_prediction(model, batch):
+    """The least time of a prediction."""
+    model.predict_on_batch(batch)
+    least = float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        model.predict_on_batch(batch)
+        least = min(least, time.perf_counter() - begin)
+    return least
+
+
+def bubbles_of(model, batch):
+    """What the monitor measures in each of several updates."""
+    import tfbig
+
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"frequency": 1, "plot": False, "tensorboard": False}
+        monitor = tfbig.callbacks.TrainingMonitor(directory, **options)
+        data = np.tile(batch, (5, 1))
+        model.fit(data, data, batch_size=len(batch), verbose=0, callbacks=[monitor])
+    return [row["bubble"] for row in monitor.rows]
 
 
 def times():

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from tensorflow.python.eager import context
+from tensorflow.python.framework import config as tf_config
 
 import tfbig
 from tests import job
@@ -581,6 +582,52 @@ def test_the_monitor_tells_of_the_stage_that_holds_most(tmp_path):
     assert len(sizes) == 2
     # Counters are there as well.
     assert all(max(sizes.values()) <= size <= max(sizes.values()) + 100 for size in found)
+    # Without a monitor, stages are not timed.
+    with_clocks = model.train_function
+    model.fit(X, Y, batch_size=16, verbose=0)
+    assert model.stage_clock is None
+    assert model.train_function is not with_clocks
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "compiled"),
+    [
+        ("plain", "default", {"steps_per_execution": 2}),
+        pytest.param("skips", "default", {}, marks=pytest.mark.slow),
+        pytest.param("masks", "mirrored_2", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_stages_are_timed_for_a_monitor_and_nothing_else_changes(
+    name, strategy, compiled, tmp_path, float64
+):
+    make, x, y, loss = PROGRAMS[name]
+
+    def trained(*callbacks):
+        keras.utils.set_random_seed(1)
+        with make_strategy(strategy).scope():
+            pipeline = on_cpus(2, 2 if strategy == "mirrored_2" else 1)
+            model = make(tfbig.Model, pipeline=pipeline, gradient_accumulation_steps=3)
+            loss_of_model = loss() if loss is crossentropy else loss
+            model.compile(OPTIMIZERS["adamw"](), loss_of_model, **compiled)
+        model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0, callbacks=[*callbacks])
+        return model
+
+    monitor = tfbig.callbacks.TrainingMonitor(tmp_path, frequency=1, plot=False, tensorboard=False)
+    model, expected = trained(monitor), trained()
+    assert all(0 < row["bubble"] < 1 for row in monitor.rows)
+    # TensorFlow does not join operations whose results are timed, and rounds otherwise.
+    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_stages_are_not_timed_without_a_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf_config, "is_op_determinism_enabled", lambda: True)
+    monitor = tfbig.callbacks.TrainingMonitor(tmp_path, frequency=1, plot=False, tensorboard=False)
+    model = plain(tfbig.Model, pipeline=on_cpus(2))
+    model.compile("sgd", "mse")
+    model.fit(X[:16], Y[:16], batch_size=16, verbose=0, callbacks=[monitor])
+    assert model.stage_clock is None
+    assert "bubble" not in monitor.rows[0]
 
 
 def test_stages_that_were_chosen_are_chosen_again(float64):
@@ -835,9 +882,18 @@ def test_stages_are_as_busy_as_can_be():
         found = times[str(number)]
         assert 1 <= found["ratio"] <= bar
         assert found["held"] == [number + 1 - i for i in range(number)]
-    # With one in flight, one stage runs after the other.
+        # A device that is ready but does not sleep yet counts as busy; that adds up to at most the
+        # time by which an update exceeds the ideal.
+        ideal = (number - 1) / (3 * number + number - 1)
+        bubbles = found["bubbles"]
+        # Other load may change some of them.
+        assert any(ideal - (bar - 1) <= b <= 1 - (1 - ideal) / bar for b in bubbles), bubbles
+    # With one in flight, one stage runs after the other, and half of all waits.
     assert times["one in flight"]["ratio"] >= 6 * 2 / (6 + 1)
+    assert np.median(times["one in flight"]["bubbles"]) == pytest.approx(0.5, abs=0.05)
     assert times["one in flight"]["held"] == [1, 1]
+    # Predictions follow one another through the stages, too: in turn, it would be 12 / 7.
+    assert 1 <= times["2"]["prediction"] <= 1.3
     # TensorFlow would wait for a conditional or a loop that reads a weight, and for assertions.
     assert times["branching"]["ratio"] <= 1.10
     assert times["asserting"]["ratio"] <= 1.10

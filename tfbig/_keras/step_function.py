@@ -1,5 +1,6 @@
 """Keras's loop of several steps fails under `MirroredStrategy`; this one has no nested function."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import keras
@@ -9,6 +10,17 @@ from tfbig import _types
 from tfbig._keras import replica_step
 from tfbig._keras.batches import without_optionals
 from tfbig._keras.input_clock import timed
+
+
+def counting_traces(model: keras.Model, function: _types.AnyFunction) -> _types.AnyFunction:
+    """A function to be traced, which counts in `model.traces` how often it is."""
+
+    @functools.wraps(function)
+    def counted(*args: _types.Structure) -> _types.Structure:
+        model.traces += 1
+        return function(*args)
+
+    return counted
 
 
 class StepFunction:
@@ -48,6 +60,8 @@ class StepFunction:
     def _program(self, function: _types.AnyFunction) -> _types.AnyFunction:
         if self.model.run_eagerly:
             return function
+        if self.is_training:
+            function = counting_traces(self.model, function)
         program: _types.AnyFunction = tf.function(function, reduce_retracing=True, autograph=False)
         return program
 
