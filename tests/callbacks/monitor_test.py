@@ -201,7 +201,7 @@ def test_plots_are_drawn_during_training_if_that_takes_little_time(tmp_path, mon
     clock, drawn = Clock(monkeypatch), []
     callback = monitor(tmp_path, plot=True)
 
-    def draw(rows, path):
+    def draw(rows, path, goodput):
         drawn.append(rows[-1]["update"])
         path.write_text(f"{len(drawn)}")
         clock.advance(2.0)
@@ -215,7 +215,11 @@ def test_plots_are_drawn_during_training_if_that_takes_little_time(tmp_path, mon
     # drawing took, and at the end.
     assert drawn == [8, 24, 40, 40]
     assert (tmp_path / "training.png").read_text() == "4"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["training.csv", "training.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "goodput.csv",
+        "training.csv",
+        "training.png",
+    ]
 
 
 def test_resumed_training_appends_its_rows(tmp_path):

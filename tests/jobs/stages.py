@@ -1,15 +1,21 @@
 """Measures pipelines in a process of its own: how long stages wait, and what memory they take.
 
-    stages.py times|memory
+    stages.py times|memory|cores
 
 Prints a line of JSON. Layers that hold their device and sleep take a thread each, as those of
-accelerators do not, so that TensorFlow needs more threads than there are cores.
+accelerators do not, so that TensorFlow needs more threads than there are cores. "cores" is about
+layers that compute: two stages on two cores against one stage after the other, in two processes
+that take turns, so that other load on the machine slows both.
 """
 
+import contextlib
 import functools
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -123,14 +129,47 @@ def busy(number, micro_batches, last=None, **kwargs):
         begin = time.perf_counter()
         model.train_on_batch(batch, batch)
         least = min(least, time.perf_counter() - begin)
-    ideal = (micro_batches + number - 1) * (FORWARD + BACKWARD)
+    passes = micro_batches + number - 1
+    ideal = passes * (FORWARD + BACKWARD)
+    held = [d.most for d in devices]
+    prediction = None if last is not None else of_prediction(model, batch) / (passes * FORWARD)
     failed = False
     if last is Asserting:
         try:
             model.train_on_batch(batch * 1e10, batch)
         except tf.errors.InvalidArgumentError:
             failed = True
-    return {"ratio": least / ideal, "held": [d.most for d in devices], "failed": failed}
+    bubbles = [] if last is not None else bubbles_of(model, batch)
+    return {
+        "ratio": least / ideal,
+        "prediction": prediction,
+        "held": held,
+        "failed": failed,
+        "bubbles": bubbles,
+    }
+
+
+def of_prediction(model, batch):
+    """The least time of a prediction."""
+    model.predict_on_batch(batch)
+    least = float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        model.predict_on_batch(batch)
+        least = min(least, time.perf_counter() - begin)
+    return least
+
+
+def bubbles_of(model, batch):
+    """What the monitor measures in each of several updates."""
+    import tfbig
+
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"frequency": 1, "plot": False, "tensorboard": False}
+        monitor = tfbig.callbacks.TrainingMonitor(directory, **options)
+        data = np.tile(batch, (5, 1))
+        model.fit(data, data, batch_size=len(batch), verbose=0, callbacks=[monitor])
+    return [row["bubble"] for row in monitor.rows]
 
 
 def times():
@@ -194,13 +233,68 @@ def memory():
     }
 
 
-def main(what):
+def cores(rounds=15):
+    """Seconds of an update: of two stages at the same time, and of one after the other."""
+    command = [sys.executable, __file__, "computing"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen([*command, f"{n}"], **pipes)) for n in (2, 1)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        taken = []
+        for i in range(rounds):
+            pair = {}
+            # Each comes first as often as the other.
+            for process in processes if i % 2 else reversed(processes):
+                process.stdin.write("update\n")
+                pair[process] = float(process.stdout.readline())
+            taken.append([pair[process] for process in processes])
+    together, in_turn = zip(*taken[1:], strict=True)
+    return {
+        "ratio": statistics.median(a / b for a, b in taken[1:]),
+        "together": together,
+        "in turn": in_turn,
+        "load": os.getloadavg(),
+    }
+
+
+def computing(threads):
+    """For each line that it reads, makes an update of two stages, and prints how long it took.
+
+    Args:
+        threads: how many stages compute at the same time, each with one thread.
+    """
+    import tfbig
+
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    pipeline = pipeline_on(2, in_flight=None if threads > 1 else 1)
+    x = h = keras.Input((768,))
+    for i in range(2):
+        with pipeline.stage(i):
+            for _ in range(4):
+                h = layers.Dense(768, "relu")(h)
+    model = tfbig.Model(x, h, gradient_accumulation_steps=16, pipeline=pipeline)
+    model.compile("sgd", "mse")
+    batch = np.ones((16 * 64, 768), "float32")
+    model.train_on_batch(batch, batch)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        model.train_on_batch(batch, batch)
+        print(time.perf_counter() - begin, flush=True)
+
+
+def main(what, *arguments):
     tf.config.threading.set_inter_op_parallelism_threads(16)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
     )
-    print(json.dumps({"times": times, "memory": memory}[what]()))
+    if what == "computing":
+        computing(*map(int, arguments))
+    else:
+        print(json.dumps({"times": times, "memory": memory, "cores": cores}[what]()))
 
 
 if __name__ == "__main__":

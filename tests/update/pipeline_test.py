@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import os
 import re
 import sys
 import time
@@ -12,13 +14,14 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from tensorflow.python.eager import context
+from tensorflow.python.framework import config as tf_config
 
 import tfbig
 from tests import job
 from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig import errors
-from tfbig._keras import stages, variables, work
+from tfbig._keras import devices, stages, variables, work
 from tfbig._update import stage_cut
 from tfbig.distribute import Pipeline
 
@@ -209,8 +212,10 @@ def test_several_steps_per_execution(float64):
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_replicas_of_stages(optimizer, float64):
-    options = {"pipeline": on_cpus(2, 2), "gradient_accumulation_steps": 3}
-    found = train("masks", optimizer, strategy="mirrored_2", **options)
+    # Several buckets for each stage.
+    options = {"gradient_accumulation_steps": 3, "exchange_bucket_bytes": 1000}
+    pipeline = on_cpus(2, 2)
+    found = train("masks", optimizer, strategy="mirrored_2", pipeline=pipeline, **options)
     assert_same(found, train("masks", optimizer, keras.Model))
     model = found[0]
     ends = {stage: {d[-1] for d in devices} for stage, devices in devices_of(model).items()}
@@ -235,6 +240,21 @@ def test_a_gradient_that_is_not_finite_skips_on_all_stages():
     for a, b in zip(after, before, strict=True):
         np.testing.assert_array_equal(a, b)
     assert int(model.loss_scale_state.skipped_updates.numpy()) == 1
+
+
+def test_float16_and_a_scale_that_moves():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        # At the first of these scales, gradients overflow.
+        scale = tfbig.DynamicLossScale(initial_scale=2.0**22, backoff_factor=0.25)
+        options = {"gradient_accumulation_steps": 4, "loss_scale": scale}
+        found, expected = (train("plain", **options | o) for o in ({"pipeline": on_cpus()}, {}))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert found[0].compute_dtype == "float16"
+    assert found[0].skipped_updates == expected[0].skipped_updates > 0
+    assert found[0].loss_scale == expected[0].loss_scale
+    assert_same(found, expected, tolerance=0)
 
 
 class OwnStep(tfbig.Model):
@@ -470,6 +490,36 @@ def test_extend_moves_a_model_and_its_optimizer(float64):
         np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def test_a_model_for_which_every_device_is_too_small_is_made_on_the_host(monkeypatch):
+    """The host is CPU:3 here; that variables move one at a time is counted."""
+    with tf.device("CPU:3"):
+        model = plain(keras.Model)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        model.optimizer.build(model.trainable_variables)
+    everything = [*model.trainable_variables, *model.optimizer.momentums]
+    assert {v.value.device[-1] for v in everything} == {"3"}
+    natives = {id(v.value): v.value for v in everything}
+    elements = sum(math.prod(v.shape) for v in natives.values())
+    move, held = stages.move, []
+
+    def counted(variable, *args):
+        move(variable, *args)
+        natives[id(variable.value)] = variable.value
+        values = (
+            tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in natives.values()
+        )
+        held.append(sum(int(tf.size(value)) for value in values))
+
+    monkeypatch.setattr(stages, "move", counted)
+    moved = tfbig.extend(model, pipeline=on_cpus(2))
+    # Each time, what was moved has left the host.
+    assert held == [elements] * len(everything)
+    assert {v.value.device[-1] for v in everything} == {"0", "1"}
+    before = moved.get_weights()
+    moved.fit(X, Y, batch_size=16, verbose=0)
+    assert all((a != b).any() for a, b in zip(moved.get_weights(), before, strict=True))
+
+
 def test_files_hold_no_devices(tmp_path):
     model, values, _ = train("plain", pipeline=on_cpus(4))
     model.save(tmp_path / "model.keras")
@@ -532,6 +582,52 @@ def test_the_monitor_tells_of_the_stage_that_holds_most(tmp_path):
     assert len(sizes) == 2
     # Counters are there as well.
     assert all(max(sizes.values()) <= size <= max(sizes.values()) + 100 for size in found)
+    # Without a monitor, stages are not timed.
+    with_clocks = model.train_function
+    model.fit(X, Y, batch_size=16, verbose=0)
+    assert model.stage_clock is None
+    assert model.train_function is not with_clocks
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "compiled"),
+    [
+        ("plain", "default", {"steps_per_execution": 2}),
+        pytest.param("skips", "default", {}, marks=pytest.mark.slow),
+        pytest.param("masks", "mirrored_2", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_stages_are_timed_for_a_monitor_and_nothing_else_changes(
+    name, strategy, compiled, tmp_path, float64
+):
+    make, x, y, loss = PROGRAMS[name]
+
+    def trained(*callbacks):
+        keras.utils.set_random_seed(1)
+        with make_strategy(strategy).scope():
+            pipeline = on_cpus(2, 2 if strategy == "mirrored_2" else 1)
+            model = make(tfbig.Model, pipeline=pipeline, gradient_accumulation_steps=3)
+            loss_of_model = loss() if loss is crossentropy else loss
+            model.compile(OPTIMIZERS["adamw"](), loss_of_model, **compiled)
+        model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0, callbacks=[*callbacks])
+        return model
+
+    monitor = tfbig.callbacks.TrainingMonitor(tmp_path, frequency=1, plot=False, tensorboard=False)
+    model, expected = trained(monitor), trained()
+    assert all(0 < row["bubble"] < 1 for row in monitor.rows)
+    # TensorFlow does not join operations whose results are timed, and rounds otherwise.
+    for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_stages_are_not_timed_without_a_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf_config, "is_op_determinism_enabled", lambda: True)
+    monitor = tfbig.callbacks.TrainingMonitor(tmp_path, frequency=1, plot=False, tensorboard=False)
+    model = plain(tfbig.Model, pipeline=on_cpus(2))
+    model.compile("sgd", "mse")
+    model.fit(X[:16], Y[:16], batch_size=16, verbose=0, callbacks=[monitor])
+    assert model.stage_clock is None
+    assert "bubble" not in monitor.rows[0]
 
 
 def test_stages_that_were_chosen_are_chosen_again(float64):
@@ -786,9 +882,18 @@ def test_stages_are_as_busy_as_can_be():
         found = times[str(number)]
         assert 1 <= found["ratio"] <= bar
         assert found["held"] == [number + 1 - i for i in range(number)]
-    # With one in flight, one stage runs after the other.
+        # A device that is ready but does not sleep yet counts as busy; that adds up to at most the
+        # time by which an update exceeds the ideal.
+        ideal = (number - 1) / (3 * number + number - 1)
+        bubbles = found["bubbles"]
+        # Other load may change some of them.
+        assert any(ideal - (bar - 1) <= b <= 1 - (1 - ideal) / bar for b in bubbles), bubbles
+    # With one in flight, one stage runs after the other, and half of all waits.
     assert times["one in flight"]["ratio"] >= 6 * 2 / (6 + 1)
+    assert np.median(times["one in flight"]["bubbles"]) == pytest.approx(0.5, abs=0.05)
     assert times["one in flight"]["held"] == [1, 1]
+    # Predictions follow one another through the stages, too: in turn, it would be 12 / 7.
+    assert 1 <= times["2"]["prediction"] <= 1.3
     # TensorFlow would wait for a conditional or a loop that reads a weight, and for assertions.
     assert times["branching"]["ratio"] <= 1.10
     assert times["asserting"]["ratio"] <= 1.10
@@ -797,6 +902,15 @@ def test_stages_are_as_busy_as_can_be():
     assert times["calling"]["ratio"] >= 1.4
     (warning,) = times["warnings"]
     assert re.search(r"Received: \S*/calling_1/PyFunc \(PyFunc\)", warning)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a core for each stage")
+def test_two_stages_compute_at_the_same_time():
+    """Two cores, one thread each, against one stage after the other on one."""
+    found = measured("cores")
+    # The bubble alone allows (16 + 1) / (2 * 16) = 0.53.
+    assert found["ratio"] <= 0.65, found
 
 
 # Other load on the machine changes when memory is freed, and so what a process takes.
@@ -951,6 +1065,12 @@ def test_a_device_that_does_not_exist():
         skips(tfbig.Model, pipeline=Pipeline(["CPU:0", "CPU:7"]))
 
 
+def test_the_cores_of_a_tpu_are_no_stages(monkeypatch):
+    monkeypatch.setattr(devices, "is_tpu", lambda strategy: True)
+    with pytest.raises(errors.UnsupportedStrategyError, match="Leave `pipeline` out"):
+        skips(tfbig.Model, pipeline=on_cpus())
+
+
 def test_a_stage_that_does_not_exist():
     for index in (2, -1, "0"):
         with pytest.raises(errors.InvalidOptionError, match="from 0 to 1"), on_cpus().stage(index):
@@ -1081,13 +1201,37 @@ def test_other_numbers_of_devices_than_of_replicas():
     [
         ({}, {"jit_compile": True}, "`jit_compile=True` does not go with `pipeline`"),
         ({}, {"run_eagerly": True}, "`run_eagerly=True` does not go with `pipeline`"),
-        ({"shard": "optimizer"}, {}, "`shard='optimizer'` does not go with `pipeline`"),
+        (
+            {"shard": "optimizer"},
+            {},
+            "`shard='optimizer'` does not go with `pipeline`.*Use more stages or `recompute`",
+        ),
         ({"micro_batch_size": "auto"}, {}, "`micro_batch_size='auto'` does not go"),
     ],
 )
 def test_options_that_do_not_go_with_stages(options, compiled, message):
     with pytest.raises(errors.InvalidOptionError, match=message):
         skips(tfbig.Model, pipeline=on_cpus(), **options).compile("sgd", "mse", **compiled)
+
+
+def test_divided_weights_do_not_go_with_stages():
+    strategy = make_strategy("mirrored_2")
+    pipeline = on_cpus(2, 2)
+    with (
+        tfbig.distribute.sharded_weights(strategy),
+        pytest.raises(errors.InvalidOptionError, match="outside of `sharded_weights`"),
+        pipeline.stage(0),
+    ):
+        pass
+    with tfbig.distribute.sharded_weights(strategy):
+        x = h = keras.Input((16,))
+        for _ in range(2):
+            h = layers.Dense(1024)(h)
+    with (
+        strategy.scope(),
+        pytest.raises(errors.InvalidOptionError, match="`shard='weights'` does not go"),
+    ):
+        tfbig.Model(x, h, pipeline=pipeline)
 
 
 def test_options_of_replicas_that_do_not_go_with_stages():

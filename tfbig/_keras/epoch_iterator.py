@@ -11,6 +11,8 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 
 from tfbig import _types
 from tfbig._keras import datasets
+from tfbig._keras.batches import specs_of_one_replica
+from tfbig._keras.padding import data_of
 
 # A step, the last step of the same execution, and the iterator that yields their batches.
 _Execution: TypeAlias = tuple[int, int, Iterator[_types.Structure]]
@@ -35,6 +37,11 @@ def effective_batch_size(iterator: EpochIterator) -> int | None:
         if variant is not None:
             size = int(tf.raw_ops.ComputeBatchSize(input_dataset=variant))
     return size if size is not None and size > 0 else None
+
+
+def specs_of(iterator: EpochIterator) -> _types.Structure:
+    """The specification of the data of a replica's batch, as `fit` was given them."""
+    return data_of(specs_of_one_replica(iterator._distributed_dataset))
 
 
 def is_generated(iterator: EpochIterator) -> bool:

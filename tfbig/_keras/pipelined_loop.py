@@ -24,7 +24,7 @@ __all__ = ("while_loop",)
 _READ_ONLY = frozenset(
     [
         *("LookupTableFindV2", "LookupTableSizeV2", "ReadVariableOp", "ResourceGather"),
-        *("ResourceGatherNd", "VarIsInitializedOp", "VariableShape"),
+        *("ResourceGatherNd", "Timestamp", "VarIsInitializedOp", "VariableShape"),
     ]
 )
 

@@ -1,5 +1,6 @@
 """Keras gives a batch whole to each replica and averages their logs; here both are of one batch."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from tfbig import _types
 from tfbig._keras.batches import batch_size, is_distributed, slice_samples
+from tfbig._keras.thread import holding
 from tfbig._keras.variables import is_summed
 
 # A step: a function of a replica's share of a batch, which returns logs.
@@ -43,6 +45,12 @@ def share_of_replica(data: _types.Structure) -> _types.Structure:
     return slice_samples(data, begin, end - begin)
 
 
+def _timed(clock: object, step: _types.AnyFunction, data: _types.Structure) -> _types.Structure:
+    """Runs a step with a `StageClock`, in the thread of the replica."""
+    with holding("stage_clock", clock):
+        return step(data)
+
+
 def run(
     model: keras.Model,
     replica_step: Callable[[_types.Structure], _types.Structure],
@@ -58,14 +66,15 @@ def run(
         is_share: whether `data` is what another step returned on each replica, and not a batch.
     """
     strategy = model.distribute_strategy
+    timed_step = functools.partial(_timed, model.stage_clock, replica_step)
     if strategy.num_replicas_in_sync == 1:
-        return strategy.run(replica_step, args=(data,))
+        return strategy.run(timed_step, args=(data,))
     is_global = has_global_logs(replica_step) and all(is_summed(v) for v in model.metrics_variables)
 
     is_cut = is_share or is_distributed(data)
 
     def step(data: _types.Structure) -> _types.Structure:
-        logs = replica_step(data if is_cut else share_of_replica(data))
+        logs = timed_step(data if is_cut else share_of_replica(data))
         if is_global or not logs:
             return logs
         dtype = "float64" if keras.config.floatx() == "float64" else "float32"

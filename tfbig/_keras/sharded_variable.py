@@ -26,6 +26,7 @@ __all__ = (
     "bytes_on_a_replica",
     "divide",
     "initialized_by",
+    "is_dividing",
     "make_whole",
 )
 
@@ -358,6 +359,11 @@ def initialized_by(
 
     with holding("initialize", initialize):
         yield
+
+
+def is_dividing() -> bool:
+    """Whether variables that this thread makes are divided."""
+    return current("initialize") is not None
 
 
 _initialize_of_keras = keras.Variable._initialize_with_initializer

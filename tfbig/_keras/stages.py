@@ -193,10 +193,15 @@ def taking_turns(
 def _placed(call: _types.AnyFunction) -> _types.AnyFunction:
     @functools.wraps(call)
     def placed(self: Operation, *args: object, **kwargs: object) -> _types.Structure:
-        if stage_of(self) is None:
+        stage = stage_of(self)
+        if stage is None:
             return call(self, *args, **kwargs)
+        passes = current("passes")
         with placing(self):
-            return call(self, *args, **kwargs)
+            if passes is None:
+                return call(self, *args, **kwargs)
+            run = functools.partial(call, self, *args, **kwargs)
+            return passes.call(self, stage, run, (args, kwargs))
 
     return placed
 

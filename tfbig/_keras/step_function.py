@@ -1,5 +1,6 @@
 """Keras's loop of several steps fails under `MirroredStrategy`; this one has no nested function."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -41,6 +42,17 @@ def run_batches(
     return logs or {}
 
 
+def counting_traces(model: keras.Model, function: _types.AnyFunction) -> _types.AnyFunction:
+    """A function to be traced, which counts in `model.traces` how often it is."""
+
+    @functools.wraps(function)
+    def counted(*args: _types.Structure) -> _types.Structure:
+        model.traces += 1
+        return function(*args)
+
+    return counted
+
+
 class StepFunction:
     """What `model.train_function` or `model.test_function` is: runs steps on an iterator's data.
 
@@ -78,6 +90,8 @@ class StepFunction:
     def _program(self, function: _types.AnyFunction) -> _types.AnyFunction:
         if self.model.run_eagerly:
             return function
+        if self.is_training:
+            function = counting_traces(self.model, function)
         program: _types.AnyFunction = tf.function(function, reduce_retracing=True, autograph=False)
         return program
 

@@ -27,6 +27,7 @@ from tfbig._keras.finished_iterators import released
 from tfbig._keras.input_clock import InputClock
 from tfbig._keras.losses import added_loss, check_is_scalar
 from tfbig._keras.padding import check_divides, data_of, fix_batch_size
+from tfbig._keras.stage_clock import StageClock
 from tfbig._keras.step_function import StepFunction
 
 
@@ -54,6 +55,10 @@ class TrainerOverrides(CompileHooks):
     _training_batch_size: int | None = None
     # Set by a callback that reads it; None while none does.
     input_clock: InputClock | None = None
+    # How often a function that trains was traced.
+    traces = 0
+    # Of the passes of a pipeline's stages; None while nobody reads it.
+    stage_clock: StageClock | None = None
 
     @property
     def batch_size_of_updates(self) -> int | None:

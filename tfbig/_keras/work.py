@@ -15,7 +15,7 @@ from tfbig._keras.saving import Functional
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
 
-__all__ = ("calls_of", "floating_point_operations")
+__all__ = ("calls_of", "floating_point_operations", "products_of_forward_pass")
 
 # As types, which what comes from Keras has none of for mypy.
 _CHAINS: tuple[type, ...] = (Functional, keras.Sequential)
@@ -76,6 +76,28 @@ def floating_point_operations(model: keras.Model, calls: Iterable[Operation]) ->
     return meter.work
 
 
+def products_of_forward_pass(
+    model: keras.Model, specs: _types.Structure, layers: Iterable[Operation] = ()
+) -> tuple[float, float]:
+    """The work of matrix products and convolutions for one sample: of a model, and of some layers.
+
+    Args:
+        model: any built model; it is traced, and nothing runs.
+        specs: what its `call` takes, with a batch of one sample. A dimension that is not known
+            counts as 128.
+        layers: the layers, none inside another.
+    """
+    meter = _Meter({id(layer) for layer in layers}, are_all_counted=False)
+
+    def forward(inputs: _types.Structure) -> _types.Structure:
+        with VariableValues(), holding("work", meter):
+            return model(inputs, training=False)
+
+    graph = tf.function(forward, autograph=False).get_concrete_function(specs).graph
+    whole = sum(_work_of(operation, False) for operation in graph.get_operations())
+    return whole, sum(meter.work.values())
+
+
 def _spec_of_one(tensor: keras.KerasTensor) -> tf.TypeSpec:
     shape = [_UNKNOWN_DIMENSION if n is None else n for n in tensor.shape[1:]]
     return tf.TensorSpec([1, *shape], tensor.dtype)
@@ -86,9 +108,11 @@ class _Meter:
 
     Args:
         wanted: identities of the layers.
+        are_all_counted: whether all operations count, or matrix products and convolutions alone.
     """
 
-    def __init__(self, wanted: set[int]) -> None:
+    def __init__(self, wanted: set[int], are_all_counted: bool = True) -> None:
+        self._are_all_counted = are_all_counted
         self.work = dict.fromkeys(wanted, 0.0)
         self._is_within = False
 
@@ -105,7 +129,9 @@ class _Meter:
             yield
         finally:
             self._is_within = False
-        self.work[id(operation)] += sum(map(_work_of, graph.get_operations()[before:]))
+        self.work[id(operation)] += sum(
+            _work_of(new, self._are_all_counted) for new in graph.get_operations()[before:]
+        )
 
 
 _call_of_operation = Operation.__call__
@@ -122,14 +148,18 @@ def _call(self: Operation, *args: object, **kwargs: object) -> _types.Structure:
 Operation.__call__ = _call
 
 
-def _work_of(operation: tf.Operation) -> float:
+def _work_of(operation: tf.Operation, are_all_counted: bool) -> float:
     """Multiplications and additions of an operation; of most, one for each element of a result."""
     kind = operation.type
+    inner = [
+        sum(_work_of(o, are_all_counted) for o in graph.get_operations())
+        for graph in _graphs_within(operation)
+    ]
     if kind in ("StatelessWhile", "While"):
-        times = _iterations(operation)
-        body = getattr(operation, "_body_graph", None)
-        inner = 0.0 if body is None else sum(map(_work_of, body.get_operations()))
-        return inner * times
+        return sum(inner) * _iterations(operation)
+    if inner:
+        # Of a conditional, the branch with most work.
+        return max(inner)
     results = float(sum(_size(t) for t in operation.outputs))
     if kind in ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
         is_transposed = operation.get_attr("transpose_a" if kind == "MatMul" else "adj_x")
@@ -141,7 +171,18 @@ def _work_of(operation: tf.Operation) -> float:
         return 2 * results * math.prod(window) * channels
     if kind == "DepthwiseConv2dNative":
         return 2 * results * math.prod(_dimensions(operation.inputs[1])[:2])
-    return 0.0 if kind in _FREE else results
+    return 0.0 if kind in _FREE or not are_all_counted else results
+
+
+def _graphs_within(operation: tf.Operation) -> list[tf.Graph]:
+    """The graphs of a loop's body, of a conditional's branches, or of a function that is called."""
+    if operation.type in ("PartitionedCall", "StatefulPartitionedCall"):
+        name = operation.get_attr("f").name
+        found = [getattr(operation.graph._get_function(name), "graph", None)]
+    else:
+        names = ("_body_graph", "_true_graph", "_false_graph")
+        found = [getattr(operation, name, None) for name in names]
+    return [graph for graph in found if graph is not None]
 
 
 def _iterations(loop: tf.Operation) -> int:

@@ -233,6 +233,7 @@ class TrainFunction:
     def _program(self, function: _types.AnyFunction) -> _types.AnyFunction:
         if self.model.run_eagerly:
             return function
+        function = _keras.step_function.counting_traces(self.model, function)
         program: _types.AnyFunction = tf.function(function, reduce_retracing=True, autograph=False)
         return program
 

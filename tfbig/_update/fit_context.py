@@ -17,7 +17,7 @@ import tensorflow as tf
 from tfbig import _keras, _types, errors
 from tfbig.distribute import _workers
 
-__all__ = ("arguments_of", "described", "prepare_fit")
+__all__ = ("arguments_of", "described", "measures_stages", "prepare_fit")
 
 
 # Any: what users pass to `fit`.
@@ -89,6 +89,12 @@ def prepare_fit(
             before = [c.before_others() for c in restoring]
             arguments["callbacks"] = [*before, *first, *others, *restoring]
         yield arguments
+
+
+def measures_stages(arguments: Mapping[str, Any]) -> bool:
+    """Whether a callback of `fit` asks how long the stages of a pipeline wait."""
+    callbacks = _callbacks(arguments.get("callbacks"))
+    return any(getattr(c, "measures_stages", False) for c in callbacks)
 
 
 def _callbacks(argument: object) -> list[_types.Callback]:

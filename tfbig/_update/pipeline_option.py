@@ -8,10 +8,10 @@ import keras
 
 from tfbig import _keras, _log, _types, errors
 from tfbig._keras.stages import Stage
-from tfbig._update import option, stage_cut
+from tfbig._update import gathered_weights, option, stage_cut
 from tfbig.distribute._pipeline import Pipeline
 
-__all__ = ("apply", "check_before_run", "checked", "say_bubble", "update")
+__all__ = ("apply", "check_before_run", "checked", "measure", "say_bubble", "update")
 
 
 def checked(value: object) -> Pipeline | None:
@@ -107,8 +107,14 @@ def _refuse_others(model: Any) -> None:  # Any: as above.
             "`exchange_dtype` does not go with `pipeline`: each stage exchanges the gradients of "
             f"its variables as they are. Received: exchange_dtype={model.exchange_dtype!r}."
         )
+    is_divided = any(gathered_weights.is_divided(v) for v in model.variables)
     given = {
-        "shard": (model.shard, "stages divide the model already; leave one of them out"),
+        "shard": (
+            "weights" if is_divided else model.shard,
+            "a stage has the weights and the optimizer state of its layers whole, on each "
+            "replica. Use more stages or `recompute` if they do not fit, or leave one of the two "
+            "out",
+        ),
         "micro_batch_size": (
             "auto" if is_automatic else None,
             "it watches the memory of one device; pass a number",
@@ -297,6 +303,21 @@ def check_before_run(model: Any) -> None:  # Any: as above.
 
 def _is_replicated(model: Any) -> bool:  # Any: as above.
     return bool(model.distribute_strategy.num_replicas_in_sync > 1)
+
+
+def measure(model: Any, is_wanted: bool) -> None:  # Any: as above.
+    """Has the stages timed from now on, or no longer; the step is traced anew if that changes.
+
+    They are not timed where TensorFlow has no clock, or several machines may have clocks of their
+    own: with deterministic operations, and with stages in other processes.
+    """
+    if model.pipeline is None:
+        is_wanted = False
+    elif is_wanted:
+        is_wanted = _keras.stage_clock.can_time(model.pipeline.stages)
+    if is_wanted != (model.stage_clock is not None):
+        model.stage_clock = _keras.stage_clock.StageClock() if is_wanted else None
+        model._rebuild_step()
 
 
 def say_bubble(model: Any, micro_batches: int | None) -> None:  # Any: as above.

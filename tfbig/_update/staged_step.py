@@ -32,6 +32,8 @@ class StagedStep(MicroBatchStep):
         super().__init__(*args, **kwargs)
         found = (_keras.stages.stage_of(v) for v in self.variables)
         self.stages = list(dict.fromkeys(s for s in found if s is not None))
+        self.clock = _keras.stage_clock.wanted() if self.stages else None
+        self.passes: _keras.stage_clock.Passes | None = None
 
     def start(self) -> Totals:
         """The totals before the first micro-batch."""
@@ -39,7 +41,9 @@ class StagedStep(MicroBatchStep):
         for stage in self.stages:
             with tf.device(stage.device()):
                 turns.append([tf.zeros(())] * max(1, stage.in_flight - stage.index))
-        return super().start() | {"turns": turns}
+        times = tf.TensorArray(tf.float64, 0, dynamic_size=True, infer_shape=False)
+        timed = {} if self.clock is None else {"times": (tf.constant(0), times)}
+        return super().start() | {"turns": turns} | timed
 
     def finish(self, totals: Totals) -> Totals:
         """The totals after the last micro-batch, on the devices of the variables."""
@@ -47,6 +51,8 @@ class StagedStep(MicroBatchStep):
         for variable, total in zip(self.variables, totals["gradients"], strict=True):
             with _keras.stages.beside(variable):
                 ends.append(tf.nest.map_structure(_identity, total))
+        if self.clock is not None and self.passes is not None:
+            self.clock.add(self.passes.share(totals["times"][1].stack()))
         return totals | {"gradients": ends}
 
     def __call__(
@@ -57,8 +63,12 @@ class StagedStep(MicroBatchStep):
         for stage, waiting in zip(self.stages, totals["turns"], strict=True):
             with tf.device(stage.device()):
                 first[stage] = tf.identity(waiting[0])
-        with _keras.stages.taking_turns(first):
+        self.passes = None if self.clock is None else _keras.stage_clock.Passes(first)
+        with _keras.stages.taking_turns(first), _keras.stage_clock.timing(self.passes):
             new = super().__call__(micro_batch, size, totals)
+        if self.clock is not None:
+            k, times = totals["times"]
+            new |= {"times": (k + 1, times.write(k, self._times))}
         turns = []
         for stage, waiting in zip(self.stages, totals["turns"], strict=True):
             with tf.device(stage.device()), tf.control_dependencies(self._backward_passes[stage]):
@@ -70,14 +80,23 @@ class StagedStep(MicroBatchStep):
     ) -> list[_types.Gradient | None]:
         # A tape leaves gradients on no device.
         natives = [_keras.variables.own_copy(v) for v in self.variables]
-        found: list[_types.Gradient | None] = tf.compat.v1.gradients(
-            loss, natives, colocate_gradients_with_ops=True
+        boundaries = [] if self.passes is None else self.passes.boundaries()
+        gradients: list[_types.Gradient | None] = tf.compat.v1.gradients(
+            loss, [*natives, *boundaries], colocate_gradients_with_ops=True
         )
+        found, of_boundaries = gradients[: len(natives)], gradients[len(natives) :]
         self._backward_passes: dict[Stage, list[_types.Tensor]] = {s: [] for s in self.stages}
         for variable, gradient in zip(self.variables, found, strict=True):
             stage = _keras.stages.stage_of(variable)
             if gradient is not None and stage is not None:
                 self._backward_passes[stage].append(accumulators.values(gradient))
+        if self.passes is not None:
+            values = {
+                id(v): accumulators.values(g)
+                for v, g in zip(self.variables, found, strict=True)
+                if g is not None
+            }
+            self._times = self.passes.times(of_boundaries, values)
         return found
 
     def _add(

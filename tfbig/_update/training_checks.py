@@ -23,6 +23,7 @@ from tfbig._update import (
     step_options,
 )
 from tfbig._update.batch_split import BatchSplit
+from tfbig.callbacks._goodput import Goodput
 
 __all__ = ("TrainingChecks", "check_strategy")
 
@@ -45,6 +46,8 @@ class TrainingChecks(step_options.StepOptions):
     """Checks a model before it trains or evaluates; `TrainStep` is its only direct subclass."""
 
     _has_warned_of_inexact_parts = False
+    # What measures where the time of the running `fit` goes.
+    goodput_meters: tuple[Goodput, ...] = ()
 
     def _batch_split(self) -> BatchSplit:
         """Hook: how the batch of an update is split."""
@@ -148,9 +151,13 @@ class TrainingChecks(step_options.StepOptions):
                 _keras.finished_iterators.released(),
                 fit_context.prepare_fit(self, arguments, self._options()) as arguments,
             ):
+                pipeline_option.measure(self, fit_context.measures_stages(arguments))
                 try:
                     return super().fit(**arguments)
                 finally:
+                    for meter in self.goodput_meters:
+                        meter.on_end()
+                    self.goodput_meters = ()
                     # Of a callback that was not told that training ended.
                     self.input_clock = None
                     # It would keep the data.

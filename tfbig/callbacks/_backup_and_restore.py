@@ -12,7 +12,7 @@ from typing import Any, Literal
 import keras
 
 from tfbig import _keras, _types, errors
-from tfbig.callbacks import _backup, _stop
+from tfbig.callbacks import _backup, _goodput, _stop
 from tfbig.distribute import _workers
 
 __all__ = ("PREEMPTED", "BackupAndRestore")
@@ -292,6 +292,10 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
         All workers take part in reading what is divided over them.
         """
+        with _goodput.backing_up(self.model.goodput_meters):
+            return self._write_now(ended)
+
+    def _write_now(self, ended: bool) -> bool:
         self._since_backup = 0
         state = _backup.State(self.model)
         if not self._workers.is_chief:

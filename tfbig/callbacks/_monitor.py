@@ -1,6 +1,5 @@
 """A record of training in numbers and plots: `tfbig.callbacks.TrainingMonitor`."""
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -9,21 +8,28 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 
 import keras
-import numpy as np
-import tensorflow as tf
 
 from tfbig import _keras, _types, errors
-from tfbig.callbacks import _monitor_file, _monitor_plot, _update_count
+from tfbig.callbacks import (
+    _flops,
+    _goodput,
+    _goodput_file,
+    _monitor_events,
+    _monitor_file,
+    _monitor_plot,
+    _readings,
+    _update_count,
+)
 from tfbig.distribute import _workers
 
 __all__ = ("TrainingMonitor",)
 
 _PNG = "training.png"
+_SKIPPED = "skipped_updates"
 
-# The columns that every model has; those of its logs follow.
+# The columns that every model has; those of its logs follow, and what is known of some models only.
 COLUMNS = (
     "update",
     "epoch",
@@ -62,10 +68,20 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
     scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that are
     not a single number are left out. With `pipeline`, `device_mib` and `state_mib` are those of
-    the stage that has most. `update` counts updates since the model was made, including those that
-    were skipped or taken back; with an optimizer that the model does not hold, only updates of a
-    `fit` with the callback count, and the learning rate is not known. Times exclude validation and
-    the first update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
+    the stage that has most, and `bubble` is the share of the time of forward and backward passes
+    in which stages had nothing to do. `update` counts updates since the model was made, including
+    those that were skipped or taken back; with an optimizer that the model does not hold, only
+    updates of a `fit` with the callback count, and the learning rate is not known. Times exclude
+    validation and the first update of a `fit`, which is traced. The last batch of an epoch counts
+    as a full one.
+
+    Where they are known, a row also has tokens per second; the floating-point operations that
+    training needs for a sample (`flops_per_sample`): those of the matrix products and convolutions
+    of the forward pass, three times; and which share of what the devices could make at most that
+    is (`mfu`, model FLOPs utilization), as well as with what `recompute` computes twice (`hfu`).
+
+    goodput.csv has the share of the wall time that went into updates that count, and those of the
+    time lost, by cause; together they are 1. See docs/monitoring.md.
 
     With several workers, all may have the callback; the chief writes.
 
@@ -81,6 +97,12 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             installed. It is also drawn during training, at the end of an epoch, at intervals of at
             least 100 times what drawing takes. `draw()` draws it at once, for instance after a
             Ctrl-C.
+        tokens: the number of tokens of a sample, as a mean. Defaults to None: if the model has an
+            embedding, the length of its first input of integers `(batch, length)`, padding
+            included; unknown if the length varies.
+        peak_flops: the floating-point operations that a device makes in a second at most, in the
+            dtype of the model. Defaults to None: what the maker of the GPU or TPU has published,
+            unknown for others and for the CPU.
         enabled: False turns the callback off. Defaults to True.
 
     Raises:
@@ -108,6 +130,8 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         frequency: int | None = None,
         tensorboard: bool | None = None,
         plot: bool | None = None,
+        tokens: float | None = None,
+        peak_flops: float | None = None,
         enabled: bool = True,
     ) -> None:
         super().__init__()
@@ -126,13 +150,19 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self.frequency = frequency
         self.tensorboard = _is_wanted("tensorboard", tensorboard, "tensorboard")
         self.plot = _is_wanted("plot", plot, "matplotlib")
+        self.tokens = _flops.check("tokens", tokens)
+        self.peak_flops = _flops.check("peak_flops", peak_flops)
         self.enabled = enabled
         self.rows: list[_monitor_file.Row] = []
-        # TensorBoard's writer.
-        self._events: tf.summary.SummaryWriter | None = None
+        self._events: _monitor_events.Events | None = None
         self._is_running = False
         # How many updates of the epoch are done; None before the first.
         self._done: int | None = None
+
+    @property
+    def measures_stages(self) -> bool:
+        """Whether `fit` of a model with a pipeline has to measure how long stages wait."""
+        return self.enabled
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
@@ -162,19 +192,26 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         # Read now, because a validation within `fit` changes it.
         self._batch_size = self.model.batch_size_of_updates
         self._file = _monitor_file.RowsFile(self.directory, COLUMNS)
+        self._goodput_file = _goodput_file.GoodputFile(self.directory)
+        self._meter = _goodput.Goodput(
+            _goodput_file.is_synchronous(self.model), self._write_goodput, self._close
+        )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self.rows = self._rows_before()
+            self._goodput_file.begin(self.model, self._count.updates, self._meter)
         except OSError as e:
             raise errors.InvalidOptionError(
                 "`directory` must be one that can be made, and written to. Received: "
                 f"directory={str(self.directory)!r} ({e}). Use another directory."
             ) from e
         self._seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
-        self._events = None
-        if self.tensorboard:
-            with self._writing_events():
-                self._events = tf.summary.create_file_writer(str(self.directory))
+        self._events = _monitor_events.Events(self.directory) if self.tensorboard else None
+        self.model.goodput_meters = (*self.model.goodput_meters, self._meter)
+        with self._meter.spending("tracing"):
+            self._rates = _flops.Rates(self.model, self.tokens, self.peak_flops)
+        stage_clock = self.model.stage_clock
+        self._bubble = None if stage_clock is None else stage_clock.reader()
         self._begin = self._last = self._drawn = time.perf_counter()
         self._drawing = _FIRST_DRAWING
         self._is_traced = False
@@ -185,7 +222,8 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         rows = self._file.read()
         if rows and self._count.updates == 0:
             # Not an error: a job that failed before its first backup restarts like this.
-            kept = self._file.put_aside([self.directory / _PNG])
+            others = [self._goodput_file.file.path, self.directory / _PNG]
+            kept = self._file.put_aside(others)
             warnings.warn(
                 f"Training starts anew; the {len(rows)} rows in {self.directory} are kept as "
                 f"{kept}.",
@@ -204,6 +242,8 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         if self._done is None:
             # Not zero if training resumes mid-epoch.
             self._done = batch
+        if self._is_running:
+            self._meter.begin_update()
 
     def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
         if not self._is_running:
@@ -215,6 +255,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._count.updates += updates
         self._last = time.perf_counter()
         waited = self._wait()
+        self._meter.end_update(updates, waited, self.model.traces, (logs or {}).get(_SKIPPED))
         if self._is_traced:
             self._updates += updates
             self._waited += waited
@@ -235,20 +276,30 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if not self._is_running:
             return
+        self._meter.turn_to("other")
         if self._updates or not self.rows:
             self._write({k: v for k, v in (logs or {}).items() if not k.startswith("val_")})
+        self._write_goodput()
         since = time.perf_counter() - self._drawn
         if self._drawing <= _DRAWING_SHARE * since:
             self.draw()
+
+    def on_test_begin(self, logs: _types.Logs | None = None) -> None:
+        if self._is_running:
+            self._meter.turn_to("validation")
+
+    def on_test_end(self, logs: _types.Logs | None = None) -> None:
+        if self._is_running:
+            self._meter.turn_to("other")
 
     def on_train_end(self, logs: _types.Logs | None = None) -> None:
         if not self._is_running:
             return
         self._is_running = False
         self._count.correct()
+        self._write_goodput(has_ended=True)
         if self._events is not None:
-            with self._writing_events():
-                self._events.close()
+            self._events.close()
         self.draw()
 
     def draw(self) -> None:
@@ -258,10 +309,10 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         begin = time.perf_counter()
         path = self.directory / _PNG
         try:
-            _monitor_plot.draw(self.rows, path.with_suffix(".tmp"))
+            _monitor_plot.draw(self.rows, path.with_suffix(".tmp"), self._goodput_file.rows)
             os.replace(path.with_suffix(".tmp"), path)
         except OSError as e:
-            _warn(path, e)
+            _monitor_file.warn(path, e)
         self._drawn = time.perf_counter()
         self._drawing = self._drawn - begin
 
@@ -271,22 +322,38 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     def _write(self, logs: _types.Logs) -> None:
         # The columns win over metrics of the same name.
-        row = _numbers(logs) | self._measured()
+        row = _readings.numbers(logs) | self._measured()
         self.rows.append(row)
         try:
             self._file.write(self.rows)
         except OSError as e:
-            _warn(self._file.path, e)
+            _monitor_file.warn(self._file.path, e)
+        self._meter.read_skipped()
         if self._events is not None:
-            with self._writing_events(), self._events.as_default():
-                for name, value in row.items():
-                    if value is not None and name != "update":
-                        tf.summary.scalar(name, value, step=row["update"])
-                self._events.flush()
+            values = {k: v for k, v in row.items() if k != "update"}
+            self._events.write(values, self._count.updates)
         self._restart()
 
+    def _write_goodput(self, has_ended: bool = False) -> None:
+        if not self._is_running and not has_ended:
+            return
+        self._count.correct()
+        try:
+            row = self._goodput_file.write(self._meter, self._count.updates, self._epoch, has_ended)
+        except OSError as e:
+            _monitor_file.warn(self._goodput_file.file.path, e)
+            return
+        if self._events is not None:
+            shares = {name: row[name] for name in _goodput_file.SHARES}
+            self._events.write(shares, self._count.updates, "goodput/")
+
+    def _close(self) -> None:
+        """Called when `fit` has ended, also by an exception."""
+        self._write_goodput()
+        self._is_running = False
+
     def _measured(self) -> _monitor_file.Row:
-        """The values of `COLUMNS`."""
+        """The values of `COLUMNS`, and what is known of some models only."""
         optimizer = self._count.correct()
         seconds = waited = samples = None
         if self._updates:
@@ -295,32 +362,21 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             # Not known with deterministic operations.
             waited = self._waited / self._updates if math.isfinite(self._waited) else None
             samples = self._batch_size
+        rate = samples / seconds if samples and seconds is not None else None
         values: tuple[float | None, ...] = (
             self._count.updates,
             self._epoch,
             self._seconds_before + self._last - self._begin,
-            samples / seconds if samples and seconds is not None else None,
+            rate,
             seconds,
             waited,
-            _learning_rate(optimizer) if optimizer else None,
-            _device_mib(self.model),
+            _readings.learning_rate(optimizer) if optimizer else None,
+            _readings.device_mib(self.model),
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20,
-            _state_mib(self.model),
+            _readings.state_mib(self.model),
         )
-        return dict(zip(COLUMNS, values, strict=True))
-
-    @contextlib.contextmanager
-    def _writing_events(self) -> Iterator[None]:
-        """Ends the events, not training, if they cannot be written."""
-        try:
-            yield
-        except (OSError, tf.errors.OpError) as e:
-            self._events = None
-            _warn(f"TensorBoard's events in {self.directory}", e)
-
-
-def _warn(what: object, error: Exception) -> None:
-    warnings.warn(f"{what} could not be written: {error}. Training continues.", stacklevel=3)
+        bubble = {} if self._bubble is None else {"bubble": self._bubble()}
+        return dict(zip(COLUMNS, values, strict=True)) | self._rates.row(rate) | bubble
 
 
 def _is_wanted(name: str, value: bool | None, package: str) -> bool:
@@ -332,53 +388,3 @@ def _is_wanted(name: str, value: bool | None, package: str) -> bool:
             f"pip install {package}"
         )
     return is_installed if value is None else bool(value)
-
-
-def _numbers(logs: _types.Logs) -> _monitor_file.Row:
-    """The logs that are single numbers; a metric may have several, and a callback add anything."""
-    found = {}
-    for name, value in logs.items():
-        with contextlib.suppress(TypeError, ValueError):
-            # `float` would accept strings too.
-            if np.ndim(value) == 0 and not isinstance(value, str | bytes):
-                found[name] = float(value)
-    return found
-
-
-def _learning_rate(optimizer: _types.Optimizer) -> float:
-    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-
-
-def _state_mib(model: keras.Model) -> float:
-    """What a replica holds of the weights and of the states of optimizers.
-
-    With stages, on the device that holds most.
-    """
-    held = {id(v): v for v in model.variables}
-    for _, optimizer in _keras.optimizer.optimizers_of(model):
-        held |= {id(v): v for v in optimizer.variables}
-    strategy = model.distribute_strategy
-    of_stages: dict[object, list[_types.KerasVariable]] = {}
-    for variable in held.values():
-        # What is on no stage, such as counters, is on the first device.
-        stage = _keras.stages.stage_of(variable)
-        of_stages.setdefault(0 if stage is None else stage.index, []).append(variable)
-    of_stages = of_stages or {0: []}
-    sizes = [_keras.sharded_variable.bytes_on_a_replica(v, strategy) for v in of_stages.values()]
-    return max(sizes) / 2**20
-
-
-def _device_mib(model: keras.Model) -> float | None:
-    """The peak memory of the first device, or of a replica's stages the largest.
-
-    None if TensorFlow does not count it.
-    """
-    devices = _keras.devices.devices_of(model.distribute_strategy)[:1]
-    pipeline = getattr(model, "pipeline", None)
-    if pipeline is not None:
-        devices = [_keras.devices.short_name(stage.devices[0]) for stage in pipeline.stages]
-    try:
-        found = [tf.config.experimental.get_memory_info(device)["peak"] for device in devices]
-    except (ValueError, tf.errors.OpError):
-        return None
-    return float(max(found) / 2**20)

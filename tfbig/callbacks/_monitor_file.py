@@ -1,33 +1,37 @@
-"""The rows of a `TrainingMonitor`, in a CSV file that a resumed training run continues."""
+"""Rows of a `TrainingMonitor`, in a CSV file that a resumed training run continues."""
 
 import csv
 import itertools
 import os
 import pathlib
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from tfbig import errors
 
-__all__ = ("Row", "RowsFile")
+__all__ = ("Row", "RowsFile", "warn")
 
 # Any: numbers, or None where a number is not known.
 Row: TypeAlias = dict[str, Any]
 
 
 class RowsFile:
-    """The file training.csv of a directory.
+    """A CSV file of a directory.
 
     Args:
         directory: the directory, which need not exist yet.
         columns: names of the columns that come first.
+        name: name of the file.
 
     Attributes:
         path: path of the file.
     """
 
-    def __init__(self, directory: pathlib.Path, columns: Sequence[str]) -> None:
-        self.path = directory / "training.csv"
+    def __init__(
+        self, directory: pathlib.Path, columns: Sequence[str], name: str = "training.csv"
+    ) -> None:
+        self.path = directory / name
         self._columns = columns
         self._names: tuple[str, ...] = ()
 
@@ -102,3 +106,8 @@ def _value(name: str, text: str) -> float | None:
     if name in ("update", "epoch"):
         return int(text)
     return float(text) if text else None
+
+
+def warn(what: object, error: Exception) -> None:
+    """Warns that something could not be written; training goes on without it."""
+    warnings.warn(f"{what} could not be written: {error}. Training continues.", stacklevel=4)

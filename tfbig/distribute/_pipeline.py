@@ -81,12 +81,19 @@ class Pipeline:
             index: number of the stage, from 0.
 
         Raises:
-            InvalidOptionError: If there is no such stage, or a device of it does not exist.
+            InvalidOptionError: If there is no such stage, if a device of it does not exist, or
+                within `sharded_weights`.
         """
         if not isinstance(index, int) or not 0 <= index < len(self.devices):
             raise errors.InvalidOptionError(
                 f"`stage` takes the number of a stage, from 0 to {len(self.devices) - 1}. "
                 f"Received: {index!r}."
+            )
+        if _keras.sharded_variable.is_dividing():
+            raise errors.InvalidOptionError(
+                "Layers on stages must be made outside of `sharded_weights`, since a stage has its "
+                f"weights whole. Received: stage {index} within it. Enter `strategy.scope()` "
+                "instead."
             )
         self.check_strategy(tf.distribute.get_strategy())
         with _keras.stages.within(self.stages[index]):
