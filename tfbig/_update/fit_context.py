@@ -45,8 +45,9 @@ def prepare_fit(
     """A context in which `fit` may run.
 
     A callback with a method `around_fit(model, arguments)`, which returns a context
-    manager, is entered here and left however training ends. Keras calls it after all other
-    callbacks, and what its `before_others()` returns before them.
+    manager, is entered here and left however training ends. Keras calls it before all other
+    callbacks; or, if it restores training and thus has a method `before_others()`, after them, and
+    what that returns before them.
 
     Args:
         model: the model.
@@ -70,17 +71,20 @@ def prepare_fit(
                 stack.enter_context(_keras.shuffling.reseeded_shuffling(int(seed)))
         callbacks = _callbacks(arguments.get("callbacks"))
         around = [c for c in callbacks if hasattr(c, "around_fit")]
-        if len(around) > 1:
+        restoring = [c for c in around if hasattr(c, "before_others")]
+        if len(restoring) > 1:
             # Each would move the data to where training resumes.
             raise errors.InvalidOptionError(
                 "`callbacks` must hold only one that restores training. Received: "
-                f"{', '.join(type(c).__name__ for c in around)}."
+                f"{', '.join(type(c).__name__ for c in restoring)}."
             )
         for callback in around:
             stack.enter_context(callback.around_fit(model, arguments))
         if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
+            first = [c for c in around if c not in restoring]
             others = [c for c in callbacks if c not in around]
-            arguments["callbacks"] = [*(c.before_others() for c in around), *others, *around]
+            before = [c.before_others() for c in restoring]
+            arguments["callbacks"] = [*before, *first, *others, *restoring]
         yield arguments
 
 
@@ -123,11 +127,11 @@ def _fingerprint(
 
 def _described_callback(callback: _types.Callback, model: keras.Model) -> str | None:
     """What must be the same of a callback; None if there may be none on another worker."""
-    if hasattr(callback, "around_fit"):
-        return type(callback).__name__
     same = getattr(callback, "same_on_all_workers", None)
-    found: str | None = None if same is None else same(model)
-    return found
+    if same is not None:
+        found: str | None = same(model)
+        return found
+    return type(callback).__name__ if hasattr(callback, "around_fit") else None
 
 
 def described(layers: Iterable[_types.Layer]) -> list[list[Any]]:

@@ -61,11 +61,13 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     itself, what a replica holds of weights and optimizer state (`state_mib`; less with `shard`),
     and the logs: loss and metrics of the epoch so far, `loss_scale` and `skipped_updates` while
     scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that are
-    not a single number are left out. With `pipeline`, `device_mib` and `state_mib` are those of
-    the stage that has most. `update` counts updates since the model was made,
-    including skipped ones; with an optimizer that the model does not hold, only updates of a `fit`
-    with the callback count, and the learning rate is not known. Times exclude validation and the
-    first update of a `fit`, which is traced. The last batch of an epoch counts as a full one.
+    not a single number are left out. With `pipeline`, `device_mib` and `state_mib` are those of the
+    stage that has most. With `BatchSizeSchedule`, they are joined by `batch_size`, that of the last
+    update, and the learning rate is what its rule makes of it. `update` counts updates since the
+    model was made, including skipped ones; with an optimizer that the model does not hold, only
+    updates of a `fit` with the callback count, and the learning rate is not known. Times exclude
+    validation and the first update of a `fit`, which is traced. The last batch of an epoch counts
+    as a full one.
 
     With several workers, all may have the callback; the chief writes.
 
@@ -268,6 +270,16 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def _restart(self) -> None:
         """Starts the means of the next row."""
         self._since, self._updates, self._waited = time.perf_counter(), 0, 0.0
+        sizes = self.model.sizes_of_updates
+        self._samples_before = 0 if sizes is None else sizes.samples
+
+    def _samples_of_update(self) -> float | None:
+        """The mean number of samples of an update since `_restart`; None if it is not known."""
+        sizes = self.model.sizes_of_updates
+        if sizes is None:
+            size: int | None = self._batch_size
+            return size
+        return float(sizes.samples - self._samples_before) / self._updates
 
     def _write(self, logs: _types.Logs) -> None:
         # The columns win over metrics of the same name.
@@ -294,7 +306,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             seconds = (self._last - self._since) / self._updates
             # Not known with deterministic operations.
             waited = self._waited / self._updates if math.isfinite(self._waited) else None
-            samples = self._batch_size
+            samples = self._samples_of_update()
         values: tuple[float | None, ...] = (
             self._count.updates,
             self._epoch,
@@ -346,7 +358,8 @@ def _numbers(logs: _types.Logs) -> _monitor_file.Row:
 
 
 def _learning_rate(optimizer: _types.Optimizer) -> float:
-    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    return rate * _keras.learning_rate_factor.factor_of(optimizer)
 
 
 def _state_mib(model: keras.Model) -> float:
