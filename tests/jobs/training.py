@@ -53,11 +53,11 @@ def arrays():
     return [rng.normal(size=(SAMPLES, n)).astype(keras.config.floatx()) for n in (4, 2)]
 
 
-def data(kind):
+def data(kind, sizes):
     """Arguments of fit: arrays that Keras shuffles, or a dataset that shuffles itself."""
     x, y = arrays()
     if kind == "arrays":
-        return {"x": x, "y": y, "batch_size": BATCH}
+        return {"x": x, "y": y, "batch_size": None if sizes else BATCH}
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(SAMPLES)
     if kind == "steps":
         # Each epoch ends within the data, which go on in the next.
@@ -104,6 +104,7 @@ def parse():
     parser.add_argument("--units", type=int, default=2)
     parser.add_argument("--terminate_in_validation", action="store_true")
     parser.add_argument("--shard")
+    parser.add_argument("--sizes", type=json.loads, help="of a BatchSizeSchedule: '[[0, 8], ...]'")
     parser.add_argument(
         "--exact",
         action="store_true",
@@ -123,12 +124,16 @@ def main():
     with strategy.scope():
         model = build(options)
     callbacks = [Progress(options.seconds)]
+    if options.sizes:
+        callbacks.append(
+            tfbig.callbacks.BatchSizeSchedule(dict(options.sizes), learning_rate="square_root")
+        )
     if options.terminate_in_validation and not tfbig.distribute.is_chief(strategy):
         callbacks.append(TerminateInValidation(options.directory / "terminated"))
     save_freq = options.save_freq if options.save_freq == "epoch" else int(options.save_freq)
     backup = tfbig.callbacks.BackupAndRestore(options.backup_dir, save_freq)
     history = model.fit(
-        **data(options.data),
+        **data(options.data, options.sizes),
         epochs=EPOCHS,
         verbose=0,
         callbacks=[backup, *callbacks],

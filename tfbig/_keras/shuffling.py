@@ -66,13 +66,13 @@ def _reseeded_tf_dataset(self: ArrayDataAdapter) -> _types.Dataset:
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return (
         tf.data.Dataset.zip(keys.map(permutation).flat_map(batches), whole)
-        .map(_samples_at, num_parallel_calls=tf.data.AUTOTUNE)
+        .map(samples_at, num_parallel_calls=tf.data.AUTOTUNE)
         .with_options(options)
         .prefetch(tf.data.AUTOTUNE)
     )
 
 
-def _samples_at(indices: _types.Tensor, arrays: _types.Structure) -> _types.Structure:
+def samples_at(indices: _types.Tensor, arrays: _types.Structure) -> _types.Structure:
     """The samples of (nested) arrays at these indices."""
 
     def part(value: _types.Structure) -> _types.Structure:

@@ -11,6 +11,7 @@ from tfbig import _types
 from tfbig._keras import replica_step
 from tfbig._keras.batches import without_optionals
 from tfbig._keras.input_clock import timed
+from tfbig._keras.resized_batches import ResizedBatches
 
 
 def run_batches(
@@ -78,12 +79,16 @@ class StepFunction:
         self._calls = model.steps_per_execution if gathers else 1
         is_loop = model.steps_per_execution > self._calls
         self._on_data = self._program(self._one_step)
+        # The specification of batches that change in size, and the program that takes them.
+        self._of_any_size: tuple[_types.Structure, _types.AnyFunction] = (None, self._on_data)
         self._on_iterator = self._program(self._many_steps if is_loop else self._one_step_of)
 
     def __call__(self, iterator: Iterator[_types.Structure]) -> _types.Structure:
         """Runs `steps_per_execution` steps, or until the data end; returns the logs of the last."""
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return self._run_on_iterator(iterator)
+        if isinstance(iterator, ResizedBatches):
+            return self._run_on_resized(iterator)
         steps = range(self.model.steps_per_execution)
         return [self._on_data(data) for _, data in zip(steps, iterator, strict=False)][-1]
 
@@ -104,6 +109,26 @@ class StepFunction:
                 break
             waited += more_waited
         if self.is_training and self.model.input_clock is not None:
+            self.model.input_clock.add(waited)
+        return logs
+
+    def _run_on_resized(self, batches: ResizedBatches) -> _types.Structure:
+        if self._of_any_size[0] is not batches.specs:
+            program = self._on_data
+            if isinstance(program, tf.types.experimental.PolymorphicFunction):
+                # Traced once, whatever the sizes.
+                program = program.get_concrete_function(batches.specs)
+            self._of_any_size = batches.specs, program
+        _, program = self._of_any_size
+        logs, waited = None, 0.0
+        for _ in range(self.model.steps_per_execution):
+            begin = time.perf_counter()
+            data = next(batches, None)
+            if data is None:
+                break
+            waited += time.perf_counter() - begin
+            logs = program(data)
+        if self.model.input_clock is not None:
             self.model.input_clock.add(waited)
         return logs
 

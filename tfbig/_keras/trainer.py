@@ -12,7 +12,7 @@ from keras.src.trainers import trainer as _trainer
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from tfbig import _types, errors
-from tfbig._keras import building, graph_errors
+from tfbig._keras import building, graph_errors, resized_batches
 from tfbig._keras.batches import (
     as_tensor,
     batch_size,
@@ -59,6 +59,8 @@ class TrainerOverrides(CompileHooks):
     traces = 0
     # Of the passes of a pipeline's stages; None while nobody reads it.
     stage_clock: StageClock | None = None
+    # Set by a callback that decides the size of each update; None while none does.
+    sizes_of_updates: resized_batches.Sizes | None = None
 
     @property
     def batch_size_of_updates(self) -> int | None:
@@ -124,10 +126,19 @@ class TrainerOverrides(CompileHooks):
         """The number of samples of an iterator's batches, and the specification of their data."""
         strategy = self.distribute_strategy
         self._epoch_iterator = iterator
-        size = 0 if iterator.num_batches == 0 else effective_batch_size(iterator)
+        specs = data_of(specs_of_one_replica(iterator._distributed_dataset))
+        sizes = self.sizes_of_updates
+        size: int | None
+        if iterator.num_batches == 0:
+            size = 0
+        elif sizes is not None and not sizes.is_used:
+            resized_batches.resize(iterator, specs, sizes, strategy)
+            size = sizes.largest
+        else:
+            size = effective_batch_size(iterator)
         if is_tpu(strategy) and fix_batch_size(iterator, size, strategy):
             self._warn_of_single_samples()
-        specs = data_of(specs_of_one_replica(iterator._distributed_dataset))
+            specs = data_of(specs_of_one_replica(iterator._distributed_dataset))
         if strategy.num_replicas_in_sync > 1 and None in keras.tree.flatten(specs):
             raise errors.UnsupportedStrategyError(
                 "None among the inputs is not supported with several replicas: "
@@ -155,8 +166,14 @@ class TrainerOverrides(CompileHooks):
 
     def _get_metrics_result_or_logs(self, logs: _types.Logs | None) -> _types.Logs:
         # There are none if the epoch was resumed after its last batch.
-        result: _types.Logs = super()._get_metrics_result_or_logs(logs or self.get_metrics_result())
+        logs = logs or self._with_batch_size(self.get_metrics_result())
+        result: _types.Logs = super()._get_metrics_result_or_logs(logs)
         return result
+
+    def _with_batch_size(self, logs: _types.Logs) -> _types.Logs:
+        if self.sizes_of_updates is None:
+            return logs
+        return {**logs, "batch_size": self.sizes_of_updates.size}
 
     def _compute_loss(self, *args: object, **kwargs: object) -> _types.Tensor:
         loss = super()._compute_loss(*args, **kwargs)
@@ -188,7 +205,17 @@ class TrainerOverrides(CompileHooks):
         self._training_batch_size = self._batch_size
         self._prepare_training(self._training_batch_size)
         if self.train_function is None or force:
-            self.train_function = self._explained(self._make_train_function())
+            self.train_function = self._new_train_function()
+
+    def _new_train_function(self) -> _types.AnyFunction:
+        function = self._explained(self._make_train_function())
+
+        def train(iterator: Iterator[_types.Structure]) -> _types.Structure:
+            logs = function(iterator)
+            is_resized = isinstance(iterator, resized_batches.ResizedBatches)
+            return self._with_batch_size(logs) if is_resized else logs
+
+        return train
 
     def make_test_function(self, force: bool = False) -> None:
         if self.test_function is None or force:
@@ -199,7 +226,7 @@ class TrainerOverrides(CompileHooks):
 
         def train(iterator: Iterator[_types.Structure]) -> _types.Structure:
             self._prepare_training(self._training_batch_size)
-            self.train_function = self._explained(self._make_train_function())
+            self.train_function = self._new_train_function()
             return self.train_function(iterator)
 
         def test(iterator: Iterator[_types.Structure]) -> _types.Structure:

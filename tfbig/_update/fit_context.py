@@ -79,12 +79,13 @@ def prepare_fit(
                 f"{', '.join(type(c).__name__ for c in restoring)}."
             )
         first = [c for c in around if c not in restoring]
-        if not first:
+        if not any(hasattr(c, "guards_updates") for c in first):
             # That of an earlier `fit`.
             model.update_guard = None
         for callback in around:
             stack.enter_context(callback.around_fit(model, arguments))
         if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
+            first = [c for c in around if c not in restoring]
             others = [c for c in callbacks if c not in around]
             before = [c.before_others() for c in restoring]
             arguments["callbacks"] = [*before, *first, *others, *restoring]
@@ -136,11 +137,11 @@ def _fingerprint(
 
 def _described_callback(callback: _types.Callback, model: keras.Model) -> str | None:
     """What must be the same of a callback; None if there may be none on another worker."""
-    if hasattr(callback, "around_fit"):
-        return type(callback).__name__
     same = getattr(callback, "same_on_all_workers", None)
-    found: str | None = None if same is None else same(model)
-    return found
+    if same is not None:
+        found: str | None = same(model)
+        return found
+    return type(callback).__name__ if hasattr(callback, "around_fit") else None
 
 
 def described(layers: Iterable[_types.Layer]) -> list[list[Any]]:

@@ -104,6 +104,14 @@ class NoiseScale(_keras.saving.SavedState):
             old = tf.convert_to_tensor(getattr(self, name).value)
             new[name] = tf.where(is_known, old + (1 - DECAY) * (estimate - old), old)
             _keras.variables.native(getattr(self, name)).assign(new[name])
-        signal, noise = new["squared_gradient"], new["variance"]
-        ratio = tf.where(signal > 0, tf.math.divide_no_nan(noise, signal), float("inf"))
-        return tf.where((signal == 0) & (noise == 0), float("nan"), ratio)
+        return _ratio(new["squared_gradient"], new["variance"])
+
+    def current(self) -> float:
+        """The noise scale after the updates so far, as `update` returned it."""
+        signal, noise = _keras.variables.values_of(getattr(self, name) for name in self._names)
+        return float(_ratio(tf.constant(signal), tf.constant(noise)))
+
+
+def _ratio(signal: _types.Tensor, noise: _types.Tensor) -> _types.Tensor:
+    ratio = tf.where(signal > 0, tf.math.divide_no_nan(noise, signal), float("inf"))
+    return tf.where((signal == 0) & (noise == 0), float("nan"), ratio)

@@ -44,6 +44,7 @@ class Backup:
         seed: what the data are shuffled by.
         ended_of: the number of epochs, once training has ended; else None.
         described: what tells one model from another: a line for each array.
+        resized: where the data stand whose batches change in size; None for others.
     """
 
     first_epoch: int
@@ -53,6 +54,7 @@ class Backup:
     seed: int
     ended_of: int | None
     described: list[str]
+    resized: dict[str, int] | None = None
 
 
 class State:

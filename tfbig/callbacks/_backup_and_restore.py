@@ -215,6 +215,14 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     def _restore_from(self, saved: _backup.SavedBackup, state: _backup.State) -> None:
         backup = saved.backup
+        is_resized = _keras.resized_batches.of(self._data) is not None
+        if is_resized != (backup.resized is not None):
+            have = {True: "with a BatchSizeSchedule", False: "without a BatchSizeSchedule"}
+            raise errors.BackupError(
+                f"The backup in {self.backup_dir} is of a training {have[not is_resized]}, whose "
+                f"data stand elsewhere. Received: a `fit` {have[is_resized]}. The file is kept. "
+                "Use another directory, or the callbacks that training began with."
+            )
         if not _backup.assign(state, saved):
             raise errors.BackupError(
                 f"The backup in {self.backup_dir} belongs to another model, optimizer or loss "
@@ -229,7 +237,12 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self._metrics = list(saved.arrays(len(backup.described) - len(state.metrics)))
         _keras.epoch_iterator.set_initial_epoch(self.model, self._epoch)
         complete = backup.epoch - backup.first_epoch
-        _keras.epoch_iterator.resume(self._data, complete, backup.batch, backup.num_batches)
+        resized = _keras.resized_batches.of(self._data)
+        if resized is not None:
+            assert backup.resized is not None
+            resized.resume(backup.batch, backup.resized)
+        else:
+            _keras.epoch_iterator.resume(self._data, complete, backup.batch, backup.num_batches)
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if self._epoch != epoch:  # With initial_epoch.
@@ -309,6 +322,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             arrays = itertools.chain(
                 _keras.variables.each_value_of(others), self._metrics_of_training
             )
+        resized = _keras.resized_batches.of(self._data)
         backup = _backup.Backup(
             first_epoch=self._first_epoch,
             epoch=self._epoch,
@@ -317,6 +331,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             seed=self._seed,
             ended_of=self.params["epochs"] if ended else None,
             described=state.described,
+            resized=None if resized is None else resized.state(),
         )
         try:
             _backup.write(self.backup_dir, backup, arrays)

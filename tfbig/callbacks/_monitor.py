@@ -69,11 +69,12 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     scaling is on, `grad_norm` and `gradient_noise_scale` if the model logs them; entries that are
     not a single number are left out. With `pipeline`, `device_mib` and `state_mib` are those of
     the stage that has most, and `bubble` is the share of the time of forward and backward passes
-    in which stages had nothing to do. `update` counts updates since the model was made, including
-    those that were skipped or taken back; with an optimizer that the model does not hold, only
-    updates of a `fit` with the callback count, and the learning rate is not known. Times exclude
-    validation and the first update of a `fit`, which is traced. The last batch of an epoch counts
-    as a full one.
+    in which stages had nothing to do. With `BatchSizeSchedule`, they are joined by `batch_size`,
+    that of the last update, and the learning rate is what its rule makes of it. `update` counts
+    updates since the model was made, including those that were skipped or taken back; with an
+    optimizer that the model does not hold, only updates of a `fit` with the callback count, and the
+    learning rate is not known. Times exclude validation and the first update of a `fit`, which is
+    traced. The last batch of an epoch counts as a full one.
 
     Where they are known, a row also has tokens per second; the floating-point operations that
     training needs for a sample (`flops_per_sample`): those of the matrix products and convolutions
@@ -319,6 +320,16 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def _restart(self) -> None:
         """Starts the means of the next row."""
         self._since, self._updates, self._waited = time.perf_counter(), 0, 0.0
+        sizes = self.model.sizes_of_updates
+        self._samples_before = 0 if sizes is None else sizes.samples
+
+    def _samples_of_update(self) -> float | None:
+        """The mean number of samples of an update since `_restart`; None if it is not known."""
+        sizes = self.model.sizes_of_updates
+        if sizes is None:
+            size: int | None = self._batch_size
+            return size
+        return float(sizes.samples - self._samples_before) / self._updates
 
     def _write(self, logs: _types.Logs) -> None:
         # The columns win over metrics of the same name.
@@ -361,7 +372,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             seconds = (self._last - self._since) / self._updates
             # Not known with deterministic operations.
             waited = self._waited / self._updates if math.isfinite(self._waited) else None
-            samples = self._batch_size
+            samples = self._samples_of_update()
         rate = samples / seconds if samples and seconds is not None else None
         values: tuple[float | None, ...] = (
             self._count.updates,

@@ -90,6 +90,9 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         people restarted training before a spike and left out the batches around it.
     """
 
+    # It sets `update_guard` of the model.
+    guards_updates = True
+
     def __init__(
         self,
         factor: float = 5.0,
