@@ -375,6 +375,7 @@ class Own(tfbig.Sequential):
     """A model with a `train_step` of its own, which may pass the guard on."""
 
     is_guarded = True
+    calls = 1
 
     def train_step(self, data):
         def loss(micro_batch):
@@ -383,7 +384,8 @@ class Own(tfbig.Sequential):
 
         share = tfbig.accumulate_gradients(loss, self.trainable_variables, data)
         guard = {"update_guard": self.update_guard} if self.is_guarded else {}
-        update = tfbig.apply_gradients(self.optimizer, share, **guard)
+        for _ in range(self.calls):
+            update = tfbig.apply_gradients(self.optimizer, share, **guard)
         return {"loss": update.loss}
 
 
@@ -413,6 +415,14 @@ def test_a_train_step_without_the_guard_is_refused():
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
     # Without the callback, it trains.
     fit(model, x, y)
+
+
+def test_a_guard_of_several_updates_is_refused():
+    x, y = batches("g")
+    model = own_net()
+    model.calls = 2
+    with pytest.raises(errors.UnsupportedModelError, match="to one call of"):
+        fit(model, x, y, SpikeGuard())
 
 
 def test_an_extended_class_with_its_own_step_is_refused():

@@ -60,6 +60,15 @@ def applies(
         "shard": is_sharded,
         "update_guard": is_guarded,
     }
+    guarded = _keras.thread.current("guarded")
+    if is_guarded and guarded is not None:
+        if guarded:
+            raise errors.UnsupportedModelError(
+                "A `train_step` must pass `update_guard` to one call of tfbig.apply_gradients: the "
+                "norms of different optimizers do not compare. Received: two calls with it. Leave "
+                "it out of the others."
+            )
+        guarded.append(True)
     _use(*(name for name, is_passed in passed.items() if is_passed))
     if not is_sharded:
         _use("an undivided optimizer")
@@ -98,7 +107,7 @@ def checked(model: StepOptions, step: _types.AnyFunction) -> _types.AnyFunction:
     def checked_step(data: _types.Structure) -> _types.Logs:
         is_eager = tf.executing_eagerly() and _unused(model, uses)
         undo = _undo(model) if is_eager else None
-        with _keras.thread.holding("uses", uses):
+        with _keras.thread.holding("uses", uses), _keras.thread.holding("guarded", []):
             logs: _types.Logs = step(data)
         unused = _unused(model, uses)
         if unused:
