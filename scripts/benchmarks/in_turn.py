@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import command_line
+
 from benchmarks import models, rows, with_keras
 from benchmarks.markdown import Table
 from benchmarks.process import Task
@@ -49,8 +51,13 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
     Returns:
         What --json holds of each task.
     """
-    with_keras.configure([task.row for task in tasks], tasks[0].threads)
-    import keras
+    with command_line.quiet_start():
+        with_keras.configure([task.row for task in tasks], tasks[0].threads)
+        import keras
+        import tensorflow as tf
+
+        # It starts now, and not later.
+        tf.config.list_logical_devices()
 
     keras.utils.set_random_seed(0)
     updates = [_updates(task) for task in tasks]

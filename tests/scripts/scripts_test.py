@@ -311,6 +311,10 @@ def test_benchmark_measures_rows_in_turn(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    # The stages, and what tfbig says of few micro-batches; nothing of TensorFlow.
+    known = ("tfbig: ", "stage ", "0 ", "1 ")
+    assert done.stderr
+    assert all(line.startswith(known) for line in done.stderr.splitlines()), done.stderr
     measured = json.loads(path.read_text())["rows"]
     assert [row["row"] for row in measured] == [
         *("plain, built-in accumulation", "tfbig", "tfbig, pipeline")
