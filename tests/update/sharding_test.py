@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbig
+from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig._keras.sharded_variable import ShardedVariable, ShardedWeight
 from tfbig._update import sharded_state
@@ -27,6 +28,10 @@ both = pytest.mark.parametrize("shard", SHARDS)
 # Divided weights come with divided state.
 weights_first = pytest.mark.parametrize(
     "shard", ["weights", pytest.param("optimizer", marks=pytest.mark.slow)]
+)
+
+optimizer_first = pytest.mark.parametrize(
+    "shard", ["optimizer", pytest.param("weights", marks=pytest.mark.slow)]
 )
 
 pytestmark = [
@@ -277,8 +282,7 @@ def test_the_monitor_shows_what_a_replica_holds(tmp_path):
     assert shown("weights") == pytest.approx(6, abs=0.01)
 
 
-@pytest.mark.parametrize("optimizer", ["overwriting", "muon"])
-@both
+@in_turn({"optimizer": ["overwriting", "muon"], "shard": list(SHARDS)})
 def test_a_value_that_is_not_finite_on_one_replica_is_skipped_by_all(optimizer, shard):
     with make_strategy("mirrored_2").scope():
         model = tfbig.Sequential(
@@ -350,7 +354,7 @@ def assert_small_model_trains_as_plain(between, optimizer, shard):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-@both
+@weights_first
 def test_a_constraint_looks_at_the_whole_variable(shard, float64):
     def constrained():
         constraint = keras.constraints.MaxNorm(0.5, axis=0)
@@ -499,7 +503,7 @@ def test_files_are_those_of_a_model_that_is_not_divided(shard, float64, tmp_path
             np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
-@weights_first
+@optimizer_first
 def test_state_is_divided_and_put_together_in_the_course_of_training(shard, float64):
     expected = plain("lamb")[1]
     with make_strategy("mirrored_2").scope():
@@ -763,7 +767,7 @@ def duel(strategy, weights=None, cls=Duel, **options):
     return model
 
 
-@both
+@weights_first
 def test_two_optimizers_of_an_own_step_are_divided(shard, float64):
     x = np.random.default_rng(0).normal(size=(13, 3))
     whole = duel("default")
@@ -826,7 +830,7 @@ def test_an_optimizer_that_clips_in_its_own_way_is_refused():
             model.compile(OwnClipping(0.1), "mse")
 
 
-@both
+@weights_first
 def test_an_unknown_optimizer_has_whole_variables(shard, float64):
     assert_small_model_trains_as_plain(
         lambda: [layers.Dense(6), layers.Dense(2)], lambda: HeldBack(0.1), shard

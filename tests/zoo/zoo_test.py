@@ -102,13 +102,18 @@ def turns(program):
     return *(pairs if index % 2 else pairs[::-1]), SHARDS[index // 2 % 3]
 
 
+# Large models of kinds of which there are smaller ones.
+LARGE = ("bart", "translation", "whisper")
+
+
 def ways(programs):
     """Each program on one device and on two replicas, one of them in turn as a slow test."""
     for index, each_program in enumerate(programs):
         is_on_replicas = each_program.is_on_replicas
         found = ("one device", "replicas") if is_on_replicas else ("one device",)
         for place, way in enumerate(found):
-            marks = [] if not is_on_replicas or index % 2 == place else [pytest.mark.slow]
+            is_its_turn = not is_on_replicas or index % 2 == place
+            marks = [] if is_its_turn and each_program.name not in LARGE else [pytest.mark.slow]
             yield pytest.param(each_program, way, marks=marks, id=f"{each_program.name}-{way}")
 
 
