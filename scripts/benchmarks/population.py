@@ -56,8 +56,9 @@ def best_loss(
             max_epochs=epochs,
             epochs_per_generation=epochs_per_generation,
             quantile=quantile,
-            # All but the units, which change the shapes of weights.
-            explore=[name for name in learning_curves.SPACE if name != "units"],
+            # The others change the state of a model: the units the shapes of weights; and without
+            # dropout, Keras's layer has no random state.
+            explore=["learning_rate", "batch_size"],
             seed=seed,
             storage="memory",
             directory=directory,
