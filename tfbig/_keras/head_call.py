@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import keras
 import tensorflow as tf
 from keras.src.backend.common import masking
 from keras.src.backend.common.variables import AutocastScope
 from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
-from tfbig._keras import recomputation
+from tfbig._keras import recomputation, stages
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
@@ -114,6 +115,9 @@ class HeadCall:
             holding("recomputation", None),
             holding("head", None),
         ):
+            if getattr(self.layer, "tie_weights", False):
+                with stages.placing(self.layer):
+                    return _similarities(self.layer, inputs)
             return recomputation.keras_call(self.layer, inputs, *self.arguments, **self.options)
 
     def _forward(
@@ -197,6 +201,20 @@ class HeadCall:
         for i, gradient in zip(wanted, of_weights, strict=True):
             result[1 + i] = gradient
         return result
+
+
+def _similarities(layer: keras.layers.ReversibleEmbedding, inputs: _types.Tensor) -> _types.Tensor:
+    """What a `ReversibleEmbedding` returns in reverse with the table of its lookups.
+
+    Keras transposes the table, and TensorFlow its gradient: a copy of each for every chunk.
+    """
+    table = tf.convert_to_tensor(layer.embeddings)
+    if layer.reverse_dtype is not None:
+        inputs, table = (tf.cast(t, layer.reverse_dtype) for t in (inputs, table))
+    predictions = tf.matmul(inputs, table, transpose_b=True)
+    if layer.logit_soft_cap is None:
+        return predictions
+    return tf.tanh(predictions / layer.logit_soft_cap) * layer.logit_soft_cap
 
 
 def _whole(
