@@ -208,7 +208,8 @@ def _similarities(layer: keras.layers.ReversibleEmbedding, inputs: _types.Tensor
 
     Keras transposes the table, and TensorFlow its gradient: a copy of each for every chunk.
     """
-    table = tf.convert_to_tensor(layer.embeddings)
+    # As Keras casts it.
+    table = keras.ops.convert_to_tensor(layer.embeddings)
     if layer.reverse_dtype is not None:
         inputs, table = (tf.cast(t, layer.reverse_dtype) for t in (inputs, table))
     predictions = tf.matmul(inputs, table, transpose_b=True)
