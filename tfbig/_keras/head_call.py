@@ -208,10 +208,10 @@ def _similarities(layer: keras.layers.ReversibleEmbedding, inputs: _types.Tensor
 
     Keras transposes the table, and TensorFlow its gradient: a copy of each for every chunk.
     """
-    # As Keras casts it.
-    table = keras.ops.convert_to_tensor(layer.embeddings)
-    if layer.reverse_dtype is not None:
-        inputs, table = (tf.cast(t, layer.reverse_dtype) for t in (inputs, table))
+    table = tf.convert_to_tensor(layer.embeddings)
+    # The layer does not cast its table to the dtype of its inputs.
+    dtype = layer.reverse_dtype or keras.backend.result_type(inputs.dtype, table.dtype)
+    inputs, table = (tf.cast(t, dtype) for t in (inputs, table))
     predictions = tf.matmul(inputs, table, transpose_b=True)
     if layer.logit_soft_cap is None:
         return predictions
