@@ -84,12 +84,12 @@ class GradientAccumulationMixin(train_step.TrainStep):
             that have variables, such as the blocks of a transformer, including those of nested
             models. Most useful for layers made of many operations. Defaults to None.
         head_chunk_size: int >= 1, tokens for which the last layer, the loss and the metrics are
-            computed at a time, and computed again in the backward pass: the logits of all tokens,
-            `(batch, length, vocabulary)`, are never there. A token is an index of all dimensions
-            but the last. The last layer must be a `Dense` with an activation of Keras, or a
-            `ReversibleEmbedding`, and losses and metrics functions of Keras that treat each token
-            by itself, such as crossentropies and accuracies. `predict` and files are as without
-            it. Defaults to None: all at once.
+            computed at a time, with their gradients: the logits of all tokens, `(batch, length,
+            vocabulary)`, are never there. A token is an index of all dimensions but the last. The
+            last layer must be a `Dense` with an activation of Keras, or a `ReversibleEmbedding`,
+            and losses and metrics functions of Keras that treat each token by itself, such as
+            crossentropies and accuracies. `predict` and files are as without it. Defaults to None:
+            all at once.
         exchange_dtype: "bfloat16" or "float16": the dtype that gradients are cast to while
             replicas exchange them, after division by the number of samples (or other denominator).
             Halves the traffic and rounds to 2-3 digits in bfloat16, 3-4 in float16. An overflow

@@ -2,8 +2,8 @@
 
 The logits of a language model, `(batch, length, vocabulary)`, are the largest tensor of an update,
 and the loss makes more of that size. Where the last layer and a loss treat each token by itself, a
-chunk of tokens can be computed at a time, and again in the backward pass; only the inputs of the
-layer are kept.
+chunk of tokens can be computed at a time. A reduction of the loss is linear in its values, so what
+each value is multiplied by is known before the values are, and gradients are computed with them.
 
 In `ChunkedHead`, the call of the last layer returns a stand-in that nothing may read, and functions
 of losses and metrics that are given the stand-in compute in chunks.
@@ -12,8 +12,9 @@ of losses and metrics that are given the stand-in compute in chunks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -23,6 +24,7 @@ from keras.src.losses.loss import squeeze_or_expand_to_same_rank
 from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.metrics.reduction_metrics import MeanMetricWrapper
 from keras.src.ops.operation import Operation
+from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
 from tfbig._keras.head_call import HeadCall, TokenFunction
@@ -82,6 +84,23 @@ def _compiled_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return [] if model._compile_metrics is None else model._compile_metrics.metrics
 
 
+@dataclasses.dataclass(eq=False)
+class _Pending:
+    """The values of a loss that are computed when it is known how they are reduced.
+
+    Attributes:
+        call: the call of the last layer.
+        functions: those of the loss and of the metrics.
+        metrics: the metrics.
+        zeros: what stands for the values.
+    """
+
+    call: HeadCall
+    functions: list[TokenFunction]
+    metrics: list[MeanMetricWrapper]
+    zeros: _types.Tensor
+
+
 class ChunkedHead:
     """The last layer of a model, whose output losses and metrics take in chunks.
 
@@ -103,11 +122,12 @@ class ChunkedHead:
         self._made_by: dict[int, str] = {}
         self._targets: dict[int, _types.Tensor] = {}
         self._ready: dict[int, _types.Tensor] = {}
+        self._pending: list[_Pending] = []
 
     @contextlib.contextmanager
     def __call__(self, data: _types.Structure) -> Iterator[ChunkedHead]:
         """A context in which a micro-batch of data is computed."""
-        self._calls, self._made_by, self._ready = {}, {}, {}
+        self._calls, self._made_by, self._ready, self._pending = {}, {}, {}, []
         self._targets = self._targets_of_metrics(data)
         with holding("head", self):
             yield self
@@ -190,7 +210,7 @@ class ChunkedHead:
     def loss_values(
         self, call: HeadCall, loss: keras.Loss, y_true: _types.Tensor, y_pred: _types.Tensor
     ) -> _types.Tensor:
-        """The values of a Keras loss; computes metrics in the same pass."""
+        """The values of a Keras loss, or zeros in their place that `reduced` knows."""
         y_true, y_pred = squeeze_or_expand_to_same_rank(y_true, y_pred)
         metrics = [
             m
@@ -201,9 +221,47 @@ class ChunkedHead:
             TokenFunction(_with(loss.fn, loss._fn_kwargs), y_true, y_pred.dtype),
             *(self._function_of(m, call) for m in metrics),
         ]
-        values, *others = call.values(functions)
+        if _record.could_possibly_record():
+            # A gradient may be asked for.
+            zeros, has_mask = call.example(functions[0])
+            if not has_mask:
+                self._pending.append(_Pending(call, functions, metrics, zeros))
+                return zeros
+        return self._ready_with(metrics, call.values(functions))
+
+    def _ready_with(
+        self, metrics: Sequence[MeanMetricWrapper], values: Sequence[_types.Tensor]
+    ) -> _types.Tensor:
+        """Keeps the values of metrics, which follow the first one; returns that."""
+        first, *others = values
         self._ready |= {id(m): v for m, v in zip(metrics, others, strict=True)}
-        return values
+        return first
+
+    def reduced(
+        self,
+        values: _types.Tensor,
+        reduction: str | None,
+        reduce: Callable[[_types.Tensor], _types.Tensor],
+    ) -> _types.Tensor:
+        """What a reduction makes of a loss's values, or of those that zeros stand for.
+
+        Args:
+            values: of a loss.
+            reduction: that of the loss.
+            reduce: a linear function of the values.
+        """
+        found = next((p for p in self._pending if p.zeros is values), None)
+        if found is None:
+            return reduce(values)
+        self._pending.remove(found)
+        if reduction in (None, "none"):
+            return reduce(self._ready_with(found.metrics, found.call.values(found.functions)))
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            nothing = reduce(values)
+        factors = tape.gradient(nothing, values, unconnected_gradients="zero")
+        total, metrics = found.call.total(found.functions, factors)
+        return tf.cast(self._ready_with(found.metrics, [total, *metrics]), nothing.dtype)
 
     def _function_of(self, metric: MeanMetricWrapper, call: HeadCall) -> TokenFunction:
         dtype = next(output.dtype for c, output in self._calls.values() if c is call)
@@ -225,7 +283,8 @@ class ChunkedHead:
 
     def _check_stand_ins(self) -> None:
         """Raises if anything reads the output of the last layer as a whole."""
-        readers = {
+        readers = {"`call` of a loss"} if self._pending else set()
+        readers |= {
             reader.name for call, output in self._calls.values() for reader in _readers_of(output)
         }
         if readers:

@@ -16,6 +16,7 @@ from tfbig import _types, errors
 from tfbig._keras import recomputation, stages
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
+from tfbig._keras.token_chunks import TokenChunks
 from tfbig._keras.variables import VariableValues
 
 # A function of targets and predictions, as losses and metrics have it.
@@ -57,22 +58,25 @@ class HeadCall:
     autocast: str | None
     size: int
 
+    def example(self, function: TokenFunction) -> tuple[_types.Tensor, bool]:
+        """A function's values as zeros, and whether they have a mask."""
+        chunks = TokenChunks.of(self.inputs, self.size)
+        chunk, targets = (tf.zeros_like(chunks.cut(t)[0]) for t in (self.inputs, function.targets))
+        # Nothing computes this. The weights themselves might be gathered for it.
+        weights = [tf.zeros(v.shape, v.dtype) for v in self.layer.variables]
+        with _record.stop_recording():
+            (value,) = self._computed(chunk, weights, [function], [targets])
+        return chunks.zeros(value), masking.get_keras_mask(value) is not None
+
     def values(self, functions: Sequence[TokenFunction]) -> list[_types.Tensor]:
-        """What the functions return for all tokens; only the first is differentiable."""
-        first = functions[0]
-        if _record.should_record_backprop([first.targets]):
-            raise errors.UnsupportedModelError(
-                "With `head_chunk_size`, the targets of a loss must not depend on weights. "
-                f"Received: targets {first.targets.name} that do. Wrap them in "
-                "keras.ops.stop_gradient, or leave the option out."
-            )
-        variables = list(self.layer.variables)
-        gathering: Gathering | None = current("gathering")
-        if gathering is not None:
-            gathering.reach([self.inputs])
-        sources = [self._source_of(v, gathering) for v in variables]
-        chunks = _Chunks.of(self.inputs, self.size)
-        # Of the first pass. Masks of the values are no results of a custom gradient.
+        """What the functions return for all tokens; only the first is differentiable.
+
+        The backward pass computes all chunks again.
+        """
+        _check_targets(functions[0])
+        weights = _Weights(self.layer, self.inputs)
+        chunks = TokenChunks.of(self.inputs, self.size)
+        # Masks of the values are no results of a custom gradient.
         masks: list[_types.Tensor | None] = []
 
         @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
@@ -80,29 +84,73 @@ class HeadCall:
             inputs: _types.Tensor, *sources: _types.Tensor
         ) -> tuple[list[_types.Tensor], _types.AnyFunction]:
             with _record.stop_recording():
-                weights = _whole(gathering, variables, sources)
-                values, masks[:] = self._forward(chunks, inputs, weights, functions)
+                values, masks[:] = self._forward(
+                    chunks, inputs, weights.gathered(sources), functions
+                )
 
             def gradient(*upstream: _types.Tensor) -> list[_types.Gradient | None]:
-                return self._backward(chunks, inputs, sources, gathering, first, upstream[0])
+                with _record.stop_recording():
+                    again, gathered = weights.gathered_again(sources, upstream[0])
+                    of_inputs, _, of_weights = self._gradients(
+                        chunks, inputs, gathered, functions[:1], upstream[0]
+                    )
+                    return [of_inputs, *weights.of_sources(again, gathered, of_weights)]
 
             return values, gradient
 
-        values = function(self.inputs, *sources)
+        values = function(self.inputs, *weights.sources)
         values = [values[0], *map(tf.stop_gradient, values[1:])]
         for value, mask in zip(values, masks, strict=True):
             if mask is not None:
                 masking.set_keras_mask(value, mask)
         return values
 
-    def _source_of(
-        self, variable: _types.KerasVariable, gathering: Gathering | None
-    ) -> _types.Tensor:
-        """What the gradient of a variable is taken of: its value, or its piece."""
-        if gathering is not None and isinstance(variable, ShardedWeight):
-            return gathering.source_of(variable)
-        with AutocastScope(None):
-            return tf.convert_to_tensor(variable.value)
+    def total(
+        self, functions: Sequence[TokenFunction], factors: _types.Tensor
+    ) -> tuple[_types.Tensor, list[_types.Tensor]]:
+        """The sum over all tokens of the first function's values times factors, and the others'.
+
+        As the factors are known, one pass over the chunks computes the gradients, too.
+
+        Args:
+            functions: of which only the first is differentiable.
+            factors: of the shape of its values.
+        """
+        _check_targets(functions[0])
+        weights = _Weights(self.layer, self.inputs)
+        chunks = TokenChunks.of(self.inputs, self.size)
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        def function(
+            inputs: _types.Tensor, factors: _types.Tensor, *sources: _types.Tensor
+        ) -> tuple[list[_types.Tensor], _types.AnyFunction]:
+            with _record.stop_recording():
+                # Gradients near one, so that half precision does not lose small ones.
+                largest = tf.reduce_max(tf.abs(factors))
+                unit = tf.where(largest > 0, largest, tf.ones_like(largest))
+                gathered = weights.gathered(sources)
+                of_inputs, values, of_weights = self._gradients(
+                    chunks, inputs, gathered, functions, factors / unit
+                )
+                total = tf.reduce_sum(factors * values[0])
+
+            def gradient(*upstream: _types.Tensor) -> list[_types.Gradient | None]:
+                def scaled(gradient: _types.Tensor) -> _types.Tensor:
+                    wide = tf.cast(gradient, upstream[0].dtype)
+                    return tf.cast(wide * unit * upstream[0], gradient.dtype)
+
+                with _record.stop_recording():
+                    of_values = {i: scaled(g) for i, g in of_weights.items()}
+                    return [
+                        scaled(of_inputs),
+                        values[0] * upstream[0],
+                        *weights.of_sources(sources, gathered, of_values),
+                    ]
+
+            return [total, *values[1:]], gradient
+
+        total, *others = function(self.inputs, factors, *weights.sources)
+        return total, list(map(tf.stop_gradient, others))
 
     def _predictions(
         self, inputs: _types.Tensor, weights: Sequence[_types.Tensor]
@@ -120,86 +168,138 @@ class HeadCall:
                     return _similarities(self.layer, inputs)
             return recomputation.keras_call(self.layer, inputs, *self.arguments, **self.options)
 
+    def _computed(
+        self,
+        inputs: _types.Tensor,
+        weights: Sequence[_types.Tensor],
+        functions: Sequence[TokenFunction],
+        targets: Sequence[_types.Tensor],
+    ) -> list[_types.Tensor]:
+        """The values of functions for a chunk."""
+        predictions = self._predictions(inputs, weights)
+        return [
+            f.function(t, tf.cast(predictions, f.dtype))
+            for f, t in zip(functions, targets, strict=True)
+        ]
+
     def _forward(
         self,
-        chunks: _Chunks,
+        chunks: TokenChunks,
         inputs: _types.Tensor,
         weights: Sequence[_types.Tensor],
         functions: Sequence[TokenFunction],
     ) -> tuple[list[_types.Tensor], list[_types.Tensor | None]]:
         """The values of all functions, and their masks."""
 
-        def compute(elements: Sequence[_types.Tensor]) -> list[_types.Tensor]:
-            chunk, *targets = elements
-            predictions = self._predictions(chunk, weights)
-            values = [
-                f.function(target, tf.cast(predictions, f.dtype))
-                for f, target in zip(functions, targets, strict=True)
-            ]
+        def compute(
+            chunk: _types.Tensor, *targets: _types.Tensor
+        ) -> tuple[list[_types.Tensor], tuple[()]]:
+            values = self._computed(chunk, weights, functions, targets)
             masks = [masking.get_keras_mask(v) for v in values]
             has_mask[:] = [m is not None for m in masks]
-            return [*values, *(m for m in masks if m is not None)]
+            return [*values, *(m for m in masks if m is not None)], ()
 
         has_mask: list[bool] = []
-        elements = [chunks.cut(inputs), *(chunks.cut(f.targets) for f in functions)]
-        # Nothing computes this: it tells the dtypes of the results.
-        results = compute([tf.zeros_like(e[0]) for e in elements])
-        joined = tf.map_fn(
-            compute,
-            elements,
-            fn_output_signature=[tf.TensorSpec(None, r.dtype) for r in results],
-            parallel_iterations=1,
-        )
-        whole = [chunks.join(j, r) for j, r in zip(joined, results, strict=True)]
+        elements = [chunks.cut(t) for t in (inputs, *(f.targets for f in functions))]
+        # Nothing computes this: it tells shapes and dtypes.
+        examples, _ = compute(*(tf.zeros_like(e[0]) for e in elements))
+        whole, _ = chunks.for_each(compute, elements, examples)
         values, rest = whole[: len(functions)], iter(whole[len(functions) :])
         return values, [next(rest) if has else None for has in has_mask]
 
-    def _backward(
+    def _gradients(
         self,
-        chunks: _Chunks,
+        chunks: TokenChunks,
         inputs: _types.Tensor,
-        sources: Sequence[_types.Tensor],
-        gathering: Gathering | None,
-        function: TokenFunction,
-        upstream: _types.Tensor,
-    ) -> list[_types.Gradient | None]:
-        """Gradients of the first function's values, times `upstream`; computes them again."""
-        variables = list(self.layer.variables)
+        weights: Sequence[_types.Tensor],
+        functions: Sequence[TokenFunction],
+        factors: _types.Tensor,
+    ) -> tuple[_types.Tensor, list[_types.Tensor], dict[int, _types.Tensor]]:
+        """Gradients of the first function's values times factors, and the values of all.
+
+        Returns:
+            The gradient of the inputs; the values; the gradients of those weights that have one,
+            by their number. Zeros for others, such as a table that is looked up in elsewhere, would
+            turn its rows into a dense gradient.
+        """
         trained = {id(v) for v in self.layer.trainable_variables}
-        if gathering is not None:
-            gathering.reach([upstream])
-            # Gathered again, not kept from the forward pass.
+        wanted = [i for i, v in enumerate(self.layer.variables) if id(v) in trained]
+
+        def compute(
+            chunk: _types.Tensor, factors: _types.Tensor, *targets: _types.Tensor
+        ) -> tuple[list[_types.Tensor], list[_types.Tensor | None]]:
+            # Tensors of this graph, which is the body of a loop.
+            chunk, own = tf.identity(chunk), list(weights)
+            for i in wanted:
+                own[i] = tf.identity(own[i])
+            values = self._computed(chunk, own, functions, targets)
+            of_chunk, *of_weights = tf.gradients(
+                values[0], [chunk, *(own[i] for i in wanted)], grad_ys=factors
+            )
+            return [of_chunk, *values], of_weights
+
+        elements = [chunks.cut(t) for t in (inputs, factors, *(f.targets for f in functions))]
+        # Nothing computes this: it tells shapes, dtypes, and which weights have a gradient.
+        examples, found = compute(*(tf.zeros_like(e[0]) for e in elements))
+        wanted = [i for i, g in zip(wanted, found, strict=True) if g is not None]
+        (of_inputs, *values), sums = chunks.for_each(
+            compute, elements, examples, [weights[i] for i in wanted]
+        )
+        return of_inputs, values, dict(zip(wanted, sums, strict=True))
+
+
+class _Weights:
+    """The variables of a layer, perhaps divided over the replicas, as tensors.
+
+    Args:
+        layer: the layer.
+        inputs: what it is called with.
+
+    Attributes:
+        sources: what their gradients are taken of: their values, or this replica's pieces.
+    """
+
+    def __init__(self, layer: _types.Layer, inputs: _types.Tensor) -> None:
+        self._variables = list(layer.variables)
+        self._gathering: Gathering | None = current("gathering")
+        if self._gathering is not None:
+            self._gathering.reach([inputs])
+        self.sources = [self._source_of(v) for v in self._variables]
+
+    def _source_of(self, variable: _types.KerasVariable) -> _types.Tensor:
+        if self._gathering is not None and isinstance(variable, ShardedWeight):
+            return self._gathering.source_of(variable)
+        with AutocastScope(None):
+            return tf.convert_to_tensor(variable.value)
+
+    def gathered(self, sources: Sequence[_types.Tensor]) -> list[_types.Tensor]:
+        """Their values."""
+        if self._gathering is None:
+            return list(sources)
+        return self._gathering.values_of(self._variables, sources)
+
+    def gathered_again(
+        self, sources: Sequence[_types.Tensor], upstream: _types.Tensor
+    ) -> tuple[list[_types.Tensor], list[_types.Tensor]]:
+        """The sources and the values in a backward pass, where they were not kept for it."""
+        if self._gathering is not None:
+            self._gathering.reach([upstream])
             with tf.control_dependencies([upstream]):
                 sources = [tf.identity(s) for s in sources]
-        with tf.GradientTape() as tape:
-            tape.watch(sources)
-            weights = _whole(gathering, variables, sources)
-        wanted = [i for i, v in enumerate(variables) if id(v) in trained]
+        return list(sources), self.gathered(sources)
 
-        def of_chunk(
-            chunk: _types.Tensor, targets: _types.Tensor, factor: _types.Tensor
-        ) -> list[_types.Tensor | None]:
-            watched = [chunk, *(weights[i] for i in wanted)]
-            with tf.GradientTape() as inner:
-                inner.watch(watched)
-                predictions = self._predictions(chunk, weights)
-                values = function.function(targets, tf.cast(predictions, function.dtype))
-            gradients: list[_types.Tensor | None] = inner.gradient(values, watched, factor)
-            return gradients
-
-        elements = [chunks.cut(t) for t in (inputs, function.targets, upstream)]
-        # Nothing computes this: it tells which weights have a gradient. To others, such as a table
-        # that is looked up in elsewhere, zeros would add what they are not: dense gradients.
-        connected = [g is not None for g in of_chunk(*(tf.zeros_like(e[0]) for e in elements))[1:]]
-        wanted = [i for i, is_connected in zip(wanted, connected, strict=True) if is_connected]
-        of_inputs, of_weights = chunks.sums(of_chunk, elements, [weights[i] for i in wanted])
-        result: list[_types.Gradient | None] = [of_inputs, *(None for _ in variables)]
-        if gathering is not None:
-            of_weights = tape.gradient(
-                [weights[i] for i in wanted], [sources[i] for i in wanted], of_weights
-            )
-        for i, gradient in zip(wanted, of_weights, strict=True):
-            result[1 + i] = gradient
+    def of_sources(
+        self,
+        sources: Sequence[_types.Tensor],
+        values: Sequence[_types.Tensor],
+        gradients: dict[int, _types.Tensor],
+    ) -> list[_types.Gradient | None]:
+        """Gradients of the sources, given those of the values by their number."""
+        result: list[_types.Gradient | None] = [None] * len(sources)
+        for i, gradient in gradients.items():
+            if self._gathering is not None:
+                (gradient,) = tf.gradients(values[i], sources[i], grad_ys=gradient)
+            result[i] = gradient
         return result
 
 
@@ -218,100 +318,10 @@ def _similarities(layer: keras.layers.ReversibleEmbedding, inputs: _types.Tensor
     return tf.tanh(predictions / layer.logit_soft_cap) * layer.logit_soft_cap
 
 
-def _whole(
-    gathering: Gathering | None,
-    variables: Sequence[_types.KerasVariable],
-    sources: Sequence[_types.Tensor],
-) -> list[_types.Tensor]:
-    """The values of variables, gathered where they are divided over the replicas."""
-    if gathering is None:
-        return list(sources)
-    return gathering.values_of(variables, sources)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chunks:
-    """How tokens, the leading dimensions of a tensor, are cut into chunks of one length.
-
-    Attributes:
-        shape: static leading dimensions, None where they are not known.
-        dimensions: int32 vector, the leading dimensions.
-        number: chunks, an integer or an int32 scalar.
-        length: tokens of a chunk, an integer or an int32 scalar.
-        tokens: all of them, an integer or an int32 scalar.
-    """
-
-    shape: tuple[int | None, ...]
-    dimensions: _types.Tensor
-    number: int | _types.Tensor
-    length: int | _types.Tensor
-    tokens: int | _types.Tensor
-
-    @classmethod
-    def of(cls, inputs: _types.Tensor, size: int) -> _Chunks:
-        """How the tokens of inputs `(..., features)` are cut into chunks of at most `size`."""
-        shape = inputs.shape[:-1]
-        dimensions = tf.shape(inputs)[:-1]
-        tokens = shape.num_elements() if shape.is_fully_defined() else tf.reduce_prod(dimensions)
-        number = -(-tokens // size)
-        number = max(number, 1) if isinstance(number, int) else tf.maximum(number, 1)
-        return cls(tuple(shape), dimensions, number, -(-tokens // number), tokens)
-
-    def cut(self, tensor: _types.Tensor) -> _types.Tensor:
-        """`(number, length, ...)`, padded with zeros."""
-        if not tensor.shape[: len(self.shape)].is_compatible_with(self.shape):
-            raise ValueError(
-                "Targets must have a value for each token of the last layer's inputs. Received: "
-                f"targets of shape {tensor.shape} for inputs of shape ({self.shape}, features)."
-            )
-        inner = tensor.shape[len(self.shape) :]
-        flat = tf.reshape(tensor, [self.tokens, *inner])
-        padding = self.number * self.length - self.tokens
-        if not (isinstance(padding, int) and padding == 0):
-            flat = tf.pad(flat, [[0, padding], *([0, 0] for _ in inner)])
-        return tf.reshape(flat, [self.number, self.length, *inner])
-
-    def join(self, tensor: _types.Tensor, example: _types.Tensor) -> _types.Tensor:
-        """What `cut` was made of; `example` has the shape of a chunk of it."""
-        inner = example.shape[1:]
-        flat = tf.reshape(tensor, [self.number * self.length, *inner])[: self.tokens]
-        whole = tf.reshape(flat, tf.concat([self.dimensions, inner], 0))
-        return tf.ensure_shape(whole, [*self.shape, *inner])
-
-    def sums(
-        self,
-        of_chunk: Callable[..., Sequence[_types.Tensor]],
-        elements: Sequence[_types.Tensor],
-        weights: Sequence[_types.Tensor],
-    ) -> tuple[_types.Tensor, list[_types.Tensor]]:
-        """Gradients of all chunks: those of the inputs joined, those of weights added up.
-
-        Args:
-            of_chunk: function of a chunk of each element, which returns the gradients.
-            elements: what `cut` returned, that of the inputs first.
-            weights: tensors of the shapes and dtypes of the gradients of weights.
-        """
-        inputs = elements[0]
-
-        def body(
-            i: _types.Tensor, joined: tf.TensorArray, totals: list[_types.Tensor]
-        ) -> tuple[_types.Tensor, tf.TensorArray, list[_types.Tensor]]:
-            of_inputs, *of_weights = of_chunk(*(e[i] for e in elements))
-            added = [t + tf.cast(g, t.dtype) for t, g in zip(totals, of_weights, strict=True)]
-            return i + 1, joined.write(i, of_inputs), added
-
-        joined = tf.TensorArray(inputs.dtype, self.number, element_shape=inputs.shape[1:])
-        # As wide as the gradients of micro-batches are added up.
-        wide = [tf.float64 if w.dtype == tf.float64 else tf.float32 for w in weights]
-        _, joined, totals = tf.while_loop(
-            lambda i, *_: i < self.number,
-            body,
-            (
-                tf.constant(0),
-                joined,
-                [tf.zeros(w.shape, t) for w, t in zip(weights, wide, strict=True)],
-            ),
-            parallel_iterations=1,
+def _check_targets(function: TokenFunction) -> None:
+    if _record.should_record_backprop([function.targets]):
+        raise errors.UnsupportedModelError(
+            "With `head_chunk_size`, the targets of a loss must not depend on weights. "
+            f"Received: targets {function.targets.name} that do. Wrap them in "
+            "keras.ops.stop_gradient, or leave the option out."
         )
-        whole = self.join(joined.stack(), inputs[0])
-        return whole, [tf.cast(t, w.dtype) for t, w in zip(totals, weights, strict=True)]

@@ -60,9 +60,19 @@ def _reduce_weighted_values(
     dtype: str | None = None,
 ) -> _types.Tensor:
     reducer = current("reducer") or _keras_reduction
-    return reducer(
-        original, values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype
-    )
+
+    def reduce(values: _types.Tensor) -> _types.Tensor:
+        return reducer(
+            original,
+            values,
+            sample_weight=sample_weight,
+            mask=mask,
+            reduction=reduction,
+            dtype=dtype,
+        )
+
+    head = current("head")
+    return reduce(values) if head is None else head.reduced(values, reduction, reduce)
 
 
 def _for_distribution(original: _types.AnyFunction, value: _types.Tensor) -> _types.Tensor:
