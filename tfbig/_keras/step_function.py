@@ -44,11 +44,11 @@ def run_batches(
 
 
 def counting_traces(model: keras.Model, function: _types.AnyFunction) -> _types.AnyFunction:
-    """A function to be traced, which counts in `model.traces` how often it is."""
+    """A function to be traced, which counts in `model.times_traced` how often it is."""
 
     @functools.wraps(function)
     def counted(*args: _types.Structure) -> _types.Structure:
-        model.traces += 1
+        model.times_traced += 1
         return function(*args)
 
     return counted

@@ -56,7 +56,7 @@ class TrainerOverrides(CompileHooks):
     # Set by a callback that reads it; None while none does.
     input_clock: InputClock | None = None
     # How often a function that trains was traced.
-    traces = 0
+    times_traced = 0
     # Of the passes of a pipeline's stages; None while nobody reads it.
     stage_clock: StageClock | None = None
     # Set by a callback that decides the size of each update; None while none does.

@@ -58,7 +58,7 @@ class GoodputFile:
             has_ended = rows[-1]["ended"] or last["ended"]
             # The system's clock may have been set back.
             gap = 0.0 if has_ended else max(0.0, time.time() - last["time"])
-        meter.begin(before, gap, getattr(model, "skipped_updates", 0), model.traces)
+        meter.begin(before, gap, getattr(model, "skipped_updates", 0), model.times_traced)
 
     def write(self, meter: Goodput, updates: int, epoch: int, has_ended: bool = False) -> Row:
         """Adds a row with the shares so far.

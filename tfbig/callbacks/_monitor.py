@@ -256,7 +256,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._count.updates += updates
         self._last = time.perf_counter()
         waited = self._wait()
-        self._meter.end_update(updates, waited, self.model.traces, (logs or {}).get(_SKIPPED))
+        self._meter.end_update(updates, waited, self.model.times_traced, (logs or {}).get(_SKIPPED))
         if self._is_traced:
             self._updates += updates
             self._waited += waited
