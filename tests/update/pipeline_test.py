@@ -1,6 +1,7 @@
 """`pipeline`: layers on stages of their own train, evaluate and predict as on one device."""
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -727,10 +728,9 @@ def sent(model, data):
         metadata = context.export_run_metadata()
     finally:
         context.disable_run_metadata()
-    step = model.train_function.__closure__
-    functions = [c.cell_contents for c in step if hasattr(c.cell_contents, "_on_iterator")]
     # Tracing once more would give other names.
-    (run,) = functions[0]._on_iterator._list_all_concrete_functions()
+    program = step_function_of(model.train_function)._on_iterator
+    (run,) = program._list_all_concrete_functions()
     shapes = dict(_shapes(run.graph))
     found = []
     # There are those of other calls as well, the last is that of this one.
@@ -744,6 +744,14 @@ def sent(model, data):
                 found.append((name, shapes.get(traced)))
     assert found
     return found
+
+
+def step_function_of(function):
+    """The `StepFunction` that a train function calls, through functions of its own."""
+    while not hasattr(function, "_on_iterator"):
+        called = [c.cell_contents for c in function.__closure__]
+        (function,) = (f for f in called if inspect.isfunction(f) or hasattr(f, "_on_iterator"))
+    return function
 
 
 def _shapes(graph):
