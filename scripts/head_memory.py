@@ -7,7 +7,7 @@ tokens: with all logits at once, and with `head_chunk_size`. The memory is what 
 allocator counts at the peak of an update beyond what was there before; the same for a body with a
 vocabulary of 16 is subtracted, so that the rest is that of the last layer, the loss and the table.
 Both models train in turn in one process. Needs keras-hub and tfbig[plots]; takes
-two minutes on two cores.
+a minute on two cores.
 """
 
 from __future__ import annotations
