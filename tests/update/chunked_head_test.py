@@ -364,3 +364,16 @@ REFUSED = {
 def test_refuses_what_cannot_be_computed_in_chunks(message):
     with pytest.raises((errors.UnsupportedModelError, errors.InvalidOptionError), match=message):
         fitted(**REFUSED[message])
+
+
+class Shortened(tfbig.Model):
+    """Its targets have no value for the last token."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return crossentropy()(y[:, :-1], y_pred)
+
+
+def test_targets_of_another_length_are_refused():
+    message = r"Received: targets of shape \(None, 4\) for inputs of shape \(None, 5, features\)"
+    with pytest.raises(ValueError, match=message):
+        fitted(cls=Shortened, settings={"loss": None})

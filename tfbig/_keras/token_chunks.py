@@ -43,7 +43,8 @@ class TokenChunks:
         if not tensor.shape[: len(self.shape)].is_compatible_with(self.shape):
             raise ValueError(
                 "Targets must have a value for each token of the last layer's inputs. Received: "
-                f"targets of shape {tensor.shape} for inputs of shape ({self.shape}, features)."
+                f"targets of shape {tuple(tensor.shape)} for inputs of shape "
+                f"({', '.join(map(str, self.shape))}, features)."
             )
         inner = tensor.shape[len(self.shape) :]
         flat = tf.reshape(tensor, [self.tokens, *inner])
