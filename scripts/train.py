@@ -56,8 +56,8 @@ def _train(run: directory.RunDirectory, wanted: settings.Settings) -> int:
         return 1
     except tf.errors.UnavailableError as e:
         print(f"\n{PROGRAM}: another worker ended: {e.message.splitlines()[0]}", file=sys.stderr)
-        # Kubeflow restarts the job after this code, which is worthwhile with a backup.
-        return tfbig.callbacks.PREEMPTED if run.has_own_backup else 1
+        # Not the code of a preemption, after which clusters start a job again without counting.
+        return 1
 
 
 def _run() -> int:

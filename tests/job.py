@@ -9,9 +9,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Run as a file it starts without importing TensorFlow, which takes seconds.
-LAUNCH = ROOT / "tfbig" / "launch.py"
 JOBS = ROOT / "tests" / "jobs"
+LAUNCH = JOBS / "launch.py"
 
 
 def environment(**variables):

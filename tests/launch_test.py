@@ -7,16 +7,21 @@ import collections
 import contextlib
 import json
 import os
+import pathlib
 import re
+import shutil
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
 import pytest
 
 from tests import job
-from tfbig import launch as launcher
+from tfbig.launch import _command_line, _environment, _membership, _private_network
 
 # Far longer than any test takes, far shorter than a leftover worker would run.
 LIMIT = 20
@@ -51,6 +56,40 @@ def program(tmp_path):
         return path
 
     return write
+
+
+# A user without rights, and without files.
+NOBODY = 65534
+
+
+def private_network_fails(*command):
+    """Why a Python cannot make a private network; empty if it can."""
+    done = subprocess.run(
+        [*command, "-I", _private_network.__file__],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return "" if done.stdout == "ready\n" else done.stdout + done.stderr or "no answer"
+
+
+def needs_private_network():
+    """Skips the test where this user cannot have one."""
+    if why := private_network_fails(sys.executable):
+        pytest.skip(f"no private network: {why}")
+
+
+def python_without_root():
+    """The command of a Python without root's rights, which can make a private network."""
+    if os.getuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("only root can give up its rights, with setpriv")
+    before = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    # env starts Python without rights, too: others may not see root's.
+    for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        if not (why := private_network_fails(*before, "env", python)):
+            return [*before, "env", python]
+    pytest.skip(f"no private network: {why}")
 
 
 class Presence:
@@ -92,8 +131,9 @@ def presence(tmp_path):
     os.close(presence.end)
 
 
-def command(script, *arguments, workers=2, options=(), before=()):
-    launcher = [*before, sys.executable, job.LAUNCH]
+def command(script, *arguments, workers=2, options=(), before=(), python=(sys.executable,)):
+    # The warning about open ports has a test of its own.
+    launcher = [*before, *python, job.LAUNCH, "--network", "host"]
     return [*launcher, "--workers", workers, *options, script, *arguments]
 
 
@@ -201,6 +241,14 @@ WRONG = {
     "endless": ([*ONE, "--grace_period", "inf"], "a number of seconds >= 0. Received: inf"),
     "nan": ([*ONE, "--grace_period", "nan"], "a number of seconds >= 0. Received: nan"),
     "restarts": ([*ONE, "--max_restarts", "-1"], "must be an integer >= 0. Received: -1"),
+    "network": ([*ONE, "--network", "none"], "invalid choice: 'none'"),
+    "few": ([*ONE, "--min_workers", "0"], "--min_workers: must be an integer >= 1. Received: 0"),
+    "many": ([*ONE, "--min_workers", "2"], "must be at most --workers=1. Received: 2"),
+    "never": ([*ONE, "--min_workers", "1"], "it requires --max_restarts, and no --independent"),
+    "alone": (
+        [*ONE, "--min_workers", "1", "--max_restarts", "1", "--independent"],
+        "it requires --max_restarts, and no --independent",
+    ),
     "devices": ([*ONE, "--per_worker_devices", "0"], "must be an integer >= 1. Received: 0"),
 }
 
@@ -404,8 +452,12 @@ def test_a_process_that_left_its_worker_does_not_block_the_launcher(program, pre
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
-def test_workers_die_with_a_killed_launcher(program, presence):
-    with launching(program(PRESENT, STUBBORN), presence.path) as process:
+@pytest.mark.parametrize("network", ["host", "private"])
+def test_workers_die_with_a_killed_launcher(program, presence, network):
+    if network == "private":
+        needs_private_network()
+    options = ["--network", network]
+    with launching(program(PRESENT, STUBBORN), presence.path, options=options) as process:
         presence.wait_for("up 0", "up 1")
         process.kill()
         presence.wait_until_all_are_gone()
@@ -490,6 +542,99 @@ def test_nohup_is_honored(program, presence):
     presence.wait_until_all_are_gone()
 
 
+# --- Who reaches a worker ----------------------------------------------------
+
+
+# A worker listens as TensorFlow does, and the next one connects to it.
+SERVER = """
+    import socket
+    addresses = json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"]
+    ports = [int(a.rpartition(":")[2]) for a in addresses]
+    server = socket.create_server(("0.0.0.0", ports[index]))
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", ports[1 - index])).close()
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    say(f"port {ports[index]}")
+    say("reached")
+    time.sleep(60)
+"""
+
+
+def reaches(port):
+    """Whether something listens at a port of this machine."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("network", ["host", "private"])
+def test_who_reaches_a_worker(program, presence, network):
+    if network == "private":
+        needs_private_network()
+    options = ["--network", network]
+    with launching(program(PRESENT, SERVER), presence.path, options=options) as process:
+        presence.wait_for("reached 0", "reached 1")
+        ports = re.findall(r"port (\d+)", presence.said)
+        assert [reaches(int(port)) for port in ports] == [network == "host"] * 2
+        process.terminate()
+        process.communicate(timeout=LIMIT)
+    presence.wait_until_all_are_gone()
+
+
+def test_a_private_network_does_not_need_root(program):
+    python = python_without_root()
+    script = program(
+        """
+        import socket
+        socket.create_server(("127.0.0.1", 0)).close()
+        print(socket.if_nameindex(), os.getuid(), os.getgid())
+        """
+    )
+    # Others may not read pytest's directories.
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        readable = pathlib.Path(shutil.copy(script, directory))
+        done = launch(readable, options=["--network", "private"], python=python)
+    assert done.returncode == 0, done.stderr
+    assert by_worker(done.stdout) == {i: [f"[(1, 'lo')] {NOBODY} {NOBODY}"] for i in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        (["--workers", 2], True),
+        (["--workers", 2, "--network", "host"], False),
+        (["--workers", 2, "--independent"], False),
+        (["--workers", 1], False),
+    ],
+    ids=str,
+)
+def test_open_ports_are_said(tmp_path, options, warns):
+    script = tmp_path / "program.py"
+    script.write_text("")
+    done = job.finish(job.start([sys.executable, job.LAUNCH, *options, script]), LIMIT)
+    assert done.returncode == 0
+    assert done.stderr == f"tfbig.launch: {_command_line.OPEN}\n" * warns
+
+
+def test_a_private_network_that_cannot_be_made_is_an_error(program, tmp_path, monkeypatch, capsys):
+    refusing = tmp_path / "refusing"
+    refusing.write_text("#!/bin/sh\necho unshare: Operation not permitted\n")
+    refusing.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(refusing))
+    with pytest.raises(SystemExit) as info:
+        _command_line.main(["--workers", "2", "--network", "private", str(program("pass"))])
+    assert info.value.code == 2
+    message = capsys.readouterr().err
+    assert "--network=private requires Linux, and the right to make" in message
+    assert "Received: unshare: Operation not permitted. Use --network=host" in message
+
+
 # --- Restarts ----------------------------------------------------------------
 
 
@@ -532,13 +677,92 @@ def test_the_job_is_restarted(program, tmp_path, failures, restarts, code, left)
     assert len({tuple(addresses) for addresses in starts[0]}) == len(starts[0])
 
 
+# Which worker fails first, start by start -> the workers of the next starts.
+FAILURES_AND_STARTS = {
+    "each once": (4, 1, [0, 1, 2, 3], [4, 4, 4, 4]),
+    "one for good": (4, 2, [1, 1], [4, "0 2 3"]),
+    "one is taken back": (4, 2, [1, 1, 0], [4, "0 2 3", 4]),
+    "and left out at once": (4, 2, [1, 1, 0, 1], [4, "0 2 3", 4, "0 2 3"]),
+    "and trusted again": (4, 2, [1, 1, 0, 2, 1], [4, "0 2 3", 4, 4, 4]),
+    # After its failure, 3 is not forgotten because of 1, of whose failures there was no doubt.
+    "two for good": (4, 2, [1, 1, 3, 1, 3], [4, "0 2 3", 4, "0 2 3", "0 2"]),
+    "two of which one may go": (4, 3, [1, 1, 3, 1, 3], [4, "0 2 3", 4, "0 2 3", "0 1 2"]),
+    "none may go": (4, 4, [1, 1, 1], [4, 4, 4]),
+    "down to one": (2, 1, [0, 0, 1, 1], [2, "1", 2, "0"]),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES_AND_STARTS)
+def test_a_worker_that_fails_again_is_left_out(case):
+    workers, least, failures, starts = FAILURES_AND_STARTS[case]
+    membership, got = _membership.Membership(workers, least), []
+    assert list(membership.present) == list(range(workers))
+    for failure in failures:
+        membership.record_failure(failure)
+        got.append(list(membership.present))
+    assert got == [
+        list(range(s)) if isinstance(s, int) else [int(i) for i in s.split()] for s in starts
+    ]
+
+
+def test_the_job_continues_without_a_lost_worker(program, tmp_path):
+    # Device 5 is broken. When that is known, worker 2 fails once.
+    script = program(
+        """
+        config = json.loads(os.environ["TF_CONFIG"])
+        device, count = os.environ["CUDA_VISIBLE_DEVICES"], len(config["cluster"]["worker"])
+        print(f"{index} of {count}, device {device}")
+        if device == "5":
+            sys.exit(3)
+        if count == 4:
+            time.sleep(60)
+        if device == "6" and not os.path.exists(sys.argv[1]):
+            open(sys.argv[1], "w").close()
+            sys.exit(4)
+        """
+    )
+    before = ["env", "CUDA_VISIBLE_DEVICES=4,5,6,7"]
+    options = ["--per_worker_devices", 1, "--min_workers", 2, "--max_restarts", 4]
+    done = launch(script, tmp_path / "once", workers=4, options=options, before=before)
+    assert done.returncode == 0, done.stderr
+    failed = "tfbig.launch: worker {} failed with exit code {}; all workers have ended; "
+    without = (
+        "tfbig.launch: until the next restart, the job continues without worker(s) 1; "
+        "worker(s) 0, 2, 3 are its task(s) 0 to 2"
+    )
+    assert of_launcher(done.stderr) == [
+        failed.format(1, 3) + "restarts left: 4",
+        failed.format(1, 3) + "restarts left: 3",
+        without,
+        failed.format(2, 4) + "restarts left: 2",
+        failed.format(1, 3) + "restarts left: 1",
+        without,
+    ]
+    # Each worker has its label and its device in every start.
+    out = by_worker(done.stdout)
+    assert out[0][-1] == "0 of 3, device 4"
+    assert out[1] == ["1 of 4, device 5"] * 3
+    assert out[2][-1] == "1 of 3, device 6"
+    assert out[3][-1] == "2 of 3, device 7"
+
+
+def test_a_preempted_worker_is_not_lost(program):
+    options = ["--min_workers", 1, "--max_restarts", 2]
+    done = launch(program("time.sleep(60) if index else sys.exit(138)"), options=options)
+    assert done.returncode == 138
+    assert of_launcher(done.stderr) == [
+        f"tfbig.launch: worker 0 failed with exit code 138; all workers have ended; {left}"
+        for left in ("restarts left: 2", "restarts left: 1", "restarts left: 0")
+    ]
+
+
 @pytest.mark.parametrize(
     ("visible", "own"), [("3,5", ["3", "5", "3"]), ("-1", ["-1", "-1", "-1"])], ids=str
 )
 def test_independent_workers_get_gpus_in_turn(visible, own, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("TF_CONFIG", "{}")
-    environments = [launcher._independent_environment(i, None) for i in range(3)]
+    environments = [_environment.of_independent(i, None) for i in range(3)]
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == own
     assert [e["TFBIG_WORKER"] for e in environments] == ["0", "1", "2"]
     assert not any("TF_CONFIG" in e for e in environments)

@@ -27,6 +27,7 @@ from tfbig.distribute import _cluster, _tpu
 
 DESCRIPTION = ("TF_CONFIG", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 DESCRIPTION += ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURMD_NODENAME")
+DESCRIPTION += ("TFBIG_JOB", "TFBIG_SERVICE", "TFBIG_WORKERS", "JOB_COMPLETION_INDEX")
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,64 @@ def test_cyclic_distribution_of_tasks_is_an_error(describe):
     with pytest.raises(errors.ClusterError, match="task 1 on node2, not on node1") as info:
         _cluster.find()
     assert "--distribution=block" in str(info.value)
+
+
+# --- Kubernetes --------------------------------------------------------------
+
+KUBERNETES = {
+    "TFBIG_JOB": "digits-workers-0",
+    "TFBIG_SERVICE": "digits",
+    "TFBIG_WORKERS": "3",
+    "JOB_COMPLETION_INDEX": "1",
+}
+
+
+def test_kubernetes_describes_the_job(describe):
+    describe(**KUBERNETES)
+    pods = [f"digits-workers-0-{i}.digits" for i in range(3)]
+    addresses = {"worker": [f"{pod}:2222" for pod in pods]}
+    assert _cluster.find() == _cluster.Cluster(addresses, "worker", 1, "Kubernetes")
+    assert _cluster.find(port=7000).addresses["worker"] == [f"{pod}:7000" for pod in pods]
+
+
+def test_tf_config_takes_precedence_over_kubernetes(describe):
+    describe(**KUBERNETES, TF_CONFIG=json.dumps(config({"worker": WORKERS})))
+    assert _cluster.find().source == "TF_CONFIG"
+
+
+def test_the_index_of_a_pod_alone_is_not_a_job(describe):
+    # Each pod may search or train on its own.
+    describe(JOB_COMPLETION_INDEX="1", TFBIG_JOB="", TFBIG_SERVICE="", TFBIG_WORKERS="")
+    assert _cluster.find() is None
+
+
+OF_PODS = "JOB_COMPLETION_INDEX must be the index that Kubernetes gives the pods of indexed Jobs"
+BROKEN_PODS = {
+    "no job": ({"TFBIG_JOB": None}, "TFBIG_JOB must be the name of the Job. Received: nothing"),
+    "no service": ({"TFBIG_SERVICE": ""}, "TFBIG_SERVICE must be the name of the headless service"),
+    "no number": ({"TFBIG_WORKERS": None}, "TFBIG_WORKERS must be the Job's number of completions"),
+    "no index": ({"JOB_COMPLETION_INDEX": None}, f"{OF_PODS}. Received: nothing"),
+    "zero": ({"TFBIG_WORKERS": "0"}, "an integer >= 1. Received: '0'"),
+    "two": ({"TFBIG_WORKERS": "two"}, "an integer >= 1. Received: 'two'"),
+    "negative": ({"JOB_COMPLETION_INDEX": "-1"}, f"{OF_PODS}. Received: '-1'"),
+    "few": ({"TFBIG_WORKERS": "1"}, "must be less than TFBIG_WORKERS=1. Received: 1"),
+    # As written in a manifest that does not define what it refers to.
+    "reference": (
+        {"TFBIG_JOB": "$(JOB)"},
+        "TFBIG_JOB must be the name of the Job. Received: '$(JO",
+    ),
+    "address": ({"TFBIG_SERVICE": "digits:2222"}, "Received: 'digits:2222'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_PODS)
+def test_incomplete_variables_of_kubernetes_are_an_error(describe, case):
+    change, part = BROKEN_PODS[case]
+    describe(**{k: v for k, v in (KUBERNETES | change).items() if v is not None})
+    with pytest.raises(errors.ClusterError, match="Kubernetes's variables do not") as info:
+        tfbig.distribute.get_strategy()
+    assert part in str(info.value)
+    assert "scripts/jobset.yaml" in str(info.value)
 
 
 # --- Waiting for the others --------------------------------------------------
@@ -489,7 +548,7 @@ def test_more_logical_cpus_need_a_new_process():
 def test_several_workers_need_a_description():
     with pytest.raises(errors.ClusterError, match="needs a description of the job") as info:
         tfbig.distribute.get_strategy("multi_worker")
-    for remedy in ("python -m tfbig.launch --workers N", "srun", "TFJob"):
+    for remedy in ("python -m tfbig.launch --workers N", "srun", "JobSet"):
         assert remedy in str(info.value)
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests import job
 from tests.jobs.chief import WithMetric
 from tests.update import exactness_test as suite
-from tfbig import launch
+from tfbig.launch import _environment
 
 # Each feature once, with the splits, optimizers and batches in turn: workers see the same
 # batches as the replicas of one process, for which other tests cross all of them.
@@ -234,7 +234,7 @@ def test_the_main_job_ends_the_same_on_one_and_on_two_workers(tmp_path):
 
 
 def test_a_worker_that_never_starts_is_named(tmp_path):
-    addresses = [f"127.0.0.1:{port}" for port in launch._free_ports(2)]
+    addresses = [f"127.0.0.1:{port}" for port in _environment.free_ports(2)]
     for index in (0, 1):
         task = {"type": "worker", "index": index}
         done = job.finish(

@@ -231,7 +231,7 @@ def test_commands_exist(path):
     for command in [*blocks, *spans]:
         modules = re.findall(r"python -m (tfbig\.\w+)", command)
         scripts = re.findall(r"(?<![\w./])scripts/[\w./]+", command)
-        files = [source_of(m) for m in modules] + [ROOT / s for s in scripts]
+        files = [f for m in modules for f in sources_of(m)] + [ROOT / s for s in scripts]
         assert all(file.exists() for file in files), command
         # Scripts share flags, which one module defines.
         only_modules = "\n".join(f.read_text() for f in files if f.is_file())
@@ -241,10 +241,12 @@ def test_commands_exist(path):
             assert is_foreign or re.search(rf"(\"|--){flag}\b", known), (flag, command)
 
 
-def source_of(module):
-    """The file that `python -m` runs."""
+def sources_of(module):
+    """The file that `python -m` runs, and that with its flags if there is one."""
     path = ROOT / module.replace(".", "/")
-    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_dir():
+        return [path.with_suffix(".py")]
+    return [path / "__main__.py", *path.glob("_command_line.py")]
 
 
 @functools.cache
@@ -252,6 +254,7 @@ def all_programs():
     files = [f for f in ROOT.glob("scripts/**/*") if f.is_file() and f.suffix != ".npz"]
     files = [f for f in files if "__pycache__" not in f.parts]
     files += [*ROOT.glob("tfbig/*.py"), *ROOT.glob("tfbig/*/__main__.py")]
+    files += ROOT.glob("tfbig/*/_command_line.py")
     return "\n".join(file.read_text() for file in files)
 
 

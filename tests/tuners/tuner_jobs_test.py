@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from tests import job
 from tests.jobs.killed_search_points import POINTS
-from tfbig import launch
+from tfbig.launch import _environment
 from tfbig.tuners import HyperParameters, StudyOracle, _isolation, _read_only
 from tfbig.tuners import __main__ as looked
 
@@ -40,7 +40,7 @@ def postgresql():
         pytest.skip("needs PostgreSQL in /usr/lib/postgresql: apt-get install postgresql")
     # The server refuses to run as root.
     user = {"user": "postgres"} if os.geteuid() == 0 else {}
-    (port,) = launch._free_ports(1)
+    (port,) = _environment.free_ports(1)
     with tempfile.TemporaryDirectory(dir="/tmp") as home:
         if user:
             shutil.chown(home, "postgres")

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tensorflow.python.distribute.cluster_resolver import slurm_cluster_resolver as _slurm
 
 from tfbig import errors
+from tfbig.distribute import _kubernetes
 
 __all__ = ("Cluster", "find", "wait_for_workers")
 
@@ -63,10 +64,12 @@ class Cluster:
 def find(port: int | None = None) -> Cluster | None:
     """Returns the `Cluster` that the environment variables describe, or None.
 
-    `tfbig.launch` and Kubeflow's TFJob set TF_CONFIG; `srun` sets SLURM's variables.
+    `tfbig.launch` sets TF_CONFIG, `srun` SLURM's variables, and a manifest such as
+    scripts/jobset.yaml those of a Kubernetes Job.
 
     Args:
-        port: The first port of each node under SLURM. By default derived from the job's number.
+        port: The first port of each node under SLURM, by default derived from the job's number; or
+            the port of each pod on Kubernetes.
 
     Raises:
         ClusterError: If the description is invalid.
@@ -75,6 +78,9 @@ def find(port: int | None = None) -> Cluster | None:
         return _from_tf_config(os.environ["TF_CONFIG"])
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         return _from_slurm(port)
+    if found := _kubernetes.workers(port):
+        addresses, index = found
+        return Cluster({"worker": addresses}, "worker", index, "Kubernetes")
     return None
 
 

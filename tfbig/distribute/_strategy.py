@@ -32,7 +32,7 @@ def get_strategy(
 
     Args:
         kind: "auto": a TPU if TensorFlow is built for TPUs and there is one, else several workers
-            if TF_CONFIG (set by `tfbig.launch` or Kubeflow) or SLURM lists them, else a mirrored
+            if TF_CONFIG (set by `tfbig.launch`), SLURM or Kubernetes lists them, else a mirrored
             strategy if there are several GPUs, else the default strategy. Or exactly one of
             "tpu", "multi_worker", "mirrored", "one_device" and "default".
         tpu: For "tpu": name or address of the TPU. Defaults to TPU_NAME, or else to this
@@ -42,15 +42,15 @@ def get_strategy(
             Defaults to all GPUs. For "one_device": a device name; defaults to the first GPU or CPU.
         timeout: Seconds to wait for the other workers to start, and in `fit` for a worker that
             runs but does not get to where the others are.
-        port: Port of the first task of each node under SLURM. Defaults to one derived from the
-            job's number.
+        port: Port of the first task of each node under SLURM, by default derived from the job's
+            number; or of each worker on Kubernetes, by default 2222.
 
     Returns:
         A `tf.distribute.Strategy`.
 
     Raises:
-        ClusterError: If TF_CONFIG or SLURM's variables are invalid, if there are none for
-            "multi_worker", or if no TPU is found.
+        ClusterError: If TF_CONFIG or the variables of SLURM or Kubernetes are invalid, if there
+            are none for "multi_worker", or if no TPU is found.
         InvalidOptionError: If an argument is invalid.
         WorkerUnavailableError: If a worker does not start in time.
 
@@ -153,9 +153,9 @@ def _multi_worker(timeout: float, port: int | None) -> tuple[_types.Strategy, st
     cluster = _cluster.find(port=port)
     if cluster is None:
         raise errors.ClusterError(
-            "kind='multi_worker' needs a description of the job: TF_CONFIG, or SLURM's variables. "
-            "Received: neither. Start the program with `python -m tfbig.launch --workers N`, "
-            "`srun`, or as a TFJob."
+            "kind='multi_worker' needs a description of the job: TF_CONFIG, or the variables of "
+            "SLURM or Kubernetes. Received: none. Start the program with `python -m tfbig.launch "
+            "--workers N`, `srun`, or as a JobSet."
         )
     return _over_workers(cluster, timeout)
 
