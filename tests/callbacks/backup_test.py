@@ -18,7 +18,7 @@ from tests import job
 from tests.conftest import make_strategy
 from tests.jobs import training
 from tfbig import errors
-from tfbig.callbacks import _backup
+from tfbig.callbacks import _backup, _backup_files
 
 PROGRAM = job.JOBS / "training.py"
 
@@ -586,7 +586,7 @@ def backed_up(directory, **kwargs):
     """Makes a backup of interrupted training; returns its bytes."""
     with pytest.raises(KeyboardInterrupt):
         fit(compiled(**kwargs), tfbig.callbacks.BackupAndRestore(directory, 1), Interrupt(1, 2))
-    return _backup.path_in(directory).read_bytes()
+    return _backup_files.path_in(directory).read_bytes()
 
 
 OTHERS = {
@@ -603,7 +603,7 @@ def test_a_backup_of_another_model_is_refused_and_kept(other, tmp_path):
     weights = model.get_weights()
     with pytest.raises(errors.BackupError, match=f"(?s){re.escape(str(tmp_path))}.*it holds"):
         fit(model, tfbig.callbacks.BackupAndRestore(tmp_path))
-    assert _backup.path_in(tmp_path).read_bytes() == before
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
     for a, b in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -613,7 +613,7 @@ def test_a_backup_of_another_format_is_refused_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(_backup, "FORMAT", 2)
     with pytest.raises(errors.BackupError, match=r"has format 1, and this version .* format 2"):
         fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
-    assert _backup.path_in(tmp_path).read_bytes() == before
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
 
 
 DAMAGES = {
@@ -629,10 +629,10 @@ DAMAGES = {
 def test_a_damaged_backup_is_refused_and_kept(damage, tmp_path):
     before = backed_up(tmp_path)
     damaged = DAMAGES[damage](before)
-    _backup.path_in(tmp_path).write_bytes(damaged)
+    _backup_files.path_in(tmp_path).write_bytes(damaged)
     with pytest.raises(errors.BackupError, match="cannot be read"):
         fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
-    assert _backup.path_in(tmp_path).read_bytes() == damaged
+    assert _backup_files.path_in(tmp_path).read_bytes() == damaged
 
 
 def full_disk(*_, **__):
@@ -642,17 +642,17 @@ def full_disk(*_, **__):
 
 def test_a_full_disk_raises_a_warning_and_the_last_backup_stays(tmp_path, monkeypatch):
     before = backed_up(tmp_path)
-    monkeypatch.setattr(np.lib.format, "write_array", full_disk)
+    monkeypatch.setattr(_backup_files, "write_array", full_disk)
     model = compiled()
     with pytest.warns(UserWarning, match=r"could not be written.*No space left.*continues"):
         fit(model, tfbig.callbacks.BackupAndRestore(tmp_path, 1, delete_checkpoint=False))
     assert model.optimizer.iterations.numpy() == 15
-    assert _backup.path_in(tmp_path).read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == [_backup.FILE]
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [_backup_files.FILE]
 
 
 def test_a_preemption_whose_backup_cannot_be_written_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(np.lib.format, "write_array", full_disk)
+    monkeypatch.setattr(_backup_files, "write_array", full_disk)
     backup = tfbig.callbacks.BackupAndRestore(tmp_path)
     with (
         pytest.warns(UserWarning, match="could not be written"),
