@@ -34,6 +34,7 @@ __all__ = (
     "present",
     "publish",
     "remove",
+    "remove_part",
     "remove_unfinished",
     "write_archive",
     "write_array",
@@ -206,8 +207,13 @@ def clean(
     for found in list(_matches(pathlib.Path(directory), _PART)):
         is_later = found[1] == fit and int(found[2]) > number
         if found[0] not in names and not is_later:
-            with contextlib.suppress(OSError):
-                (pathlib.Path(directory) / found[0]).unlink()
+            remove_part(pathlib.Path(directory) / found[0])
+
+
+def remove_part(path: pathlib.Path) -> None:
+    """Removes a part of a backup, if it is there."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def remove_unfinished(directory: str | os.PathLike[str]) -> None:

@@ -88,10 +88,8 @@ class BackupWriter:
         is_copied: bool,
     ) -> _Writing:
         directory, number, worker = self._directory, self._number, self._workers.index
-        parts = [
-            _backup_files.part_in(directory, self._fit, number, i)
-            for i in range(1, self._workers.count if state.divided else 1)
-        ]
+        others = range(1, self._workers.count if state.divided else 1)
+        parts = [self._part_of(i) for i in others]
         members: Iterable[Member] = _backup.members(state, self._workers.is_chief, metrics)
         if is_copied:
             members = _released(list(members))
@@ -107,6 +105,10 @@ class BackupWriter:
             self._clean(number)
 
         return _Writing(draft, publish, parts)
+
+    def _part_of(self, worker: int) -> pathlib.Path:
+        """Where a worker writes its part of the last backup."""
+        return _backup_files.part_in(self._directory, self._fit, self._number, worker)
 
     def _clean(self, number: int = 0) -> None:
         """Removes parts that are in no backup, after one was written."""
@@ -135,6 +137,9 @@ class BackupWriter:
             ]
             running.decide(is_valid=not failures)
         running.finish()
+        if failures and not self._workers.is_chief:
+            # It takes room that the next one may need.
+            _backup_files.remove_part(self._part_of(self._workers.index))
         self._running = None
         return self._judge(running, failures)
 
