@@ -111,6 +111,22 @@ def test_updates_do_not_reach_the_copy(model, held, tmp_path, monkeypatch):
         np.testing.assert_array_equal(value, wanted)
 
 
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+def test_a_copy_shares_no_memory_with_variables(strategy):
+    # TensorFlow on CPU copies a tensor that something holds before it assigns; others need not.
+    state = _backup.State(compiled(strategy=strategy))
+    copies = _backup_writer._Copies()
+    first, views, again = (
+        dict(read(_backup.members(state, is_chief=True))) for read in (copies.of, list, copies.of)
+    )
+    assert len(first) == len(state.variables)
+    for name, view in views.items():
+        np.testing.assert_array_equal(first[name], view)
+        assert not np.shares_memory(first[name], view)
+        # The memory serves again.
+        assert np.shares_memory(first[name], again[name])
+
+
 @pytest.mark.parametrize(("at", "strategy"), [((0, 1), "default"), ((1, 5), "mirrored_2")], ids=str)
 def test_training_resumed_has_the_weights_of_an_uninterrupted_run(at, strategy, tmp_path):
     kwargs = {"validation_data": samples()}

@@ -71,6 +71,7 @@ VARIANTS = {
     "steps_per_epoch": ["--data", "steps"],
     "dataset, 2 steps": ["--data", "dataset", "--steps_per_execution", "2", "--save_freq", "2"],
     "by epoch": ["--save_freq", "epoch"],
+    "in the background": ["--save_on_background", "--save_freq", "1"],
 }
 # On replicas, training resumes bit for bit in this process below.
 QUICK = ("default",)
@@ -135,9 +136,14 @@ def gone(pid, processes, seconds=30):
     ("kills", "terms", "options"),
     [
         # There is a SIGTERM besides.
-        pytest.param(1, 0, [], id="1"),
+        pytest.param(1, 0, ["--save_on_background"], id="1"),
         pytest.param(1, 1, [], id="2", marks=pytest.mark.slow),
         pytest.param(1, 1, ["--shard=optimizer"], id="2, divided", marks=pytest.mark.slow),
+        pytest.param(
+            *(1, 1, ["--shard=optimizer", "--save_on_background"]),
+            id="2, divided, in the background",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(10, 5, [], id="15", marks=pytest.mark.slow),
     ],
 )
@@ -183,52 +189,6 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, o
     assert_same_end(tmp_path / "run", end_of(tmp_path / "whole"))
     assert list((tmp_path / "run" / "backup").iterdir()) == []
     assert job.alive(str(tmp_path)) == []
-
-
-# Where a run is killed, where it resumes, and on how many workers each is.
-CHANGES = {
-    "2 mirrored, then one": (("mirrored", 1), ("auto", 1)),
-    "2 workers, then 2 mirrored": (("auto", 2), ("mirrored", 1)),
-    "one, then 2 workers": (("auto", 1), ("auto", 2)),
-}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(name, id=name, marks=[] if "workers, then" in name else [pytest.mark.slow])
-        for name in CHANGES
-    ],
-)
-def test_divided_state_is_resumed_on_another_number_of_replicas(change, tmp_path):
-    def command(directory, strategy, workers, *options):
-        directory.mkdir(exist_ok=True)
-        options = ["--shard=weights", "--exact", "--strategy", strategy, *options]
-        arguments = [directory, directory / "backup", *options]
-        if workers == 1:
-            return [sys.executable, PROGRAM, *arguments]
-        return job.launcher("training", *arguments, workers=workers)
-
-    def to_the_end(directory, strategy, workers):
-        done = job.finish(job.start(command(directory, strategy, workers)), 120)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    before, after = CHANGES[change]
-    to_the_end(tmp_path / "whole", "auto", 1)
-    process = job.start(command(tmp_path / "run", *before, "--seconds", 0.1))
-    next_update(process, 6)
-    # If one worker dies, the other, which waits for its pieces, ends as well.
-    job.send(job.children(process.pid)[-1] if before[1] > 1 else process.pid, signal.SIGKILL)
-    assert job.finish(process, 60).returncode != 0
-    resumed = to_the_end(tmp_path / "run", *after)
-    assert int(re.search(r"update (\d+)", resumed.stdout)[1]) > 1
-    (arrays, logs), (expected, expected_logs) = map(end_of, (tmp_path / "run", tmp_path / "whole"))
-    for array, wanted in zip(arrays, expected, strict=True):
-        # All floats are of 64 bits; sums over replicas have another order.
-        np.testing.assert_allclose(array, wanted, rtol=0, atol=1e-10)
-    for name, value in expected_logs.items():
-        np.testing.assert_allclose(logs[name], value, rtol=0, atol=1e-10)
 
 
 # --- In this process ---------------------------------------------------------

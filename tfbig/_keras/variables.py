@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
@@ -130,16 +131,32 @@ def is_over_workers(variable: _types.KerasVariable | _types.Variable) -> bool:
     return isinstance(variable, ShardedVariable) and variable.is_over_workers
 
 
+def view_of(variable: _types.KerasVariable | _types.Variable) -> _types.Array:
+    """What `values_of` returns for a variable, for reading at once.
+
+    On CPU it is no copy, unless the variable is divided or summed. It may change with the variable.
+    """
+    if isinstance(variable, ShardedVariable) or _parts(variable) > 1:
+        return _value_of(variable)
+    return _view(copies_of(variable)[0])
+
+
 def own_pieces_of(variable: ShardedVariable) -> Iterator[tuple[int, _types.Array]]:
     """What this process has of a variable that is divided; nothing is exchanged.
 
     Yields:
-        The index of the first element, in row-major order, and a vector of the elements.
+        The index of the first element, in row-major order, and a vector of the elements, for
+        reading at once: it may change with the variable.
     """
     for replica, piece in variable.pieces.items():
         span = variable.spans[replica]
         assert span is not None
-        yield span.begin, piece.numpy().reshape([-1])
+        yield span.begin, _view(piece).reshape([-1])
+
+
+def _view(variable: _types.Variable) -> _types.Array:
+    # `numpy()` copies into memory that is new each time, which takes longer than copying does.
+    return np.asarray(variable.read_value())
 
 
 def held_values_of(

@@ -127,7 +127,7 @@ class Parts:
 
 
 def members(state: State, is_chief: bool, metrics: Sequence[_types.Array] = ()) -> Iterator[Member]:
-    """What a worker writes of a state, read one by one.
+    """What a worker writes of a state, one by one; an array may change with its variable.
 
     Args:
         state: the state, of which the chief writes all that is not divided.
@@ -143,7 +143,7 @@ def members(state: State, is_chief: bool, metrics: Sequence[_types.Array] = ()) 
         elif is_chief and metrics and i >= first_metric:
             yield str(i), metrics[i - first_metric]
         elif is_chief:
-            yield str(i), _keras.variables.values_of([variable])[0]
+            yield str(i), _keras.variables.view_of(variable)
 
 
 def about(backup: Backup, state: State, parts: Sequence[str]) -> Member:

@@ -45,11 +45,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     be written, training continues with a warning, and the previous backup stays.
 
     With `save_on_background`, training stops only while the state is copied into the memory of the
-    host; a thread writes the copy. It takes as much memory as the state: with Adam in float32, 12
-    bytes per parameter on the chief; with `shard`, on each worker as much as lies there. There is
-    one copy at a time: a backup that is due while the previous one is being written waits for it,
-    before it copies. The running one is finished before a backup at a preemption, which is written
-    at once, and before training ends, also by an exception or Ctrl-C.
+    host; a thread writes the copy. From the first backup until `fit` ends, it takes as much memory
+    as the state: with Adam in float32, 12 bytes per parameter on the chief; with `shard`, on each
+    worker as much as lies there. There is one copy: a backup that is due while the previous one is
+    being written waits for it. The running one is finished before a backup at a preemption, which
+    is written at once, and before training ends, also by an exception or Ctrl-C.
 
     SIGTERM, with which machines are preempted, triggers a backup after the running update, on all
     workers the same one, whichever of them received the signal. Then the program ends with exit

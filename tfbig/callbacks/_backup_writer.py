@@ -12,7 +12,9 @@ import os
 import pathlib
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 
 from tfbig import _types
 from tfbig.callbacks import _backup, _backup_files
@@ -46,6 +48,7 @@ class BackupWriter:
     ) -> None:
         self._directory, self._workers, self._keep, self._fit = directory, workers, keep, fit
         self._number = 0
+        self._copies = _Copies()
         self._running: _Writing | None = None
         if workers.is_chief:
             _backup_files.remove_unfinished(directory)
@@ -92,7 +95,7 @@ class BackupWriter:
         parts = [self._part_of(i) for i in others]
         members: Iterable[Member] = _backup.members(state, self._workers.is_chief, metrics)
         if is_copied:
-            members = _released(list(members))
+            members = self._copies.of(members)
         if not self._workers.is_chief:
             draft = Draft(directory, worker, members)
             path = parts[worker - 1]
@@ -268,8 +271,20 @@ class _Writing(threading.Thread):
         self.join()
 
 
-def _released(members: list[Member]) -> Iterator[Member]:
-    """Members, each of which is let go of when the next is asked for."""
-    members.reverse()
-    while members:
-        yield members.pop()
+class _Copies:
+    """Copies of arrays, in memory that serves again: to get it anew takes longer than to copy."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, _types.Array] = {}
+
+    def of(self, members: Iterable[Member]) -> list[Member]:
+        """Copies of members, which change when this is called again."""
+        return [(name, self._copy(name, array)) for name, array in members]
+
+    def _copy(self, name: str, array: _types.Array) -> _types.Array:
+        array = np.asarray(array)
+        copy = self._arrays.get(name)
+        if copy is None or copy.shape != array.shape or copy.dtype != array.dtype:
+            copy = self._arrays[name] = np.empty(array.shape, array.dtype)
+        np.copyto(copy, array)
+        return copy
