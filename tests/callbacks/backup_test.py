@@ -18,7 +18,7 @@ from tests import job
 from tests.conftest import make_strategy
 from tests.jobs import training
 from tfbig import errors
-from tfbig.callbacks import _backup
+from tfbig.callbacks import _backup, _backup_files
 
 PROGRAM = job.JOBS / "training.py"
 
@@ -71,6 +71,7 @@ VARIANTS = {
     "steps_per_epoch": ["--data", "steps"],
     "dataset, 2 steps": ["--data", "dataset", "--steps_per_execution", "2", "--save_freq", "2"],
     "by epoch": ["--save_freq", "epoch"],
+    "in the background": ["--save_on_background", "--save_freq", "1"],
 }
 # On replicas, training resumes bit for bit in this process below.
 QUICK = ("default",)
@@ -135,9 +136,14 @@ def gone(pid, processes, seconds=30):
     ("kills", "terms", "options"),
     [
         # There is a SIGTERM besides.
-        pytest.param(1, 0, [], id="1"),
+        pytest.param(1, 0, ["--save_on_background"], id="1"),
         pytest.param(1, 1, [], id="2", marks=pytest.mark.slow),
         pytest.param(1, 1, ["--shard=optimizer"], id="2, divided", marks=pytest.mark.slow),
+        pytest.param(
+            *(1, 1, ["--shard=optimizer", "--save_on_background"]),
+            id="2, divided, in the background",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(10, 5, [], id="15", marks=pytest.mark.slow),
     ],
 )
@@ -183,52 +189,6 @@ def test_a_job_of_two_workers_survives_signals_at_random_moments(kills, terms, o
     assert_same_end(tmp_path / "run", end_of(tmp_path / "whole"))
     assert list((tmp_path / "run" / "backup").iterdir()) == []
     assert job.alive(str(tmp_path)) == []
-
-
-# Where a run is killed, where it resumes, and on how many workers each is.
-CHANGES = {
-    "2 mirrored, then one": (("mirrored", 1), ("auto", 1)),
-    "2 workers, then 2 mirrored": (("auto", 2), ("mirrored", 1)),
-    "one, then 2 workers": (("auto", 1), ("auto", 2)),
-}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(name, id=name, marks=[] if "workers, then" in name else [pytest.mark.slow])
-        for name in CHANGES
-    ],
-)
-def test_divided_state_is_resumed_on_another_number_of_replicas(change, tmp_path):
-    def command(directory, strategy, workers, *options):
-        directory.mkdir(exist_ok=True)
-        options = ["--shard=weights", "--exact", "--strategy", strategy, *options]
-        arguments = [directory, directory / "backup", *options]
-        if workers == 1:
-            return [sys.executable, PROGRAM, *arguments]
-        return job.launcher("training", *arguments, workers=workers)
-
-    def to_the_end(directory, strategy, workers):
-        done = job.finish(job.start(command(directory, strategy, workers)), 120)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    before, after = CHANGES[change]
-    to_the_end(tmp_path / "whole", "auto", 1)
-    process = job.start(command(tmp_path / "run", *before, "--seconds", 0.1))
-    next_update(process, 6)
-    # If one worker dies, the other, which waits for its pieces, ends as well.
-    job.send(job.children(process.pid)[-1] if before[1] > 1 else process.pid, signal.SIGKILL)
-    assert job.finish(process, 60).returncode != 0
-    resumed = to_the_end(tmp_path / "run", *after)
-    assert int(re.search(r"update (\d+)", resumed.stdout)[1]) > 1
-    (arrays, logs), (expected, expected_logs) = map(end_of, (tmp_path / "run", tmp_path / "whole"))
-    for array, wanted in zip(arrays, expected, strict=True):
-        # All floats are of 64 bits; sums over replicas have another order.
-        np.testing.assert_allclose(array, wanted, rtol=0, atol=1e-10)
-    for name, value in expected_logs.items():
-        np.testing.assert_allclose(logs[name], value, rtol=0, atol=1e-10)
 
 
 # --- In this process ---------------------------------------------------------
@@ -586,7 +546,7 @@ def backed_up(directory, **kwargs):
     """Makes a backup of interrupted training; returns its bytes."""
     with pytest.raises(KeyboardInterrupt):
         fit(compiled(**kwargs), tfbig.callbacks.BackupAndRestore(directory, 1), Interrupt(1, 2))
-    return _backup.path_in(directory).read_bytes()
+    return _backup_files.path_in(directory).read_bytes()
 
 
 OTHERS = {
@@ -603,7 +563,7 @@ def test_a_backup_of_another_model_is_refused_and_kept(other, tmp_path):
     weights = model.get_weights()
     with pytest.raises(errors.BackupError, match=f"(?s){re.escape(str(tmp_path))}.*it holds"):
         fit(model, tfbig.callbacks.BackupAndRestore(tmp_path))
-    assert _backup.path_in(tmp_path).read_bytes() == before
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
     for a, b in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -613,7 +573,7 @@ def test_a_backup_of_another_format_is_refused_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(_backup, "FORMAT", 2)
     with pytest.raises(errors.BackupError, match=r"has format 1, and this version .* format 2"):
         fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
-    assert _backup.path_in(tmp_path).read_bytes() == before
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
 
 
 DAMAGES = {
@@ -629,10 +589,10 @@ DAMAGES = {
 def test_a_damaged_backup_is_refused_and_kept(damage, tmp_path):
     before = backed_up(tmp_path)
     damaged = DAMAGES[damage](before)
-    _backup.path_in(tmp_path).write_bytes(damaged)
+    _backup_files.path_in(tmp_path).write_bytes(damaged)
     with pytest.raises(errors.BackupError, match="cannot be read"):
         fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path))
-    assert _backup.path_in(tmp_path).read_bytes() == damaged
+    assert _backup_files.path_in(tmp_path).read_bytes() == damaged
 
 
 def full_disk(*_, **__):
@@ -642,17 +602,17 @@ def full_disk(*_, **__):
 
 def test_a_full_disk_raises_a_warning_and_the_last_backup_stays(tmp_path, monkeypatch):
     before = backed_up(tmp_path)
-    monkeypatch.setattr(np.lib.format, "write_array", full_disk)
+    monkeypatch.setattr(_backup_files, "write_array", full_disk)
     model = compiled()
     with pytest.warns(UserWarning, match=r"could not be written.*No space left.*continues"):
         fit(model, tfbig.callbacks.BackupAndRestore(tmp_path, 1, delete_checkpoint=False))
     assert model.optimizer.iterations.numpy() == 15
-    assert _backup.path_in(tmp_path).read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == [_backup.FILE]
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [_backup_files.FILE]
 
 
 def test_a_preemption_whose_backup_cannot_be_written_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(np.lib.format, "write_array", full_disk)
+    monkeypatch.setattr(_backup_files, "write_array", full_disk)
     backup = tfbig.callbacks.BackupAndRestore(tmp_path)
     with (
         pytest.warns(UserWarning, match="could not be written"),
@@ -690,6 +650,9 @@ def test_a_path_below_a_file_is_refused(tmp_path):
         ({"save_freq": True}, "save_freq=True"),
         ({"save_freq": "batch"}, "save_freq='batch'"),
         ({"on_preemption": "stop"}, "`on_preemption` must be .*on_preemption='stop'"),
+        ({"keep": 0}, "`keep` must be an integer >= 1.*keep=0"),
+        ({"keep": True}, "keep=True"),
+        ({"save_on_background": 1}, "`save_on_background` must be True or False.*=1"),
         ({"backup_dir": ""}, "`backup_dir` must not be empty"),
         ({"backup_dir": "gs://bucket/x"}, "mount the storage.*'gs://bucket/x'"),
     ],

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfbig
-from tfbig.callbacks import _backup, _goodput, _goodput_file
+from tfbig.callbacks import _backup_files, _goodput, _goodput_file
 
 X, Y = np.ones((64, 4), "float32"), np.ones((64, 1), "float32")
 PAUSE = 0.06
@@ -73,13 +73,13 @@ def slow_dataset(x):
 
 
 def test_time_is_attributed_to_its_causes(tmp_path, monkeypatch):
-    write = _backup.write
+    write = _backup_files.write_archive
 
     def slow_write(*args):
         time.sleep(PAUSE)
         write(*args)
 
-    monkeypatch.setattr(_backup, "write", slow_write)
+    monkeypatch.setattr(_backup_files, "write_archive", slow_write)
     sleeping = Sleeping()
     model = tfbig.Sequential(
         [keras.Input((4,)), sleeping, layers.Dense(1)],

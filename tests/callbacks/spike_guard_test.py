@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ from tests import job
 from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig import errors
-from tfbig.callbacks import BackupAndRestore, SpikeGuard, TrainingMonitor
+from tfbig.callbacks import BackupAndRestore, SpikeGuard, TrainingMonitor, _backup_files
 from tfbig.callbacks._spike_state import SpikeSettings, SpikeState
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -305,9 +306,18 @@ def test_a_learning_rate_that_callbacks_set_stays():
     assert float(model.optimizer.learning_rate.numpy()) == pytest.approx(0.01)
 
 
-def test_training_goes_back_to_the_last_backup(tmp_path):
+@pytest.mark.parametrize("on_background", [False, True])
+def test_training_goes_back_to_the_last_backup(on_background, tmp_path, monkeypatch):
+    write = _backup_files.write_archive
+
+    def slow_write(*args):
+        # Longer than the updates until it is wanted.
+        time.sleep(0.5 if on_background else 0)
+        write(*args)
+
+    monkeypatch.setattr(_backup_files, "write_archive", slow_write)
     x, y = batches("ggggg" + "ss" + "gg")
-    backup = BackupAndRestore(tmp_path / "backup", save_freq=4)
+    backup = BackupAndRestore(tmp_path / "backup", save_freq=4, save_on_background=on_background)
     guard = SpikeGuard(factor=20, window=3, patience=2, snapshot_every=None)
     model = net(optimizer="adam")
     fit(model, x, y, backup, guard)

@@ -1,5 +1,9 @@
 """What is divided over several workers trains, and is saved, as plain Keras on one device."""
 
+import contextlib
+import re
+import shutil
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +11,8 @@ import pytest
 from tests import job
 from tests.jobs import sharded_callbacks
 from tests.update.sharding_test import TOLERANCE
+from tfbig import errors
+from tfbig.callbacks import _backup
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,66 @@ def test_callbacks_of_the_chief_fail_on_all_workers(callbacks_job):
     )
 
 
-def test_a_backup_that_cannot_be_written_does_not_keep_the_other_workers(callbacks_job):
+def test_each_worker_writes_its_part_of_a_backup(callbacks_job):
     directory, (chief, other) = callbacks_job
-    assert (chief["not written"], other["not written"]) == (2, 0)
-    assert not list((directory / "backup").iterdir())
+    assert (chief["backups"]["joined"], other["backups"]["joined"]) == (0, 0)
+    part, whole = sorted((directory / "backup").iterdir(), key=lambda path: -len(path.name))
+    with np.load(part) as mine, np.load(whole) as theirs:
+        assert mine.files
+        assert all("@" in name for name in mine.files)
+        pieces = [name for name in theirs.files if "@" in name]
+        # Each a different part of each.
+        assert len(pieces) == len(mine.files)
+        assert not set(pieces) & set(mine.files)
+        # Half of 26 weights and two moments of each.
+        assert sum(mine[name].size for name in mine.files) == 39
+
+
+def test_a_part_that_cannot_be_written_leaves_the_last_backup(callbacks_job):
+    _, (chief, other) = callbacks_job
+    # The second and the third of five.
+    for worker, said in enumerate(reversed(chief["backups"]["said"])):
+        assert f"could not be written: worker {worker}: [Errno 28] No space left" in said
+    assert (len(chief["backups"]["said"]), other["backups"]["said"]) == (2, [])
+    # Nothing is left of these.
+    newest, part = sorted(other["backups"]["files"], key=len)
+    assert newest == "backup.npz"
+    assert re.fullmatch(r"backup-part-\w+-1-1\.npz", part)
+    assert chief["backups"]["left"] == 0
+
+
+def test_a_backup_is_valid_once_all_parts_are_there(callbacks_job):
+    directory, (chief, _) = callbacks_job
+    assert (chief["backups"]["before"], chief["backups"]["after"]) == (False, True)
+    with (
+        np.load(directory / "state.npz") as file,
+        contextlib.closing(_backup.SavedBackup(directory / "backup")) as saved,
+    ):
+        for i, array in enumerate(saved.arrays()):
+            np.testing.assert_array_equal(array, file[f"arr_{i}"])
+        assert i + 1 == len(file.files)
+
+
+def empty_archive(path):
+    np.savez(path)
+
+
+DAMAGES = {
+    "missing": (lambda path: path.unlink(), "its part .* is missing"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot be read"),
+    "without its arrays": (empty_archive, "its parts have .* of .* elements"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_backup_with_a_damaged_part_is_refused(damage, callbacks_job, tmp_path):
+    shutil.copytree(callbacks_job[0] / "backup", tmp_path, dirs_exist_ok=True)
+    (part,) = tmp_path.glob("backup-part-*")
+    function, message = DAMAGES[damage]
+    function(part)
+    with (
+        pytest.raises(errors.BackupError, match=message),
+        contextlib.closing(_backup.SavedBackup(tmp_path)) as saved,
+    ):
+        list(saved.arrays())
+    assert (tmp_path / "backup.npz").exists()

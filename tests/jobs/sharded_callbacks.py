@@ -8,6 +8,7 @@ Leaves what was raised and warned of; the chief writes in DIRECTORY/files. Ends 
 import errno
 import pathlib
 import sys
+import time
 import warnings
 
 import keras
@@ -15,6 +16,9 @@ import numpy as np
 
 import tfbig
 from tests import job
+from tfbig import _keras
+from tfbig._keras import workers_together
+from tfbig.callbacks import _backup, _backup_files
 from tfbig.distribute import _sharded_weights
 
 BATCH, EPOCHS = 8, 3
@@ -66,6 +70,87 @@ class DivideByZero(keras.callbacks.Callback):
         raise ZeroDivisionError
 
 
+def backups(divided, directory, is_chief):
+    """Backs up in parts; leaves the last one in DIRECTORY/backup, and its state in state.npz."""
+    result = {"joined": 0, "begun": 0}
+    joined, write = workers_together.joined, _backup_files.write_archive
+
+    def counted(*args):
+        result["joined"] += 1
+        return joined(*args)
+
+    def failing(path, members):
+        result["begun"] += 1
+        if result["begun"] == (3 if is_chief else 2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, members)
+
+    workers_together.joined = counted
+    # The second of five cannot be written by the other worker, the third by the chief.
+    _backup_files.write_archive = failing
+    full = directory / "full"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(divided(), [Look(3, full, result), tfbig.callbacks.BackupAndRestore(full, 1)], epochs=1)
+    result["said"] = [str(w.message) for w in caught if "could not be written" in str(w.message)]
+    result["left"] = len(list(full.iterdir()))
+
+    # In the background, where the other worker writes only once it may.
+    may_write = directory / "may write"
+
+    def held(path, members):
+        while not is_chief and not may_write.exists():
+            time.sleep(0.02)
+        write(path, members)
+
+    _backup_files.write_archive = held
+    model = divided()
+    backup = tfbig.callbacks.BackupAndRestore(
+        directory / "backup", 2, save_on_background=True, delete_checkpoint=False
+    )
+    fit(model, [Release(directory / "backup", may_write, is_chief, result), backup], epochs=1)
+    _backup_files.write_archive, workers_together.joined = write, joined
+    state = _keras.variables.values_of(_backup.State(model).variables)
+    if is_chief:
+        np.savez(directory / "state.npz", *state)
+    return result
+
+
+class Look(keras.callbacks.Callback):
+    """Says what lies in a directory before a batch."""
+
+    def __init__(self, batch, directory, result):
+        super().__init__()
+        self.batch, self.directory, self.result = batch, directory, result
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == self.batch:
+            self.result["files"] = sorted(path.name for path in self.directory.iterdir())
+
+
+class Release(keras.callbacks.Callback):
+    """Lets the other worker write in the second update after the backup."""
+
+    def __init__(self, directory, may_write, is_chief, result):
+        super().__init__()
+        self.path, self.may_write = directory / "backup.npz", may_write
+        self.is_chief, self.result = is_chief, result
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not self.is_chief or batch != 3:
+            return
+        # The chief has written its part.
+        deadline = time.monotonic() + 30
+        while not list(self.path.parent.glob(".*.tmp")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        self.result["before"] = self.path.exists()
+        self.may_write.touch()
+        while not self.path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.result["after"] = self.path.exists()
+
+
 def main(directory):
     directory = pathlib.Path(directory)
     keras.config.set_floatx("float64")
@@ -85,21 +170,7 @@ def main(directory):
     fit(model, [files])
     result["read"] = len(read)
 
-    # A backup that cannot be written: the others read all of it nevertheless.
-    write_array, written = np.lib.format.write_array, []
-
-    def full_disk(*args, **kwargs):
-        written.append(1)
-        if len(written) % 7 == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_array(*args, **kwargs)
-
-    np.lib.format.write_array = full_disk
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(divided(), [tfbig.callbacks.BackupAndRestore(directory / "backup", 2)], epochs=1)
-    np.lib.format.write_array = write_array
-    result["not written"] = sum("could not be written" in str(w.message) for w in caught)
+    result["backups"] = backups(divided, directory, is_chief)
 
     def read_state(*_, **__):
         model.optimizer.variables[2].numpy()

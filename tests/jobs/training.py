@@ -8,6 +8,7 @@ logs in end.json. A line "update N" is printed after each update.
 
 import argparse
 import json
+import os
 import pathlib
 import signal
 import time
@@ -24,14 +25,17 @@ UPDATES = EPOCHS * 4
 
 
 class Progress(keras.callbacks.Callback):
-    """Prints each update, and makes it last."""
+    """Prints each update, makes it last, and dies after one of them."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, last):
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.last = seconds, last
 
     def on_train_batch_end(self, batch, logs=None):
-        print("update", int(self.model.optimizer.iterations.numpy()), flush=True)
+        update = int(self.model.optimizer.iterations.numpy())
+        print("update", update, flush=True)
+        if update == self.last:
+            os._exit(1)
         time.sleep(self.seconds)
 
 
@@ -53,18 +57,18 @@ def arrays():
     return [rng.normal(size=(SAMPLES, n)).astype(keras.config.floatx()) for n in (4, 2)]
 
 
-def data(kind, sizes):
+def data(kind, sizes, batch_size):
     """Arguments of fit: arrays that Keras shuffles, or a dataset that shuffles itself."""
     x, y = arrays()
     if kind == "arrays":
-        return {"x": x, "y": y, "batch_size": None if sizes else BATCH}
+        return {"x": x, "y": y, "batch_size": None if sizes else batch_size}
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(SAMPLES)
     if kind == "steps":
         # Each epoch ends within the data, which go on in the next.
-        return {"x": dataset.batch(BATCH).repeat(), "steps_per_epoch": 3}
+        return {"x": dataset.batch(batch_size).repeat(), "steps_per_epoch": 3}
     if kind == "unknown":
         dataset = dataset.filter(lambda x, y: x[0] < 10)
-    return {"x": dataset.batch(BATCH)}
+    return {"x": dataset.batch(batch_size)}
 
 
 def build(options):
@@ -80,11 +84,14 @@ def build(options):
         ],
         gradient_accumulation_steps=2,
         shard=options.shard,
+        pipeline=tfbig.distribute.Pipeline(["CPU:0", "CPU:1"]) if options.pipeline else None,
         loss_scale=tfbig.DynamicLossScale(initial_scale=2.0**10, growth_interval=3),
     )
     schedule = keras.optimizers.schedules.CosineDecay(0.02, UPDATES)
     model.compile(
-        keras.optimizers.AdamW(schedule, use_ema=True),
+        keras.optimizers.AdamW(schedule, use_ema=True)
+        if options.optimizer == "adamw"
+        else keras.optimizers.SGD(schedule, momentum=0.9),
         "mse",
         metrics=["mae"],
         steps_per_execution=options.steps_per_execution,
@@ -104,6 +111,11 @@ def parse():
     parser.add_argument("--units", type=int, default=2)
     parser.add_argument("--terminate_in_validation", action="store_true")
     parser.add_argument("--shard")
+    parser.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw")
+    parser.add_argument("--pipeline", action="store_true", help="two stages")
+    parser.add_argument("--save_on_background", action="store_true")
+    parser.add_argument("--batch_size", type=int, default=BATCH)
+    parser.add_argument("--last", type=int, help="the update after which the program dies")
     parser.add_argument("--sizes", type=json.loads, help="of a BatchSizeSchedule: '[[0, 8], ...]'")
     parser.add_argument(
         "--exact",
@@ -119,11 +131,15 @@ def main():
     keras.utils.set_random_seed(5)
     if options.exact:
         keras.config.set_floatx("float64")
+    if options.pipeline:
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        device = tf.config.LogicalDeviceConfiguration()
+        tf.config.set_logical_device_configuration(cpu, [device, device])
     devices = 2 if options.strategy == "mirrored" else None
     strategy = tfbig.distribute.get_strategy(options.strategy, devices=devices, timeout=60)
     with strategy.scope():
         model = build(options)
-    callbacks = [Progress(options.seconds)]
+    callbacks = [Progress(options.seconds, options.last)]
     if options.sizes:
         callbacks.append(
             tfbig.callbacks.BatchSizeSchedule(dict(options.sizes), learning_rate="square_root")
@@ -131,9 +147,11 @@ def main():
     if options.terminate_in_validation and not tfbig.distribute.is_chief(strategy):
         callbacks.append(TerminateInValidation(options.directory / "terminated"))
     save_freq = options.save_freq if options.save_freq == "epoch" else int(options.save_freq)
-    backup = tfbig.callbacks.BackupAndRestore(options.backup_dir, save_freq)
+    backup = tfbig.callbacks.BackupAndRestore(
+        options.backup_dir, save_freq, save_on_background=options.save_on_background
+    )
     history = model.fit(
-        **data(options.data, options.sizes),
+        **data(options.data, options.sizes, options.batch_size),
         epochs=EPOCHS,
         verbose=0,
         callbacks=[backup, *callbacks],

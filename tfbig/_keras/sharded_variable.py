@@ -82,6 +82,12 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
         """The pieces of this process's replicas, by the numbers of these."""
         return self._parts
 
+    @property
+    def is_over_workers(self) -> bool:
+        """Whether it is divided over the replicas of several processes."""
+        replicas = int(self._strategy.num_replicas_in_sync)
+        return len(collectives.local_replicas(self._strategy)) < replicas
+
     # --- Values -------------------------------------------------------------------
 
     @property

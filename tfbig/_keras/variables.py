@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 
@@ -122,24 +123,40 @@ def values_of(
     For variables that are summed over the replicas, such as those of metrics, the sum. All of a
     variable that is divided over the replicas, for which every worker must call this.
     """
-    return list(each_value_of(variables))
+    return [_value_of(variable) for variable in variables]
 
 
-def each_value_of(
-    variables: Iterable[_types.KerasVariable | _types.Variable],
-) -> Iterator[_types.Array]:
-    """What `values_of` returns, one by one."""
-    return map(_value_of, variables)
+def is_over_workers(variable: _types.KerasVariable | _types.Variable) -> bool:
+    """Whether a variable is divided over several processes, so that none has all of it."""
+    return isinstance(variable, ShardedVariable) and variable.is_over_workers
 
 
-def divided_values_of(
-    variables: Iterable[_types.KerasVariable | _types.Variable],
-) -> Iterator[_types.Array]:
-    """The values of those variables that are divided over the replicas.
+def view_of(variable: _types.KerasVariable | _types.Variable) -> _types.Array:
+    """What `values_of` returns for a variable, for reading at once.
 
-    For workers that only take part in reading what another worker asks for with `each_value_of`.
+    On CPU it is no copy, unless the variable is divided or summed. It may change with the variable.
     """
-    return each_value_of(v for v in variables if isinstance(v, ShardedVariable))
+    if isinstance(variable, ShardedVariable) or _parts(variable) > 1:
+        return _value_of(variable)
+    return _view(copies_of(variable)[0])
+
+
+def own_pieces_of(variable: ShardedVariable) -> Iterator[tuple[int, _types.Array]]:
+    """What this process has of a variable that is divided; nothing is exchanged.
+
+    Yields:
+        The index of the first element, in row-major order, and a vector of the elements, for
+        reading at once: it may change with the variable.
+    """
+    for replica, piece in variable.pieces.items():
+        span = variable.spans[replica]
+        assert span is not None
+        yield span.begin, _view(piece).reshape([-1])
+
+
+def _view(variable: _types.Variable) -> _types.Array:
+    # `numpy()` copies into memory that is new each time, which takes longer than copying does.
+    return np.asarray(variable.read_value())
 
 
 def held_values_of(

@@ -1,17 +1,20 @@
-"""The backup of a training run: one file, replaced atomically.
+"""The backup of a training run: what it holds, and how it is read.
 
-It is a `.npz` archive of all arrays and of a JSON text about them. It is written under a temporary
-name, forced to disk, and renamed: whenever the process or the machine dies, the file is either the
-old one or the new one.
+It is a `.npz` archive of all arrays and of a JSON text about them. Arrays that are divided over
+several workers are in further archives, one for each worker, which hold the elements that lie with
+it; the first archive names them, and is written last.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -19,13 +22,16 @@ import numpy as np
 import tensorflow as tf
 
 from tfbig import _keras, _types, errors
+from tfbig.callbacks import _backup_files
+from tfbig.callbacks._backup_files import Member
 
-__all__ = ("Backup", "SavedBackup", "State", "assign", "path_in", "read", "remove", "write")
-
-FILE = "backup.npz"
+__all__ = ("Backup", "Parts", "SavedBackup", "State", "assign", "members", "parts_of", "read")
 
 # To be raised when this code would misread a backup that an earlier one has written.
 FORMAT = 1
+
+# That of backups in several files.
+FORMAT_IN_PARTS = 2
 
 _ABOUT = "about"
 
@@ -65,6 +71,7 @@ class State:
         metrics: the variables of metrics.
         described: a line for each variable.
         guard: the variables of a `SpikeGuard`.
+        divided: which variables no process has all of, by their indices.
 
     Raises:
         BackupError: If an optimizer that the model holds is not built.
@@ -101,73 +108,63 @@ class State:
             for group, variables in groups.items()
             for v in variables
         ]
+        self.divided = [
+            i for i, v in enumerate(self.variables) if _keras.variables.is_over_workers(v)
+        ]
 
 
-def path_in(directory: str | os.PathLike[str]) -> pathlib.Path:
-    """The path of a directory's backup."""
-    return pathlib.Path(directory) / FILE
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The files of the parts of a backup.
+
+    Attributes:
+        files: their names.
+        shapes: of each array that is in them, by its index.
+    """
+
+    files: Sequence[str]
+    shapes: dict[int, Sequence[int]]
 
 
-def write(
-    directory: str | os.PathLike[str], backup: Backup, arrays: Iterable[_types.Array]
-) -> None:
-    """Writes a backup in place of the previous one.
+def members(state: State, is_chief: bool, metrics: Sequence[_types.Array] = ()) -> Iterator[Member]:
+    """What a worker writes of a state, one by one; an array may change with its variable.
 
     Args:
-        directory: the directory, which need not exist yet.
-        backup: what the backup says besides.
-        arrays: the values of `State.variables`. Each is written before the next is asked for, so
-            that only one is in memory.
-
-    Raises:
-        OSError: If it cannot be written; the previous one is then untouched.
+        state: the state, of which the chief writes all that is not divided.
+        is_chief: whether this is the chief.
+        metrics: values to be written in place of those that metrics have, if there are any.
     """
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".backup-{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                _write_all(archive, backup, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path_in(directory))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync(directory)
+    divided = set(state.divided)
+    first_metric = len(state.variables) - len(state.metrics)
+    for i, variable in enumerate(state.variables):
+        if i in divided:
+            for begin, piece in _keras.variables.own_pieces_of(variable):
+                yield f"{i}@{begin}", piece
+        elif is_chief and metrics and i >= first_metric:
+            yield str(i), metrics[i - first_metric]
+        elif is_chief:
+            yield str(i), _keras.variables.view_of(variable)
 
 
-def _write_all(archive: zipfile.ZipFile, backup: Backup, arrays: Iterable[_types.Array]) -> None:
-    """Writes what `np.savez` would, one array at a time."""
+def about(backup: Backup, state: State, parts: Sequence[str]) -> Member:
+    """What the chief writes about a state.
 
-    def add(name: str, array: _types.Array) -> None:
-        # Its size is not known before it is written.
-        with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array(file, array, allow_pickle=False)
-
+    Args:
+        backup: what the backup says besides.
+        state: the state.
+        parts: the names of the files in which parts of it are.
+    """
     # A .npy file keeps only the size of bfloat16 and the like.
-    dtypes = []
-    for i, array in enumerate(arrays):
-        dtypes.append(array.dtype.name)
-        add(str(i), array)
-    about = {"format": FORMAT, **dataclasses.asdict(backup), "dtypes": dtypes}
-    add(_ABOUT, np.array(json.dumps(about)))
-
-
-def _sync(directory: pathlib.Path) -> None:
-    # The name must reach the disk as well as the contents.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    dtypes = [np.dtype(tf.as_dtype(v.dtype).as_numpy_dtype).name for v in state.variables]
+    text: dict[str, object] = {"format": FORMAT, **dataclasses.asdict(backup), "dtypes": dtypes}
+    if parts:
+        shapes = {str(i): tuple(state.variables[i].shape) for i in state.divided}
+        text |= {"format": FORMAT_IN_PARTS, "parts": {"files": list(parts), "shapes": shapes}}
+    return _ABOUT, np.array(json.dumps(text))
 
 
 class SavedBackup:
-    """The backup in a directory, whose arrays are read one by one, while it is open.
+    """The newest backup in a directory, whose arrays are read one by one, while it is open.
 
     Args:
         directory: a directory that has a backup.
@@ -177,21 +174,20 @@ class SavedBackup:
 
     Raises:
         FileNotFoundError: If there is none.
-        BackupError: If the file is damaged or has another format. Reading an array may raise it
-            too.
+        BackupError: If a file is damaged or missing, or has another format. Reading an array may
+            raise it too.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self._path = path_in(directory)
+        # If there is none, opening it says why.
+        found = _backup_files.present(directory) or [_backup_files.path_in(directory)]
+        self._path, *self._older = found
         with contextlib.ExitStack() as stack:
             with self._reading():
-                # Open from here on: the file may be replaced.
-                file = stack.enter_context(open(self._path, "rb"))
-                self._file = stack.enter_context(np.load(file, allow_pickle=False))
-                # Any: of JSON.
-                about: dict[str, Any] = json.loads(str(self._file[_ABOUT]))
+                self._file = self._open(self._path, stack)
+                about = _read_about(self._file)
                 found = about.pop("format")
-                if found != FORMAT:
+                if found not in (FORMAT, FORMAT_IN_PARTS):
                     raise errors.BackupError(
                         f"The backup {self._path} has format {found}, and this version of tfbig "
                         f"reads format {FORMAT}. The file is kept. Use the version that wrote it, "
@@ -199,19 +195,57 @@ class SavedBackup:
                     )
                 dtypes = about.pop("dtypes")
                 self._dtypes = [tf.as_dtype(name).as_numpy_dtype for name in dtypes]
+                self._parts = _parts_in(about.pop("parts", None))
+                self._pieces = self._find_pieces(stack)
                 self.backup = Backup(**about)
             self._closing = stack.pop_all()
 
+    def _open(self, path: pathlib.Path, stack: contextlib.ExitStack) -> Any:  # Any: of NumPy.
+        # Open from here on: the file may be replaced.
+        return stack.enter_context(
+            np.load(stack.enter_context(open(path, "rb")), allow_pickle=False)
+        )
+
+    def _find_pieces(self, stack: contextlib.ExitStack) -> dict[int, list[tuple[int, Any, str]]]:
+        """The pieces of each divided array: the first element, the archive, the name in it."""
+        pieces: dict[int, list[tuple[int, Any, str]]] = {i: [] for i in self._parts.shapes}
+        archives = [self._file]
+        for name in self._parts.files:
+            try:
+                archives.append(self._open(self._path.parent / name, stack))
+            except FileNotFoundError:
+                raise self._unreadable(f"its part {name} is missing") from None
+        for archive in archives:
+            for name in archive.files:
+                index, is_piece, begin = name.partition("@")
+                if is_piece:
+                    pieces[int(index)].append((int(begin), archive, name))
+        return pieces
+
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         self._closing.close()
 
     def arrays(self, begin: int = 0) -> Iterator[_types.Array]:
         """The values of `State.variables`, from one on."""
         for i in range(begin, len(self._dtypes)):
             with self._reading():
-                array = self._file[str(i)].view(self._dtypes[i])
+                if i in self._pieces:
+                    array = self._joined(i)
+                else:
+                    array = self._file[str(i)].view(self._dtypes[i])
             yield array
+
+    def _joined(self, i: int) -> _types.Array:
+        shape = self._parts.shapes[i]
+        whole, there = np.empty([math.prod(shape)], self._dtypes[i]), 0
+        for begin, archive, name in self._pieces[i]:
+            piece = archive[name].view(self._dtypes[i])
+            whole[begin : begin + piece.size] = piece
+            there += piece.size
+        if there != whole.size:
+            raise self._unreadable(f"its parts have {there} of {whole.size} elements of an array")
+        return whole.reshape(shape)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -220,10 +254,42 @@ class SavedBackup:
         except (errors.BackupError, FileNotFoundError):
             raise
         except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as e:
-            raise errors.BackupError(
-                f"The backup {self._path} cannot be read: {e}. The file is kept. Move it away, or "
-                "use another directory."
-            ) from None
+            raise self._unreadable(str(e)) from None
+
+    def _unreadable(self, reason: str) -> errors.BackupError:
+        remedy = "Move it away, or use another directory."
+        if self._older:
+            remedy = (
+                f"Move it away, and training resumes from {self._older[0]}, which is older; or use "
+                "another directory."
+            )
+        return errors.BackupError(
+            f"The backup {self._path} cannot be read: {reason}. The file is kept. {remedy}"
+        )
+
+
+def _read_about(archive: Any) -> dict[str, Any]:  # Any: of NumPy, and of JSON.
+    about: dict[str, Any] = json.loads(str(archive[_ABOUT]))
+    return about
+
+
+def _parts_in(text: dict[str, Any] | None) -> Parts:  # Any: of JSON.
+    if text is None:
+        return Parts((), {})
+    return Parts(text["files"], {int(i): tuple(shape) for i, shape in text["shapes"].items()})
+
+
+def parts_of(directory: str | os.PathLike[str]) -> list[pathlib.Path] | None:
+    """The parts of all backups in a directory; None if one of these cannot be read."""
+    found: list[pathlib.Path] = []
+    try:
+        for path in _backup_files.present(directory):
+            with np.load(path, allow_pickle=False) as archive:
+                files = _parts_in(_read_about(archive).get("parts")).files
+            found += [path.parent / name for name in files]
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return found
 
 
 def assign(state: State, saved: SavedBackup) -> bool:
@@ -264,11 +330,3 @@ def read(directory: str | os.PathLike[str]) -> SavedBackup | None:
         return SavedBackup(directory)
     except FileNotFoundError:
         return None
-
-
-def remove(directory: str | os.PathLike[str]) -> None:
-    """Removes the backup, and unfinished ones of processes that were killed."""
-    directory = pathlib.Path(directory)
-    for path in (path_in(directory), *directory.glob(".backup-*.tmp")):
-        with contextlib.suppress(OSError):
-            path.unlink()

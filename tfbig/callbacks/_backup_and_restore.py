@@ -1,10 +1,10 @@
 """Backups that training resumes from: `tfbig.callbacks.BackupAndRestore`."""
 
 import contextlib
-import itertools
 import os
 import signal
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import keras
 
 from tfbig import _keras, _types, errors
-from tfbig.callbacks import _backup, _goodput, _stop
+from tfbig.callbacks import _backup, _backup_files, _backup_writer, _goodput, _stop
 from tfbig.distribute import _workers
 
 __all__ = ("PREEMPTED", "BackupAndRestore")
@@ -36,11 +36,20 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     Restores before the other callbacks of `fit` act, and backs up after them.
 
     With several workers, all must have the callback, with the same directory, which all can read.
-    The chief writes; with `shard`, all workers take part in reading what is divided over them. A
-    backup holds whole arrays, so training may resume on another number of replicas.
+    The chief writes. With `shard`, all workers must be able to write there: each writes what lies
+    with it of that which is divided over them, into a file of its own. Whole arrays are restored,
+    each put together by itself, so training may resume on another number of replicas, workers or
+    stages, divided or not.
 
-    The backup is one file, replaced atomically once it is complete. If it cannot be written,
-    training continues with a warning, and the previous backup stays.
+    A backup is replaced atomically once it is complete, with the files of all workers. If it cannot
+    be written, training continues with a warning, and the previous backup stays.
+
+    With `save_on_background`, training stops only while the state is copied into the memory of the
+    host; a thread writes the copy. From the first backup until `fit` ends, it takes as much memory
+    as the state: with Adam in float32, 12 bytes per parameter on the chief; with `shard`, on each
+    worker as much as lies there. There is one copy: a backup that is due while the previous one is
+    being written waits for it. The running one is finished before a backup at a preemption, which
+    is written at once, and before training ends, also by an exception or Ctrl-C.
 
     SIGTERM, with which machines are preempted, triggers a backup after the running update, on all
     workers the same one, whichever of them received the signal. Then the program ends with exit
@@ -60,6 +69,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         delete_checkpoint: whether the backup is removed when training has ended. Defaults to True,
             as in Keras. With False, a `fit` that has ended, even by `EarlyStopping`, does nothing
             when run again, and resumes when run with more epochs.
+        save_on_background: whether a thread writes backups while training continues, as above.
+            Defaults to False.
+        keep: the number of backups that stay, the newest ones: backup.npz, backup-1.npz before it,
+            and so on. If the newest is damaged, the error names the next; training resumes from
+            that one once the newest is moved away. Defaults to 1.
 
     Raises:
         InvalidOptionError: If an argument is not valid.
@@ -86,6 +100,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         *,
         on_preemption: Literal["exit"] | Callable[[], object] | None = "exit",
         delete_checkpoint: bool = True,
+        save_on_background: bool = False,
+        keep: int = 1,
     ) -> None:
         super().__init__()
         if not str(backup_dir):
@@ -108,12 +124,24 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 "`on_preemption` must be 'exit', a function or None. Received: "
                 f"on_preemption={on_preemption!r}."
             )
+        if not isinstance(save_on_background, bool):
+            raise errors.InvalidOptionError(
+                "`save_on_background` must be True or False. Received: "
+                f"save_on_background={save_on_background!r}."
+            )
+        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+            raise errors.InvalidOptionError(
+                f"`keep` must be an integer >= 1, a number of backups. Received: keep={keep!r}."
+            )
         self.backup_dir = backup_dir
         self.save_freq = save_freq
         self.on_preemption = on_preemption
         self.delete_checkpoint = delete_checkpoint
+        self.save_on_background = save_on_background
+        self.keep = keep
         # None outside of `fit`.
         self._request: _stop.StopRequest | None = None
+        self._writer: _backup_writer.BackupWriter | None = None
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
@@ -131,6 +159,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self._first_epoch = arguments.get("initial_epoch") or 0
         self._workers = _workers.Workers.of(model.distribute_strategy)
         self._saved = self._read()
+        self._writer = self._new_writer()
         self._seed = self._saved.backup.seed if self._saved else self._new_seed()
         self._epoch = self._batch = self._since_backup = 0
         # The metrics to restore at the start of the epoch, and those that a validation resets.
@@ -163,12 +192,19 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             _keras.epoch_iterator.set_initial_epoch(model, 0)
             if self._saved is not None:
                 self._saved.close()
+            writer, self._writer = self._writer, None
             self._request = self._data = self._saved = None
+            writer.end()
 
     @property
     def _running_request(self) -> _stop.StopRequest:
         assert self._request is not None
         return self._request
+
+    @property
+    def _running_writer(self) -> _backup_writer.BackupWriter:
+        assert self._writer is not None
+        return self._writer
 
     def _read(self) -> _backup.SavedBackup | None:
         """The backup, which must be the same on all workers."""
@@ -179,6 +215,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         settings = {
             "backup": f"{seen}, in {self.backup_dir}",
             "delete_checkpoint": str(self.delete_checkpoint),
+            "save_on_background": str(self.save_on_background),
+            "keep": str(self.keep),
             "on_preemption": "a function" if is_function else str(self.on_preemption),
         }
         try:
@@ -188,6 +226,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 saved.close()
             raise
         return saved
+
+    def _new_writer(self) -> _backup_writer.BackupWriter:
+        # Not of the seeds of the program, which are the same when it starts again.
+        fit = self._workers.exchange("a name for backups", uuid.uuid4().hex)[0]
+        return _backup_writer.BackupWriter(self.backup_dir, self._workers, self.keep, fit)
 
     def _new_seed(self) -> int:
         return int(self._workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0])
@@ -259,6 +302,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         done = batch + 1
         self._since_backup += done - self._batch
         self._batch = done
+        self._running_writer.report()
         if self._running_request.is_agreed():
             self._preempt()
         elif self.save_freq != "epoch" and self._since_backup >= self.save_freq:
@@ -296,34 +340,42 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         if self._running_request.agree(self._workers):
             self._preempt(ended=True)
         elif not self.delete_checkpoint:
-            self._write(ended=True)
-        elif self._workers.is_chief:
-            _backup.remove(self.backup_dir)
+            self._write(ended=True, at_once=True)
+        else:
+            with _goodput.spending_on_backups(self.model.goodput_meters):
+                self._running_writer.settle()
+            if self._workers.is_chief:
+                _backup_files.remove(self.backup_dir)
 
-    def _write(self, ended: bool = False) -> bool:
-        """Writes a backup, on the chief; returns whether it could be written.
+    def wait_until_finished(self) -> None:
+        """Waits until the backup that is being written, if there is one, is the newest.
 
-        All workers take part in reading what is divided over them.
+        With several workers, all must call it at the same point.
+        """
+        if self._writer is None or not self.save_on_background:
+            return
+        with _goodput.spending_on_backups(self.model.goodput_meters):
+            self._writer.settle()
+            # The chief may still have been writing.
+            self._workers.exchange("the end of a backup", "")
+
+    def _write(self, ended: bool = False, at_once: bool = False) -> bool:
+        """Writes a backup, or has it written; returns whether it could be written.
+
+        With several workers, the chief writes, and all write what is divided over them.
         """
         with _goodput.backing_up(self.model.goodput_meters):
-            return self._write_now(ended)
-
-    def _write_now(self, ended: bool) -> bool:
-        self._since_backup = 0
-        state = _backup.State(self.model)
-        if not self._workers.is_chief:
-            for _ in _keras.variables.divided_values_of(state.variables):
-                pass
-            return True
-        # One is read after another is written.
-        arrays = _keras.variables.each_value_of(state.variables)
-        if self._metrics_of_training:
-            others = state.variables[: len(state.variables) - len(state.metrics)]
-            arrays = itertools.chain(
-                _keras.variables.each_value_of(others), self._metrics_of_training
+            self._since_backup = 0
+            state = _backup.State(self.model)
+            is_on_background = self.save_on_background and not at_once
+            return self._running_writer.write(
+                self._described(state, ended), state, self._metrics_of_training, is_on_background
             )
+
+    def _described(self, state: _backup.State, ended: bool) -> _backup.Backup:
+        """What a backup of the present state says besides."""
         resized = _keras.resized_batches.of(self._data)
-        backup = _backup.Backup(
+        return _backup.Backup(
             first_epoch=self._first_epoch,
             epoch=self._epoch,
             batch=self._batch,
@@ -333,24 +385,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             described=state.described,
             resized=None if resized is None else resized.state(),
         )
-        try:
-            _backup.write(self.backup_dir, backup, arrays)
-        except OSError as e:
-            warnings.warn(
-                f"The backup in {self.backup_dir} could not be written: {e}. Training continues; "
-                "the previous backup, if there is one, is intact.",
-                stacklevel=2,
-            )
-            # The other workers are reading all of them.
-            for _ in arrays:
-                pass
-            return False
-        return True
 
     def _preempt(self, ended: bool = False) -> None:
         """Backs up the present state and ends training."""
         self._running_request.is_handled = True
-        written = str(self._write(ended))
+        written = str(self._write(ended, at_once=True))
         # A worker that ends takes the others with it, so all must wait for the chief.
         is_written = self._workers.exchange("the backup at a preemption", written)[0] == "True"
         if callable(self.on_preemption):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from tfbig import _types
 
-__all__ = ("CAUSES", "Goodput", "backing_up")
+__all__ = ("CAUSES", "Goodput", "backing_up", "spending_on_backups")
 
 # In the order in which they are written; the first is the share that counts.
 CAUSES = (
@@ -146,11 +146,18 @@ class Goodput:
 
 
 @contextlib.contextmanager
-def backing_up(meters: Collection[Goodput]) -> Iterator[None]:
-    """Within it, a backup is taken: the time of all meters goes to that."""
+def spending_on_backups(meters: Collection[Goodput]) -> Iterator[None]:
+    """Within it, the time of all meters goes to backups."""
     with contextlib.ExitStack() as stack:
         for meter in meters:
             stack.enter_context(meter.spending("backups"))
+        yield
+
+
+@contextlib.contextmanager
+def backing_up(meters: Collection[Goodput]) -> Iterator[None]:
+    """Within it, a backup is taken: the time of all meters goes to that."""
+    with spending_on_backups(meters):
         yield
     for meter in meters:
         meter.on_backup()

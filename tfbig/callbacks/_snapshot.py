@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import keras
 
 from tfbig import _keras, _types, errors
 from tfbig.callbacks import _backup
+from tfbig.callbacks._backup_and_restore import BackupAndRestore
 from tfbig.distribute import _workers
 
 __all__ = ("BackupSource", "Snapshots", "Source")
@@ -74,31 +74,34 @@ class BackupSource:
     Args:
         model: the model.
         kept: variables that stay as they are.
-        directory: the directory of the backup.
+        backup: what writes it.
     """
 
     def __init__(
         self,
         model: keras.Model,
         kept: Iterable[_types.KerasVariable],
-        directory: str | os.PathLike[str],
+        backup: BackupAndRestore,
     ) -> None:
         self._model = model
         self._kept = list(kept)
-        self._directory = directory
+        self._backup = backup
 
     def passed(self, updates: int, is_calm: bool) -> None:
         del updates, is_calm
 
     def restore(self) -> None:
         workers = _workers.Workers.of(self._model.distribute_strategy)
-        saved = _backup.read(self._directory)
+        # It must be the same on all workers.
+        self._backup.wait_until_finished()
+        directory = self._backup.backup_dir
+        saved = _backup.read(directory)
         seen = f"epoch {saved.backup.epoch}, batch {saved.backup.batch}" if saved else "none"
         try:
             workers.agree("a rollback of SpikeGuard", {"backup": seen})
             if saved is None:
                 raise errors.SpikeError(
-                    f"There is no backup in {self._directory} to go back to yet. Take the first "
+                    f"There is no backup in {directory} to go back to yet. Take the first "
                     "one earlier, with a smaller `save_freq`, or pass `snapshot_every` to "
                     "SpikeGuard."
                 )

@@ -179,7 +179,7 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
                 "tfbig.callbacks.BackupAndRestore among the callbacks. Received: none. Add one, or "
                 "pass the number of updates after which the state is copied."
             )
-        self._directory = backups[0].backup_dir if backups else ""
+        self._backup = backups[0] if backups else None
         settings = self._settings()
         self._workers = _workers.Workers.of(model.distribute_strategy)
         others = {"max_rollbacks": self.max_rollbacks, "snapshot_every": self.snapshot_every}
@@ -226,11 +226,11 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         scale = getattr(self.model, "loss_scale_state", None)
         if scale is not None:
             kept.append(scale.skipped_updates)
-        self._source = (
-            _snapshot.BackupSource(self.model, kept, self._directory)
-            if self.snapshot_every is None
-            else _snapshot.Snapshots(self.model, kept, self.snapshot_every)
-        )
+        if self.snapshot_every is None:
+            assert self._backup is not None
+            self._source = _snapshot.BackupSource(self.model, kept, self._backup)
+        else:
+            self._source = _snapshot.Snapshots(self.model, kept, self.snapshot_every)
         self._count_left_out()
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
