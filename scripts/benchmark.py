@@ -31,6 +31,7 @@ and the exit code is 0.
 
 With --tuners, searches without models: how good they get, and how long a suggestion takes. With
 --tables as well, searches in tables of models that others have measured, and in learning curves.
+The files of --json and --markdown are then written after each row.
 
 Exit code 1 says that a row has failed; the table says which.
 """
@@ -68,19 +69,24 @@ def _benchmark() -> int:
     # Before anything is measured, since the commit may change meanwhile.
     origin = _provenance() if settings.MARKDOWN.value is not None else None
     try:
-        outcome = modes.measure(__file__)
+        outcome = modes.measure(__file__, lambda found: _write(found, origin))
     except network.UnavailableError as e:
         print(f"{PROGRAM}: --network skipped: {e}", file=sys.stderr)
         return 0
     except (RuntimeError, rows.DifferentModelsError, tables.UnavailableError) as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
         return 1
+    _write(outcome, origin)
+    return 0 if outcome.is_complete else 1
+
+
+def _write(outcome: modes.Outcome, origin: provenance.Provenance | None) -> None:
+    """Writes the files that were asked for, with what is measured so far."""
     if settings.JSON.value is not None:
         document = json.dumps(_document(outcome), indent=2)
         pathlib.Path(settings.JSON.value).write_text(document + "\n")
     if origin is not None:
         markdown.write(settings.MARKDOWN.value, origin, outcome.tables, outcome.notes)
-    return 0 if outcome.is_complete else 1
 
 
 def _provenance() -> provenance.Provenance:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import learning_curves, table_searches
+from benchmarks import learning_curves, table_searches, tuners
 from benchmarks.markdown import Table
 
 # Regret is given after so many epochs of all trials together.
@@ -181,8 +181,15 @@ def epochs_until(regrets: Sequence[float] | np.ndarray, target: float) -> int | 
     return epochs if epochs <= len(regrets) else None
 
 
-def compare(curves: Curves, seeds: int) -> tuple[list[dict[str, Any]], dict[str, list[Trained]]]:
+def compare(
+    curves: Curves, seeds: int, keep: tuners.Keep = lambda measured: None
+) -> tuple[list[dict[str, Any]], dict[str, list[Trained]]]:
     """Prints the table.
+
+    Args:
+        curves: What is looked up.
+        seeds: Searches of each kind.
+        keep: Given after each row what --json holds so far.
 
     Returns:
         What --json holds of each search, and what each has trained, by its name and seed.
@@ -206,6 +213,7 @@ def compare(curves: Curves, seeds: int) -> tuple[list[dict[str, Any]], dict[str,
         cells = _cells(entry)
         name = table_searches.titled(row, count, seeds)
         print(f"{name:<38}" + "".join(f"{cell:>28}" for cell in cells), flush=True)
+        keep(measured)
     return measured, all_trained
 
 

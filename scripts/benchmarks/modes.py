@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import (
@@ -43,11 +44,12 @@ class Outcome:
     is_complete: bool = True
 
 
-def measure(program: str) -> Outcome:
+def measure(program: str, keep: Callable[[Outcome], None]) -> Outcome:
     """Measures what the flags ask for, and prints it.
 
     Args:
         program: Path of benchmark.py, which also runs in the workers of --network.
+        keep: With --tuners, given what is there after each row: the next may take long, or fail.
 
     Raises:
         UsageError: If that is impossible.
@@ -56,36 +58,47 @@ def measure(program: str) -> Outcome:
     """
     settings.check()
     if settings.TABLES.value:
-        return _of_tables()
+        return _of_tables(keep)
     if settings.TUNERS.value:
-        return _of_tuners()
+        return _of_tuners(keep)
     if settings.NETWORK.value:
         return _over_network(program)
     return _in_turn() if settings.IN_TURN.value else _in_processes()
 
 
-def _of_tuners() -> Outcome:
+def _of_tuners(keep: Callable[[Outcome], None]) -> Outcome:
     trials, seeds = settings.TRIALS.value, settings.seeds()
-    measured = tuners.compare(trials, seeds)
-    return Outcome(measured, {"trials": trials, "seeds": seeds}, tuners.tables(measured))
+
+    def outcome(measured: list[dict[str, Any]]) -> Outcome:
+        return Outcome(measured, {"trials": trials, "seeds": seeds}, tuners.tables(measured))
+
+    return outcome(tuners.compare(trials, seeds, lambda measured: keep(outcome(measured))))
 
 
-def _of_tables() -> Outcome:
+def _of_tables(keep: Callable[[Outcome], None]) -> Outcome:
     trials, seeds = settings.TRIALS.value, settings.seeds()
     problems = tables.load(settings.TABLES_DIRECTORY.value)
     curves = learning_curves.load()
-    in_tables = table_searches.compare(problems, trials, seeds)
-    in_curves, trained = curve_searches.compare(curves, seeds)
-    populations = population.compare(curves, trained, seeds)
-    return Outcome(
-        in_tables + in_curves + populations,
-        {"trials": trials, "seeds": seeds},
-        [
-            table_searches.table(in_tables, problems),
-            curve_searches.table(in_curves),
-            population.table(populations),
-        ],
+    found = Outcome([], {"trials": trials, "seeds": seeds}, [])
+
+    def with_table(measured: list[dict[str, Any]], table: Table) -> Outcome:
+        return dataclasses.replace(found, rows=found.rows + measured, tables=[*found.tables, table])
+
+    in_tables = table_searches.compare(
+        problems,
+        trials,
+        seeds,
+        lambda rows: keep(with_table(rows, table_searches.table(rows, problems))),
     )
+    found = with_table(in_tables, table_searches.table(in_tables, problems))
+    in_curves, trained = curve_searches.compare(
+        curves, seeds, lambda rows: keep(with_table(rows, curve_searches.table(rows)))
+    )
+    found = with_table(in_curves, curve_searches.table(in_curves))
+    populations = population.compare(
+        curves, trained, seeds, lambda rows: keep(with_table(rows, population.table(rows)))
+    )
+    return with_table(populations, population.table(populations))
 
 
 def _over_network(program: str) -> Outcome:

@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import curve_searches, learning_curves
+from benchmarks import curve_searches, learning_curves, tuners
 from benchmarks.markdown import Table
 
-SIZE, EPOCHS_PER_GENERATION, SEEDS = 8, 3, 3
+SIZE, EPOCHS_PER_GENERATION = 8, 3
 EPOCHS = SIZE * learning_curves.EPOCHS
 
 # What it is compared with, which trains as many epochs.
@@ -75,15 +75,18 @@ def compare(
     curves: learning_curves.Curves,
     trained: Mapping[str, Sequence[curve_searches.Trained]],
     seeds: int,
+    keep: tuners.Keep = lambda measured: None,
 ) -> list[dict[str, Any]]:
     """Prints the table; returns what --json holds of each search.
 
     Args:
         curves: In which the others were looked up.
         trained: What they have trained, by name and seed.
-        seeds: For how many seeds a population is trained, at most `SEEDS`.
+        seeds: For how many seeds a population is trained.
+        keep: Given after each seed what will be returned, as far as it is there.
     """
     print(f"\nleast validation loss seen in {EPOCHS} epochs, median (min to max) of the seeds")
+    print(f"{'least of the table':<45}{'':>12}{curves.losses.min():.4f}")
     measured = [
         {
             "row": row,
@@ -94,11 +97,20 @@ def compare(
         }
         for row in COMPARED
     ]
-    measured.append({"row": ROW, "losses": [best_loss(seed) for seed in range(min(seeds, SEEDS))]})
     for entry in measured:
-        print(f"{entry['row']:<45}{len(entry['losses']):>4} seeds  {_median(entry['losses'])}")
-    print(f"{'least of the table':<45}{'':>12}{curves.losses.min():.4f}")
+        _print(entry)
+    own: dict[str, Any] = {"row": ROW, "losses": []}
+    measured.append(own)
+    for seed in range(seeds):
+        own["losses"].append(best_loss(seed))
+        keep(measured)
+    _print(own)
     return measured
+
+
+def _print(entry: Mapping[str, Any]) -> None:
+    losses = entry["losses"]
+    print(f"{entry['row']:<45}{len(losses):>4} seeds  {_median(losses)}", flush=True)
 
 
 def _median(losses: Sequence[float]) -> str:

@@ -82,9 +82,19 @@ def regrets(search: tuners.Search, problem: tables.Problem, trials: int, seeds: 
 
 
 def compare(
-    problems: Mapping[str, tables.Problem], trials: int, seeds: int
+    problems: Mapping[str, tables.Problem],
+    trials: int,
+    seeds: int,
+    keep: tuners.Keep = lambda measured: None,
 ) -> list[dict[str, Any]]:
-    """Prints the table; returns what --json holds of each search in each problem."""
+    """Prints the table; returns what --json holds of each search in each problem.
+
+    Args:
+        problems: The tables, by name.
+        trials: Trials of a search.
+        seeds: Searches of each kind.
+        keep: Given after each row what will be returned, as far as it is there.
+    """
     measured: list[dict[str, Any]] = []
     print(f"regret after {trials} trials, mean of {seeds} seeds (its 90 % interval)")
     for name, problem in problems.items():
@@ -98,6 +108,7 @@ def compare(
             line += f"{_mean(found):>26}"
             measured.append({"row": row, "problem": name, "regrets": found})
         print(line, flush=True)
+        keep(measured)
     return measured
 
 

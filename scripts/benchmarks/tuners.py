@@ -26,6 +26,8 @@ Function = Callable[[Mapping[str, Any]], float]
 # Values of all trials, and the seconds that each suggestion took; of a function, its space, a
 # number of trials and a seed. A space is `Bounds` here.
 Search = Callable[[Function, Any, int, int], tuple[list[float], list[float]]]
+# Takes what --json holds of the rows so far.
+Keep = Callable[[list[dict[str, Any]]], None]
 
 # The time of a suggestion is given after so many trials, as the mean of the ten around it.
 MOMENTS = (10, 50, 100, 200)
@@ -208,8 +210,14 @@ def rows() -> dict[str, Search]:
     return found
 
 
-def compare(trials: int, seeds: int) -> list[dict[str, Any]]:
-    """Prints the tables; returns what --json holds of each row of both."""
+def compare(trials: int, seeds: int, keep: Keep = lambda measured: None) -> list[dict[str, Any]]:
+    """Prints the tables; returns what --json holds of each row of both.
+
+    Args:
+        trials: Trials of a search.
+        seeds: Searches of each kind.
+        keep: Given after each row what will be returned, as far as it is there.
+    """
     measured: list[dict[str, Any]] = []
     print(f"best of {trials} trials, median (min to max) of {seeds} seeds")
     print(f"{'':<22}" + "".join(f"{name:>32}" for name in PROBLEMS))
@@ -220,6 +228,7 @@ def compare(trials: int, seeds: int) -> list[dict[str, Any]]:
             line += f"{_median(best):>33}"
             measured.append({"row": row, "problem": problem, "best": best})
         print(line, flush=True)
+        keep(measured)
     print(f"\nmilliseconds of a suggestion for Branin after so many trials{'':<2}")
     print(f"{'':<22}" + "".join(f"{n:>10}" for n in MOMENTS))
     for row, run in rows().items():
@@ -228,6 +237,7 @@ def compare(trials: int, seeds: int) -> list[dict[str, Any]]:
         means = [1000 * statistics.mean(seconds[n - 5 : n + 5]) for n in MOMENTS]
         print(f"{row:<22}" + "".join(f"{m:>10.1f}" for m in means), flush=True)
         measured.append({"row": row, "milliseconds": dict(zip(MOMENTS, means, strict=True))})
+        keep(measured)
     return measured
 
 

@@ -3,14 +3,14 @@
 import os
 import signal
 
-from tfbig.tuners import _ledger, _queue, _trials
+from tfbig.tuners import _queue, _sql_ledger, _trials
 
 # A method, and whether the process dies before or after it.
 POINTS = {
-    "trial taken": (_ledger.Ledger, "take_new", "after"),
+    "trial taken": (_sql_ledger.SqlLedger, "take_new", "after"),
     "trial made": (_trials.Trials, "store", "before"),
     "values stored": (_queue.TrialQueue, "begin", "after"),
-    "result stored": (_ledger.Ledger, "set_state", "after"),
+    "result stored": (_sql_ledger.SqlLedger, "set_state", "after"),
     "study told": (_trials.Trials, "_record", "after"),
 }
 

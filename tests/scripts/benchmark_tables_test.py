@@ -1,9 +1,11 @@
 """benchmark.py --tuners --tables: what is unpickled, what a search sees, and how it is judged."""
 
 import collections
+import copy
 import hashlib
 import itertools
 import pickle
+import types
 import zipfile
 
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 from benchmarks import (
     curve_searches,
     learning_curves,
+    modes,
     pickled_table,
     population,
+    settings,
     table_searches,
     tables,
 )
@@ -291,3 +295,32 @@ def test_curves_that_are_not_complete_are_refused(tmp_path):
 def test_a_population_is_trained():
     loss = population.best_loss(0, size=2, epochs=2, epochs_per_generation=1, quantile=0.5)
     assert 0 < loss < 3
+
+
+def test_a_benchmark_that_ends_early_has_kept_its_rows(monkeypatch):
+    searches = table_searches.rows(), curve_searches.rows()
+    names = ("tfbig, random", "tfbig, TPE")
+    few = [{name: rows[name] for name in names} for rows in searches]
+    monkeypatch.setattr(table_searches, "rows", lambda: few[0])
+    monkeypatch.setattr(curve_searches, "rows", lambda epochs: few[1])
+    monkeypatch.setattr(population, "COMPARED", names)
+    problem = tables.Problem({"x": (1, 2, 3)}, np.arange(3.0)[:, None], "%")
+    monkeypatch.setattr(tables, "load", lambda directory: {"made": problem})
+    monkeypatch.setattr(curve_searches, "MOMENTS", (5, 10))
+    for name, value in (("TRIALS", 2), ("TABLES_DIRECTORY", None)):
+        monkeypatch.setattr(settings, name, types.SimpleNamespace(value=value))
+    monkeypatch.setattr(settings, "seeds", lambda: 2)
+
+    def trained(seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return 0.5
+
+    monkeypatch.setattr(population, "best_loss", trained)
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        modes._of_tables(lambda outcome: kept.append(copy.deepcopy(outcome)))
+    assert [len(outcome.tables) for outcome in kept] == [1, 1, 2, 2, 3]
+    assert [len(outcome.rows) for outcome in kept] == [1, 2, 3, 4, 7]
+    assert kept[-1].rows[-1] == {"row": population.ROW, "losses": [0.5]}
+    assert kept[-1].tables[-1].lines[-1][:2] == (population.ROW, "1")

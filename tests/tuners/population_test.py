@@ -15,8 +15,8 @@ from tfbig.tuners import (
     HyperParameters,
     _budget,
     _explore,
-    _ledger,
     _population,
+    _sql_ledger,
     _trial_callbacks,
     _trials,
 )
@@ -510,7 +510,7 @@ class Sleepy(tuners.PopulationBasedTraining):
             return
         self.has_slept = True
         mine = self.oracle._ledger
-        other = _ledger.Ledger(mine._engine, mine._study, 60.0)
+        other = _sql_ledger.SqlLedger(mine._engine, mine._study, 60.0)
         assert other.take(*other.trials(index=1))
         assert other.release(1)
 

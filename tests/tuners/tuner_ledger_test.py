@@ -3,9 +3,11 @@
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,7 +19,15 @@ import pytest
 import sqlalchemy as sa
 
 from tests import job
-from tfbig.tuners import HyperParameters, _ledger, _oracle, _processes, _study
+from tfbig.tuners import (
+    HyperParameters,
+    _ledger,
+    _memory_ledger,
+    _oracle,
+    _processes,
+    _sql_ledger,
+    _study,
+)
 
 GRACE = 0.5
 
@@ -26,7 +36,7 @@ PROCESS = """
 import json, sys
 sys.path.insert(0, sys.argv[3])
 import sqlalchemy
-from tfbig.tuners import _ledger, _study
+from tfbig.tuners import _ledger, _sql_ledger, _study
 from tests.tuners import tuner_ledger_test as test
 
 def with_warnings(call):
@@ -36,7 +46,7 @@ def with_warnings(call):
         call()
     return [str(w.message) for w in caught]
 
-ledger = _ledger.Ledger(_study._engine(sys.argv[1]), 1, float(sys.argv[4]))
+ledger = _sql_ledger.SqlLedger(_study._engine(sys.argv[1]), 1, float(sys.argv[4]))
 oracle = test.oracle_in(sys.argv[2])
 held = []
 for line in sys.stdin:
@@ -73,8 +83,8 @@ def make(url):
 
     def made(study=1, grace=GRACE):
         engines.append(_study._engine(url))
-        _ledger.create_tables(engines[-1])
-        return _ledger.Ledger(engines[-1], study, grace)
+        _sql_ledger.create_tables(engines[-1])
+        return _sql_ledger.SqlLedger(engines[-1], study, grace)
 
     yield made
     for engine in engines:
@@ -247,12 +257,51 @@ def test_a_trial_is_moved_on_once(make):
     a, b = make(), make()
     a.take_new(None)
     a.set_state(0, _ledger.ENDED, end={})
-    seen = [led.trials()[0] for led in (a, b)]
-    assert [a.advance(seen[0], _ledger.RECORDED), b.advance(seen[1], _ledger.RECORDED)] == [
-        True,
-        False,
-    ]
+    (row,) = a.trials()
+    moved = [led.advance(row.index, row.owner, _ledger.RECORDED) for led in (a, b)]
+    assert moved == [True, False]
     assert [(row.state, row.owner) for row in a.trials()] == [(_ledger.RECORDED, "")]
+
+
+def test_a_ledger_in_memory_does_what_one_in_a_database_does(make):
+    ledgers = [make(), _memory_ledger.MemoryLedger(GRACE)]
+    owners = [ledger.owner for ledger in ledgers]
+    rng = random.Random(0)
+    states = (_ledger.RUNNING, _ledger.PAUSED, _ledger.ENDED, _ledger.VOID)
+
+    def act(ledger, action, index, state, name):
+        rows = ledger.trials(index=index)
+        return {
+            "new": lambda: ledger.take_new(6, name),
+            "take": lambda: rows and ledger.take(rows[0], died=True),
+            "beat": lambda: ledger.heartbeat(index),
+            "state": lambda: ledger.set_state(index, state, seen=name),
+            "release": lambda: ledger.release(index, name=name),
+            "advance": lambda: ledger.advance(index, ledger.owner, _ledger.RECORDED),
+            "claim": lambda: ledger.claim(index, name),
+            "change": lambda: ledger.change_metadata(name, lambda text: f"{text} {index}"),
+            "default": lambda: ledger.metadata(state, name),
+        }[action]()
+
+    def seen(ledger, owner):
+        rows = [dataclasses.replace(r, owner=str(r.owner == owner)) for r in ledger.trials()]
+        held = [ledger.claims(index=i) for i in range(6)]
+        named = [ledger.claims(name=n) for n in "abcd"], [ledger.metadata(n) for n in "abcd"]
+        by_state = [[r.index for r in ledger.trials(state=state)] for state in states]
+        return rows, ledger.claims(), held, named, by_state, ledger.taken(), ledger.count(*states)
+
+    actions = ("new", "take", "beat", "state", "release", "advance", "claim", "change", "default")
+    met = set()
+    for step in range(900):
+        if step % 60 == 0:
+            for ledger in ledgers:
+                ledger.clear()
+        what = rng.choice(actions), rng.randrange(6), rng.choice(states), rng.choice("abcd")
+        a, b = (act(ledger, *what) for ledger in ledgers)
+        assert a == b, what
+        assert seen(ledgers[0], owners[0]) == seen(ledgers[1], owners[1]), what
+        met |= {row.state for row in ledgers[1].trials()}
+    assert met == {*states, _ledger.RECORDED}
 
 
 # --- What is abandoned -------------------------------------------------------
@@ -374,8 +423,8 @@ def test_no_change_of_a_fact_is_lost(make):
 
 def test_a_fact_that_another_states_meanwhile_is_changed_as_it_then_is():
     engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool)
-    _ledger.create_tables(engine)
-    ledger, other = (_ledger.Ledger(engine, 1, GRACE) for _ in range(2))
+    _sql_ledger.create_tables(engine)
+    ledger, other = (_sql_ledger.SqlLedger(engine, 1, GRACE) for _ in range(2))
     seen = []
 
     def change(known):

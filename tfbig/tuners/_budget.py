@@ -74,8 +74,10 @@ class Budget:
         """Whether no further trial may begin after these."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return True
-        trials = list(trials)
         patience, most = self._limits.patience, self._limits.max_total_epochs
+        if patience is most is None:
+            return False
+        trials = list(trials)
         if patience is not None and self._since_best(trials) >= patience:
             return True
         return most is not None and sum(map(_trials.epochs_of, trials)) >= most

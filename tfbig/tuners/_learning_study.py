@@ -2,15 +2,18 @@
 
 import collections
 import copy
-from collections.abc import Callable, Container, Mapping, Sequence
+import functools
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.search_space import IntersectionSearchSpace
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tfbig.tuners import _trials
 
-__all__ = ("LearningStudy", "by_place", "penalized")
+__all__ = ("LearningStudy", "SharedSpaces", "by_place", "penalized")
 
 # How many trials must have been trained for so many epochs for samplers to compare them there.
 _ENOUGH = 10
@@ -24,13 +27,13 @@ class LearningStudy(optuna.Study):
 
     Args:
         study: The study whose trials are shown.
-        trials: Returns its trials, in order.
+        trials: Returns its trials, in order; asked once, as samplers ask several times.
     """
 
     def __init__(self, study: optuna.Study, trials: Callable[[], list[FrozenTrial]]) -> None:
         # Not that of `optuna.Study`, which reads the storage.
         vars(self).update(vars(study))
-        self._all = trials
+        self._shown = functools.cache(lambda: penalized(trials(), self.directions))
 
     def _get_trials(
         self,
@@ -39,10 +42,60 @@ class LearningStudy(optuna.Study):
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
         del use_cache
-        found = penalized(self._all(), self.directions)
+        found = self._shown()
         if states is not None:
             found = [t for t in found if t.state in states]
-        return copy.deepcopy(found) if deepcopy else found
+        return copy.deepcopy(found) if deepcopy else list(found)
+
+
+class SharedSpaces:
+    """Remembers for samplers, of which each trial has a new one, which parameters trials have."""
+
+    def __init__(self) -> None:
+        # What trials have had: each set of parameters once.
+        self._known: list[dict[str, BaseDistribution]] = []
+        # The place there, by the number of a trial and how many parameters it has, which are only
+        # ever added.
+        self._places: dict[tuple[int, int], int] = {}
+
+    def give(self, sampler: optuna.samplers.BaseSampler) -> None:
+        """Has a sampler ask this for the parameters that all trials have, if it is Optuna's."""
+        asked = getattr(sampler, "_search_space", None)
+        if type(asked) is IntersectionSearchSpace:
+            vars(sampler)["_search_space"] = _Intersection(self, asked._include_pruned)
+
+    def of(self, trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
+        """The parameters that all of some trials have, with the same distributions; by name."""
+        found = [self._known[place] for place in {self._place(trial) for trial in trials}]
+        if not found:
+            return {}
+        first, *others = found
+        common = {n: d for n, d in first.items() if all(other.get(n) == d for other in others)}
+        return dict(sorted(common.items()))
+
+    def _place(self, trial: FrozenTrial) -> int:
+        parameters = trial.distributions
+        key = trial.number, len(parameters)
+        place = self._places.get(key)
+        if place is None:
+            if parameters not in self._known:
+                self._known.append(parameters)
+            place = self._places[key] = self._known.index(parameters)
+        return place
+
+
+class _Intersection(IntersectionSearchSpace):
+    """As Optuna's, which reads all trials again for each sampler."""
+
+    def __init__(self, spaces: SharedSpaces, include_pruned: bool) -> None:
+        super().__init__(include_pruned)
+        self._spaces = spaces
+
+    def calculate(
+        self, study: optuna.Study, use_cache: bool = False
+    ) -> dict[str, BaseDistribution]:
+        states = [TrialState.COMPLETE] + [TrialState.PRUNED] * self._include_pruned
+        return self._spaces.of(study._get_trials(False, states, use_cache))
 
 
 def penalized(trials: list[FrozenTrial], directions: Sequence[StudyDirection]) -> list[FrozenTrial]:
@@ -50,7 +103,6 @@ def penalized(trials: list[FrozenTrial], directions: Sequence[StudyDirection]) -
 
     Samplers that know constraints see in addition that they violate one. Others see the value.
     """
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
     infeasible = {
         t.number
         for t in trials
@@ -58,7 +110,8 @@ def penalized(trials: list[FrozenTrial], directions: Sequence[StudyDirection]) -
         and t.user_attrs.get(_trials.WHY) == _trials.INFEASIBLE
         and t.params
     }
-    if not infeasible or not complete:
+    complete = [t for t in trials if t.state == TrialState.COMPLETE] if infeasible else []
+    if not complete:
         return trials
     worst = [
         (max if direction == StudyDirection.MINIMIZE else min)(t.values[i] for t in complete)

@@ -1,10 +1,13 @@
-"""Which process runs which trial: three tables beside the study's, changed by transactions.
+"""Which process runs which trial.
 
 One process at a time owns a trial, and its heartbeat shows that it still runs. Whatever another
 process does in its name is refused. A process whose heartbeat stands still has died. Each process
 measures that with its own clock, so clocks need not agree.
+
+`_sql_ledger.py` keeps this in a database, `_memory_ledger.py` in the memory of one process.
 """
 
+import abc
 import dataclasses
 import json
 import os
@@ -12,54 +15,17 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import sqlalchemy as sa
-
 from tfbig.tuners import _processes
 
-__all__ = ("TABLES", "Ledger", "TrialRow")
+__all__ = ("ENDED", "PAUSED", "RECORDED", "RUNNING", "VOID", "Column", "Json", "Ledger", "TrialRow")
 
 # Longest time between two heartbeats, in seconds.
 _LONGEST_INTERVAL = 10.0
 
-# What a column is compared with or set to; SQLAlchemy converts it by the column's type.
-_Column: TypeAlias = Any
+# What a column is compared with or set to.
+Column: TypeAlias = Any
 # What is written into a note: anything that JSON can express.
-_Json: TypeAlias = Any
-
-_METADATA = sa.MetaData()
-
-# Tables and columns keep the names under which running searches have stored them; `key` is the
-# name in this code.
-_TRIALS = sa.Table(
-    "tfbig_slots",
-    _METADATA,
-    sa.Column("study", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("slot", sa.Integer, key="index", primary_key=True, autoincrement=False),
-    sa.Column("owner", sa.String(200), nullable=False),
-    sa.Column("beat", sa.Integer, key="heartbeat", nullable=False),
-    sa.Column("died", sa.Integer, key="deaths", nullable=False),
-    sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("note", sa.Text, nullable=False),
-)
-
-_CLAIMS = sa.Table(
-    "tfbig_claims",
-    _METADATA,
-    sa.Column("study", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("name", sa.String(80), primary_key=True),
-    sa.Column("slot", sa.Integer, key="index", nullable=False),
-)
-
-_SEARCH_METADATA = sa.Table(
-    "tfbig_facts",
-    _METADATA,
-    sa.Column("study", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("name", sa.String(80), primary_key=True),
-    sa.Column("text", sa.Text, nullable=False),
-)
-
-# The names of all of them.
-TABLES = tuple(_METADATA.tables)
+Json: TypeAlias = Any
 
 # The states of a trial: a process runs it, or may take it; it waits to be continued; its result is
 # in the note; its result is in the study as well; there were no values for it, so that its place is
@@ -88,56 +54,42 @@ class TrialRow:
     note: str
 
 
-class Ledger:
-    """The tables, for one study and one process.
+class Ledger(abc.ABC):
+    """The ledger of one study, as one process sees it. Each method changes it as a whole or not.
 
     Args:
-        engine: A database whose transactions are serialized.
-        study: The id of the study.
         grace: Seconds after which a trial may be taken from a process without a heartbeat.
-        is_shared: Whether other processes can reach the database.
 
     Attributes:
-        is_shared: Whether other processes can reach the database.
+        is_shared: Whether other processes can reach it.
         owner: The name of this process.
         heartbeat_interval: Seconds between two heartbeats of this process.
     """
 
-    def __init__(self, engine: sa.Engine, study: int, grace: float, is_shared: bool = True) -> None:
-        self.is_shared = is_shared
-        self._engine = engine
-        self._study = study
+    is_shared: bool
+
+    def __init__(self, grace: float) -> None:
         self._grace = grace
         self.owner = _processes.this_process()
         self.heartbeat_interval = min(grace / 6, _LONGEST_INTERVAL)
         # By index: the owner and heartbeat that were last seen, and when they changed.
         self._seen: dict[int, tuple[tuple[str, int], float]] = {}
 
-    def _where(self, table: sa.Table, **columns: _Column) -> sa.ColumnElement[bool]:
-        found = [table.c["study"] == self._study]
-        found += [table.c[name] == value for name, value in columns.items()]
-        return sa.and_(*found)
-
     # --- Trials ---
 
-    def trials(self, **where: _Column) -> list[TrialRow]:
+    @abc.abstractmethod
+    def trials(self, **where: Column) -> list[TrialRow]:
         """The trials with these values, in order; all of them without any."""
-        columns = [_TRIALS.c[field.name] for field in dataclasses.fields(TrialRow)]
-        query = sa.select(*columns).where(self._where(_TRIALS, **where))
-        with self._engine.begin() as connection:
-            return [TrialRow(*row) for row in connection.execute(query.order_by(columns[0]))]
 
+    @abc.abstractmethod
     def count(self, *states: str) -> int:
         """How many trials are in one of some states."""
-        where = self._where(_TRIALS), _TRIALS.c["state"].in_(states)
-        query = sa.select(sa.func.count()).select_from(_TRIALS).where(*where)
-        with self._engine.begin() as connection:
-            return int(connection.execute(query).scalar_one())
 
     def taken(self) -> int:
         """How many places are not free: each of these trials runs, or has had values."""
         return self.count(RUNNING, PAUSED, ENDED, RECORDED)
 
+    @abc.abstractmethod
     def take_new(self, max_trials: int | None, claim: str | None = None) -> int | None:
         """Takes a free place, or adds one, for a trial of this process; claims a name for it.
 
@@ -145,33 +97,6 @@ class Ledger:
             The index of the trial; None if there are `max_trials` already, or if another has the
             name.
         """
-        while True:
-            for row in self.trials(state=VOID):
-                if self.take(row, note="{}"):
-                    if claim is None or self.claim(row.index, claim):
-                        return row.index
-                    self.set_state(row.index, VOID)
-                    return None
-            try:
-                return self._add(max_trials, claim)
-            except sa.exc.IntegrityError:  # Another process was faster.
-                if claim is not None and self.claims(name=claim):
-                    return None
-
-    def _add(self, max_trials: int | None, claim: str | None) -> int | None:
-        count = sa.select(sa.func.count()).where(self._where(_TRIALS))
-        new = {"study": self._study, "owner": self.owner, "heartbeat": 0, "deaths": 0}
-        with self._engine.begin() as connection:
-            index: int = connection.execute(count).scalar_one()
-            if max_trials is not None and index >= max_trials:
-                return None
-            connection.execute(
-                _TRIALS.insert().values(index=index, state=RUNNING, note="{}", **new)
-            )
-            if claim is not None:
-                values = {"study": self._study, "name": claim, "index": index}
-                connection.execute(_CLAIMS.insert().values(**values))
-        return index
 
     def take(self, row: TrialRow, note: str | None = None, died: bool = False) -> bool:
         """Makes this process the owner of a trial, unless the trial has changed since it was seen.
@@ -199,44 +124,33 @@ class Ledger:
             note=row.note if note is None else note,
         )
 
-    def _update(self, where: dict[str, _Column], **values: _Column) -> bool:
-        with self._engine.begin() as connection:
-            done = connection.execute(
-                _TRIALS.update().where(self._where(_TRIALS, **where)).values(values)
-            )
-            return bool(done.rowcount == 1)
+    @abc.abstractmethod
+    def _update(self, where: dict[str, Column], **values: Column) -> bool:
+        """Changes the trial that has some values; returns whether there is one."""
 
-    def _if_mine(self, index: int) -> dict[str, _Column]:
+    def _if_mine(self, index: int) -> dict[str, Column]:
         return {"index": index, "owner": self.owner, "state": RUNNING}
 
+    @abc.abstractmethod
     def heartbeat(self, index: int) -> bool:
         """Says that this process still runs a trial; returns whether it still owns it."""
-        return self._update(self._if_mine(index), heartbeat=_TRIALS.c["heartbeat"] + 1)
 
-    def set_state(self, index: int, state: str, **note: _Json) -> bool:
+    @abc.abstractmethod
+    def set_state(self, index: int, state: str, **note: Json) -> bool:
         """Sets the state of a trial of this process, and adds to its note.
 
         Returns:
             Whether this process still owned it. If not, nothing changes.
         """
-        where = self._where(_TRIALS, **self._if_mine(index))
-        with self._engine.begin() as connection:
-            query = sa.select(_TRIALS.c["note"]).where(where).with_for_update()
-            known = connection.execute(query).scalar_one_or_none()
-            if known is None:
-                return False
-            new = json.dumps(json.loads(known) | note)
-            connection.execute(_TRIALS.update().where(where).values(state=state, note=new))
-        return True
 
-    def release(self, index: int, **note: _Json) -> bool:
+    def release(self, index: int, **note: Json) -> bool:
         """Lets any process take a trial of this process; returns whether it still owned it."""
         is_mine = self.set_state(index, RUNNING, **note)
         return is_mine and self._update(self._if_mine(index), owner="")
 
-    def advance(self, row: TrialRow, state: str) -> bool:
-        """Sets the state of a trial that no process runs, unless it has changed."""
-        seen = {"index": row.index, "state": row.state, "owner": row.owner}
+    def advance(self, index: int, owner: str, state: str) -> bool:
+        """Sets the state of a trial of a process that has ended it, unless that is done."""
+        seen = {"index": index, "state": ENDED, "owner": owner}
         return self._update(seen, state=state, owner="")
 
     def abandoned(self) -> list[TrialRow]:
@@ -259,6 +173,10 @@ class Ledger:
     def _entry(self) -> str:
         return f"process {self.owner[-8:]}"
 
+    @property
+    def _memory_entry(self) -> str:
+        return f"memory of {self._entry}"
+
     def join(self) -> None:
         """Lets other processes know that this one works on the study."""
         self.metadata(self._entry, self.owner)
@@ -266,33 +184,27 @@ class Ledger:
     def join_with(self, memory: int) -> None:
         """Lets other processes know how many bytes of memory this one has."""
         entry = json.dumps([self.owner, memory])
-        self.change_metadata(f"memory of {self._entry}", lambda _: entry)
+        self.change_metadata(self._memory_entry, lambda _: entry)
+
+    def processes(self) -> set[str]:
+        """The processes that have said that they work on the search, and not that they left."""
+        return set(self._metadata_like("process "))
 
     def memory_of_processes(self) -> dict[str, int]:
         """By the names of processes that have not died: their bytes of memory, as they said."""
-        names = _SEARCH_METADATA.c["name"].like("memory of process %")
-        query = sa.select(_SEARCH_METADATA.c["text"]).where(self._where(_SEARCH_METADATA), names)
-        with self._engine.begin() as connection:
-            found = dict(map(json.loads, connection.execute(query).scalars()))
+        found = dict(map(json.loads, self._metadata_like("memory of process ")))
         return {owner: size for owner, size in found.items() if not _processes.is_dead(owner)}
 
     def leave(self) -> None:
         """Lets other processes know that this one no longer works on the study."""
-        names = _SEARCH_METADATA.c["name"].in_([self._entry, f"memory of {self._entry}"])
-        with self._engine.begin() as connection:
-            where = sa.and_(self._where(_SEARCH_METADATA), names)
-            connection.execute(_SEARCH_METADATA.delete().where(where))
+        self._remove_metadata([self._entry, self._memory_entry])
 
     def has_others(self) -> bool:
         """Whether other processes work on the study.
 
         If they may be on other machines, this waits for a heartbeat.
         """
-        names = _SEARCH_METADATA.c["name"].like("process %")
-        query = sa.select(_SEARCH_METADATA.c["text"]).where(self._where(_SEARCH_METADATA), names)
-        with self._engine.begin() as connection:
-            joined = connection.execute(query).scalars().all()
-        here = [o for o in joined if _processes.process_id(o) not in (None, os.getpid())]
+        here = [o for o in self.processes() if _processes.process_id(o) not in (None, os.getpid())]
         if any(not _processes.is_dead(owner) for owner in here):
             return True
         before = {
@@ -316,73 +228,37 @@ class Ledger:
 
     # --- Claims ---
 
+    @abc.abstractmethod
     def claim(self, index: int, name: str) -> bool:
         """Claims a name for a trial; returns whether the trial has it now."""
-        query = sa.select(_CLAIMS.c["index"]).where(self._where(_CLAIMS, name=name))
-        try:
-            with self._engine.begin() as connection:
-                holder = connection.execute(query).scalar_one_or_none()
-                if holder is None:
-                    values = {"study": self._study, "name": name, "index": index}
-                    connection.execute(_CLAIMS.insert().values(**values))
-                return holder is None or holder == index
-        except sa.exc.IntegrityError:
-            return False  # Another process was faster.
 
-    def claims(self, **where: _Column) -> set[str]:
+    @abc.abstractmethod
+    def claims(self, **where: Column) -> set[str]:
         """All claimed names; with `index=`, those of one trial."""
-        with self._engine.begin() as connection:
-            query = sa.select(_CLAIMS.c["name"]).where(self._where(_CLAIMS, **where))
-            return set(connection.execute(query).scalars())
 
     # --- Metadata of the search ---
 
+    @abc.abstractmethod
     def metadata(self, name: str, default: str | None = None) -> str | None:
         """The text stored under a name; stores the default if there is none."""
-        query = sa.select(_SEARCH_METADATA.c["text"])
-        query = query.where(self._where(_SEARCH_METADATA, name=name))
-        try:
-            with self._engine.begin() as connection:
-                known: str | None = connection.execute(query).scalar_one_or_none()
-                if known is None and default is not None:
-                    values = {"study": self._study, "name": name, "text": default}
-                    connection.execute(_SEARCH_METADATA.insert().values(**values))
-                    return default
-                return known
-        except sa.exc.IntegrityError:
-            return self.metadata(name)
 
     def is_first(self, name: str) -> bool:
         """Whether this process is to do what is done once: none does it, or that one has died."""
         owner = self.metadata(name, self.owner)
         return owner == self.owner or _processes.is_dead(str(owner))
 
+    @abc.abstractmethod
     def change_metadata(self, name: str, change: Callable[[str | None], str]) -> str:
         """Replaces the text under a name, None if there is none, by what a function returns."""
-        try:
-            return self._changed_metadata(name, change)
-        except sa.exc.IntegrityError:  # Another process was faster; there is a row to lock now.
-            return self._changed_metadata(name, change)
 
-    def _changed_metadata(self, name: str, change: Callable[[str | None], str]) -> str:
-        where = self._where(_SEARCH_METADATA, name=name)
-        query = sa.select(_SEARCH_METADATA.c["text"]).where(where).with_for_update()
-        with self._engine.begin() as connection:
-            known = connection.execute(query).scalar_one_or_none()
-            new = change(known)
-            if known is None:
-                values = {"study": self._study, "name": name, "text": new}
-                connection.execute(_SEARCH_METADATA.insert().values(**values))
-            elif new != known:
-                connection.execute(_SEARCH_METADATA.update().where(where).values(text=new))
-        return new
+    @abc.abstractmethod
+    def _metadata_like(self, beginning: str) -> list[str]:
+        """The texts under all names with a beginning."""
 
+    @abc.abstractmethod
+    def _remove_metadata(self, names: list[str]) -> None:
+        """Removes the texts under some names."""
+
+    @abc.abstractmethod
     def clear(self) -> None:
         """Removes everything about the study."""
-        with self._engine.begin() as connection:
-            for table in (_TRIALS, _CLAIMS, _SEARCH_METADATA):
-                connection.execute(table.delete().where(self._where(table)))
-
-
-def create_tables(engine: sa.Engine) -> None:
-    _METADATA.create_all(engine)

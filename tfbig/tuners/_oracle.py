@@ -434,12 +434,16 @@ class StudyOracle(
         running = search.running.get(trial.trial_id)
         if running is None:
             return
-        with search.trials.one_look():
-            self._end(search, running, trial)
+        # Of other trials, nothing needs to be known.
+        with search.trials.one_look(reads=False):
+            has_ended = self._end(search, running, trial)
+        if has_ended:
+            self._display.on_trial_end(running.trial)
 
     def _end(
         self, search: Search, running: _running.RunningTrial, trial: _tuner_types.Trial
-    ) -> None:
+    ) -> bool:
+        """Ends a trial of this process, pauses or releases it; returns whether it has ended."""
         running.stop_heartbeat()
         kept = running.trial
         kept.status, kept.message = trial.status, trial.message
@@ -451,13 +455,12 @@ class StudyOracle(
         search.trials.store_found(running.index, self.hyperparameters, values, running.is_lost_now)
         is_paused = kept.status == _STATUS.COMPLETED and search.queue.pause(running)
         search.running.remove(trial.trial_id)
-        if is_paused:
-            return
         why = getattr(trial, "why", None)
-        if search.outcomes.end(running, why, self.max_retries_per_trial):
-            trial.status, trial.score = kept.status, kept.score
-            trial.best_step, trial.metrics = kept.best_step, kept.metrics
-            self._display.on_trial_end(kept)
+        if is_paused or not search.outcomes.end(running, why, self.max_retries_per_trial):
+            return False
+        trial.status, trial.score = kept.status, kept.score
+        trial.best_step, trial.metrics = kept.best_step, kept.metrics
+        return True
 
     def on_death(self, pid: int, what: str, may_lack_memory: bool = False) -> bool:
         """Records that a process of this machine died in a trial; returns whether it had one."""

@@ -198,11 +198,7 @@ class Outcomes:
 
     def check_failures(self, max_consecutive: int) -> None:
         """Raises if so many trials in a row have failed since the search began."""
-        failed = (
-            t.user_attrs.get(_trials.WHY) == _trials.BROKEN
-            for t in self._trials.by_index().values()
-        )
-        if sum(failed) < max_consecutive:
+        if self._trials.failed() < max_consecutive:
             return
         count, message = 0, ""
         for frozen in self._trials.ended()[self._ended_before :]:

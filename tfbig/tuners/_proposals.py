@@ -56,6 +56,9 @@ class Proposals:
         self._hyperparameters = hyperparameters
         self._values_of = values_of
         self._tried = _tried.TriedCombinations(trials, hyperparameters, initial)
+        self._spaces = _learning_study.SharedSpaces()
+        # The last name that this process has claimed for a trial, by index.
+        self._claimed: dict[int, str] = {}
         # The combinations of so many hyperparameters that were not looked at yet; the last one that
         # was, unless it is known to be tried.
         self._size = -1
@@ -68,25 +71,32 @@ class Proposals:
             values = _space.default_values(self._hyperparameters())
             if self.claim(index, values):
                 return values
+        with _study.quiet():
+            return self._suggested(index) or self._first_unclaimed(index)
+
+    def _suggested(self, index: int) -> _tuner_types.Values | None:
+        """Values that the sampler suggests, claimed for a trial; None if all were tried."""
         is_tried, is_infinite = self._is_tried(), self._is_infinite()
         frozen = self._trials.of(index)
-        with _study.quiet():
-            seen = self._as_samplers_see(frozen)
+        seen = self._as_samplers_see(frozen)
         # The first untried combinations are all in one corner of the space, so random ones come
         # before them.
         for attempt in range(_MAX_COLLISIONS * (1 if is_infinite else 2)):
             # Seeded for each trial, so that a resumed search makes the same suggestions.
             seeds = np.random.SeedSequence([self._seed, index, attempt])
             seed = int(seeds.generate_state(1)[0])
-            with _study.quiet():
-                if attempt < _MAX_COLLISIONS:
-                    self._trials.seed(seed)
-                    sampler = self._trials.study.sampler
-                else:
-                    sampler = optuna.samplers.RandomSampler(seed)
-                values = self._suggestion(sampler, seen, frozen)
+            if attempt < _MAX_COLLISIONS:
+                self._trials.seed(seed)
+                sampler = self._trials.study.sampler
+            else:
+                sampler = optuna.samplers.RandomSampler(seed)
+            values = self._suggestion(sampler, seen, frozen)
             if not is_tried(values) and self.claim(index, values):
                 return values
+        return None
+
+    def _first_unclaimed(self, index: int) -> _tuner_types.Values | None:
+        """The first combination that nobody has, claimed for a trial; None if there is none."""
         while isinstance(untried := self.first_untried(), dict):
             if self.claim(index, untried):
                 return untried
@@ -108,8 +118,7 @@ class Proposals:
         filtered = optuna.pruners._filter_study(study, frozen)
         # Hyperband's pruner shows the trials of a bracket.
         seen = self._trials.all if filtered is study else filtered.get_trials
-        learned = self._learned_from(seen())
-        return _learning_study.LearningStudy(filtered, lambda: learned)
+        return _learning_study.LearningStudy(filtered, lambda: self._learned_from(seen()))
 
     def _suggestion(
         self,
@@ -117,6 +126,7 @@ class Proposals:
         filtered: optuna.Study,
         frozen: FrozenTrial,
     ) -> _tuner_types.Values:
+        self._spaces.give(sampler)
         sampler.before_trial(filtered, frozen)
         space = sampler.infer_relative_search_space(filtered, frozen)
         relative = sampler.sample_relative(filtered, frozen, space)
@@ -135,12 +145,18 @@ class Proposals:
 
     def claim(self, index: int, values: _tuner_types.Values) -> bool:
         """Claims a combination for a trial; returns whether the trial has it now."""
-        return self._ledger.claim(index, _json.name_of(values))
+        name = _json.name_of(values)
+        # Nobody takes a claim back, so that the ledger need not be asked again as the trial ends.
+        if self._claimed.get(index) != name:
+            if not self._ledger.claim(index, name):
+                return False
+            self._claimed[index] = name
+        return True
 
     def claimed(self, index: int) -> _tuner_types.Values | None:
         """The combination that a trial has claimed in a finite space; None if there is none."""
-        own = self._ledger.claims(index=index)
-        if not own or self._is_infinite():
+        own = set() if self._is_infinite() else self._ledger.claims(index=index)
+        if not own:
             return None
         return next((v for v in self._combinations() if _json.name_of(v) in own), None)
 

@@ -20,7 +20,7 @@ import optuna
 import sqlalchemy as sa
 
 from tfbig import errors
-from tfbig.tuners import _ledger, _objectives, _record, _study
+from tfbig.tuners import _ledger, _objectives, _record, _sql_ledger, _study
 
 __all__ = ("OpenStudy", "ReadOnlyLedger", "open_if_needed", "open_study", "unavailable")
 
@@ -31,7 +31,7 @@ _NO_GRACE = float("inf")
 _HAS_LOG = b"\2\2"
 
 
-class ReadOnlyLedger(_ledger.Ledger):
+class ReadOnlyLedger(_sql_ledger.SqlLedger):
     """A ledger that nobody may write.
 
     What the processes of a search agree on is compared with what is stored, and not stored.
@@ -44,15 +44,6 @@ class ReadOnlyLedger(_ledger.Ledger):
 
     def _changed_metadata(self, name: str, change: Callable[[str | None], str]) -> str:
         return change(self.metadata(name))
-
-    def processes(self) -> set[str]:
-        """The processes that have said that they work on the search, and not that they left."""
-        entries = _ledger._SEARCH_METADATA
-        query = sa.select(entries.c["text"]).where(
-            self._where(entries), entries.c["name"].like("process %")
-        )
-        with self._engine.begin() as connection:
-            return set(connection.execute(query).scalars())
 
     def join(self) -> NoReturn:
         raise errors.StorageUnavailableError(
@@ -225,7 +216,7 @@ def _open(url: str, place: str, name: str | None, file: _File | None = None) -> 
     with _study.quiet(), unavailable(url, place):
         engine = _engine(url)
         tables = set(sa.inspect(engine).get_table_names())
-        if not {"studies", *_ledger.TABLES} <= tables:
+        if not {"studies", *_sql_ledger.TABLES} <= tables:
             raise errors.StudyError(f"{place} holds no search of tfbig.")
         # Without a pool: a connection that stays would keep others from tidying up.
         arguments: dict[str, Any] = {"poolclass": sa.pool.NullPool}

@@ -119,14 +119,15 @@ class RunningTrials:
     def add(
         self, trial: _tuner_types.Trial, frozen: FrozenTrial, index: int, tuner_id: str
     ) -> None:
-        run = _trials.new_run(frozen)
+        run, is_noted = _trials.new_run(frozen, self._ledger.owner)
         before = _trials.seconds_of(frozen)
         last = max(frozen.intermediate_values, default=0)
         running = RunningTrial(
             trial, frozen._trial_id, self._ledger, index, tuner_id, run, before, last
         )
         self._by_id[trial.trial_id] = running
-        self._note_run(running, None)
+        if not is_noted:
+            self._note_run(running, None)
 
     def remove(self, trial_id: str) -> None:
         self._note_run(self._by_id.pop(trial_id), time.time())

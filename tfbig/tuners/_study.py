@@ -16,7 +16,7 @@ import optuna
 import sqlalchemy as sa
 
 from tfbig import errors
-from tfbig.tuners import _ledger, _objectives
+from tfbig.tuners import _ledger, _memory_ledger, _objectives, _sql_ledger
 
 __all__ = (
     "FILE",
@@ -72,7 +72,10 @@ def without_secrets(text: str, storage: str | None) -> str:
 def quiet(verbosity: int = optuna.logging.WARNING) -> Iterator[None]:
     """Keeps Optuna's own messages from mixing with those of the search."""
     level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(verbosity)
+    is_quiet = level >= verbosity
+    # It makes every logger of the process forget its level.
+    if not is_quiet:
+        optuna.logging.set_verbosity(verbosity)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -80,7 +83,8 @@ def quiet(verbosity: int = optuna.logging.WARNING) -> Iterator[None]:
             warnings.filterwarnings("ignore", "CUDA initialization", UserWarning)
             yield
     finally:
-        optuna.logging.set_verbosity(level)
+        if not is_quiet:
+            optuna.logging.set_verbosity(level)
 
 
 def open_study(
@@ -106,22 +110,13 @@ def open_study(
     if storage == MEMORY:
         with quiet():
             study = optuna.create_study(directions=directions, study_name=name)
-        # The database lives in one connection, which threads use in turn.
-        engine = sa.create_engine(
-            "sqlite://",
-            poolclass=sa.pool.QueuePool,
-            pool_size=1,
-            max_overflow=0,
-            connect_args={"check_same_thread": False},
-        )
-        _ledger.create_tables(engine)
-        return study, _ledger.Ledger(engine, study._study_id, grace, is_shared=False)
+        return study, _memory_ledger.MemoryLedger(grace)
     storage = _url(storage, directory)
     with quiet(), _unavailable(storage):
         study = optuna.create_study(
             storage=_backend(storage), study_name=name, directions=directions, load_if_exists=True
         )
-        ledger = _ledger.Ledger(_engine(storage), study._study_id, grace)
+        ledger = _sql_ledger.SqlLedger(_engine(storage), study._study_id, grace)
     if storage.startswith("sqlite"):
         _check_not_emptied(ledger, directory, name)
     check_directions(study, directions, shown(storage))
@@ -198,7 +193,7 @@ def _existing(
             number = backend.get_study_id_from_name(name)
         except KeyError:
             return None
-        return _ledger.Ledger(_engine(url), number, grace), backend
+        return _sql_ledger.SqlLedger(_engine(url), number, grace), backend
 
 
 def remove_unless_used(
@@ -285,7 +280,7 @@ def _backend(storage: str) -> optuna.storages.RDBStorage:
                 made.engine.dispose()
             with made.engine.connect():  # Fail here rather than during the search.
                 pass
-            _ledger.create_tables(made.engine)
+            _sql_ledger.create_tables(made.engine)
             _explained(made.engine, storage)
             return made
         except (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.OperationalError) as e:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import datetime
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,15 @@ from keras_tuner.src.engine import metrics_tracking
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig.tuners import _json, _ledger, _samplers, _space, _study, _tuner_types
+from tfbig.tuners import (
+    _json,
+    _ledger,
+    _samplers,
+    _space,
+    _study,
+    _trial_index,
+    _tuner_types,
+)
 from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = ("Trials", "as_keras_tuner", "epochs_of", "new_run", "seconds_of")
@@ -48,9 +57,15 @@ def epochs_of(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get(EPOCHS, max(trial.intermediate_values, default=0)))
 
 
-def new_run(trial: FrozenTrial) -> str:
-    """The attribute for the next time that a trial is run."""
-    return f"{RUN}{sum(name.startswith(RUN) for name in trial.user_attrs)}"
+def new_run(trial: FrozenTrial, owner: str) -> tuple[str, bool]:
+    """The attribute for the run of a trial that a process begins, and whether it is there yet."""
+    count = sum(name.startswith(RUN) for name in trial.user_attrs)
+    if count:
+        process, _, ended = trial.user_attrs[f"{RUN}{count - 1}"]
+        # The process that has just made the trial.
+        if process == owner and ended is None:
+            return f"{RUN}{count - 1}", True
+    return f"{RUN}{count}", False
 
 
 def seconds_of(trial: FrozenTrial, owner: str | None = None) -> float:
@@ -95,77 +110,89 @@ class Trials:
         self.ledger = ledger
         self._search_seed = seed
         self._sampler = sampler
-        # During `one_look`: the trials by number, and those that are not void by index.
-        self._seen: dict[int, FrozenTrial] | None = None
-        self._by_index: dict[int, FrozenTrial] = {}
-        # The numbers of trials that have ended, which do not change any more, and what they had.
-        self._ended: set[int] = set()
-        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+        self._index = _trial_index.TrialIndex(_index_of, _is_void, _has_failed)
+        self._is_looking = False
+        # Whether the sampler is one of Optuna's, without options, which wants no results.
+        self._is_plain = sampler.name == sampler.kind
+        # Else: what is told results, seeded for no trial.
+        self._telling: optuna.samplers.BaseSampler | None = None
         with _study.quiet():
             study.pruner = pruner.make(seed, seed) if pruner else optuna.pruners.NopPruner()
 
-    def seed(self, seed: int = 0) -> None:
+    def seed(self, seed: int) -> None:
         """Gives the study a fresh sampler, seeded for a trial."""
         self.study.sampler = self._sampler.make(seed, self._search_seed)
 
     @contextlib.contextmanager
-    def one_look(self) -> Iterator[None]:
-        """Within, the study is read once; what this process writes is seen at once."""
-        if self._seen is not None:
+    def one_look(self, reads: bool = True) -> Iterator[None]:
+        """Within, the study is read once; what this process writes is seen at once.
+
+        Args:
+            reads: False for not at all: what was read before is enough, as for a trial of this
+                process.
+        """
+        if self._is_looking:
             yield
             return
-        trials = self.study.get_trials(deepcopy=False)
-        self._seen, self._by_index = {t.number: t for t in trials}, _by_index(trials)
+        if reads:
+            self._read()
+        self._is_looking = True
         try:
             yield
         finally:
-            self._seen = None
+            self._is_looking = False
+
+    def _read(self) -> None:
+        self._index.read(self.study.get_trials(deepcopy=False))
+
+    @property
+    def _known(self) -> _trial_index.TrialIndex:
+        if not self._is_looking:
+            self._read()
+        return self._index
 
     def all(self) -> list[FrozenTrial]:
         """The study's trials, in order; void ones as well."""
-        if self._seen is not None:
-            return list(self._seen.values())
-        return self.study.get_trials(deepcopy=False)
+        return self._known.in_order()
 
-    def _written(self, frozen: FrozenTrial) -> FrozenTrial:
-        if self._seen is not None:
-            self._seen[frozen.number] = frozen
-            index = frozen.user_attrs[INDEX]
-            if frozen.user_attrs.get(WHY) != VOID:
-                self._by_index[index] = frozen
-            else:
-                self._by_index.pop(index, None)
+    def _written(self, frozen: FrozenTrial, is_stored: bool = True) -> FrozenTrial:
+        self._index.put(frozen, is_stored)
         return frozen
 
     def by_index(self) -> dict[int, FrozenTrial]:
         """The study's trials by index, without void ones."""
-        return self._by_index if self._seen is not None else _by_index(self.all())
+        known = self._known.by_index
+        # Another thread may write.
+        return known if self._is_looking else dict(known)
 
     def read_again(self, index: int) -> FrozenTrial | None:
         """The trial of an index as it is now, whatever was seen before; None if there is none."""
-        frozen = _by_index(self.study.get_trials(deepcopy=False)).get(index)
-        return None if frozen is None else self._written(frozen)
+        self._read()
+        return self._index.by_index.get(index)
 
     def ended(self) -> list[FrozenTrial]:
         """The trials that have ended, in the order in which they did."""
-        ended = [t for t in self.by_index().values() if t.state.is_finished()]
-        return sorted(ended, key=lambda t: (t.datetime_complete, t.number))
+        return list(self._known.ended)
+
+    def failed(self) -> int:
+        """How many of the trials that have ended are broken."""
+        return self._known.failed
 
     def known_distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         """The distributions of all parameters that a trial has had, by name."""
-        known = dict(self._distributions)
-        for trial in self.all():
-            if trial.number in self._ended:
-                continue
+        index = self._known
+        known = dict(index.distributions)
+        for trial in index.unfinished.copy().values():
             known |= trial.distributions
-            if trial.state.is_finished():
-                self._distributions |= trial.distributions
-                self._ended.add(trial.number)
         return known
 
     def has_enqueued(self) -> bool:
         """Whether a trial that was enqueued waits to be run."""
-        return any(t.state == TrialState.WAITING for t in self.all())
+        return any(t.state == TrialState.WAITING for t in self._unfinished())
+
+    def _unfinished(self) -> list[FrozenTrial]:
+        """The trials that have not ended, by number."""
+        return [trial for _, trial in sorted(self._known.unfinished.items())]
 
     def with_enqueued(self, index: int) -> FrozenTrial | None:
         """The trial of an index if it was enqueued; takes one that waits if the index has none.
@@ -174,7 +201,7 @@ class Trials:
         """
         frozen = self.by_index().get(index)
         if frozen is None:
-            frozen = next(filter(None, (self._taken(t, index) for t in self.all())), None)
+            frozen = next(filter(None, (self._taken(t, index) for t in self._unfinished())), None)
         return frozen if frozen is not None and ENQUEUED in frozen.system_attrs else None
 
     def _taken(self, frozen: FrozenTrial, index: int) -> FrozenTrial | None:
@@ -205,10 +232,13 @@ class Trials:
         if frozen is not None:
             return frozen
         # In one step, so that no trial is ever without its index.
-        made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={INDEX: index})
+        attrs = {INDEX: index, f"{RUN}0": [self.ledger.owner, time.time(), None]}
+        made = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
         storage = self.study._storage
-        trial_id = storage.create_new_trial(self.study._study_id, made)
-        return self._written(storage.get_trial(trial_id))
+        made._trial_id = storage.create_new_trial(self.study._study_id, made)
+        # What was written is known; reading it back from a database takes long.
+        made.number = storage.get_trial_number_from_id(made._trial_id)
+        return self._written(made)
 
     def store(
         self,
@@ -227,7 +257,6 @@ class Trials:
             storage.set_trial_param(trial_id, name, d.to_internal_repr(params[name]), d)
         text = _json.dumps(values)
         storage.set_trial_user_attr(trial_id, VALUES, text)
-        # What was written is known; reading it back from a database takes long.
         stored = copy.copy(frozen)
         stored.params = params | frozen.params
         stored.distributions = distributions | frozen.distributions
@@ -271,7 +300,8 @@ class Trials:
         # From here on the trial has ended, whatever happens to this process.
         if not self.ledger.set_state(index, _ledger.ENDED, end=end):
             return False
-        self.record_ended()
+        with self.one_look():
+            self._record_end(index, self.ledger.owner, end)
         return True
 
     def record_ended(self) -> None:
@@ -280,47 +310,65 @@ class Trials:
         if not ended:
             return
         with self.one_look():
-            trials = self.by_index()
             for row in ended:
-                end = json.loads(row.note)["end"]
-                # It may have begun since the study was read.
-                frozen = trials.get(row.index) or self.read_again(row.index)
-                if frozen is not None and not frozen.state.is_finished():
-                    self._record(frozen, end)
-                is_void = end["attrs"].get(WHY) == VOID
-                self.ledger.advance(row, _ledger.VOID if is_void else _ledger.RECORDED)
+                self._record_end(row.index, row.owner, json.loads(row.note)["end"])
+
+    def _record_end(self, index: int, owner: str, end: dict[str, Any]) -> None:
+        # It may have begun since the study was read.
+        frozen = self.by_index().get(index) or self.read_again(index)
+        if frozen is not None and not frozen.state.is_finished():
+            self._record(frozen, end)
+        is_void = end["attrs"].get(WHY) == VOID
+        self.ledger.advance(index, owner, _ledger.VOID if is_void else _ledger.RECORDED)
 
     # `end` is of JSON: the arguments of `Trials.end`.
     def _record(self, frozen: FrozenTrial, end: dict[str, Any]) -> None:
         storage, trial_id, state = self.study._storage, frozen._trial_id, TrialState[end["state"]]
-        told: FrozenTrial | None = None
+        ended = copy.copy(frozen)
+        ended.state, ended.values = state, end["values"]
+        ended.user_attrs = frozen.user_attrs | dict(end["attrs"])
+        ended.datetime_complete = datetime.datetime.now()
+        constraints = {f"constraints:{n}": v for n, v in (end["constraints"] or {}).items()}
+        ended.system_attrs = frozen.system_attrs | constraints
         try:
             for name, value in end["attrs"].items():
                 if frozen.user_attrs.get(name) != value:
                     storage.set_trial_user_attr(trial_id, name, value)
-            for name, value in (end["constraints"] or {}).items():
-                storage.set_trial_system_attr(trial_id, f"constraints:{name}", value)
-            if state == TrialState.FAIL:
-                storage.set_trial_state_values(trial_id, state, None)
-            else:
-                with _study.quiet():
-                    self.seed()
-                    told = self.study.tell(frozen.number, end["values"], state)
+            for name, value in constraints.items():
+                storage.set_trial_system_attr(trial_id, name, value)
+            self._tell(ended)
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
             # Another process was faster, and wrote the same.
-            if not storage.get_trial(trial_id).state.is_finished():
+            ended = storage.get_trial(trial_id)
+            if not ended.state.is_finished():
                 raise
-        self._written(told or storage.get_trial(trial_id))
+        # The storage alone knows when it ended, and of what was reported.
+        self._written(ended, is_stored=False)
+
+    def _tell(self, ended: FrozenTrial) -> None:
+        storage, trial_id, state = self.study._storage, ended._trial_id, ended.state
+        if state == TrialState.FAIL:
+            storage.set_trial_state_values(trial_id, state, None)
+        elif state == TrialState.COMPLETE and self._is_plain and not ended.constraints:
+            # As `study.tell`, which reads the trial twice for a sampler that does not look at it.
+            storage.set_trial_state_values(trial_id, state, ended.values)
+        else:
+            with _study.quiet():
+                self._telling = self._telling or self._sampler.make(0, self._search_seed)
+                self.study.sampler = self._telling
+                self.study.tell(ended.number, ended.values, state)
 
 
-def _by_index(trials: list[FrozenTrial]) -> dict[int, FrozenTrial]:
-    # Of the same index, the last one: its place was free after the others.
-    found: dict[int, FrozenTrial] = {}
-    for trial in trials:
-        attrs = trial.user_attrs
-        if INDEX in attrs and attrs.get(WHY) != VOID:
-            found[attrs[INDEX]] = trial
-    return found
+def _index_of(trial: FrozenTrial) -> int | None:
+    return trial.user_attrs.get(INDEX)
+
+
+def _is_void(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get(WHY) == VOID
+
+
+def _has_failed(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get(WHY) == BROKEN
 
 
 _STATUS = kt_trial.TrialStatus
