@@ -121,8 +121,10 @@ def test_a_non_finite_value_on_one_worker_is_skipped_by_all(precision, steps, re
     [
         ("batch_size", "argument batch_size"),
         pytest.param("micro_batch_size", "option micro_batch_size", marks=pytest.mark.slow),
-        pytest.param("learning_rate", "compile's optimizer", marks=pytest.mark.slow),
-        pytest.param("steps_per_execution", "steps_per_execution", marks=pytest.mark.slow),
+        pytest.param("momentum", "compile's optimizer", marks=pytest.mark.slow),
+        pytest.param(
+            "steps_per_execution", "compile's steps_per_execution", marks=pytest.mark.slow
+        ),
         pytest.param("samples", "argument x", marks=pytest.mark.slow),
         pytest.param("seed", "seed", marks=pytest.mark.slow),
         ("layers in fit", "layers"),

@@ -35,7 +35,8 @@ def main(directory, what):
                 [*inputs, *layers], micro_batch_size=own("micro_batch_size", 2, 3)
             )
             model.compile(
-                keras.optimizers.SGD(own("learning_rate", 0.1, 0.2)),
+                # A learning rate is a variable, and all workers take the value of the chief.
+                keras.optimizers.SGD(0.1, momentum=own("momentum", 0.0, 0.9)),
                 steps_per_execution=own("steps_per_execution", 1, 2),
                 loss="mse",
             )
