@@ -17,8 +17,8 @@ from tfbig.distribute import _workers
 
 __all__ = ("PREEMPTED", "BackupAndRestore")
 
-# Exit code of a program that was preempted and has a backup. Kubeflow restarts a
-# replica with a code over 127, and reserves this one for programs.
+# Exit code of a program that was preempted and has a backup: scripts/jobset.yaml and train.sbatch
+# start it again, and do not count that as a failure.
 PREEMPTED = 138
 
 
