@@ -5,7 +5,9 @@
 Trains dense layers in blocks of updates: without a backup, with one that is written at once, and
 with one that a thread writes, in turn in one process. What a block takes longer than its neighbour
 without a backup is what the backup takes. Blocks are long enough for the thread to end within
-them, so that its share of the processor counts. Needs 5 GB of memory and 1.2 GB of disk.
+them, so that its share of the processor counts. As many updates come before each, with the first
+backup of a `fit`, for which the memory of the copy is got from the system. Needs 5 GB of memory and
+1.2 GB of disk.
 """
 
 from __future__ import annotations
@@ -57,24 +59,24 @@ def _block(model: keras.Model, data: Any, options: dict[str, Any] | None) -> dic
 
         def on_train_batch_begin(self, batch: int, logs: object = None) -> None:
             now = time.perf_counter()
-            if batch == 1:  # The first may trace.
+            if batch == _UPDATES.value:
                 self.begin, self.begin_cpu = now, sum(os.times()[:2])
-            elif batch > 1:
+            elif batch > _UPDATES.value:
                 self.between += now - self.last
 
         def on_train_batch_end(self, batch: int, logs: object = None) -> None:
             self.last = self.end = time.perf_counter()
             self.end_cpu = sum(os.times()[:2])
             names = [thread.name for thread in threading.enumerate()]
-            if batch + 1 == _UPDATES.value and "tfbig backup" in names:
+            if batch + 1 in (_UPDATES.value, 2 * _UPDATES.value) and "tfbig backup" in names:
                 raise RuntimeError("The thread is still writing: pass more --updates.")
 
     clock = Clock()
     with tempfile.TemporaryDirectory(dir=_DIRECTORY.value) as directory:
         callbacks: list[keras.callbacks.Callback] = [clock]
         if options is not None:
-            # The next would be after the end.
-            freq = _UPDATES.value // 2 + 1
+            # One before the block, one in its middle; the next would be after its end.
+            freq = 3 * _UPDATES.value // 4
             callbacks.append(tfbig.callbacks.BackupAndRestore(directory, freq, **options))
         model.fit(data, verbose=0, callbacks=callbacks)
     return {
@@ -98,7 +100,7 @@ def _measure() -> tuple[int, dict[str, list[dict[str, float]]]]:
     )
     model.compile(keras.optimizers.Adam(1e-5), "mse")
     x = np.random.default_rng(0).normal(size=(_BATCH.value, WIDTH)).astype("float32")
-    data = tf.data.Dataset.from_tensors((x, x)).cache().repeat(_UPDATES.value)
+    data = tf.data.Dataset.from_tensors((x, x)).cache().repeat(2 * _UPDATES.value)
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     # Traces the step, and touches the memory that copies and files take.
     for options in KINDS.values():
@@ -141,7 +143,7 @@ def _run() -> int:
         print(" ".join(rows[-1]), flush=True)
     if _MARKDOWN.value is not None:
         title = (
-            f"Blocks of {_UPDATES.value - 1} updates, {parameters / 1e6:.0f} million parameters "
+            f"Blocks of {_UPDATES.value} updates, {parameters / 1e6:.0f} million parameters "
             f"with Adam; medians of {_BLOCKS.value}, in seconds"
         )
         names = (

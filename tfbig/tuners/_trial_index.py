@@ -48,9 +48,6 @@ class TrialIndex:
         self._all: dict[int, FrozenTrial] = {}
         # How many trials there were when the study was read.
         self._read = 0
-        self._forget()
-
-    def _forget(self) -> None:
         self.by_index: dict[int, FrozenTrial] = {}
         self.unfinished: dict[int, FrozenTrial] = {}
         self.ended: list[FrozenTrial] = []
