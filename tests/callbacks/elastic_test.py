@@ -14,6 +14,8 @@ OPTIMIZER, WEIGHTS = "--shard=optimizer", "--shard=weights"
 
 # Options of all sessions, and for each session: workers, the update after which they die, and
 # options of its own. An epoch has 4 updates, but for those of other batch sizes.
+# A backup in the background is taken once the one before is written, so that the third update is
+# the first at which one is sure to be there.
 CASES = {
     "1, 2, 1": (
         ["--optimizer=sgd", "--data=dataset"],
@@ -25,7 +27,7 @@ CASES = {
     ),
     "adamw, dataset, last batch of another size": (
         ["--data=dataset", "--batch_size=17"],
-        [(1, 2, [BACKGROUND]), (2, 6, [OPTIMIZER]), (4, 11, [BACKGROUND]), (3, None, [WEIGHTS])],
+        [(1, 3, [BACKGROUND]), (2, 6, [OPTIMIZER]), (4, 11, [BACKGROUND]), (3, None, [WEIGHTS])],
     ),
     "sgd, dataset of unknown length": (
         ["--optimizer=sgd", "--data=unknown", "--batch_size=13"],
