@@ -75,6 +75,9 @@ def _hooked(self: Trainer, *args: object, **kwargs: object) -> None:
         with self.distribute_strategy.scope():
             self._prepare_compile(settings)
             _compile(self, **settings)
+        if settings["jit_compile"] == "auto":
+            # Keras records what that means on this device, for the model that it saves, too.
+            self._compile_config.config["jit_compile"] = "auto"
         self._finish_compile()
     else:
         _compile(self, *args, **kwargs)

@@ -15,7 +15,7 @@ from tfbig._keras.saving import Functional
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
 
-__all__ = ("calls_of", "floating_point_operations", "products_of_forward_pass")
+__all__ = ("calls_of", "floating_point_operations", "products", "products_of_forward_pass")
 
 # As types, which what comes from Keras has none of for mypy.
 _CHAINS: tuple[type, ...] = (Functional, keras.Sequential)
@@ -96,6 +96,17 @@ def products_of_forward_pass(
     graph = tf.function(forward, autograph=False).get_concrete_function(specs).graph
     whole = sum(_work_of(operation, False) for operation in graph.get_operations())
     return whole, sum(meter.work.values())
+
+
+def products(operations: Iterable[tf.Operation]) -> tuple[float, float]:
+    """The work of matrix products and convolutions for one sample; that of convolutions alone.
+
+    Args:
+        operations: of a graph whose number of samples is not known.
+    """
+    found = [(o.type.startswith(("Conv", "Depthwise")), _work_of(o, False)) for o in operations]
+    whole = sum(work for _, work in found) / _UNKNOWN_DIMENSION
+    return whole, sum(work for is_convolution, work in found if is_convolution) / _UNKNOWN_DIMENSION
 
 
 def _spec_of_one(tensor: keras.KerasTensor) -> tf.TypeSpec:

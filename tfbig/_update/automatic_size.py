@@ -353,12 +353,16 @@ class TrainFunction:
                 ],
                 "loss": _keras.saving.compile_settings(model).get("loss"),
                 "options": model._options(),
-                "jit_compile": bool(model.jit_compile),
+                "jit_compile": self._is_compiled(),
                 "devices": self.devices,
             },
             default=str,
             sort_keys=True,
         )
+
+    def _is_compiled(self) -> bool:
+        """Whether XLA compiles the micro-batches, or may do so."""
+        return bool(self.model.jit_compile) or self.model._may_compile_each_micro_batch()
 
     def _choose(self, data: _Distributed) -> None:
         """Finds a size; the same on all workers."""
@@ -393,5 +397,5 @@ class TrainFunction:
             lambda size, alone: probe(data, tf.constant(size), alone),
             most,
             # XLA compiles for each size.
-            warm_up=bool(self.model.jit_compile),
+            warm_up=self._is_compiled(),
         )

@@ -42,6 +42,7 @@ class LossTrace:
         has_weight: whether the loss function says the weight of a micro-batch.
         divided: the weights that are read and divided over the replicas.
         counts_need_weights: whether the denominators of losses depend on them.
+        operations: those of the forward pass in a graph; none of an eager one.
     """
 
     kinds: list[str]
@@ -54,6 +55,7 @@ class LossTrace:
     has_weight: bool
     divided: list[ShardedWeight]
     counts_need_weights: bool
+    operations: list[tf.Operation]
 
 
 @dataclasses.dataclass
@@ -67,6 +69,7 @@ class _Probe:
     gradients: list[_types.Gradient | None]
     divided: list[ShardedWeight]
     counts_need_weights: bool
+    operations: list[tf.Operation]
 
 
 class LossTracer:
@@ -126,6 +129,7 @@ class LossTracer:
             has_weight=probe.result.weight is not None and not self.is_whole,
             divided=probe.divided,
             counts_need_weights=probe.counts_need_weights,
+            operations=probe.operations,
         )
 
     def _probe(self, data: _types.Structure) -> None:
@@ -141,8 +145,11 @@ class LossTracer:
         ):
             tape.watch(weights.tensors())
             result = self.loss_fn(data)
+        operations = [] if tf.executing_eagerly() else _operations()
         gradients: list[_types.Gradient | None] = [None] * len(self.variables)
-        if tf.executing_eagerly() or (not self.compiled and (weights.read or _looks_up_rows())):
+        if tf.executing_eagerly() or (
+            not self.compiled and (weights.read or _look_up_rows(operations))
+        ):
             gradients = tape.gradient(result.loss, weights.gradient_sources(self.variables))
         self._probes.append(
             _Probe(
@@ -153,6 +160,7 @@ class LossTracer:
                 gradients,
                 weights.read,
                 weights.are_needed_for(counter.counted),
+                operations,
             )
         )
 
@@ -236,14 +244,23 @@ _LOOK_UPS = frozenset(
 )
 
 
-def _looks_up_rows() -> bool:
-    """Whether rows of a variable were looked up in the graph being traced.
+def _look_up_rows(operations: list[tf.Operation]) -> bool:
+    """Whether rows of a variable are looked up.
 
     Only such variables have sparse gradients, and only for them is it worth tracing a backward
     pass that does not run.
     """
-    operations = tf.compat.v1.get_default_graph().get_operations()
-    return any(op.type in _LOOK_UPS for op in operations)
+    # What is looked up in a table of integers, such as a shape, has no gradient.
+    return any(
+        o.type in _LOOK_UPS and not (o.inputs[0].dtype.is_integer and o.type == "GatherV2")
+        for o in operations
+    )
+
+
+def _operations() -> list[tf.Operation]:
+    """Those that have been traced into the graph so far."""
+    found: list[tf.Operation] = tf.compat.v1.get_default_graph().get_operations()
+    return found
 
 
 def _is_eager(tensor: _types.Tensor) -> bool:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tfbig import _keras, _types, errors
 from tfbig._update import (
     accumulators,
+    compiled_step,
     denominators,
     empty_batch,
     exchange,
@@ -21,9 +22,9 @@ from tfbig._update import (
     lockstep_loop,
     loss_trace,
     micro_batch_loop,
-    micro_batch_step,
     replicas,
     staged_step,
+    xla_on_cpu,
 )
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
@@ -45,6 +46,8 @@ class MicroBatches:
         variables: Trainable variables whose gradients are wanted; may be empty.
         metric_variables: Variables that belong to metrics.
         compiled: Whether XLA compiles the loop.
+        may_compile_each: Whether XLA may compile each micro-batch of several, where that is known
+            to be faster on a CPU. A whole batch is left as Keras computes it.
         unrolled: Whether the loop is laid out.
         trace_scope: Makes the context in which the loss function is traced to
             see what it does.
@@ -64,6 +67,7 @@ class MicroBatches:
         *,
         metric_variables: Iterable[keras.Variable] = (),
         compiled: bool = False,
+        may_compile_each: bool = False,
         unrolled: bool = False,
         # Any: what the context yields is not used.
         trace_scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -99,6 +103,13 @@ class MicroBatches:
             compiled=self.compiled,
             scope=trace_scope,
         ).trace()
+        self.compiles_each = (
+            may_compile_each
+            and not (self.is_whole or self.compiled)
+            # The parts of a gradient are told apart in the graph that made them.
+            and all(len(rows) <= 1 for rows in self.trace.rows)
+            and xla_on_cpu.is_faster(self.trace.operations, self.data)
+        )
         self.in_flight = in_flight or _keras.stages.in_flight_of(self.variables)
         # Eagerly, devices take turns.
         self.is_staged = self.in_flight is not None and not tf.executing_eagerly()
@@ -194,7 +205,9 @@ class MicroBatches:
     def _kind_of_step(self) -> type[MicroBatchStep]:
         if self.is_gathered:
             return gathered_step.GatheredStep
-        return staged_step.StagedStep if self.is_staged else micro_batch_step.MicroBatchStep
+        if self.is_staged:
+            return staged_step.StagedStep
+        return compiled_step.CompiledStep if self.compiles_each else MicroBatchStep
 
     def _gathered(
         self, step: MicroBatchStep, start: Totals, totals: Totals

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfbig import _keras, _types, errors
+from tfbig import _keras, _log, _types, errors
 from tfbig._update import (
     apply,
     empty_batch,
@@ -231,18 +231,37 @@ class TrainStep(training_checks.TrainingChecks):
         # An exchange may stand neither in a loop nor in an XLA program.
         compiled = bool(self.jit_compile) and not synchronized
         data, valid_samples = _keras.padding.without_padding(data)
-        return MicroBatches(
+        micro_batches = MicroBatches(
             self._loss_function(training, compiled),
             data,
             split,
             self.trainable_variables if training else [],
             metric_variables=self.metrics_variables,
             compiled=compiled,
+            may_compile_each=training and not synchronized and self._may_compile_each_micro_batch(),
             unrolled=synchronized,
             trace_scope=functools.partial(_keras.layers.without_synchronization, self),
             measures_noise=training and self.log_gradient_noise_scale,
             valid_samples=valid_samples,
             in_flight=None if self.pipeline is None else self.pipeline.in_flight,
+        )
+        if micro_batches.compiles_each:
+            _say_that_each_is_compiled()
+        return micro_batches
+
+    def _may_compile_each_micro_batch(self) -> bool:
+        """Whether `jit_compile="auto"` is left to tfbig, which knows a CPU and one replica."""
+        strategy = self.distribute_strategy
+        return (
+            self._compile_config is not None
+            and self._compile_config.config["jit_compile"] == "auto"
+            and strategy.num_replicas_in_sync == 1
+            and self.pipeline is None
+            and _keras.devices.is_on_cpu(strategy)
+            # Every size is a program of its own.
+            and self.sizes_of_updates is None
+            # On a CPU, XLA removes its barriers, and computes nothing twice.
+            and not self._recomputed_layers()
         )
 
     def _recomputed_layers(self) -> list[_types.Layer]:
@@ -309,3 +328,11 @@ class TrainStep(training_checks.TrainingChecks):
         options = () if self._has_own_step else option.declared(type(self)).values()
         added = {name for o in options for name in o.logs} - own
         return super()._flatten_metrics_in_order({k: v for k, v in logs.items() if k not in added})
+
+
+@functools.cache
+def _say_that_each_is_compiled() -> None:
+    _log.logger().info(
+        "tfbig: jit_compile='auto' has XLA compile each micro-batch, which is faster here; "
+        "jit_compile=False does not"
+    )
