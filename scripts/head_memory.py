@@ -13,13 +13,11 @@ a minute on two cores.
 from __future__ import annotations
 
 import pathlib
-import statistics
-import time
 from collections.abc import Callable
 
 import command_line
 from absl import flags
-from benchmarks import markdown, provenance
+from benchmarks import markdown, peaks, provenance
 
 PROGRAM = "head_memory.py"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -69,21 +67,11 @@ def _updates_of(vocabulary: int, chunk: int | None) -> Callable[[], object]:
 
 def _measure(vocabulary: int) -> list[tuple[float, float]]:
     """MiB at the peak and seconds of an update, with all logits at once and in chunks."""
-    from tfbig._keras import memory
-
     updates = [_updates_of(vocabulary, chunk) for chunk in (None, _CHUNK.value)]
-    meter = memory.Meter(["CPU:0"])
-    peaks = [meter(update) / 2**20 for update in updates]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(_UPDATES.value):
-        for taken, update in zip(seconds, updates, strict=True):
-            start = time.perf_counter()
-            update()
-            taken.append(time.perf_counter() - start)
-    return list(zip(peaks, map(statistics.median, seconds), strict=True))
+    return peaks.measure(updates, _UPDATES.value)
 
 
-def _draw(vocabularies: list[int], peaks: list[tuple[float, float]]) -> None:
+def _draw(vocabularies: list[int], found: list[tuple[float, float]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +79,7 @@ def _draw(vocabularies: list[int], peaks: list[tuple[float, float]]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for values, label in zip(
-        zip(*peaks, strict=True),
+        zip(*found, strict=True),
         ("all logits at once", f"head_chunk_size={_CHUNK.value}"),
         strict=True,
     ):
@@ -119,14 +107,14 @@ def _run() -> int:
         ) from None
     origin = provenance.collect(__file__, ("tensorflow", "keras", "keras-hub", "tfbig"), [])
     body = _measure(16)
-    rows, peaks = [], []
+    rows, found = [], []
     vocabularies = [int(v) for v in _VOCABULARIES.value]
     for vocabulary in vocabularies:
         whole, chunked = (
             (peak - before, seconds)
             for (peak, seconds), (before, _) in zip(_measure(vocabulary), body, strict=True)
         )
-        peaks.append((whole[0], chunked[0]))
+        found.append((whole[0], chunked[0]))
         rows.append(
             (
                 f"{vocabulary:,}",
@@ -137,7 +125,7 @@ def _run() -> int:
             )
         )
         print(" ".join(rows[-1]), flush=True)
-    _draw(vocabularies, peaks)
+    _draw(vocabularies, found)
     if _MARKDOWN.value is not None:
         names = ("vocabulary", "at once, MiB", "in chunks, MiB", "ratio", "ratio of time")
         title = f"Peak of the last layer and the loss; chunks of {_CHUNK.value} tokens"

@@ -99,14 +99,15 @@ def test_a_split_must_be_a_positive_integer(enter, name, value):
 
 
 @pytest.mark.parametrize("value", [0, True, 2.0, "auto"], ids=repr)
-def test_a_chunk_must_be_a_positive_integer(value):
+@pytest.mark.parametrize("option", ["head_chunk_size", "attention_chunk_size"])
+def test_a_chunk_must_be_a_positive_integer(option, value):
     with refused(
         errors.InvalidOptionError,
         ValueError,
-        "`head_chunk_size` must be an integer >= 1",
-        f"Received: head_chunk_size={value!r}",
+        f"`{option}` must be an integer >= 1",
+        f"Received: {option}={value!r}",
     ):
-        functional(head_chunk_size=value)
+        functional(**{option: value})
 
 
 @pytest.mark.parametrize("value", [np.int64(3), np.int32(3), np.uint8(3)], ids=repr)

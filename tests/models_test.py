@@ -277,6 +277,7 @@ def test_every_option_is_an_argument_of_the_constructor():
         if "tfbig" in cls.__module__ and "__init__" in cls.__dict__:
             signatures |= set(inspect.signature(cls.__init__).parameters)
     names = {
+        "attention_chunk_size",
         "exchange_bucket_bytes",
         "exchange_dtype",
         "gradient_accumulation_steps",

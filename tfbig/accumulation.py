@@ -90,6 +90,12 @@ class GradientAccumulationMixin(train_step.TrainStep):
             and losses and metrics functions of Keras that treat each token by itself, such as
             crossentropies and accuracies. `predict` and files are as without it. Defaults to None:
             all at once.
+        attention_chunk_size: int >= 1, tokens for which attention is computed at a time. The
+            weights of all pairs of tokens, `(batch, heads, length, length)`, are never there; the
+            backward pass computes them again. For layers that call
+            `keras.ops.dot_product_attention`: `MultiHeadAttention` and `GroupQueryAttention`
+            without dropout, and layers of your own that pass it no bias. Holds in `fit`,
+            `evaluate` and `predict`. Defaults to None: all at once.
         exchange_dtype: "bfloat16" or "float16": the dtype that gradients are cast to while
             replicas exchange them, after division by the number of samples (or other denominator).
             Halves the traffic and rounds to 2-3 digits in bfloat16, 3-4 in float16. An overflow

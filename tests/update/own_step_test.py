@@ -131,11 +131,11 @@ OPTIONS = {
     "log_gradient_noise_scale": True,
     "recompute": True,
     "head_chunk_size": 4,
+    "attention_chunk_size": 4,
 }
 # Those that the two halves take.
-OF_HALVES = [
-    n for n in OPTIONS if n not in ("log_gradient_noise_scale", "recompute", "head_chunk_size")
-]
+NOT_OF_HALVES = "log_gradient_noise_scale", "recompute", "head_chunk_size", "attention_chunk_size"
+OF_HALVES = [n for n in OPTIONS if n not in NOT_OF_HALVES]
 each_option = pytest.mark.parametrize("option", OPTIONS)
 
 
@@ -205,7 +205,8 @@ def test_a_scale_must_be_given_to_both_halves():
         fit(model)
 
 
-@each_option
+# There is no attention in the model.
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o != "attention_chunk_size"])
 def test_a_step_that_calls_that_of_tfbig_uses_all(option):
     model = sequential(Calling, **given(option))
     model.compile("sgd", "mse")

@@ -14,6 +14,7 @@ _backend.check(keras.backend.backend())
 from tfbig._keras import (
     batches,
     building,
+    chunked_attention,
     chunked_head,
     collectives,
     compiling,
@@ -51,6 +52,7 @@ from tfbig._keras import (
 __all__ = (
     "batches",
     "building",
+    "chunked_attention",
     "chunked_head",
     "collectives",
     "compiling",

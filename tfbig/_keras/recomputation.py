@@ -105,6 +105,7 @@ class _RepeatableCall:
         self.masks = [masking.get_keras_mask(x) for x in self.inputs]
         # What the layers inside take from the layers around them.
         self.call_context = copy.copy(global_state.get_global_attribute("current_call_ctx"))
+        self.attention: object = current("chunked_attention")
         autocast = get_autocast_scope()
         self.autocast = None if autocast is None else autocast.dtype
 
@@ -238,7 +239,7 @@ class _RepeatableCall:
         previous = global_state.get_global_attribute(name)
         global_state.set_global_attribute(name, copy.copy(self.call_context))
         try:
-            with AutocastScope(self.autocast):
+            with AutocastScope(self.autocast), holding("chunked_attention", self.attention):
                 yield
         finally:
             global_state.set_global_attribute(name, previous)

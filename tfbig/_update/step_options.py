@@ -9,6 +9,7 @@ import keras
 from tfbig import _keras
 from tfbig._update import (
     acceptance,
+    attention_option,
     half_precision_exchange,
     head_option,
     noise_scale,
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     log_gradient_noise_scale: bool
     recompute: Any  # True, a list of layers or of names, a function of a layer, or None.
     head_chunk_size: int | None
+    attention_chunk_size: int | None
     exchange_dtype: str | None
     exchange_bucket_bytes: int
     shard: str | None
@@ -112,6 +114,12 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         default=None,
         check=head_option.checked,
         doc="Tokens for which the last layer and the loss are computed at a time; None for all.",
+        needs_tfbig_step=True,
+    )
+    attention_chunk_size: Option[int | None] = Option(
+        default=None,
+        check=attention_option.checked,
+        doc="Tokens for which attention is computed at a time; None for all.",
         needs_tfbig_step=True,
     )
     exchange_dtype: Option[str | None] = Option(

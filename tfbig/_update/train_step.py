@@ -20,6 +20,7 @@ import tensorflow as tf
 from tfbig import _keras, _log, _types, errors
 from tfbig._update import (
     apply,
+    attention_option,
     empty_batch,
     exchange,
     exchange_and_apply,
@@ -175,7 +176,7 @@ class TrainStep(training_checks.TrainingChecks):
 
     def predict_step(self, data: _types.Structure) -> _types.Structure:
         """Predicts for this replica's share of a batch."""
-        step = super().predict_step
+        step = functools.partial(self._predict, super().predict_step)
         # A model that is built now must not be built in a trace that tells of its outputs.
         if self.pipeline is not None and self.built:
             split = self._evaluation_split()
@@ -188,12 +189,19 @@ class TrainStep(training_checks.TrainingChecks):
         ):
             return step(data)
 
+    def _predict(
+        self, step: Callable[[_types.Structure], _types.Structure], data: _types.Structure
+    ) -> _types.Structure:
+        with attention_option.in_chunks(self, self.attention_chunk_size):
+            return step(data)
+
     # --- Keras's own step ----------------------------------------------------------
 
     def _is_step_of_keras(self, split: BatchSplit, data: _types.Structure = None) -> bool:
         """Whether Keras's own step does it, number for number."""
         is_padded = isinstance(data, _keras.padding.PaddedBatch)
-        needs_tfbig = is_padded or self.pipeline is not None or self.head_chunk_size is not None
+        options = self.pipeline, self.head_chunk_size, self.attention_chunk_size
+        needs_tfbig = is_padded or any(option is not None for option in options)
         return split.is_whole and replicas.count() == 1 and not needs_tfbig
 
     def _run_keras_step(
@@ -280,6 +288,7 @@ class TrainStep(training_checks.TrainingChecks):
         def loss_fn(micro_batch: _types.Structure) -> MicroBatchLoss:
             with in_chunks(micro_batch):
                 with (
+                    attention_option.in_chunks(self, self.attention_chunk_size),
                     _keras.losses.output_losses(self) as output_losses,
                     _keras.recomputation.recomputed(recomputed, is_xla),
                 ):
