@@ -188,6 +188,17 @@ def test_the_last_layer_in_chunks(options):
     check_same_training(model, plain, data, 1e-10)
 
 
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_attention_in_chunks(make):
+    keras.utils.set_random_seed(1)
+    plain, data = make()
+    options = {"gradient_accumulation_steps": 3, "attention_chunk_size": 5}
+    model = tfbig.extend(make()[0], **options)
+    for m in (plain, model):
+        m.compile(keras.optimizers.SGD(0.1), jit_compile=False)
+    check_same_training(model, plain, data, 1e-10)
+
+
 def llama():
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=VOCABULARY,
@@ -204,6 +215,13 @@ def llama():
 def gpt2_of_four_blocks():
     backbone = keras_hub.models.GPT2Backbone(**SIZES | {"num_layers": 4})
     return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None), gpt2()[1]
+
+
+def test_layers_that_compute_attention_themselves_have_no_chunks():
+    model, data = llama()
+    model = tfbig.extend(model, attention_chunk_size=5)
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match="has no effect"):
+        trained(model, data)
 
 
 # Llama turns positions in float32, whatever the dtype.
