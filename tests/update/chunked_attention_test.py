@@ -9,7 +9,7 @@ from keras import layers, ops
 import tfbig
 from tests.combinations import in_turn
 from tests.conftest import make_strategy
-from tfbig import errors
+from tfbig import _keras, errors
 from tfbig.distribute import Pipeline
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -161,6 +161,28 @@ def test_layers_elsewhere(settings):
     options = {"gradient_accumulation_steps": 3, "attention_chunk_size": 3} | settings
     result = trained(tfbig.Model, padded, **options)
     assert_same(result, trained(keras.Model, padded), padded)
+
+
+@pytest.mark.parametrize("rows", [1, LENGTH])
+def test_mask_of_a_shape_that_is_not_known(rows):
+    tensors = [tf.constant(RNG.normal(size=(2, LENGTH, 3, 4))) for _ in range(3)]
+    mask = tf.constant(RNG.integers(0, 2, (2, 1, rows, LENGTH)).astype(bool))
+
+    @tf.function(input_signature=[tf.TensorSpec([None] * 4, t.dtype) for t in (*tensors, mask)])
+    def attention(q, k, v, mask):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, v])
+            y = ops.dot_product_attention(q, k, v, mask=mask)
+        return y, tape.gradient(y, [q, k, v], tf.cos(y))
+
+    whole = attention(*tensors, mask)
+    context = _keras.chunked_attention.ChunkedAttention(3)
+    chunked = tf.function(attention.python_function, input_signature=attention.input_signature)
+    with _keras.thread.holding("chunked_attention", context):
+        found = chunked(*tensors, mask)
+    assert context.calls == 1
+    for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(whole), strict=True):
+        np.testing.assert_allclose(a, b, TOLERANCE, TOLERANCE)
 
 
 def test_gradient_of_a_gradient():
