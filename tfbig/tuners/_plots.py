@@ -145,6 +145,7 @@ class _Plots:
         y = _scales.numbers_for(value for curve in curves for _, value in curve)
         x = _scales.Numbers(min(curve[0][0] for curve in curves), last, margin=0.01)
         chart = _svg.Chart(x, y, ("epoch", self._names[0]), (860, 320))
+        ends = []
         for row, curve in zip(rows, curves, strict=True):
             step = max(1, len(curve) // _MOST_STEPS)
             kept = [*curve[:-1:step], curve[-1]]
@@ -158,7 +159,10 @@ class _Plots:
             chart.line(points, row.status, title, fill)
             if row.status == _record.PRUNED or len(points) == 1:
                 start = _svg.mark(*points[-1], row.status)
-                chart.add(f"{start}<title>{title}</title></path>")
+                ends.append(f"{start}<title>{title}</title></path>")
+        # No line covers them.
+        for end in ends:
+            chart.add(end)
         left = len(reported) - len(rows)
         note = f"Shows the {len(best)} best trials"
         if pruned:
