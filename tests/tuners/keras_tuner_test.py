@@ -645,6 +645,105 @@ def test_the_sampler_chooses_what_an_enqueued_trial_leaves_open(tmp_path):
     oracle.release()
 
 
+# --- Trials that a program adds ---
+
+
+class Known(kt.RandomSearch):
+    def run_trial(self, trial, **kwargs):
+        return trial.hyperparameters.Choice("a", [1, 2, 3, 4])
+
+
+def complete(score, status="COMPLETED", **values):
+    hp = kt.HyperParameters()
+    hp.Choice("a", [1, 2, 3, 4])
+    hp.values = values
+    trial = kt.engine.trial.Trial(hp, status=status)
+    trial.score = score
+    return trial
+
+
+@pytest.mark.parametrize("storage", [None, "memory"])
+def test_a_trial_that_is_put_into_trials_is_one_of_the_search(tmp_path, storage):
+    added = {4: -1.0, 3: 7.0}
+    for is_again in (False, True):
+        options = {"max_trials": 4, "seed": 0, "directory": tmp_path, "storage": storage}
+        tuner = Known(objective=kt.Objective("loss", "min"), **options)
+        oracle = tuner.oracle
+        for number, (a, score) in enumerate(added.items(), 1):
+            trial = complete(score, a=a)
+            oracle.trials[trial.trial_id] = trial
+            assert oracle.trials[trial.trial_id].score == score
+            assert len(oracle.trials) == (4 if is_again and storage is None else number)
+        tuner.search(verbose=0)
+        scores = {t.hyperparameters["a"]: t.score for t in oracle.trials.values()}
+        # Its score, not what `run_trial` would have said; and nothing is tried twice.
+        assert scores == {1: 1, 2: 2} | added
+        assert list(oracle.trials) == oracle.start_order == ["0000", "0001", "0002", "0003"]
+        assert [t.trial_id for t in oracle.get_best_trials(2)] == ["0000", "0002"]
+        assert tuner.get_best_hyperparameters()[0].values == {"a": 4}
+        assert oracle.remaining_trials() == 0
+
+
+def test_samplers_learn_from_a_trial_that_was_added(tmp_path):
+    oracle = oracle_in(tmp_path, kt.oracles.BayesianOptimizationOracle, max_trials=None, seed=0)
+    oracle.hyperparameters.Float("x", 0, 1)
+    for i in range(30):
+        trial = kt.engine.trial.Trial(oracle.get_space(), status="COMPLETED")
+        trial.hyperparameters.values["x"] = x = i / 30
+        trial.score = (x - 0.8) ** 2
+        oracle.trials[trial.trial_id] = trial
+    assert [t.params["x"] for t in oracle.study.trials] == [i / 30 for i in range(30)]
+    tried = [oracle.create_trial(str(i)).hyperparameters["x"] for i in range(5)]
+    assert np.mean(np.abs(np.array(tried) - 0.8)) < 0.15
+    oracle.release()
+
+
+def test_trials_may_be_assigned_as_a_whole_but_not_removed(tmp_path):
+    oracle = Known(objective=kt.Objective("loss", "min"), max_trials=3, directory=tmp_path).oracle
+    first, second = complete(2.0, a=1), complete(1.0, a=2)
+    oracle.trials = {t.trial_id: t for t in (first, second)}
+    assert [t.score for t in oracle.trials.values()] == [2.0, 1.0]
+    third = complete(3.0, a=3)
+    oracle.trials = {**oracle.trials, third.trial_id: third}
+    assert list(oracle.trials) == ["0000", "0001", "0002"]
+    for attempt in (
+        lambda: setattr(oracle, "trials", {}),
+        lambda: oracle.trials.pop("0000"),
+        oracle.trials.clear,
+    ):
+        with pytest.raises(errors.InvalidOptionError, match="keeps all its trials"):
+            attempt()
+    with pytest.raises(errors.InvalidOptionError, match="as many trials"):
+        oracle.trials["x"] = complete(0.0, a=4)
+    assert len(oracle.trials) == 3
+    with pytest.raises(errors.InvalidOptionError, match="must not be assigned"):
+        oracle.end_order = ["0000"]
+
+
+@pytest.mark.parametrize(
+    ("trial", "words"),
+    [
+        (complete(1.0, "RUNNING", a=1), "status='RUNNING'"),
+        (complete(None, a=1), "score=None"),
+        (complete(float("nan"), a=1), "score=nan"),
+        (complete((1.0, 2.0), a=1), r"score=\(1.0, 2.0\)"),
+    ],
+)
+def test_trials_without_a_result_are_not_added(tmp_path, trial, words):
+    oracle = Known(objective=kt.Objective("loss", "min"), max_trials=3, directory=tmp_path).oracle
+    with pytest.raises(errors.InvalidOptionError, match=words):
+        oracle.trials["x"] = trial
+    assert not oracle.trials
+
+
+def test_trials_are_not_added_to_rungs_or_before_there_is_a_search(tmp_path):
+    tuner = kt.Hyperband(regressor, "val_loss", max_epochs=3, directory=tmp_path)
+    with pytest.raises(errors.InvalidOptionError, match="pauses trials"):
+        tuner.oracle.trials["x"] = complete(1.0, a=1)
+    with pytest.raises(errors.InvalidOptionError, match="once the oracle has a tuner"):
+        kt.oracles.RandomSearchOracle("loss").trials["x"] = complete(1.0, a=1)
+
+
 class Loop(kt.RandomSearch):
     """A loop of the user's own, whose values are known."""
 

@@ -7,26 +7,15 @@ from typing import Any
 import numpy as np
 from keras_tuner.src.engine import trial as kt_trial
 
-from tfbig.tuners import _json, _own_values, _search, _tuner_types, _views
-from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _json, _oracle_trials, _own_values, _tuner_types, _views
 
 __all__ = ("PopulatesSpace",)
 
 _STATUS = kt_trial.TrialStatus
 
 
-class PopulatesSpace:
+class PopulatesSpace(_oracle_trials.OracleTrials):
     """The methods of an oracle that choose the values of a trial."""
-
-    hyperparameters: HyperParameters
-
-    @property
-    def _search(self) -> _search.Search:
-        raise NotImplementedError
-
-    @property
-    def trials(self) -> dict[str, _tuner_types.Trial]:
-        raise NotImplementedError
 
     @property
     def _has_own_values(self) -> bool:
