@@ -38,7 +38,9 @@ class PopulatesSpace(_oracle_trials.OracleTrials):
         if enqueued is not None:
             return _STATUS.RUNNING, self._with_active(enqueued)
         proposed = self.populate_space(_views.trial_id_of(index))
-        return proposed["status"], self._with_active(proposed.get("values") or {})
+        values = proposed.get("values") or {}
+        # What is proposed here has the values of all active hyperparameters.
+        return proposed["status"], self._with_active(values) if self._has_own_values else values
 
     def _with_active(self, values: _tuner_types.Values) -> _tuner_types.Values:
         """Values of JSON, with those of all active hyperparameters."""
