@@ -340,16 +340,24 @@ def test_the_space_is_tailored(project, tunes_others):
     assert type(best.optimizer) is keras.optimizers.SGD
 
 
-def test_a_tuner_of_ones_own_over_an_oracle(project):
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_tuner_of_ones_own_over_an_oracle(project, saves):
+    predictions = {}
+
     class Tuner(kt.Tuner):
         def run_trial(self, trial, data):
             hp = trial.hyperparameters
             model = self.hypermodel.build(hp)
             data = data.batch(hp.Int("batch_size", 8, 24, step=8, default=24))
             self.on_epoch_begin(trial, model, 0, logs={})
+            self.on_batch_begin(trial, model, 0, logs={})
             loss = model.fit(data, shuffle=False, verbose=0).history["loss"][-1]
+            self.on_batch_end(trial, model, 0, logs={"loss": loss})
             self.on_epoch_end(trial, model, 0, logs={"loss": loss})
             self.oracle.update_trial(trial.trial_id, {"loss": loss})
+            if saves:
+                predictions[trial.trial_id] = model.predict(X, verbose=0)
+                self.save_model(trial.trial_id, model)
 
     tuner = Tuner(
         oracle=kt.oracles.BayesianOptimization(kt.Objective("loss", "min"), max_trials=2),
@@ -358,6 +366,76 @@ def test_a_tuner_of_ones_own_over_an_oracle(project):
     )
     tuner.search(data=tf.data.Dataset.from_tensor_slices((X, Y)))
     assert {"units", "batch_size"} == tuner.get_best_hyperparameters()[0].values.keys()
+    if not saves:
+        with pytest.raises(errors.SearchError, match="call `save_model` in a `run_trial`"):
+            tuner.get_best_models()
+        return
+    (best,), (trial,) = tuner.get_best_models(), tuner.oracle.get_best_trials()
+    np.testing.assert_array_equal(best.predict(X, verbose=0), predictions[trial.trial_id])
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_each_trial_is_trained_on_replicas(project, mirrored):
+    replicas = []
+
+    def build(hp):
+        replicas.append(tf.distribute.get_strategy().num_replicas_in_sync)
+        inputs = keras.Input((4,))
+        hidden = keras.layers.Dense(hp.Int("units", 4, 16, step=4), "relu")(inputs)
+        hidden = keras.layers.BatchNormalization()(hidden)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile(hp.Choice("optimizer", ["adam", "sgd"]), "mse", metrics=["mae"])
+        return model
+
+    tuner = kt.Hyperband(
+        build, kt.Objective("val_mae", "min"), 2, 3, 1, distribution_strategy=mirrored, **project
+    )
+    replicas.clear()
+    tuner.search(
+        *(X, Y),
+        # More than there are.
+        steps_per_epoch=6,
+        batch_size=8,
+        validation_data=(X, Y),
+        validation_steps=6,
+        callbacks=[keras.callbacks.EarlyStopping("val_mae")],
+        verbose=0,
+    )
+    assert set(replicas) == {2}
+    (best,), (trial,) = tuner.get_best_models(), tuner.oracle.get_best_trials()
+    assert best.evaluate(X, Y, verbose=0, return_dict=True)["mae"] == pytest.approx(
+        trial.score,
+        rel=1e-5,  # float32
+    )
+
+
+def test_a_space_with_branches_is_built_with_values_of_the_users_own(project):
+    def build(hp):
+        inputs = hidden = keras.Input((4,))
+        if hp.Choice("kind", ["deep", "wide"]) == "deep":
+            for i in range(hp.Int("layers", 1, 3)):
+                hidden = keras.layers.Dense(hp.Int(f"units_{i}", 2, 8, step=2), "relu")(hidden)
+        else:
+            hidden = keras.layers.Dense(hp.Int("width", 16, 64, step=16))(hidden)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile("sgd", "mse", run_eagerly=True)
+        return model
+
+    hp = kt.HyperParameters()
+    sizes = {}
+    for kind in ("wide", "deep"):
+        hp.values["kind"] = kind
+        sizes[kind] = build(hp).count_params()
+    assert sizes == {"wide": 4 * 16 + 16 + 17, "deep": 4 * 2 + 2 + 3}
+    tuner = kt.RandomSearch(build, "val_loss", max_trials=10, seed=0, **project)
+    tuner.search(X, Y, validation_split=0.25, verbose=0)
+    values = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
+    assert {v["kind"] for v in values} == {"wide", "deep"}
+    for v in values:
+        names = {"width"} if v["kind"] == "wide" else {"layers"}
+        if v["kind"] == "deep":
+            names |= {f"units_{i}" for i in range(v["layers"])}
+        assert names <= v.keys()
 
 
 def test_a_base_tuner_tunes_models_of_any_kind(project):
