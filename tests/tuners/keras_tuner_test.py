@@ -1,5 +1,6 @@
 """Programs as KerasTuner's guides have them, with one import changed, and its public names."""
 
+import copy
 import importlib
 import pkgutil
 import threading
@@ -762,6 +763,28 @@ def test_a_trial_that_is_put_into_trials_is_one_of_the_search(tmp_path, storage)
         assert oracle.remaining_trials() == 0
 
 
+@pytest.mark.parametrize("last", ["store", "end"])
+def test_a_trial_whose_process_was_killed_as_it_added_it_is_added(tmp_path, monkeypatch, last):
+    def made():
+        objective = kt.Objective("loss", "min")
+        return Known(objective=objective, max_trials=4, seed=0, directory=tmp_path)
+
+    killed = made().oracle
+    with monkeypatch.context() as m:
+        m.setattr(killed._search.trials, last, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            killed.trials["x"] = complete(-1.0, a=4)
+    # As if the process had not even said that it stops.
+    killed._ledger.release(0)
+    tuner = made()
+    for _ in range(2):
+        tuner.oracle.trials["x"] = complete(-1.0, a=4)
+        assert [t.score for t in tuner.oracle.trials.values()] == [-1.0]
+    tuner.search(verbose=0)
+    scores = {t.hyperparameters["a"]: t.score for t in tuner.oracle.trials.values()}
+    assert scores == {1: 1, 2: 2, 3: 3, 4: -1}
+
+
 def test_samplers_learn_from_a_trial_that_was_added(tmp_path):
     oracle = oracle_in(tmp_path, kt.oracles.BayesianOptimizationOracle, max_trials=None, seed=0)
     oracle.hyperparameters.Float("x", 0, 1)
@@ -793,6 +816,14 @@ def test_trials_may_be_assigned_as_a_whole_but_not_removed(tmp_path):
             attempt()
     with pytest.raises(errors.InvalidOptionError, match="as many trials"):
         oracle.trials["x"] = complete(0.0, a=4)
+    assert len(oracle.trials) == 3
+    trials, more = oracle.trials, {"x": complete(0.0, a=4)}
+    copies = [trials.copy(), copy.copy(trials), copy.deepcopy(trials), trials | more, more | trials]
+    for found in copies:
+        # In a copy, all may be changed.
+        assert type(found) is dict
+        found.update(more)
+        assert [found[name].score for name in ("0000", "0001", "0002", "x")] == [2, 1, 3, 0]
     assert len(oracle.trials) == 3
     with pytest.raises(errors.InvalidOptionError, match="must not be assigned"):
         oracle.end_order = ["0000"]

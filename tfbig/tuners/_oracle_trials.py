@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TypeAlias
 
 from keras_tuner.src.engine import trial as kt_trial
 from optuna.trial import TrialState
 
 from tfbig import errors
-from tfbig.tuners import _json, _outcomes, _search, _tuner_types, _views
+from tfbig.tuners import _json, _ledger, _outcomes, _search, _tuner_types, _views
 from tfbig.tuners._from_study import FromStudy
 from tfbig.tuners._hyperparameters import HyperParameters
 from tfbig.tuners._objectives import Objectives
@@ -24,7 +23,7 @@ _STATUS = kt_trial.TrialStatus
 Trials: TypeAlias = MutableMapping[str, _tuner_types.Trial]
 
 
-class TrialsById(collections.UserDict[str, _tuner_types.Trial]):
+class TrialsById(MutableMapping[str, _tuner_types.Trial]):
     """The trials of a search by their id. A trial that is put in is added to the search.
 
     Args:
@@ -37,20 +36,45 @@ class TrialsById(collections.UserDict[str, _tuner_types.Trial]):
         trials: Mapping[str, _tuner_types.Trial],
         add: Callable[[_tuner_types.Trial], None],
     ) -> None:
-        super().__init__()
-        self.data.update(trials)
+        self._trials = dict(trials)
         self._add = add
 
+    def __getitem__(self, trial_id: str) -> _tuner_types.Trial:
+        return self._trials[trial_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trials)
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def __repr__(self) -> str:
+        return repr(self._trials)
+
     def __setitem__(self, trial_id: str, trial: _tuner_types.Trial) -> None:
-        if self.data.get(trial_id) is not trial:
+        if self._trials.get(trial_id) is not trial:
             self._add(trial)
-        self.data[trial.trial_id] = trial
+        self._trials[trial.trial_id] = trial
 
     def __delitem__(self, trial_id: str) -> None:
         raise errors.InvalidOptionError(
             f"A search keeps all its trials. Received: an attempt to remove {trial_id!r}. Use "
             "another `project_name`, or overwrite=True."
         )
+
+    # Copies are dictionaries: what is put into them is not added.
+
+    def copy(self) -> dict[str, _tuner_types.Trial]:
+        return dict(self._trials)
+
+    def __or__(self, other: Mapping[str, _tuner_types.Trial]) -> dict[str, _tuner_types.Trial]:
+        return {**self._trials, **other}
+
+    def __ror__(self, other: Mapping[str, _tuner_types.Trial]) -> dict[str, _tuner_types.Trial]:
+        return {**other, **self._trials}
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, _tuner_types.Trial]]]:
+        return dict, (self.copy(),)
 
 
 def _replace(oracle: OracleTrials, given: Trials) -> None:
@@ -115,24 +139,31 @@ class OracleTrials:
         self.update_space(HyperParameters.of(trial.hyperparameters))
         values = {name: _json.canonical(v) for name, v in trial.hyperparameters.values.items()}
         name = f"added {_json.name_of({'values': values, 'scores': scores})}"
-        index = search.trials.ledger.take_new(self.max_trials, claim=name)
+        ledger = search.trials.ledger
+        index = ledger.take_new(self.max_trials, claim=name)
         if index is None:
-            index = self._index_of(name)
-        else:
-            with search.trials.one_look():
-                search.trials.store(search.trials.of(index), self.hyperparameters, values)
-            search.proposals.claim(index, values)
-            attrs = _outcomes.attributes_of(trial, None)
-            search.trials.end(index, TrialState.COMPLETE, attrs, scores)
+            row = self._row_of(name)
+            index = row.index
+            # A process that was killed may have left it half added.
+            is_left = row.state == _ledger.RUNNING and index in {
+                r.index for r in ledger.abandoned()
+            }
+            if not is_left or not ledger.take(row, died=bool(row.owner)):
+                trial.trial_id = _views.trial_id_of(index)
+                return
+        with search.trials.one_look():
+            search.trials.store(search.trials.of(index), self.hyperparameters, values)
+        search.proposals.claim(index, values)
+        attrs = _outcomes.attributes_of(trial, None)
+        search.trials.end(index, TrialState.COMPLETE, attrs, scores)
         trial.trial_id = _views.trial_id_of(index)
 
-    def _index_of(self, name: str) -> int:
-        """The index of a trial that was added before."""
+    def _row_of(self, name: str) -> _ledger.TrialRow:
+        """What the ledger says of a trial that was added before."""
         ledger = self._search.trials.ledger
-        rows = ledger.trials() if ledger.claims(name=name) else []
-        for row in rows:
+        for row in ledger.trials() if ledger.claims(name=name) else ():
             if name in ledger.claims(index=row.index):
-                return int(row.index)
+                return row
         raise errors.InvalidOptionError(
             "A trial that is added to `trials` counts as one of `max_trials`. Received: "
             f"max_trials={self.max_trials}, and as many trials. Use a larger `max_trials`."
