@@ -578,6 +578,30 @@ def test_a_few_values_far_away_do_not_hide_the_others():
     assert scale.position(1e9) == 1
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1, 3, "123"),
+        (0, 1, "01"),
+        (7, 7, "7"),
+        (1, 6, "123456"),
+        (0, 12, ["0", "5", "10"]),
+    ],
+)
+@pytest.mark.parametrize("is_log", [False, True])
+def test_there_are_no_ticks_between_whole_numbers(low, high, expected, is_log):
+    ticks = _scales.Numbers(low, high, is_log, is_whole=True).ticks(6)
+    assert all(text.isdecimal() for _, text in ticks)
+    if not is_log:
+        assert [text for _, text in ticks] == list(expected)
+
+
+def test_a_wide_chart_is_not_enlarged():
+    small = _svg.svg(500, 100, "t", ())
+    assert 'style="--width:500px;max-width:500px"' in small
+    assert "min-width: min(1000px, var(--width))" in _report._resource("_report.css")
+
+
 def labels_below(chart):
     """The left and right end of each label under the horizontal axis, as it is drawn."""
     found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="middle">([^<]*)', chart)

@@ -27,7 +27,8 @@ def _scale(one: _results.Searched, values: Iterable[object]) -> _scales.Scale:
         found = set(values)
         return _scales.Categories([str(c) for c in d.choices if c in found])
     assert isinstance(d, distributions.FloatDistribution | distributions.IntDistribution)
-    return _scales.Numbers(d.low, d.high, d.log)
+    is_whole = isinstance(d, distributions.IntDistribution)
+    return _scales.Numbers(d.low, d.high, d.log, is_whole=is_whole)
 
 
 class ParameterPlots:

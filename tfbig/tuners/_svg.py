@@ -192,9 +192,11 @@ class Chart:
 
 
 def svg(width: float, height: float, title: str, items: Iterable[str]) -> str:
-    """An SVG element, which is never larger than the page is wide."""
+    """An SVG element, which is never drawn larger than this, or than the page is wide."""
+    # The style sheet knows no attributes of elements.
+    style = f"--width:{width:g}px;max-width:{width:g}px"
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px" role="img" '
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="{style}" role="img" '
         f'aria-label="{html.escape(title)}">{"".join(items)}</svg>'
     )
 
