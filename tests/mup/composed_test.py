@@ -76,7 +76,7 @@ def test_update_of_a_model_with_a_clone_inside():
     assert_same(model.teacher.get_weights(), teacher, 0)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", ["SGD", pytest.param("Adam", marks=pytest.mark.slow)])
 def test_split_batches_of_a_model_with_a_clone_inside(name):
     optimizer = getattr(OPTIMIZERS, name)
     plain = trained(taught(optimizer(2**-6)))

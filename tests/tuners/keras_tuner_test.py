@@ -428,7 +428,7 @@ def test_a_space_with_branches_is_built_with_values_of_the_users_own(project):
         hp.values["kind"] = kind
         sizes[kind] = build(hp).count_params()
     assert sizes == {"wide": 4 * 16 + 16 + 17, "deep": 4 * 2 + 2 + 3}
-    tuner = kt.RandomSearch(build, "val_loss", max_trials=10, seed=0, **project)
+    tuner = kt.RandomSearch(build, "val_loss", max_trials=5, seed=0, **project)
     tuner.search(X, Y, validation_split=0.25, verbose=0)
     values = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
     assert {v["kind"] for v in values} == {"wide", "deep"}
