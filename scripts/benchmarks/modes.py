@@ -81,16 +81,19 @@ def _of_tables(keep: Callable[[Outcome], None]) -> Outcome:
     curves = learning_curves.load()
     found = Outcome([], {"trials": trials, "seeds": seeds}, [])
 
-    def with_table(measured: list[dict[str, Any]], table: Table) -> Outcome:
-        return dataclasses.replace(found, rows=found.rows + measured, tables=[*found.tables, table])
+    def with_table(measured: list[dict[str, Any]], *made: Table) -> Outcome:
+        return dataclasses.replace(found, rows=found.rows + measured, tables=[*found.tables, *made])
 
     in_tables = table_searches.compare(
         problems,
         trials,
         seeds,
-        lambda rows: keep(with_table(rows, table_searches.table(rows, problems))),
+        lambda rows: keep(with_table(rows, *table_searches.tables_of(rows, problems))),
+        settings.SEARCHES.value,
     )
-    found = with_table(in_tables, table_searches.table(in_tables, problems))
+    found = with_table(in_tables, *table_searches.tables_of(in_tables, problems))
+    if settings.SEARCHES.value:
+        return found
     in_curves, trained = curve_searches.compare(
         curves, seeds, lambda rows: keep(with_table(rows, curve_searches.table(rows)))
     )

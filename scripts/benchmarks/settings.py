@@ -10,7 +10,7 @@ import re
 import command_line
 from absl import flags
 
-from benchmarks import in_turn, peers, rows, tables
+from benchmarks import in_turn, peers, rows, table_searches, tables
 from benchmarks.models import MODELS
 from benchmarks.process import Task
 
@@ -83,6 +83,12 @@ TABLES = flags.DEFINE_boolean(
     False,
     "With --tuners: search in tables of measured models instead, and in learning curves. Downloads "
     "the tables, 37 MB, if they are not there.",
+)
+SEARCHES = flags.DEFINE_multi_string(
+    "search",
+    [],
+    "With --tables: only this search, of the names in the first column; may be given several "
+    "times. Leaves out learning curves.",
 )
 TABLES_DIRECTORY = flags.DEFINE_string(
     "tables_directory", str(tables.DIRECTORY), "Where the tables are."
@@ -162,6 +168,12 @@ def tasks() -> list[Task]:
 def _check_modes() -> None:
     if TABLES.value and not TUNERS.value:
         raise ValueError("--tables needs --tuners")
+    if SEARCHES.value and not TABLES.value:
+        raise ValueError("--search needs --tables")
+    if unknown := set(SEARCHES.value) - set(table_searches.rows()):
+        raise ValueError(
+            f"--search must be one of {'; '.join(table_searches.rows())}. Received: {unknown.pop()}"
+        )
     if TUNERS.value and NETWORK.value:
         raise ValueError("--tuners does not go with --network")
     for mode in (TUNERS, NETWORK):

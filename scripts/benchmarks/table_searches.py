@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from benchmarks.markdown import Table
 
 # One search takes a minute.
 BAYESIAN, BAYESIAN_SEEDS = "KerasTuner, Bayesian", 2
+# What the others are compared with, seed by seed.
+REFERENCE = "Optuna, TPE"
 
 _SAMPLES = 10_000  # Of the bootstrap.
 
@@ -86,6 +88,7 @@ def compare(
     trials: int,
     seeds: int,
     keep: tuners.Keep = lambda measured: None,
+    only: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Prints the table; returns what --json holds of each search in each problem.
 
@@ -94,6 +97,7 @@ def compare(
         trials: Trials of a search.
         seeds: Searches of each kind.
         keep: Given after each row what will be returned, as far as it is there.
+        only: The rows; all if empty.
     """
     measured: list[dict[str, Any]] = []
     print(f"regret after {trials} trials, mean of {seeds} seeds (its 90 % interval)")
@@ -101,6 +105,8 @@ def compare(
         print(f"{name}: {problem.losses[..., 0].size} configurations, regret in {problem.unit}")
     print(f"{'':<30}" + "".join(f"{name:>26}" for name in problems))
     for row, search in rows().items():
+        if only and row not in only:
+            continue
         count = min(seeds, BAYESIAN_SEEDS) if row == BAYESIAN else seeds
         line = f"{titled(row, count, seeds):<30}"
         for name, problem in problems.items():
@@ -125,9 +131,32 @@ def interval_of_mean(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list[float], sign: str = "") -> str:
     low, high = interval_of_mean(values)
-    return f"{np.mean(values):.2f} ({low:.2f} to {high:.2f})"
+    return f"{np.mean(values):{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
+
+
+def tables_of(
+    measured: list[dict[str, Any]], problems: Mapping[str, tables.Problem]
+) -> list[Table]:
+    """What `compare` has returned, as regrets and as differences from `REFERENCE`."""
+    compared = _differences(measured, problems)
+    return [table(measured, problems), *([compared] if compared.lines else [])]
+
+
+def _differences(measured: list[dict[str, Any]], problems: Mapping[str, tables.Problem]) -> Table:
+    regrets = {(entry["row"], entry["problem"]): entry["regrets"] for entry in measured}
+    lines = []
+    for row in dict.fromkeys(entry["row"] for entry in measured):
+        pairs = [(regrets.get((row, name)), regrets.get((REFERENCE, name))) for name in problems]
+        # Of other seeds, differences would say nothing.
+        if row != REFERENCE and all(a and b and len(a) == len(b) for a, b in pairs):
+            lines.append((row, *(_mean(np.subtract(*pair).tolist(), "+") for pair in pairs)))
+    return Table(
+        f"Regret minus that of '{REFERENCE}' with the same seed, mean (90 % interval of it)",
+        ("search", *(f"{name}, {problem.unit}" for name, problem in problems.items())),
+        lines,
+    )
 
 
 def table(measured: list[dict[str, Any]], problems: Mapping[str, tables.Problem]) -> Table:

@@ -113,7 +113,8 @@ class Killer:
 
     def leave(self):
         oracle = self.tuner().oracle
-        trials = oracle.study.get_trials()
+        # A process that finds the last values taken gives its place back, and leaves a void trial.
+        trials = [t for t in oracle.study.get_trials() if not _trials._is_void(t)]
         found = {
             "states": [t.state.name for t in trials],
             "indices": [t.user_attrs[_trials.INDEX] for t in trials],
@@ -145,7 +146,8 @@ class Killer:
                 os.kill(pid, signal.SIGCONT)
             deaths += self.look()
         if status := os.waitpid(fork(self.leave), 0)[1]:
-            sys.exit(status)
+            # Not the status itself, which is 256 for an exit code of 1: the code would be 0.
+            sys.exit(os.waitstatus_to_exitcode(status))
         return deaths
 
     def look(self):

@@ -181,10 +181,32 @@ def test_every_search_looks_up_what_is_in_the_table(capsys):
     assert len(measured) >= 9
     assert all(len(entry["regrets"]) == 2 for entry in measured)
     assert all(0 <= regret < 1 for entry in measured for regret in entry["regrets"])
-    found = table_searches.table(measured, {"made": problem})
-    assert found.heads == ("search", "made, %")
+    found, compared = table_searches.tables_of(measured, {"made": problem})
+    assert found.heads == compared.heads == ("search", "made, %")
+    # All but the reference.
+    assert len(compared.lines) == len(found.lines) - 1
     output = capsys.readouterr().out
     assert all(cell in output for line in found.lines for cell in line)
+
+
+def test_searches_are_compared_seed_by_seed():
+    problem = tables.Problem({"x": (1, 2)}, np.arange(2.0)[:, None], "%")
+    rows = {"Optuna, TPE": [1.0, 5.0], "tfbig, TPE": [0.5, 4.0], "other seeds": [0.0]}
+    measured = [{"row": r, "problem": "made", "regrets": found} for r, found in rows.items()]
+    _, compared = table_searches.tables_of(measured, {"made": problem})
+    ((name, cell),) = compared.lines
+    assert name == "tfbig, TPE"
+    assert cell == "-0.75 (-1.00 to -0.50)"
+    without = [entry for entry in measured if entry["row"] != "Optuna, TPE"]
+    assert len(table_searches.tables_of(without, {"made": problem})) == 1
+
+
+def test_only_the_searches_that_are_asked_for_are_made(capsys):
+    problem = tables.Problem({"x": (1, 2, 3)}, np.arange(3.0)[:, None], "%")
+    only = ["Optuna, TPE", "tfbig, TPE"]
+    measured = table_searches.compare({"made": problem}, trials=2, seeds=2, only=only)
+    assert [entry["row"] for entry in measured] == only
+    assert "random" not in capsys.readouterr().out
 
 
 def test_the_interval_is_that_of_the_mean():
@@ -307,7 +329,7 @@ def test_a_benchmark_that_ends_early_has_kept_its_rows(monkeypatch):
     problem = tables.Problem({"x": (1, 2, 3)}, np.arange(3.0)[:, None], "%")
     monkeypatch.setattr(tables, "load", lambda directory: {"made": problem})
     monkeypatch.setattr(curve_searches, "MOMENTS", (5, 10))
-    for name, value in (("TRIALS", 2), ("TABLES_DIRECTORY", None)):
+    for name, value in (("TRIALS", 2), ("TABLES_DIRECTORY", None), ("SEARCHES", [])):
         monkeypatch.setattr(settings, name, types.SimpleNamespace(value=value))
     monkeypatch.setattr(settings, "seeds", lambda: 2)
 

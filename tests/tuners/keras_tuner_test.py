@@ -1,5 +1,6 @@
 """Programs as KerasTuner's guides have them, with one import changed, and its public names."""
 
+import copy
 import importlib
 import pkgutil
 import threading
@@ -340,16 +341,24 @@ def test_the_space_is_tailored(project, tunes_others):
     assert type(best.optimizer) is keras.optimizers.SGD
 
 
-def test_a_tuner_of_ones_own_over_an_oracle(project):
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_tuner_of_ones_own_over_an_oracle(project, saves):
+    predictions = {}
+
     class Tuner(kt.Tuner):
         def run_trial(self, trial, data):
             hp = trial.hyperparameters
             model = self.hypermodel.build(hp)
             data = data.batch(hp.Int("batch_size", 8, 24, step=8, default=24))
             self.on_epoch_begin(trial, model, 0, logs={})
+            self.on_batch_begin(trial, model, 0, logs={})
             loss = model.fit(data, shuffle=False, verbose=0).history["loss"][-1]
+            self.on_batch_end(trial, model, 0, logs={"loss": loss})
             self.on_epoch_end(trial, model, 0, logs={"loss": loss})
             self.oracle.update_trial(trial.trial_id, {"loss": loss})
+            if saves:
+                predictions[trial.trial_id] = model.predict(X, verbose=0)
+                self.save_model(trial.trial_id, model)
 
     tuner = Tuner(
         oracle=kt.oracles.BayesianOptimization(kt.Objective("loss", "min"), max_trials=2),
@@ -358,6 +367,76 @@ def test_a_tuner_of_ones_own_over_an_oracle(project):
     )
     tuner.search(data=tf.data.Dataset.from_tensor_slices((X, Y)))
     assert {"units", "batch_size"} == tuner.get_best_hyperparameters()[0].values.keys()
+    if not saves:
+        with pytest.raises(errors.SearchError, match="call `save_model` in a `run_trial`"):
+            tuner.get_best_models()
+        return
+    (best,), (trial,) = tuner.get_best_models(), tuner.oracle.get_best_trials()
+    np.testing.assert_array_equal(best.predict(X, verbose=0), predictions[trial.trial_id])
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_each_trial_is_trained_on_replicas(project, mirrored):
+    replicas = []
+
+    def build(hp):
+        replicas.append(tf.distribute.get_strategy().num_replicas_in_sync)
+        inputs = keras.Input((4,))
+        hidden = keras.layers.Dense(hp.Int("units", 4, 16, step=4), "relu")(inputs)
+        hidden = keras.layers.BatchNormalization()(hidden)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile(hp.Choice("optimizer", ["adam", "sgd"]), "mse", metrics=["mae"])
+        return model
+
+    tuner = kt.Hyperband(
+        build, kt.Objective("val_mae", "min"), 2, 3, 1, distribution_strategy=mirrored, **project
+    )
+    replicas.clear()
+    tuner.search(
+        *(X, Y),
+        # More than there are.
+        steps_per_epoch=6,
+        batch_size=8,
+        validation_data=(X, Y),
+        validation_steps=6,
+        callbacks=[keras.callbacks.EarlyStopping("val_mae")],
+        verbose=0,
+    )
+    assert set(replicas) == {2}
+    (best,), (trial,) = tuner.get_best_models(), tuner.oracle.get_best_trials()
+    assert best.evaluate(X, Y, verbose=0, return_dict=True)["mae"] == pytest.approx(
+        trial.score,
+        rel=1e-5,  # float32
+    )
+
+
+def test_a_space_with_branches_is_built_with_values_of_the_users_own(project):
+    def build(hp):
+        inputs = hidden = keras.Input((4,))
+        if hp.Choice("kind", ["deep", "wide"]) == "deep":
+            for i in range(hp.Int("layers", 1, 3)):
+                hidden = keras.layers.Dense(hp.Int(f"units_{i}", 2, 8, step=2), "relu")(hidden)
+        else:
+            hidden = keras.layers.Dense(hp.Int("width", 16, 64, step=16))(hidden)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile("sgd", "mse", run_eagerly=True)
+        return model
+
+    hp = kt.HyperParameters()
+    sizes = {}
+    for kind in ("wide", "deep"):
+        hp.values["kind"] = kind
+        sizes[kind] = build(hp).count_params()
+    assert sizes == {"wide": 4 * 16 + 16 + 17, "deep": 4 * 2 + 2 + 3}
+    tuner = kt.RandomSearch(build, "val_loss", max_trials=5, seed=0, **project)
+    tuner.search(X, Y, validation_split=0.25, verbose=0)
+    values = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
+    assert {v["kind"] for v in values} == {"wide", "deep"}
+    for v in values:
+        names = {"width"} if v["kind"] == "wide" else {"layers"}
+        if v["kind"] == "deep":
+            names |= {f"units_{i}" for i in range(v["layers"])}
+        assert names <= v.keys()
 
 
 def test_a_base_tuner_tunes_models_of_any_kind(project):
@@ -643,6 +722,135 @@ def test_the_sampler_chooses_what_an_enqueued_trial_leaves_open(tmp_path):
     assert second["stepped"] == 0.75
     assert 0 < second["a"] < 1
     oracle.release()
+
+
+# --- Trials that a program adds ---
+
+
+class Known(kt.RandomSearch):
+    def run_trial(self, trial, **kwargs):
+        return trial.hyperparameters.Choice("a", [1, 2, 3, 4])
+
+
+def complete(score, status="COMPLETED", **values):
+    hp = kt.HyperParameters()
+    hp.Choice("a", [1, 2, 3, 4])
+    hp.values = values
+    trial = kt.engine.trial.Trial(hp, status=status)
+    trial.score = score
+    return trial
+
+
+@pytest.mark.parametrize("storage", [None, "memory"])
+def test_a_trial_that_is_put_into_trials_is_one_of_the_search(tmp_path, storage):
+    added = {4: -1.0, 3: 7.0}
+    for is_again in (False, True):
+        options = {"max_trials": 4, "seed": 0, "directory": tmp_path, "storage": storage}
+        tuner = Known(objective=kt.Objective("loss", "min"), **options)
+        oracle = tuner.oracle
+        for number, (a, score) in enumerate(added.items(), 1):
+            trial = complete(score, a=a)
+            oracle.trials[trial.trial_id] = trial
+            assert oracle.trials[trial.trial_id].score == score
+            assert len(oracle.trials) == (4 if is_again and storage is None else number)
+        tuner.search(verbose=0)
+        scores = {t.hyperparameters["a"]: t.score for t in oracle.trials.values()}
+        # Its score, not what `run_trial` would have said; and nothing is tried twice.
+        assert scores == {1: 1, 2: 2} | added
+        assert list(oracle.trials) == oracle.start_order == ["0000", "0001", "0002", "0003"]
+        assert [t.trial_id for t in oracle.get_best_trials(2)] == ["0000", "0002"]
+        assert tuner.get_best_hyperparameters()[0].values == {"a": 4}
+        assert oracle.remaining_trials() == 0
+
+
+@pytest.mark.parametrize("last", ["store", "end"])
+def test_a_trial_whose_process_was_killed_as_it_added_it_is_added(tmp_path, monkeypatch, last):
+    def made():
+        objective = kt.Objective("loss", "min")
+        return Known(objective=objective, max_trials=4, seed=0, directory=tmp_path)
+
+    killed = made().oracle
+    with monkeypatch.context() as m:
+        m.setattr(killed._search.trials, last, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            killed.trials["x"] = complete(-1.0, a=4)
+    # As if the process had not even said that it stops.
+    killed._ledger.release(0)
+    tuner = made()
+    for _ in range(2):
+        tuner.oracle.trials["x"] = complete(-1.0, a=4)
+        assert [t.score for t in tuner.oracle.trials.values()] == [-1.0]
+    tuner.search(verbose=0)
+    scores = {t.hyperparameters["a"]: t.score for t in tuner.oracle.trials.values()}
+    assert scores == {1: 1, 2: 2, 3: 3, 4: -1}
+
+
+def test_samplers_learn_from_a_trial_that_was_added(tmp_path):
+    oracle = oracle_in(tmp_path, kt.oracles.BayesianOptimizationOracle, max_trials=None, seed=0)
+    oracle.hyperparameters.Float("x", 0, 1)
+    for i in range(30):
+        trial = kt.engine.trial.Trial(oracle.get_space(), status="COMPLETED")
+        trial.hyperparameters.values["x"] = x = i / 30
+        trial.score = (x - 0.8) ** 2
+        oracle.trials[trial.trial_id] = trial
+    assert [t.params["x"] for t in oracle.study.trials] == [i / 30 for i in range(30)]
+    tried = [oracle.create_trial(str(i)).hyperparameters["x"] for i in range(5)]
+    assert np.mean(np.abs(np.array(tried) - 0.8)) < 0.15
+    oracle.release()
+
+
+def test_trials_may_be_assigned_as_a_whole_but_not_removed(tmp_path):
+    oracle = Known(objective=kt.Objective("loss", "min"), max_trials=3, directory=tmp_path).oracle
+    first, second = complete(2.0, a=1), complete(1.0, a=2)
+    oracle.trials = {t.trial_id: t for t in (first, second)}
+    assert [t.score for t in oracle.trials.values()] == [2.0, 1.0]
+    third = complete(3.0, a=3)
+    oracle.trials = {**oracle.trials, third.trial_id: third}
+    assert list(oracle.trials) == ["0000", "0001", "0002"]
+    for attempt in (
+        lambda: setattr(oracle, "trials", {}),
+        lambda: oracle.trials.pop("0000"),
+        oracle.trials.clear,
+    ):
+        with pytest.raises(errors.InvalidOptionError, match="keeps all its trials"):
+            attempt()
+    with pytest.raises(errors.InvalidOptionError, match="as many trials"):
+        oracle.trials["x"] = complete(0.0, a=4)
+    assert len(oracle.trials) == 3
+    trials, more = oracle.trials, {"x": complete(0.0, a=4)}
+    copies = [trials.copy(), copy.copy(trials), copy.deepcopy(trials), trials | more, more | trials]
+    for found in copies:
+        # In a copy, all may be changed.
+        assert type(found) is dict
+        found.update(more)
+        assert [found[name].score for name in ("0000", "0001", "0002", "x")] == [2, 1, 3, 0]
+    assert len(oracle.trials) == 3
+    with pytest.raises(errors.InvalidOptionError, match="must not be assigned"):
+        oracle.end_order = ["0000"]
+
+
+@pytest.mark.parametrize(
+    ("trial", "words"),
+    [
+        (complete(1.0, "RUNNING", a=1), "status='RUNNING'"),
+        (complete(None, a=1), "score=None"),
+        (complete(float("nan"), a=1), "score=nan"),
+        (complete((1.0, 2.0), a=1), r"score=\(1.0, 2.0\)"),
+    ],
+)
+def test_trials_without_a_result_are_not_added(tmp_path, trial, words):
+    oracle = Known(objective=kt.Objective("loss", "min"), max_trials=3, directory=tmp_path).oracle
+    with pytest.raises(errors.InvalidOptionError, match=words):
+        oracle.trials["x"] = trial
+    assert not oracle.trials
+
+
+def test_trials_are_not_added_to_rungs_or_before_there_is_a_search(tmp_path):
+    tuner = kt.Hyperband(regressor, "val_loss", max_epochs=3, directory=tmp_path)
+    with pytest.raises(errors.InvalidOptionError, match="pauses trials"):
+        tuner.oracle.trials["x"] = complete(1.0, a=1)
+    with pytest.raises(errors.InvalidOptionError, match="once the oracle has a tuner"):
+        kt.oracles.RandomSearchOracle("loss").trials["x"] = complete(1.0, a=1)
 
 
 class Loop(kt.RandomSearch):

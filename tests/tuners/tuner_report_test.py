@@ -15,7 +15,16 @@ import optuna
 import pytest
 
 from tfbig import errors, tuners
-from tfbig.tuners import _plots, _record, _report, _results, _scales, _trial_callbacks, _trials
+from tfbig.tuners import (
+    _plots,
+    _record,
+    _report,
+    _results,
+    _scales,
+    _svg,
+    _trial_callbacks,
+    _trials,
+)
 
 MARKUP = "<script>alert('&')</script>"
 FAILED, PRUNED = 3, 5
@@ -569,9 +578,88 @@ def test_a_few_values_far_away_do_not_hide_the_others():
     assert scale.position(1e9) == 1
 
 
-def test_labels_that_would_overlap_are_turned_and_cut():
-    from tfbig.tuners import _svg
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1, 3, "123"),
+        (0, 1, "01"),
+        (7, 7, "7"),
+        (1, 6, "123456"),
+        (0, 12, ["0", "5", "10"]),
+    ],
+)
+@pytest.mark.parametrize("is_log", [False, True])
+def test_there_are_no_ticks_between_whole_numbers(low, high, expected, is_log):
+    ticks = _scales.Numbers(low, high, is_log, is_whole=True).ticks(6)
+    assert all(text.isdecimal() for _, text in ticks)
+    if not is_log:
+        assert [text for _, text in ticks] == list(expected)
 
+
+def test_a_wide_chart_is_not_enlarged():
+    small = _svg.svg(500, 100, "t", ())
+    assert 'style="--width:500px;max-width:500px"' in small
+    assert "min-width: min(1000px, var(--width))" in _report._resource("_report.css")
+
+
+def labels_below(chart):
+    """The left and right end of each label under the horizontal axis, as it is drawn."""
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="middle">([^<]*)', chart)
+    lowest = max(float(y) for _, y, _ in found)
+    return [
+        (float(x) - len(text) * _svg._LETTER / 2, float(x) + len(text) * _svg._LETTER / 2)
+        for x, y, text in found
+        if float(y) == lowest
+    ]
+
+
+@pytest.mark.parametrize("last", ["(1, 2)", "(16, 32, 64, 128, 256, 512, 1024)", "x" * 200])
+def test_a_long_last_label_covers_no_other(last):
+    scale = _scales.Categories(["None", "(16, 32)", last])
+    chart = _svg.Chart(scale, _scales.Numbers(0, 1), ("sizes", "y")).render("t")
+    ends = labels_below(chart)
+    assert len(ends) == 3
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(ends))
+    assert ends[-1][1] <= 410
+
+
+def test_trials_without_a_value_have_a_row_for_each_status():
+    chart = _svg.Chart(
+        _scales.Categories(["a", "b"]), _scales.Numbers(0, 1), ("x", "y"), has_lane=True
+    )
+    for kind in ("failed", "infeasible", "running"):
+        chart.point("a", None, kind, kind)
+    drawn = chart.render("t")
+    lows = [
+        float(re.search(rf'class="{kind}" d="M[\d.]+ ([\d.]+)', drawn)[1])
+        for kind in ("infeasible", "running", "failed")
+    ]
+    assert lows == sorted(lows)
+    # A mark is 8 pixels high.
+    assert all(b - a > 5 for a, b in itertools.pairwise(lows))
+
+
+def test_settings_that_are_not_used_are_left_out(page):
+    facts = page[page.index('class="facts"') : page.index("Best values")]
+    assert "<th>Sampler</th>" in facts
+    assert "<td></td>" not in facts
+
+
+def test_only_axes_that_a_trial_lacks_have_a_place_for_it(page):
+    lines = page[page.index("Parallel coordinates</figcaption>") :]
+    lines = lines[: lines.index("</figure>")]
+    # The objective, which failed trials lack, and `depth`, which not all have.
+    assert lines.count("&ndash;") == 2
+    assert "At \N{EN DASH}, a trial has no value" in lines
+
+
+def test_no_curve_covers_the_end_of_a_pruned_one(page):
+    rungs = page[page.index("Rungs: the objective after each epoch</figcaption>") :]
+    rungs = rungs[: rungs.index("</svg>")]
+    assert rungs.rindex('class="line') < rungs.index('<path class="pruned"')
+
+
+def test_labels_that_would_overlap_are_turned_and_cut():
     scale = _scales.Categories([f"a long name of a category {i}" for i in range(8)])
     chart = _svg.Chart(scale, _scales.Numbers(0, 1), ("x", "y")).render("t")
     assert chart.count("rotate(-35") == 8

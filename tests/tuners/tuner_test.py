@@ -984,7 +984,7 @@ def test_a_model_may_keep_its_weights_in_a_way_of_its_own(options):
     tuner = tuners.RandomSearch(build_own, **options | {"max_trials": 1})
     tuner.search(**DATA, epochs=1)
     assert len(tuner.oracle.get_best_trials()) == 1
-    with pytest.raises(errors.SearchError, match="are not kept"):
+    with pytest.raises(errors.SearchError, match="are not there"):
         tuner.get_best_models()
 
 

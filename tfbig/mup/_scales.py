@@ -1,10 +1,11 @@
 """`scales`: what a parametrized model multiplies, for people to read."""
 
+import collections
 import dataclasses
 
 import keras
 
-from tfbig import _types, errors
+from tfbig import _types
 from tfbig.mup._width import width_of
 
 __all__ = ("Scales", "scales")
@@ -41,7 +42,8 @@ def scales(model: keras.Model, optimizer: _types.Optimizer | None = None) -> dic
         optimizer: The optimizer. Defaults to that of `compile`, then to an Adam.
 
     Returns:
-        A dictionary from paths to `Scales`.
+        A dictionary from paths to `Scales`, in the order of `model.weights`. Where layers share a
+        name, as those of a clone inside a model do, the second weight of a path is "path #2".
 
     Example:
 
@@ -55,18 +57,17 @@ def scales(model: keras.Model, optimizer: _types.Optimizer | None = None) -> dic
     optimizer = optimizer or getattr(model, "optimizer", None) or keras.optimizers.Adam()
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     found: dict[str, Scales] = {}
+    times = collections.Counter[str]()
     for variable in model.weights:
-        if variable.path in found:
-            raise errors.UnsupportedModelError(
-                "Weights must have different paths to be listed. Received: two of the path "
-                f"{variable.path}. Give the layers different names."
-            )
+        times[variable.path] += 1
+        number = times[variable.path]
+        path = variable.path if number == 1 else f"{variable.path} #{number}"
         width = width_of(variable)
         if width is None:
-            found[variable.path] = Scales("fixed", 1.0, 1.0, 1.0, 1.0, 1.0)
+            found[path] = Scales("fixed", 1.0, 1.0, 1.0, 1.0, 1.0)
             continue
         update = width.update_scale(optimizer, variable)
-        found[variable.path] = Scales(
+        found[path] = Scales(
             width.kind,
             width.fan_in,
             width.fan_out,

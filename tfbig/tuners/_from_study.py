@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, overload
 
+from tfbig import errors
+
 __all__ = ("FromStudy", "StoredAtOnce")
 
 # An oracle, and what the property returns.
@@ -11,11 +13,27 @@ T = TypeVar("T")
 
 
 class FromStudy(Generic[Oracle, T]):
-    """A property of an oracle, as a decorator; assigning to it has no effect."""
+    """A property of an oracle, as a decorator.
 
-    def __init__(self, read: Callable[[Oracle], T]) -> None:
+    Args:
+        read: Returns the value.
+        write: Called with an assigned value. Without it, only an empty value may be assigned, as
+            KerasTuner's constructor does; that has no effect.
+    """
+
+    def __init__(
+        self, read: Callable[[Oracle], T], write: Callable[[Oracle, T], None] | None = None
+    ) -> None:
         self._read = read
+        self._write = write
         self.__doc__ = read.__doc__
+
+    @classmethod
+    def written_by(
+        cls, write: Callable[[Oracle, T], None]
+    ) -> Callable[[Callable[[Oracle], T]], "FromStudy[Oracle, T]"]:
+        """A decorator for a property that may be assigned to."""
+        return lambda read: cls(read, write)
 
     @overload
     def __get__(self, oracle: None, owner: type) -> "FromStudy[Oracle, T]": ...
@@ -27,7 +45,13 @@ class FromStudy(Generic[Oracle, T]):
         return self if oracle is None else self._read(oracle)
 
     def __set__(self, oracle: Oracle, value: T) -> None:
-        del oracle, value
+        if self._write is not None:
+            self._write(oracle, value)
+        elif value:
+            raise errors.InvalidOptionError(
+                f"`{self._read.__name__}` is what the study says, and must not be assigned. "
+                f"Received: {value!r}."
+            )
 
 
 class StoredAtOnce:

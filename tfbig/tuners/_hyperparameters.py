@@ -352,7 +352,14 @@ class HyperParameters(keras_tuner.HyperParameters):  # type: ignore[misc]  # Ker
 
     def copy(self) -> Self:
         """A copy, with the same values."""
-        return type(self).of(self)
+        # As from the config, but hyperparameters that were checked are not checked again.
+        found = type(self)()
+        for hp in self.space:
+            twin = copy.copy(hp)
+            found._hps[hp.name].append(twin)
+            found._space.append(twin)
+        found.values = dict(self.values)
+        return found
 
     def ensure_active_values(self) -> None:
         """Sets missing values of active hyperparameters to defaults; removes inactive values."""

@@ -22,6 +22,9 @@ _Json: TypeAlias = Any
 # that look like one of these.
 _TUPLE, _DICT, _FLOAT = "__tuple__", "__dict__", "__float__"
 
+# Values of these types stay as they are.
+_PLAIN = (type(None), bool, int, float, str)
+
 
 def dumps(value: _tuner_types.Value) -> str:
     """A value as JSON.
@@ -40,7 +43,8 @@ def loads(text: str) -> _tuner_types.Value:
 
 def canonical(value: _tuner_types.Value) -> _tuner_types.Value:
     """The value with NumPy's scalars converted to Python's."""
-    return loads(dumps(value))
+    # Each value of each trial comes here; most are of these.
+    return value if type(value) in _PLAIN else loads(dumps(value))
 
 
 def name_of(value: _tuner_types.Value) -> str:
@@ -49,6 +53,8 @@ def name_of(value: _tuner_types.Value) -> str:
 
 
 def _encoded(value: _tuner_types.Value) -> _Json:
+    if type(value) in _PLAIN and type(value) is not float:
+        return value
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -36,7 +36,7 @@ from tfbig.tuners import (
     _tuner_types,
     _views,
 )
-from tfbig.tuners._from_study import FromStudy, StoredAtOnce
+from tfbig.tuners._from_study import StoredAtOnce
 from tfbig.tuners._hyperparameters import HyperParameters
 from tfbig.tuners._ledger import Ledger
 from tfbig.tuners._objectives import Direction, Objectives
@@ -309,28 +309,6 @@ class StudyOracle(
         return self._search.trials.one_look()
 
     # --- Trials, as KerasTuner sees them ---
-
-    @FromStudy
-    def trials(self) -> dict[str, _tuner_types.Trial]:
-        """All trials by id, in order; `keras_tuner.engine.trial.Trial`."""
-        if self._opened is None and self._project_name is None:
-            return {}
-        return self._search.views.by_id()
-
-    @FromStudy
-    def start_order(self) -> list[str]:
-        """Ids in the order in which trials began."""
-        return list(self.trials)
-
-    @FromStudy
-    def end_order(self) -> list[str]:
-        """Ids in the order in which trials ended."""
-        return self._search.views.ended_ids()
-
-    @FromStudy
-    def ongoing_trials(self) -> dict[str, _tuner_types.Trial]:
-        """The trials that this process runs, by the id of the tuner."""
-        return {} if self._opened is None else self._opened.running.by_tuner()
 
     def get_trial(self, trial_id: str) -> _tuner_types.Trial:
         """The trial of an id."""

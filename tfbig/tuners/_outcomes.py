@@ -22,7 +22,7 @@ from tfbig.tuners import (
     _tuner_types,
 )
 
-__all__ = ("Constraints", "Outcomes")
+__all__ = ("Constraints", "Outcomes", "attributes_of")
 
 _STATUS = kt_trial.TrialStatus
 
@@ -118,7 +118,7 @@ class Outcomes:
         """
         trial.status = _STATUS.COMPLETED
         values, constraints = self._scored(trial)
-        outcome = _Outcome(TrialState.COMPLETE, _attrs(trial, None), values, constraints)
+        outcome = _Outcome(TrialState.COMPLETE, attributes_of(trial, None), values, constraints)
         return self._trials.end(index, **vars(outcome))
 
     def _judge(
@@ -137,10 +137,12 @@ class Outcomes:
                 return None
             trial.status = _STATUS.FAILED
         if trial.status == _STATUS.COMPLETED:
-            return _Outcome(TrialState.COMPLETE, _attrs(trial, why), values, constraints)
+            return _Outcome(TrialState.COMPLETE, attributes_of(trial, why), values, constraints)
         if trial.status == _STATUS.STOPPED:
-            return _Outcome(TrialState.PRUNED, _attrs(trial, _trials.STOPPED_EARLY), None, None)
-        return _Outcome(TrialState.FAIL, _attrs(trial, why or _trials.BROKEN), None, None)
+            return _Outcome(
+                TrialState.PRUNED, attributes_of(trial, _trials.STOPPED_EARLY), None, None
+            )
+        return _Outcome(TrialState.FAIL, attributes_of(trial, why or _trials.BROKEN), None, None)
 
     def _times_raised(self, index: int) -> int:
         """How often a trial was run again because it raised."""
@@ -223,7 +225,7 @@ class Outcomes:
         raise errors.SearchError(f"None of {len(ended)} trials completed{why}")
 
 
-def _attrs(trial: _tuner_types.Trial, why: str | None) -> dict[str, str | int]:
+def attributes_of(trial: _tuner_types.Trial, why: str | None) -> dict[str, str | int]:
     """What the study stores of an ended trial."""
     attrs = {
         _trials.VALUES: _json.dumps(trial.hyperparameters.values),

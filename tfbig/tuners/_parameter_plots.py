@@ -27,7 +27,8 @@ def _scale(one: _results.Searched, values: Iterable[object]) -> _scales.Scale:
         found = set(values)
         return _scales.Categories([str(c) for c in d.choices if c in found])
     assert isinstance(d, distributions.FloatDistribution | distributions.IntDistribution)
-    return _scales.Numbers(d.low, d.high, d.log)
+    is_whole = isinstance(d, distributions.IntDistribution)
+    return _scales.Numbers(d.low, d.high, d.log, is_whole=is_whole)
 
 
 class ParameterPlots:
@@ -163,7 +164,12 @@ class ParameterPlots:
         ended = [r for r in self._search.record.rows if r.status != _record.RUNNING]
         rows, left_out = _figures.thinned(ended, _MOST_LINES, ranks)
         lines = _Lines(self._search, varied[:_MOST_AXES], rows)
-        return Figure("Parallel coordinates", [lines.render()], notes + left_out, "wide")
+        chart = lines.render()
+        if lines.without_value:
+            notes.append(
+                f"At \N{EN DASH}, a trial has no value, or the hyperparameter is {_MISSING}."
+            )
+        return Figure("Parallel coordinates", [chart], notes + left_out, "wide")
 
 
 def _surface(
@@ -204,6 +210,9 @@ class _Lines:
         search: The search.
         axes: The hyperparameters.
         rows: The trials.
+
+    Attributes:
+        without_value: Where the axes are on which a trial that was drawn has no value.
     """
 
     TOP, HEIGHT, BELOW = 34, 230, 30
@@ -219,6 +228,7 @@ class _Lines:
         self._axes = axes
         self._rows = rows
         self._lefts = [70 + self.GAP * i for i in range(len(search.names) + len(axes))]
+        self.without_value: set[float] = set()
 
     def render(self) -> str:
         count = len(self._search.names)
@@ -236,6 +246,9 @@ class _Lines:
                 (left, self._down(scale.position(value)) if known else self._floor)
                 for left, scale, value, known in zip(self._lefts, scales, values, has, strict=True)
             ]
+            self.without_value |= {
+                x for (x, _), known in zip(points, has, strict=True) if not known
+            }
             path = "L".join(f"{x:g} {y:.1f}" for x, y in points)
             rank = ranks.get(row.trial)
             style = "" if rank is None else f' style="stroke:{_svg.color(rank)}"'
@@ -272,7 +285,8 @@ class _Lines:
                 f'<text class="over" x="{left + 4}" y="{y + 4:.1f}">{html.escape(cut)}'
                 f"<title>{html.escape(text)}</title></text>"
             )
-        yield (
-            f'<text class="over" x="{left + 4}" y="{self._floor + 4:.1f}">&ndash;'
-            f"<title>{_MISSING}, or no value</title></text>"
-        )
+        if left in self.without_value:
+            yield (
+                f'<text class="over" x="{left + 4}" y="{self._floor + 4:.1f}">&ndash;'
+                f"<title>{_MISSING}, or no value</title></text>"
+            )

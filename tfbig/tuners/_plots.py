@@ -84,7 +84,7 @@ class _Plots:
     def history(self, i: int) -> Figure:
         needs(self._record.rows, "there is no trial yet")
         rows, notes = _figures.thinned(self._record.rows, _MOST_POINTS, self._search.ranks[i])
-        x = _scales.Numbers(0, len(self._record.rows) - 1, margin=0.02)
+        x = _scales.Numbers(0, len(self._record.rows) - 1, margin=0.02, is_whole=True)
         y = self._search.values_scale(i)
         has_lane = any(self._search.value(row, i) is None for row in rows)
         chart = _svg.Chart(x, y, ("trial", self._names[i]), (860, 320), has_lane)
@@ -143,8 +143,10 @@ class _Plots:
         curves = [sorted(row.frozen.intermediate_values.items()) for row in rows]
         last = max(max(step for step, _ in curve) for curve in curves)
         y = _scales.numbers_for(value for curve in curves for _, value in curve)
-        x = _scales.Numbers(min(curve[0][0] for curve in curves), last, margin=0.01)
+        first = min(curve[0][0] for curve in curves)
+        x = _scales.Numbers(first, last, margin=0.01, is_whole=True)
         chart = _svg.Chart(x, y, ("epoch", self._names[0]), (860, 320))
+        ends = []
         for row, curve in zip(rows, curves, strict=True):
             step = max(1, len(curve) // _MOST_STEPS)
             kept = [*curve[:-1:step], curve[-1]]
@@ -158,7 +160,10 @@ class _Plots:
             chart.line(points, row.status, title, fill)
             if row.status == _record.PRUNED or len(points) == 1:
                 start = _svg.mark(*points[-1], row.status)
-                chart.add(f"{start}<title>{title}</title></path>")
+                ends.append(f"{start}<title>{title}</title></path>")
+        # No line covers them.
+        for end in ends:
+            chart.add(end)
         left = len(reported) - len(rows)
         note = f"Shows the {len(best)} best trials"
         if pruned:

@@ -7,26 +7,15 @@ from typing import Any
 import numpy as np
 from keras_tuner.src.engine import trial as kt_trial
 
-from tfbig.tuners import _json, _own_values, _search, _tuner_types, _views
-from tfbig.tuners._hyperparameters import HyperParameters
+from tfbig.tuners import _json, _oracle_trials, _own_values, _tuner_types, _views
 
 __all__ = ("PopulatesSpace",)
 
 _STATUS = kt_trial.TrialStatus
 
 
-class PopulatesSpace:
+class PopulatesSpace(_oracle_trials.OracleTrials):
     """The methods of an oracle that choose the values of a trial."""
-
-    hyperparameters: HyperParameters
-
-    @property
-    def _search(self) -> _search.Search:
-        raise NotImplementedError
-
-    @property
-    def trials(self) -> dict[str, _tuner_types.Trial]:
-        raise NotImplementedError
 
     @property
     def _has_own_values(self) -> bool:
@@ -49,7 +38,9 @@ class PopulatesSpace:
         if enqueued is not None:
             return _STATUS.RUNNING, self._with_active(enqueued)
         proposed = self.populate_space(_views.trial_id_of(index))
-        return proposed["status"], self._with_active(proposed.get("values") or {})
+        values = proposed.get("values") or {}
+        # What is proposed here has the values of all active hyperparameters.
+        return proposed["status"], self._with_active(values) if self._has_own_values else values
 
     def _with_active(self, values: _tuner_types.Values) -> _tuner_types.Values:
         """Values of JSON, with those of all active hyperparameters."""

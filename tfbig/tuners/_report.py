@@ -61,7 +61,7 @@ def _searched(record: _record.Record) -> Iterator[tuple[str, str]]:
     yield "Objective", settings.pop("objective", ", ".join(goals))
     yield "Searched by", record.searched_by
     seed = settings.pop("seed", "")
-    yield from ((name.capitalize(), value) for name, value in settings.items())
+    yield from ((name.capitalize(), value) for name, value in settings.items() if value)
     yield "Seed", seed
     counts = ", ".join(f"{count} {status}" for status, count in record.counts().items())
     most = f" of {record.max_trials}" if record.max_trials else ""

@@ -38,14 +38,23 @@ class Numbers:
         high: The value at its end.
         is_log: Whether it is logarithmic.
         margin: The part of the axis that is left free at both ends.
+        is_whole: Whether there is nothing between whole numbers.
 
     Attributes:
         beyond: How many of the values that it was made for lie beyond its ends.
         is_empty: Whether there are no values to show, and so no ticks.
     """
 
-    def __init__(self, low: float, high: float, is_log: bool = False, margin: float = 0.04) -> None:
+    def __init__(
+        self,
+        low: float,
+        high: float,
+        is_log: bool = False,
+        margin: float = 0.04,
+        is_whole: bool = False,
+    ) -> None:
         self._is_log = is_log and low > 0
+        self._least_step = 1.0 if is_whole else 0.0
         self.beyond = 0
         self.is_empty = False
         start, end = self._inner(low), self._inner(high)
@@ -78,7 +87,7 @@ class Numbers:
         ]
 
     def _steps(self, most: int) -> list[float]:
-        rough = (self._end - self._start) / max(most, 1)
+        rough = max((self._end - self._start) / max(most, 1), self._least_step)
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * n for n in (1, 2, 5, 10) if power * n >= rough * 0.999)
         first = math.ceil(self._start / step)
@@ -93,7 +102,9 @@ class Numbers:
         powers = range(max(first, -_MOST_DECADES), min(last, _MOST_DECADES) + 1)
         if self._end - self._start < 0.5:
             # A log axis over less than half a decade is nearly linear.
-            return Numbers(10**self._start, 10**self._end, margin=0)._steps(most)
+            is_whole = self._least_step > 0
+            linear = Numbers(10**self._start, 10**self._end, margin=0, is_whole=is_whole)
+            return linear._steps(most)
         inside = [p for p in powers if self._start <= p <= self._end]
         if len(inside) >= 3 or most < 3:
             return [10.0**p for p in inside[:: max(1, math.ceil(len(inside) / max(most, 1)))]]

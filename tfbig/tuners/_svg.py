@@ -14,9 +14,12 @@ Point: TypeAlias = tuple[float, float]
 
 # The average width of a letter in the 11 px font of labels.
 _LETTER = 6.0
-# The longest label of a tick, and the height of the lane of points without a value, in pixels.
+# The longest label of a tick, in pixels.
 _LONGEST = 84.0
-_LANE = 16
+# The height of the lane of points without a value: three rows, so that failed, infeasible and other
+# trials with the same value do not cover each other.
+_LANE = 33
+_LANE_ROWS = {"infeasible": 0.2, "failed": 0.8}
 _NO_VALUE = "no value"
 
 # From the best to the worst; also told apart by those who do not see all colors, and in print.
@@ -69,8 +72,7 @@ class Chart:
         width, height = size
         self._y_ticks = y.ticks(max(2, height // 45))
         beside = [text for _, text in self._y_ticks] + [_NO_VALUE] * has_lane
-        widest = max(map(len, beside), default=0) * _LETTER
-        self.left = 30 + min(widest, _LONGEST)
+        self.left = 30 + max(map(_wide, beside), default=0)
         self.right, self.top = width - 12.0, 10.0
         self._x_ticks, self._is_turned = self._fitting(self.right - self.left)
         under = 38 + (0.6 * self._longest_x() if self._is_turned else 0)
@@ -83,16 +85,27 @@ class Chart:
             ticks = self._x.ticks(most)
             if isinstance(self._x, _scales.Categories):
                 ticks = self._x.ticks(max(1, int(room / 14)))
-            gaps = [b[0] - a[0] for a, b in itertools.pairwise(ticks)]
-            wide = max((min(len(t) * _LETTER, _LONGEST) for _, t in ticks), default=0)
-            if not gaps or wide + 8 <= min(gaps) * room:
+            if self._are_apart(ticks, room):
                 return ticks, False
             if isinstance(self._x, _scales.Categories):
                 return ticks, True
         return ticks[:1], False
 
+    def _are_apart(self, ticks: list[_scales.Tick], room: float) -> bool:
+        """Whether no label of horizontal ticks is nearer than a few pixels to the next."""
+        middles = [self._middle(self.left + place * room, text) for place, text in ticks]
+        labels = zip(middles, (text for _, text in ticks), strict=True)
+        return all(
+            b - a >= (_wide(left) + _wide(right)) / 2 + 8
+            for (a, left), (b, right) in itertools.pairwise(labels)
+        )
+
+    def _middle(self, x: float, text: str) -> float:
+        """Where the middle of a label under an axis is, which may not leave the chart."""
+        return min(x, self._size[0] - _wide(text) / 2)
+
     def _longest_x(self) -> float:
-        return min(max(len(t) * _LETTER for _, t in self._x_ticks), _LONGEST)
+        return max(_wide(text) for _, text in self._x_ticks)
 
     # --- The frame ---
 
@@ -111,8 +124,7 @@ class Chart:
             turned = f' transform="rotate(-35 {x:.1f} {low + 14:.1f})"' if self._is_turned else ""
             anchor = "end" if self._is_turned else "middle"
             if not self._is_turned:
-                half = len(text) * _LETTER / 2
-                x = min(x, self._size[0] - half)
+                x = self._middle(x, text)
             frame.append(_label(x, low + 15, text, anchor, turned))
         if has_lane:
             middle = self.bottom + _LANE / 2 + 4
@@ -132,12 +144,9 @@ class Chart:
     def _down(self, place: float) -> float:
         return self.bottom - place * (self.bottom - self.top)
 
-    def at(self, x: object, y: object | None) -> Point:
-        """Where a point lies; in the lane at the bottom without a `y`."""
-        across = self._across(self._x.position(x))
-        if y is None:
-            return across, self.bottom + _LANE / 2
-        return across, self._down(self._y.position(y))
+    def at(self, x: object, y: object) -> Point:
+        """Where a point lies."""
+        return self._across(self._x.position(x)), self._down(self._y.position(y))
 
     # --- What it shows ---
 
@@ -156,13 +165,18 @@ class Chart:
 
         Args:
             x: Its value on the horizontal axis.
-            y: Its value on the vertical axis; None for the lane of points without one.
+            y: Its value on the vertical axis; None for the lane of points without one, in which
+                each status has its row.
             kind: The status of the trial.
             title: What a pointer over it shows, escaped.
             fill: A color instead of that of the status.
         """
         style = f' style="fill:{fill}"' if fill else ""
-        self.add(f"{mark(*self.at(x, y), kind, style)}<title>{title}</title></path>")
+        at = self.bottom + _LANE * _LANE_ROWS.get(kind, 0.5)
+        if y is not None:
+            at = self._down(self._y.position(y))
+        across = self._across(self._x.position(x))
+        self.add(f"{mark(across, at, kind, style)}<title>{title}</title></path>")
 
     def line(self, points: Sequence[Point], kind: str, title: str = "", style: str = "") -> None:
         """Adds a line through points in pixels."""
@@ -178,11 +192,18 @@ class Chart:
 
 
 def svg(width: float, height: float, title: str, items: Iterable[str]) -> str:
-    """An SVG element, which is never larger than the page is wide."""
+    """An SVG element, which is never drawn larger than this, or than the page is wide."""
+    # The style sheet knows no attributes of elements.
+    style = f"--width:{width:g}px;max-width:{width:g}px"
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px" role="img" '
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="{style}" role="img" '
         f'aria-label="{html.escape(title)}">{"".join(items)}</svg>'
     )
+
+
+def _wide(text: str) -> float:
+    """How wide the label of a tick is, in pixels."""
+    return min(len(text) * _LETTER, _LONGEST)
 
 
 def _label(x: float, y: float, text: str, anchor: str, attributes: str = "") -> str:

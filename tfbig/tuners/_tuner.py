@@ -387,14 +387,31 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
                 found.append(self._build_hypermodel(hp.copy()))
         return mup.parametrize(found[0], base=found[1], delta=found[2])
 
+    def save_model(self, trial_id: str, model: keras.Model, step: int = 0) -> None:
+        """Saves the weights that `get_best_models` loads; for a `run_trial` of your own.
+
+        What `fit` trains with the callbacks of the tuner is saved without it.
+
+        Args:
+            trial_id: The id of the trial.
+            model: The model, whose weights replace those saved before.
+            step: As in KerasTuner, which ignores it.
+        """
+        del step
+        path = self._get_checkpoint_fname(trial_id)
+        saving = _trial_callbacks.KeepBestWeights(self.oracle.objective, path, None)
+        saving.set_model(model)
+        saving.on_epoch_end(0)
+
     def load_model(self, trial: _tuner_types.Trial) -> keras.Model:
         """The model of a trial with the weights of its best epoch."""
         path = self._get_checkpoint_fname(trial.trial_id)
         if not os.path.exists(path):
             raise errors.SearchError(
-                f"The weights of trial {trial.trial_id} are not kept: only those of the best "
-                f"{self._keep_best_k} trials are. Use a larger `keep_best_k`, or train again with "
-                "get_best_hyperparameters()."
+                f"The weights of trial {trial.trial_id} are not there: only those of the best "
+                f"{self._keep_best_k} trials are kept, and only if they were saved. Use a larger "
+                "`keep_best_k`; call `save_model` in a `run_trial` of your own; or train again "
+                "with get_best_hyperparameters()."
             )
         model = self._try_build(trial.hyperparameters)
         with keras_tuner.engine.tuner.maybe_distribute(self.distribution_strategy):
