@@ -74,7 +74,7 @@ def encoder(rate=0.0):
     x = layers.Conv2D(4, 4, 4)(images)
     x = layers.Reshape((4, 4))(x)
     x += layers.Dropout(rate)(layers.MultiHeadAttention(2, 2)(x, x))
-    return images, layers.Dense(4)(layers.GlobalAveragePooling1D()(layers.Dense(256, "relu")(x)))
+    return images, layers.Dense(4)(layers.GlobalAveragePooling1D()(layers.Dense(1024, "relu")(x)))
 
 
 DATA = {
@@ -239,9 +239,27 @@ KEPT = {
         lambda x: tf.ensure_shape(tf.py_function(lambda v: v, [x], x.dtype), x.shape)
     ),
     "half": lambda: dense(lambda x: ops.cast(ops.cast(x, "float16"), x.dtype)),
+    "large_products": lambda: _of_width(700),
+    "long": lambda: _attention_of(257),
+    "cumulative": lambda: dense(lambda x: x + tf.cumsum(tf.ones((1025, 1), x.dtype))[-1, 0]),
     "recurrent": lambda: _with_layer(layers.LSTM(4)),
     "convolutional": lambda: _with_layer(layers.Conv1D(64, 3)),
 }
+
+
+def _of_width(width):
+    inputs = keras.Input((LENGTH, WIDTH))
+    x = layers.Dense(width)(inputs)
+    for _ in range(3):
+        x = layers.Dense(width, "relu")(x)
+    return inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(x))
+
+
+def _attention_of(tokens):
+    inputs = keras.Input((LENGTH, WIDTH))
+    x = layers.Reshape((-1, 2))(layers.Dense(2 * tokens)(inputs)[:, 0])
+    x = layers.MultiHeadAttention(1, 2)(x, x)
+    return inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(x))
 
 
 def _with_layer(layer):
@@ -277,6 +295,12 @@ def test_leaves_batches_of_any_length_alone(compiled, of_any_size):
 
 def test_compiles_a_model_of_dense_layers(compiled, of_any_size):
     train_a_batch(dense)
+    assert compiled
+
+
+@pytest.mark.parametrize("build", [lambda: _attention_of(256), lambda: _of_width(100)])
+def test_compiles_what_is_not_too_large(compiled, of_any_size, build):
+    train_a_batch(build)
     assert compiled
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 
@@ -15,7 +16,7 @@ from tfbig._keras.saving import Functional
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
 
-__all__ = ("calls_of", "floating_point_operations", "products", "products_of_forward_pass")
+__all__ = ("calls_of", "floating_point_operations", "of_operations", "products_of_forward_pass")
 
 # As types, which what comes from Keras has none of for mypy.
 _CHAINS: tuple[type, ...] = (Functional, keras.Sequential)
@@ -98,15 +99,31 @@ def products_of_forward_pass(
     return whole, sum(meter.work.values())
 
 
-def products(operations: Iterable[tf.Operation]) -> tuple[float, float]:
-    """The work of matrix products and convolutions for one sample; that of convolutions alone.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Multiplications and additions for one sample.
 
-    Args:
-        operations: of a graph whose number of samples is not known.
+    Attributes:
+        products: of matrix products and convolutions.
+        convolutions: of convolutions alone.
+        others: of all other operations, one for each value.
     """
-    found = [(o.type.startswith(("Conv", "Depthwise")), _work_of(o, False)) for o in operations]
-    whole = sum(work for _, work in found) / _UNKNOWN_DIMENSION
-    return whole, sum(work for is_convolution, work in found if is_convolution) / _UNKNOWN_DIMENSION
+
+    products: float
+    convolutions: float
+    others: float
+
+
+def of_operations(operations: Iterable[tf.Operation]) -> Work:
+    """The work of operations of a graph whose number of samples is not known."""
+    products = convolutions = everything = 0.0
+    for operation in operations:
+        work = _work_of(operation, False) / _UNKNOWN_DIMENSION
+        products += work
+        if operation.type.startswith(("Conv", "Depthwise")):
+            convolutions += work
+        everything += _work_of(operation, True) / _UNKNOWN_DIMENSION
+    return Work(products, convolutions, everything - products)
 
 
 def _spec_of_one(tensor: keras.KerasTensor) -> tf.TypeSpec:
@@ -172,8 +189,14 @@ def _work_of(operation: tf.Operation, are_all_counted: bool) -> float:
         # Of a conditional, the branch with most work.
         return max(inner)
     results = float(sum(_size(t) for t in operation.outputs))
-    if kind in ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
-        is_transposed = operation.get_attr("transpose_a" if kind == "MatMul" else "adj_x")
+    if kind == "MatMul":
+        rows = operation.inputs[0]
+        # Samples and positions are one dimension of a product, which may hide how many there are.
+        while rows.op.type == "Reshape":
+            rows = rows.op.inputs[0]
+        return 2.0 * _size(rows) * _dimensions(operation.outputs[0])[-1]
+    if kind in ("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
+        is_transposed = operation.get_attr("adj_x")
         return 2 * results * _dimensions(operation.inputs[0])[-2 if is_transposed else -1]
     if kind == "Einsum":
         return 2 * _size_of_einsum(operation)
