@@ -6,6 +6,8 @@ import importlib.util
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import command_line
 from absl import flags
@@ -50,6 +52,13 @@ RUNS = flags.DEFINE_integer("runs", 3, "Processes for each row.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 5, "Effective batches timed in a run.", lower_bound=1)
 _THREADS = flags.DEFINE_integer(
     "threads", None, "Threads of an operation; by default all cores.", lower_bound=1
+)
+HARDWARE = flags.DEFINE_enum(
+    "hardware",
+    "cpu",
+    ["cpu", "gpu"],
+    "Where to train. gpu is the first GPU of TensorFlow; memory is then that of the GPU. There are "
+    "no --peers and no row pipeline for it.",
 )
 TIMEOUT = flags.DEFINE_float(
     "timeout", 900.0, "Seconds after which a process is killed.", lower_bound=0.0
@@ -168,8 +177,27 @@ def _check_modes() -> None:
         for name in ("models", "batch_size", "rows", "peers", "threads", "png"):
             if mode.value and flags.FLAGS[name].present:
                 raise ValueError(f"--{name} does not go with --{mode.name}")
+    if HARDWARE.value == "gpu":
+        _check_gpu()
     if IN_TURN.value and PNG.value is not None:
         raise ValueError("--png does not go with --in_turn")
+
+
+def _check_gpu() -> None:
+    for mode in (TUNERS, NETWORK):
+        if mode.value:
+            raise ValueError(f"--hardware=gpu does not go with --{mode.name}")
+    if PEERS.value:
+        raise ValueError("--hardware=gpu does not go with --peers: they are installed for CPUs")
+    if "pipeline" in ROWS.value:
+        raise ValueError("--hardware=gpu does not go with the row pipeline: its stages are CPUs")
+    # In a process of its own, since one that has looked may keep memory of the GPU.
+    look = "import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices('GPU'))"
+    if subprocess.run([sys.executable, "-c", look], capture_output=True, check=False).returncode:
+        raise ValueError(
+            "--hardware=gpu needs a GPU that TensorFlow sees, and there is none. Leave it out to "
+            "measure on the CPU"
+        )
 
 
 def _check_files() -> None:
@@ -187,7 +215,7 @@ def _tasks() -> list[Task]:
     if not names or not MODELS_FLAG.value:
         raise ValueError("there is nothing to measure: --models, or --rows and --peers, are empty")
     return [
-        Task(name, model, whole, k, STEPS.value, _THREADS.value or _cores())
+        Task(name, model, whole, k, STEPS.value, _THREADS.value or _cores(), HARDWARE.value)
         for model in MODELS_FLAG.value
         for k, whole in _splits()
         for name in names
