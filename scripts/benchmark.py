@@ -34,6 +34,9 @@ sent against accumulation that exchanges each micro-batch. This needs Linux, ipr
 the right to make network namespaces, which root has; elsewhere one line says that it is skipped,
 and the exit code is 0.
 
+With --scaling, nothing is measured: tables say what an update would take on up to 4,096 replicas,
+computing and exchange, for several networks and numbers of micro-batches.
+
 With --tuners, searches without models: how good they get, and how long a suggestion takes. With
 --tables as well, searches in tables of models that others have measured, and in learning curves.
 The files of --json and --markdown are then written after each row.

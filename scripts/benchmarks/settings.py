@@ -84,6 +84,21 @@ NETWORK = flags.DEFINE_boolean(
     "--gradient_accumulation_steps is then 1,4,16 by default, --micro_batch_size is per worker, "
     "and all --runs use the same two processes.",
 )
+SCALING = flags.DEFINE_boolean(
+    "scaling",
+    False,
+    "Measure nothing: print what updates of a model with --parameters would take on up to 4,096 "
+    "replicas. --gradient_accumulation_steps is then 1,4,16,64 by default.",
+)
+PARAMETERS = flags.DEFINE_integer(
+    "parameters", 1_000_000_000, "Parameters of the model, for --scaling.", lower_bound=1
+)
+MICRO_BATCH_SECONDS = flags.DEFINE_float(
+    "micro_batch_seconds",
+    0.8,
+    "Seconds of a micro-batch, forward and backward, for --scaling.",
+    lower_bound=1e-9,
+)
 TUNERS = flags.DEFINE_boolean(
     "tuners", False, "Measure searches for the minimum of two functions instead."
 )
@@ -173,7 +188,14 @@ def _check_modes() -> None:
         raise ValueError("--tables needs --tuners")
     if TUNERS.value and NETWORK.value:
         raise ValueError("--tuners does not go with --network")
-    for mode in (TUNERS, NETWORK):
+    if SCALING.value:
+        for name in ("tuners", "network", "in_turn", "micro_batch_size", "steps", "runs"):
+            if flags.FLAGS[name].present:
+                raise ValueError(f"--{name} does not go with --scaling")
+    for name in ("parameters", "micro_batch_seconds"):
+        if flags.FLAGS[name].present and not SCALING.value:
+            raise ValueError(f"--{name} needs --scaling")
+    for mode in (TUNERS, NETWORK, SCALING):
         for name in ("models", "batch_size", "rows", "peers", "threads", "png"):
             if mode.value and flags.FLAGS[name].present:
                 raise ValueError(f"--{name} does not go with --{mode.name}")
@@ -184,7 +206,7 @@ def _check_modes() -> None:
 
 
 def _check_gpu() -> None:
-    for mode in (TUNERS, NETWORK):
+    for mode in (TUNERS, NETWORK, SCALING):
         if mode.value:
             raise ValueError(f"--hardware=gpu does not go with --{mode.name}")
     if PEERS.value:
