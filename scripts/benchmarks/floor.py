@@ -76,11 +76,31 @@ def milliseconds_per_sample(name: str, micro_batch_size: int) -> float:
         name: A key of `models.MODELS`.
         micro_batch_size: Samples of a micro-batch.
     """
+    multiply = warm_multiplication(name, micro_batch_size)
+    seconds: list[float] = []
+    while len(seconds) < _LEAST_CALLS or sum(seconds) < _SECONDS:
+        begin = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(seconds) / micro_batch_size
+
+
+def warm_multiplication(name: str, micro_batch_size: int) -> Callable[[], None]:
+    """A function that computes all products of a micro-batch; see `milliseconds_per_sample`."""
     import keras
 
     model = keras.Model(*models.MODELS[name]())
     found = products(model, *models.data(name, micro_batch_size))
-    return 1e3 * _seconds(found) / micro_batch_size
+    function, factors = multiplication(found)
+
+    def multiply() -> None:
+        # Waits until it is computed.
+        float(function(*factors))
+
+    # The first calls optimize the graph, and take memory.
+    for _ in range(2):
+        multiply()
+    return multiply
 
 
 def products(model: keras.Model, x: Any, y: Any) -> collections.Counter[Product]:
@@ -173,17 +193,3 @@ def multiplication(
     specs = [tf.TensorSpec(shape, dtype) for shape, dtype in shapes]
     function = tf.function(multiply, autograph=False).get_concrete_function(*specs)
     return function, [tf.cast(tf.random.normal(shape), dtype) for shape, dtype in shapes]
-
-
-def _seconds(found: collections.Counter[Product]) -> float:
-    """The median time of a call that computes all products."""
-    function, factors = multiplication(found)
-    # The first calls optimize the graph, and take memory.
-    for _ in range(2):
-        float(function(*factors))
-    seconds: list[float] = []
-    while len(seconds) < _LEAST_CALLS or sum(seconds) < _SECONDS:
-        begin = time.perf_counter()
-        float(function(*factors))
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)

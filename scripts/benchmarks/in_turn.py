@@ -63,7 +63,12 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
     updates = [_updates(task) for task in tasks]
     seconds: list[list[float]] = [[] for _ in tasks]
     cpu_seconds: list[list[float]] = [[] for _ in tasks]
+    multiply = floor.warm_multiplication(tasks[0].model, tasks[0].micro_batch_size)
+    of_products: list[float] = []
     for i in range(tasks[0].batches):
+        begin = time.perf_counter()
+        multiply()
+        of_products.append((time.perf_counter() - begin) / tasks[0].micro_batch_size)
         turns = list(zip(updates, seconds, cpu_seconds, strict=True))
         # Both orders, since the first of a round finds other caches than the last.
         for update, taken, cpu_taken in turns if i % 2 else reversed(turns):
@@ -71,7 +76,6 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
             update()
             taken.append(time.perf_counter() - begin)
             cpu_taken.append(time.process_time() - cpu_begin)
-    of_products = floor.milliseconds_per_sample(tasks[0].model, tasks[0].micro_batch_size)
     found = []
     for task, taken, cpu_taken in zip(tasks, seconds, cpu_seconds, strict=True):
         ratios = [a / b for a, b in zip(taken, seconds[0], strict=True)]
@@ -83,8 +87,10 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
             "seconds": statistics.median(taken),
             "ratio": statistics.median(ratios),
             "cpu_seconds": statistics.median(cpu_taken),
-            "floor_milliseconds": of_products,
-            "floor_ratio": 1e3 * statistics.median(taken) / task.batch_size / of_products,
+            "floor_milliseconds": 1e3 * statistics.median(of_products),
+            "floor_ratio": statistics.median(
+                a / task.batch_size / b for a, b in zip(taken, of_products, strict=True)
+            ),
         }
         found.append(row)
     for cells in (_HEADS, *map(_cells, found)):
