@@ -3,8 +3,10 @@
 Every row runs in a process of its own, the rows in turn, several times over; the table has
 medians. Time is that of one effective batch after warm-up, memory the largest resident size
 of the process. The ratio is to plain Keras at the micro-batch, which applies the optimizer
-once per micro-batch. Below the table, one line for each row of tfbig that is beaten says by
-what, and in what.
+once per micro-batch. Seconds say little on another machine, so beside each row is its floor: the
+time of the matrix products and convolutions of a micro-batch alone, forward and backward, measured
+in the same process after the row, and how many times as long the row takes. Below the table, one
+line for each row of tfbig that is beaten says by what, and in what.
 
 Without --gradient_accumulation_steps, --batch_size is split into micro-batches of
 --micro_batch_size samples. With it, --batch_size is split into so many; or, if
@@ -24,10 +26,16 @@ use more: it has no setting for that. The row pipeline divides the threads betwe
 With --in_turn, the rows of a model run in one process, an update of each in turn. The ratios are
 then meaningful on a shared machine too, since other load slows all rows alike.
 
+With --hardware=gpu, the rows of Keras and tfbig run on the first GPU, and memory is what
+TensorFlow's allocator has given there at most.
+
 With --network, tfbig runs on two workers with a narrow link between them: samples and bytes
 sent against accumulation that exchanges each micro-batch. This needs Linux, iproute2 and
 the right to make network namespaces, which root has; elsewhere one line says that it is skipped,
 and the exit code is 0.
+
+With --scaling, nothing is measured: tables say what an update would take on up to 4,096 replicas,
+computing and exchange, for several networks and numbers of micro-batches.
 
 With --tuners, searches without models: how good they get, and how long a suggestion takes. With
 --tables as well, searches in tables of models that others have measured, and in learning curves.
@@ -60,8 +68,8 @@ flags.adopt_module_key_flags(settings)
 
 
 def _benchmark() -> int:
-    # On a GPU, ru_maxrss would be host memory.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    if settings.HARDWARE.value == "cpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     if settings.ROW.value is not None:
         measured = network.measure(settings.steps_list(), *settings.numbers())
         pathlib.Path(settings.ROW.value).write_text(json.dumps(measured))

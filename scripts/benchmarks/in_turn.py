@@ -13,7 +13,7 @@ from typing import Any
 
 import command_line
 
-from benchmarks import models, rows, with_keras
+from benchmarks import floor, models, rows, with_keras
 from benchmarks.markdown import Table
 from benchmarks.process import Task
 
@@ -62,15 +62,22 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
     keras.utils.set_random_seed(0)
     updates = [_updates(task) for task in tasks]
     seconds: list[list[float]] = [[] for _ in tasks]
+    cpu_seconds: list[list[float]] = [[] for _ in tasks]
+    multiply = floor.warm_multiplication(tasks[0].model, tasks[0].micro_batch_size)
+    of_products: list[float] = []
     for i in range(tasks[0].batches):
-        turns = list(zip(updates, seconds, strict=True))
+        begin = time.perf_counter()
+        multiply()
+        of_products.append((time.perf_counter() - begin) / tasks[0].micro_batch_size)
+        turns = list(zip(updates, seconds, cpu_seconds, strict=True))
         # Both orders, since the first of a round finds other caches than the last.
-        for update, taken in turns if i % 2 else reversed(turns):
-            begin = time.perf_counter()
+        for update, taken, cpu_taken in turns if i % 2 else reversed(turns):
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             update()
             taken.append(time.perf_counter() - begin)
+            cpu_taken.append(time.process_time() - cpu_begin)
     found = []
-    for task, taken in zip(tasks, seconds, strict=True):
+    for task, taken, cpu_taken in zip(tasks, seconds, cpu_seconds, strict=True):
         ratios = [a / b for a, b in zip(taken, seconds[0], strict=True)]
         row = {
             "model": task.model,
@@ -79,10 +86,19 @@ def measure(tasks: list[Task]) -> list[dict[str, Any]]:
             "effective_batch": task.batch_size,
             "seconds": statistics.median(taken),
             "ratio": statistics.median(ratios),
+            "cpu_seconds": statistics.median(cpu_taken),
+            "floor_milliseconds": 1e3 * statistics.median(of_products),
+            "floor_ratio": statistics.median(
+                a / task.batch_size / b for a, b in zip(taken, of_products, strict=True)
+            ),
         }
         found.append(row)
-        print("{:<6}{:>4}  {:<42}{:>10}{:>7}".format(*_cells(row)))
+    for cells in (_HEADS, *map(_cells, found)):
+        print("{:<6}{:>4}  {:<42}{:>10}{:>7}{:>8}{:>10}{:>9}".format(*cells))
     return found
+
+
+_HEADS = ("model", "K", "row", "samples/s", "ratio", "CPU ms", "floor ms", "x floor")
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -92,11 +108,17 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["row"],
         f"{row['effective_batch'] / row['seconds']:.1f}",
         f"{row['ratio']:.3f}",
+        f"{1e3 * row['cpu_seconds'] / row['effective_batch']:.3g}",
+        f"{row['floor_milliseconds']:.3g}",
+        f"{row['floor_ratio']:.2f}",
     )
 
 
 def table(measured: list[dict[str, Any]]) -> Table:
     """What `measure` has returned."""
-    title = "Medians, the rows in turn in one process; ratio of time to the first row"
-    heads = ("model", "K", "row", "samples/s", "ratio")
-    return Table(title, heads, [_cells(row) for row in measured])
+    title = (
+        "Medians, the rows in turn in one process; ratio of time to the first row; per sample, CPU "
+        "time and the floor, which is the time of the matrix products and convolutions of a "
+        "micro-batch alone"
+    )
+    return Table(title, _HEADS, [_cells(row) for row in measured])

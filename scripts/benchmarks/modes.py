@@ -17,6 +17,7 @@ from benchmarks import (
     population,
     report,
     rows,
+    scaling,
     settings,
     table_searches,
     tables,
@@ -61,6 +62,8 @@ def measure(program: str, keep: Callable[[Outcome], None]) -> Outcome:
         return _of_tables(keep)
     if settings.TUNERS.value:
         return _of_tuners(keep)
+    if settings.SCALING.value:
+        return _on_paper()
     if settings.NETWORK.value:
         return _over_network(program)
     return _in_turn() if settings.IN_TURN.value else _in_processes()
@@ -109,6 +112,15 @@ def _over_network(program: str) -> Outcome:
     measured = network.compare(program, counts, *settings.numbers())
     about = {"micro_batch_size": settings.MICRO_BATCH_SIZE.value}
     return Outcome(measured, about, [network.table(measured)])
+
+
+def _on_paper() -> Outcome:
+    training = scaling.Training(settings.PARAMETERS.value, settings.MICRO_BATCH_SECONDS.value)
+    counts = settings.steps_list((1, 4, 16, 64))
+    found = scaling.tables(training, counts)
+    scaling.show(found)
+    measured = scaling.rows(training, counts) + scaling.remedies(training)
+    return Outcome(measured, {"parameters": training.parameters}, found)
 
 
 def _in_turn() -> Outcome:

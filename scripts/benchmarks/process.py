@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 WARM_UP = 2  # Effective batches before the timed ones.
 LEARNING_RATE, EPSILON = 1e-3, 1e-7  # Adam's; the default epsilon differs between frameworks.
@@ -31,6 +32,7 @@ class Task:
         gradient_accumulation_steps: Micro-batches per effective batch; divides it.
         steps: Effective batches to time.
         threads: Threads of an operation.
+        hardware: A value of --hardware.
     """
 
     row: str
@@ -39,6 +41,7 @@ class Task:
     gradient_accumulation_steps: int
     steps: int
     threads: int
+    hardware: str = "cpu"
 
     @property
     def micro_batch_size(self) -> int:
@@ -62,35 +65,53 @@ def peak_mib() -> float:
 
 
 class Measurement:
-    """Time from now to the end of each effective batch, and memory.
+    """Time from now to the end of each effective batch, CPU time, and memory.
 
     Make it after the imports and the data, before the model.
+
+    Args:
+        task: What is measured.
+        peak: The largest memory so far, in MiB.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, peak: Callable[[], float] = peak_mib) -> None:
         self._task = task
-        self._peak_before = peak_mib()
+        self._peak = peak
+        self._peak_before = peak()
         self._ends: list[float] = []
+        self._cpu_ends: list[float] = []
 
     def begin(self) -> None:
         """Call it right before training."""
-        self._ends.append(time.perf_counter())
+        self.end_batch()
 
     def end_batch(self) -> None:
         """Call it after each effective batch, its update included."""
         self._ends.append(time.perf_counter())
+        self._cpu_ends.append(time.process_time())
 
-    def answer(self, parameters: int) -> None:
-        """Prints what was measured."""
-        seconds = [after - before for before, after in itertools.pairwise(self._ends)]
+    def answer(self, parameters: int, floor: Callable[[], float] | None = None) -> None:
+        """Prints what was measured.
+
+        Args:
+            parameters: Of the model.
+            floor: Measures milliseconds for the products of a sample. It is called after all else
+                is measured, since it takes memory.
+        """
+        seconds, cpu_seconds = (
+            [after - before for before, after in itertools.pairwise(ends)]
+            for ends in (self._ends, self._cpu_ends)
+        )
         if len(seconds) != self._task.batches:
             raise RuntimeError(f"{len(seconds)} updates instead of {self._task.batches}")
-        peak = peak_mib()
+        peak = self._peak()
         measured = {
             "first_update_seconds": seconds[0],
             "seconds": seconds[WARM_UP:],
+            "cpu_seconds": cpu_seconds[WARM_UP:],
             "peak_mib": peak,
             "growth_mib": peak - self._peak_before,
             "parameters": parameters,
+            "floor_milliseconds": None if floor is None else floor(),
         }
         print(json.dumps(measured))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import statistics
 from typing import Any
 
+from benchmarks import peers
 from benchmarks.markdown import Table
 from benchmarks.rows import OF_TFBIG, ROWS, Row
 
@@ -26,10 +29,33 @@ def ratios(rows: list[Row]) -> list[float | None]:
     ]
 
 
+def floors(rows: list[Row]) -> list[tuple[float, float] | None]:
+    """Milliseconds of the products of a sample, and how many times as long each row takes.
+
+    TensorFlow measures the floor. Rows of other frameworks have the median of those of TensorFlow's
+    rows of the same model and number of micro-batches, or None if there are none.
+    """
+    measured = collections.defaultdict(list)
+    for row in rows:
+        if floor := row.summary().get("floor_milliseconds"):
+            measured[row.group].append(floor)
+    found: list[tuple[float, float] | None] = []
+    for row in rows:
+        s = row.summary()
+        if "floor_ratio" in s:
+            found.append((s["floor_milliseconds"], s["floor_ratio"]))
+        elif s and row.group in measured:
+            floor = statistics.median(measured[row.group])
+            found.append((floor, 1e3 * s["seconds"] / row.task.batch_size / floor))
+        else:
+            found.append(None)
+    return found
+
+
 def document(rows: list[Row]) -> list[dict[str, Any]]:
     """The rows as --json holds them."""
     written: list[dict[str, Any]] = []
-    for row, ratio in zip(rows, ratios(rows), strict=True):
+    for row, ratio, floor in zip(rows, ratios(rows), floors(rows), strict=True):
         model, k = row.group
         head: dict[str, Any] = {"model": model, "gradient_accumulation_steps": k, "row": row.title}
         head["effective_batch"] = row.task.batch_size
@@ -37,17 +63,25 @@ def document(rows: list[Row]) -> list[dict[str, Any]]:
             head |= {"skipped": row.skipped} if row.skipped else {"error": row.error}
             written.append(head)
         else:
-            written.append(head | row.summary() | {"ratio": ratio, "runs": row.runs})
+            of_floor = dict(zip(("floor_milliseconds", "floor_ratio"), floor or (), strict=False))
+            written.append(head | row.summary() | of_floor | {"ratio": ratio, "runs": row.runs})
     return written
 
 
+_OF_PEERS = "for PyTorch and JAX, that of TensorFlow's rows"
+
 _HEADS = (
     *("model", "K", "row", "samples/s", "min-max", "ratio"),
+    *("CPU ms", "floor ms", "x floor"),
     *("first s", "start s", "peak MiB", "growth"),
 )
 
 
-def _cells(row: Row, ratio: float | None) -> tuple[str, ...]:
+def _lines(rows: list[Row]) -> list[tuple[str, ...]]:
+    return [_cells(*of_row) for of_row in zip(rows, ratios(rows), floors(rows), strict=True)]
+
+
+def _cells(row: Row, ratio: float | None, floor: tuple[float, float] | None) -> tuple[str, ...]:
     """A line of the table; of a row without numbers the reason follows the name."""
     head = (row.task.model, str(row.task.gradient_accumulation_steps), row.title)
     s = row.summary()
@@ -58,6 +92,8 @@ def _cells(row: Row, ratio: float | None) -> tuple[str, ...]:
         f"{s['samples_per_second']:.1f}",
         f"{s['samples_per_second_min']:.1f}-{s['samples_per_second_max']:.1f}",
         "-" if ratio is None else f"{ratio:.2f}",
+        f"{1e3 * s['cpu_seconds'] / row.task.batch_size:.3g}",
+        *(("-", "-") if floor is None else (f"{floor[0]:.3g}", f"{floor[1]:.2f}")),
         f"{s['first_update_seconds']:.2f}",
         f"{s['start_seconds']:.2f}",
         f"{s['peak_mib']:.0f}",
@@ -66,15 +102,14 @@ def _cells(row: Row, ratio: float | None) -> tuple[str, ...]:
 
 
 def _print_rows(rows: list[Row]) -> None:
-    columns = "{:<6}{:>4}  {:<42}{:>10} {:>17}{:>7}{:>9}{:>8}{:>10}{:>8}"
+    columns = "{:<6}{:>4}  {:<42}{:>10} {:>17}{:>7}{:>8}{:>10}{:>9}{:>9}{:>8}{:>10}{:>8}"
     print(columns.format(*_HEADS))
-    for row, ratio in zip(rows, ratios(rows), strict=True):
-        cells = _cells(row, ratio)
+    for row, cells in zip(rows, _lines(rows), strict=True):
         if row.summary():
             print(columns.format(*cells))
         else:
             *head, reason = cells
-            print(columns.format(*head, *[""] * 6).rstrip() + f"  {reason}")
+            print(columns.format(*head, *[""] * (len(_HEADS) - len(head))).rstrip() + f"  {reason}")
 
 
 # The tables with a column for each number of micro-batches: title, key, format.
@@ -110,11 +145,14 @@ def _print_over_k(table: Table) -> None:
 
 def tables(rows: list[Row]) -> list[Table]:
     """The same tables as `show` prints."""
-    lines = []
-    for row, ratio in zip(rows, ratios(rows), strict=True):
-        cells = _cells(row, ratio)
-        lines.append((*cells, *[""] * (len(_HEADS) - len(cells))))
-    title = "Medians; K micro-batches per update, memory in MiB, ratio of time to plain Keras"
+    lines = [(*cells, *[""] * (len(_HEADS) - len(cells))) for cells in _lines(rows)]
+    title = (
+        "Medians; K micro-batches per update, memory in MiB, ratio of time to plain Keras; per "
+        "sample, CPU time and the floor, which is the time of the matrix products and convolutions "
+        "of a micro-batch alone"
+    )
+    if any(row.name in peers.PEERS for row in rows):
+        title += f" ({_OF_PEERS})"
     return [Table(title, _HEADS, lines), *_tables_over_k(rows)]
 
 
@@ -162,7 +200,9 @@ def show(rows: list[Row]) -> None:
     print(
         "ratio: time, to plain Keras at the micro-batch. first: from the call of `fit` to the end "
         "of\nthe first update; start: how much longer than a later one that takes. growth: of the "
-        "peak\nmemory, over imports and data.\n"
+        "peak\nmemory, over imports and data. CPU ms, floor ms: per sample, CPU time of all "
+        "threads, and\ntime of the matrix products and convolutions of a micro-batch alone, in the "
+        f"same process\n({_OF_PEERS}); x floor: how many times as long\nthe row takes.\n"
     )
     _print_rows(rows)
     for table in _tables_over_k(rows):

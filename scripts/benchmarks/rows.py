@@ -92,6 +92,10 @@ class Row:
             "seconds": statistics.median(seconds),
             "seconds_min": min(seconds),
             "seconds_max": max(seconds),
+            "cpu_seconds": statistics.median(
+                statistics.median(run["cpu_seconds"]) for run in self.runs
+            ),
+            **self._floor(seconds),
             "samples_per_second": samples / statistics.median(seconds),
             "samples_per_second_min": samples / max(seconds),
             "samples_per_second_max": samples / min(seconds),
@@ -102,14 +106,37 @@ class Row:
             "parameters": self.runs[0]["parameters"],
         }
 
+    def _floor(self, seconds: list[float]) -> dict[str, float]:
+        """The floor in milliseconds a sample, and how many times as long the row takes.
+
+        Args:
+            seconds: Of each run, for an effective batch.
+        """
+        floors = [run.get("floor_milliseconds") for run in self.runs]
+        if None in floors:
+            return {}
+        # Of one process each, so that other load is in both.
+        ratios = [
+            1e3 * own / self.task.batch_size / floor
+            for own, floor in zip(seconds, floors, strict=True)
+        ]
+        return {
+            "floor_milliseconds": statistics.median(floors),
+            "floor_ratio": statistics.median(ratios),
+        }
+
 
 def make(tasks: list[Task]) -> list[Row]:
     """The rows of tasks, without those that repeat another one."""
     return [
-        Row(task, skipped=_SKIPPED.get((task.model, task.row)))
+        Row(task, skipped=_skipped(task))
         for task in tasks
         if task.gradient_accumulation_steps > 1 or task.row not in _OF_SEVERAL
     ]
+
+
+def _skipped(task: Task) -> str | None:
+    return _SKIPPED.get((task.model, task.row)) if task.hardware == "cpu" else None
 
 
 def _limit_cores(threads: int) -> None:

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import command_line
 from absl import flags
@@ -51,6 +53,13 @@ STEPS = flags.DEFINE_integer("steps", 5, "Effective batches timed in a run.", lo
 _THREADS = flags.DEFINE_integer(
     "threads", None, "Threads of an operation; by default all cores.", lower_bound=1
 )
+HARDWARE = flags.DEFINE_enum(
+    "hardware",
+    "cpu",
+    ["cpu", "gpu"],
+    "Where to train. gpu is the first GPU of TensorFlow; memory is then that of the GPU. There are "
+    "no --peers and no row pipeline for it.",
+)
 TIMEOUT = flags.DEFINE_float(
     "timeout", 900.0, "Seconds after which a process is killed.", lower_bound=0.0
 )
@@ -74,6 +83,21 @@ NETWORK = flags.DEFINE_boolean(
     "Measure an MLP over two workers and a link of 100 Mbit/s instead (as root, on Linux). "
     "--gradient_accumulation_steps is then 1,4,16 by default, --micro_batch_size is per worker, "
     "and all --runs use the same two processes.",
+)
+SCALING = flags.DEFINE_boolean(
+    "scaling",
+    False,
+    "Measure nothing: print what updates of a model with --parameters would take on up to 4,096 "
+    "replicas. --gradient_accumulation_steps is then 1,4,16,64 by default.",
+)
+PARAMETERS = flags.DEFINE_integer(
+    "parameters", 1_000_000_000, "Parameters of the model, for --scaling.", lower_bound=1
+)
+MICRO_BATCH_SECONDS = flags.DEFINE_float(
+    "micro_batch_seconds",
+    0.8,
+    "Seconds of a micro-batch, forward and backward, for --scaling.",
+    lower_bound=1e-9,
 )
 TUNERS = flags.DEFINE_boolean(
     "tuners", False, "Measure searches for the minimum of two functions instead."
@@ -176,12 +200,38 @@ def _check_modes() -> None:
         )
     if TUNERS.value and NETWORK.value:
         raise ValueError("--tuners does not go with --network")
-    for mode in (TUNERS, NETWORK):
+    if SCALING.value:
+        for name in ("tuners", "network", "in_turn", "micro_batch_size", "steps", "runs"):
+            if flags.FLAGS[name].present:
+                raise ValueError(f"--{name} does not go with --scaling")
+    for name in ("parameters", "micro_batch_seconds"):
+        if flags.FLAGS[name].present and not SCALING.value:
+            raise ValueError(f"--{name} needs --scaling")
+    for mode in (TUNERS, NETWORK, SCALING):
         for name in ("models", "batch_size", "rows", "peers", "threads", "png"):
             if mode.value and flags.FLAGS[name].present:
                 raise ValueError(f"--{name} does not go with --{mode.name}")
+    if HARDWARE.value == "gpu":
+        _check_gpu()
     if IN_TURN.value and PNG.value is not None:
         raise ValueError("--png does not go with --in_turn")
+
+
+def _check_gpu() -> None:
+    for mode in (TUNERS, NETWORK, SCALING):
+        if mode.value:
+            raise ValueError(f"--hardware=gpu does not go with --{mode.name}")
+    if PEERS.value:
+        raise ValueError("--hardware=gpu does not go with --peers: they are installed for CPUs")
+    if "pipeline" in ROWS.value:
+        raise ValueError("--hardware=gpu does not go with the row pipeline: its stages are CPUs")
+    # In a process of its own, since one that has looked may keep memory of the GPU.
+    look = "import sys, tensorflow as tf; sys.exit(not tf.config.list_physical_devices('GPU'))"
+    if subprocess.run([sys.executable, "-c", look], capture_output=True, check=False).returncode:
+        raise ValueError(
+            "--hardware=gpu needs a GPU that TensorFlow sees, and there is none. Leave it out to "
+            "measure on the CPU"
+        )
 
 
 def _check_files() -> None:
@@ -199,7 +249,7 @@ def _tasks() -> list[Task]:
     if not names or not MODELS_FLAG.value:
         raise ValueError("there is nothing to measure: --models, or --rows and --peers, are empty")
     return [
-        Task(name, model, whole, k, STEPS.value, _THREADS.value or _cores())
+        Task(name, model, whole, k, STEPS.value, _THREADS.value or _cores(), HARDWARE.value)
         for model in MODELS_FLAG.value
         for k, whole in _splits()
         for name in names

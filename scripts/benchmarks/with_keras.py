@@ -5,12 +5,13 @@ Started as `python -m benchmarks.with_keras`, with `scripts` on the path.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
 import stage_devices
 
-from benchmarks import models, process, rows
+from benchmarks import floor, models, process, rows
 
 if TYPE_CHECKING:
     import keras
@@ -96,10 +97,16 @@ def make_model(
     return model
 
 
+def _peak_of_gpu() -> float:
+    import tensorflow as tf
+
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**20
+
+
 def measure(task: process.Task) -> None:
     """Trains and prints the measurement."""
-    # On a GPU, the peak that is read would be that of host memory.
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    if task.hardware == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ["KERAS_BACKEND"] = "jax" if task.row == "jax" else "tensorflow"
     if task.row == "jax":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -115,7 +122,9 @@ def measure(task: process.Task) -> None:
     k = task.gradient_accumulation_steps
     # tfbig splits the batch itself.
     calls = 1 if task.row in ("whole", *rows.OF_TFBIG) else k
-    measurement = process.Measurement(task)
+    measurement = process.Measurement(
+        task, process.peak_mib if task.hardware == "cpu" else _peak_of_gpu
+    )
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: dict[str, Any]) -> None:
@@ -127,7 +136,10 @@ def measure(task: process.Task) -> None:
     batches = _batches(x, y, calls, task.batches)
     measurement.begin()
     model.fit(batches, shuffle=False, verbose=0, callbacks=[Clock()])
-    measurement.answer(model.count_params())
+    of_products = functools.partial(
+        floor.milliseconds_per_sample, task.model, task.micro_batch_size
+    )
+    measurement.answer(model.count_params(), None if task.row == "jax" else of_products)
 
 
 if __name__ == "__main__":

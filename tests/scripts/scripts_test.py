@@ -254,6 +254,10 @@ def test_benchmark_measures_every_row(names, tmp_path):
         # A ratio is of the same numbers, divided once.
         assert row["ratio"] == row["seconds"] / base
         assert row["samples_per_second"] == 8 / row["seconds"]
+        assert row["cpu_seconds"] > 0
+        # No row computes less than its products. Both vary by a few hundredths, on a noisy machine
+        # by more.
+        assert row["floor_ratio"] == 1e3 * row["seconds"] / 8 / row["floor_milliseconds"] > 0.5
         # Tracing alone takes longer than an update.
         assert row["first_update_seconds"] > row["seconds"]
         assert row["peak_mib"] > row["growth_mib"] > 0
@@ -293,8 +297,8 @@ def fake_peers(directory, monkeypatch, **answers):
             "runs = pathlib.Path(__file__).with_name(name)\n"
             "run = len(runs.read_text()) if runs.exists() else 0\n"
             "runs.write_text('x' * (run + 1))\n"
-            "answer = {'seconds': [1.0], 'first_update_seconds': 1.5, 'peak_mib': 9.0,\n"
-            "          'growth_mib': 4.0, 'parameters': 7}\n"
+            "answer = {'seconds': [1.0], 'cpu_seconds': [2.0], 'first_update_seconds': 1.5,\n"
+            "          'peak_mib': 9.0, 'growth_mib': 4.0, 'parameters': 7}\n"
             f"print(json.dumps(answer | {answer}))\n"
         )
         python.chmod(0o755)
