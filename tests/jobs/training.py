@@ -87,7 +87,7 @@ def build(options):
         pipeline=tfbig.distribute.Pipeline(["CPU:0", "CPU:1"]) if options.pipeline else None,
         loss_scale=tfbig.DynamicLossScale(initial_scale=2.0**10, growth_interval=3),
     )
-    schedule = keras.optimizers.schedules.CosineDecay(0.02, UPDATES)
+    schedule = keras.optimizers.schedules.CosineDecay(0.02, 4 * options.epochs)
     model.compile(
         keras.optimizers.AdamW(schedule, use_ema=True)
         if options.optimizer == "adamw"
@@ -115,6 +115,8 @@ def parse():
     parser.add_argument("--pipeline", action="store_true", help="two stages")
     parser.add_argument("--save_on_background", action="store_true")
     parser.add_argument("--batch_size", type=int, default=BATCH)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--keep", type=int, default=1, help="backups")
     parser.add_argument("--last", type=int, help="the update after which the program dies")
     parser.add_argument("--sizes", type=json.loads, help="of a BatchSizeSchedule: '[[0, 8], ...]'")
     parser.add_argument(
@@ -148,11 +150,14 @@ def main():
         callbacks.append(TerminateInValidation(options.directory / "terminated"))
     save_freq = options.save_freq if options.save_freq == "epoch" else int(options.save_freq)
     backup = tfbig.callbacks.BackupAndRestore(
-        options.backup_dir, save_freq, save_on_background=options.save_on_background
+        options.backup_dir,
+        save_freq,
+        save_on_background=options.save_on_background,
+        keep=options.keep,
     )
     history = model.fit(
         **data(options.data, options.sizes, options.batch_size),
-        epochs=EPOCHS,
+        epochs=options.epochs,
         verbose=0,
         callbacks=[backup, *callbacks],
         validation_data=arrays(),
