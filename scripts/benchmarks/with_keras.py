@@ -85,6 +85,10 @@ def make_model(
     else:
         model = keras.Model(inputs, outputs)
     built_in = row in ("built_in", "built_in_jit", "jax")
+    # Of plain Keras, "auto" means False on a CPU.
+    jit_compile: bool | str = "auto" if row in rows.OF_TFBIG else False
+    if row in ("jit", "built_in_jit", "jax"):
+        jit_compile = True
     model.compile(
         keras.optimizers.Adam(
             process.LEARNING_RATE,
@@ -92,7 +96,7 @@ def make_model(
             gradient_accumulation_steps=k if built_in and k > 1 else None,
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=row in ("jit", "built_in_jit", "jax"),
+        jit_compile=jit_compile,
     )
     return model
 
