@@ -16,8 +16,8 @@ from tfbig import _keras, _types
 
 __all__ = ("depending_on_values", "is_faster")
 
-# Multiplications and additions of a forward pass for one sample. Compiling takes about a second,
-# which a smaller model would have to run for thousands of updates to save.
+# Multiplications and additions of a forward pass for one sample. Compiling takes one to three
+# seconds, which a smaller model would have to train for long to save.
 _LEAST_WORK = 1e7
 
 # Its multiplications and additions for each value that other operations compute: 120 for a decoder
@@ -27,25 +27,16 @@ _MOST_INTENSITY = 300
 # The share of convolutions in it: that of the patches of a small vision transformer is 0.04.
 _MOST_CONVOLUTIONS = 0.05
 
-# Operations that XLA computes as TensorFlow does, but for rounding and for what is drawn at random,
-# which is as random but other. Not among them, though XLA has
-# them: those in which a loop or a branch is hidden, those that XLA is slow at on a CPU (pooling,
-# sorting), and those whose errors it swallows.
+# Operations that XLA computes as TensorFlow does, but for rounding, and for what is drawn at random,
+# which is as random but different. Not among them, though XLA has them: those in which a loop or a
+# branch is hidden, those that XLA is slow at on a CPU (pooling, sorting), and those whose errors it
+# swallows.
 _OPERATIONS = frozenset(
     [
         *("Abs", "Add", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin"),
         *("BatchMatMul", "BatchMatMulV2", "BiasAdd", "Bitcast", "BitwiseAnd", "BroadcastArgs"),
-        *(
-            "BroadcastTo",
-            "Cast",
-            "Ceil",
-            "ConcatV2",
-            "Const",
-            "Conv2D",
-            "Cos",
-            "Cumsum",
-            "DivNoNan",
-        ),
+        *("BroadcastTo", "Cast", "Ceil", "ConcatV2", "Const", "Conv2D", "Cos", "Cumsum"),
+        "DivNoNan",
         *("Einsum", "Elu", "Equal", "Erf", "Erfc", "Exp", "ExpandDims", "Expm1", "Fill"),
         *("Floor", "FloorDiv", "FloorMod", "GatherV2", "Greater", "GreaterEqual", "Identity"),
         *("IdentityN", "IsFinite", "IsNan", "L2Loss", "LeakyRelu", "Less", "LessEqual", "Log"),
