@@ -27,10 +27,9 @@ _MOST_INTENSITY = 300
 # The share of convolutions in it: that of the patches of a small vision transformer is 0.04.
 _MOST_CONVOLUTIONS = 0.05
 
-# Operations that XLA computes as TensorFlow does, but for rounding, and for what is drawn at random,
-# which is as random but different. Not among them, though XLA has them: those in which a loop or a
-# branch is hidden, those that XLA is slow at on a CPU (pooling, sorting), and those whose errors it
-# swallows.
+# Operations that XLA computes as TensorFlow does, but for rounding and random numbers of a seed.
+# Not among them, though XLA has them: those in which a loop or a branch is hidden, those that XLA
+# is slow at on a CPU (pooling, sorting), and those whose errors it swallows.
 _OPERATIONS = frozenset(
     [
         *("Abs", "Add", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin"),
