@@ -78,7 +78,7 @@ def build(options):
     model = tfbig.Sequential(
         [
             keras.Input((4,)),
-            keras.layers.Dense(8, "relu"),
+            keras.layers.Dense(options.width, "relu"),
             *([] if options.exact else of_replicas),
             keras.layers.Dense(options.units),
         ],
@@ -108,6 +108,7 @@ def parse():
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--data", default="arrays")
     parser.add_argument("--steps_per_execution", type=int, default=1)
+    parser.add_argument("--width", type=int, default=8, help="units of the hidden layer")
     parser.add_argument("--units", type=int, default=2)
     parser.add_argument("--terminate_in_validation", action="store_true")
     parser.add_argument("--shard")
