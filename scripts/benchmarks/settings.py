@@ -87,11 +87,11 @@ NETWORK = flags.DEFINE_boolean(
 SCALING = flags.DEFINE_boolean(
     "scaling",
     False,
-    "Measure nothing: print what updates of a model with --parameters would take on up to 4,096 "
-    "replicas. --gradient_accumulation_steps is then 1,4,16,64 by default.",
+    "Measure nothing: print what updates of a model of --model_parameters would take on up to "
+    "4,096 replicas. --gradient_accumulation_steps is then 1,4,16,64 by default.",
 )
 PARAMETERS = flags.DEFINE_integer(
-    "parameters", 1_000_000_000, "Parameters of the model, for --scaling.", lower_bound=1
+    "model_parameters", 1_000_000_000, "Parameters of the model, for --scaling.", lower_bound=1
 )
 MICRO_BATCH_SECONDS = flags.DEFINE_float(
     "micro_batch_seconds",
@@ -204,7 +204,7 @@ def _check_modes() -> None:
         for name in ("tuners", "network", "in_turn", "micro_batch_size", "steps", "runs"):
             if flags.FLAGS[name].present:
                 raise ValueError(f"--{name} does not go with --scaling")
-    for name in ("parameters", "micro_batch_seconds"):
+    for name in ("model_parameters", "micro_batch_seconds"):
         if flags.FLAGS[name].present and not SCALING.value:
             raise ValueError(f"--{name} needs --scaling")
     for mode in (TUNERS, NETWORK, SCALING):

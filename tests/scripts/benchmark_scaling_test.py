@@ -74,7 +74,7 @@ def test_tables_are_printed_and_written(tmp_path):
     path, markdown = tmp_path / "rows.json", tmp_path / "table.md"
     done = run(
         BENCHMARK,
-        *("--scaling", "--parameters=20000000", "--micro_batch_seconds=0.5"),
+        *("--scaling", "--model_parameters=20000000", "--micro_batch_seconds=0.5"),
         *("--gradient_accumulation_steps=8", f"--json={path}", f"--markdown={markdown}"),
     )
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_tables_are_printed_and_written(tmp_path):
         ("--scaling --steps=3", "--steps does not go with --scaling"),
         ("--scaling --tuners", "--tuners does not go with --scaling"),
         ("--scaling --hardware=gpu", "--hardware=gpu does not go with --scaling"),
-        ("--parameters=7", "--parameters needs --scaling"),
+        ("--model_parameters=7", "--model_parameters needs --scaling"),
         ("--scaling --micro_batch_seconds=0", "micro_batch_seconds"),
     ],
 )
