@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Iterator
 
 import keras
 
 from tfbig import _keras, errors
+from tfbig._update import batch_split
 
 __all__ = ("checked", "in_chunks")
 
@@ -17,12 +17,8 @@ def checked(size: object) -> int | None:
     """Returns the option, checked."""
     if size is None:
         return None
-    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
-        raise errors.InvalidOptionError(
-            "`attention_chunk_size` must be an integer >= 1, tokens for which attention is "
-            f"computed at a time, or None. Received: attention_chunk_size={size!r}."
-        )
-    return int(size)
+    remedy = "Pass the tokens for which attention is computed at a time, or None for all."
+    return batch_split.positive_integer("attention_chunk_size", size, remedy)
 
 
 @contextlib.contextmanager

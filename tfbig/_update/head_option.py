@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
 
-from tfbig import _keras, _types, errors
-from tfbig._update import option
+from tfbig import _keras, _types
+from tfbig._update import batch_split, option
 
 __all__ = ("checked", "context_of")
 
@@ -19,12 +18,8 @@ def checked(size: object) -> int | None:
     """Returns the option, checked."""
     if size is None:
         return None
-    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
-        raise errors.InvalidOptionError(
-            "`head_chunk_size` must be an integer >= 1, tokens that the last layer and the loss "
-            f"compute at a time, or None. Received: head_chunk_size={size!r}."
-        )
-    return int(size)
+    remedy = "Pass the tokens that the last layer and the loss compute at a time, or None for all."
+    return batch_split.positive_integer("head_chunk_size", size, remedy)
 
 
 # Any: what the context yields is not used.
