@@ -308,6 +308,31 @@ def test_training_resumed_at_any_batch_has_the_logs_and_weights_of_an_uninterrup
         np.testing.assert_allclose(resumed.history[name], values[at[0] :], rtol=1e-6)
 
 
+@pytest.mark.parametrize("signal_in_validation", [False, True])
+def test_an_epoch_resumed_after_its_last_batch_has_the_logs_of_that_batch(
+    signal_in_validation, tmp_path
+):
+    def trained(directory, *callbacks):
+        keras.utils.set_random_seed(1)
+        model = compiled(optimizer="sgd", loss_scale="dynamic", log_grad_norm=True)
+        backup = tfbig.callbacks.BackupAndRestore(directory, 1)
+        return fit(model, backup, *callbacks, validation_data=samples(), epochs=2).history
+
+    expected = trained(tmp_path / "whole")
+    assert {"loss_scale", "skipped_updates", "grad_norm", "val_loss"} < expected.keys()
+    # The second time, no batch is left.
+    for done in (None, (0, 5)):
+        end = At(0, 5, terminate) if signal_in_validation else Interrupt(0, 5)
+        end.done = done
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            trained(tmp_path / "run", end)
+    resumed = trained(tmp_path / "run")
+    assert resumed.keys() == expected.keys()
+    for name, values in expected.items():
+        # Sums of float32.
+        np.testing.assert_allclose(resumed[name], values, rtol=1e-6)
+
+
 class Halve(keras.callbacks.Callback):
     """Acts after an epoch, as ReduceLROnPlateau does; keeps the weights of the start."""
 

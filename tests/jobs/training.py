@@ -2,8 +2,9 @@
 
     training.py DIRECTORY BACKUP_DIR [--save_freq N] [--seconds S] [--strategy KIND] ...
 
-Leaves all weights and optimizer variables of the chief in DIRECTORY/end.npz, and its
-logs in end.json. A line "update N" is printed after each update.
+Leaves all weights and optimizer variables of the chief in DIRECTORY/end.npz, its last logs in
+end.json, and those of all epochs since it was started in history.json. A line "update N" is printed
+after each update.
 """
 
 import argparse
@@ -170,6 +171,7 @@ def main():
         np.savez(options.directory / "end.npz", *values)
         logs = {k: v[-1] for k, v in history.history.items()}
         (options.directory / "end.json").write_text(json.dumps(logs))
+        (options.directory / "history.json").write_text(json.dumps(history.history))
 
 
 if __name__ == "__main__":

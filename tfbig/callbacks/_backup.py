@@ -51,6 +51,7 @@ class Backup:
         ended_of: the number of epochs, once training has ended; else None.
         described: what tells one model from another: a line for each array.
         resized: where the data stand whose batches change in size; None for others.
+        logs: those of the last batch; none at the start of an epoch.
     """
 
     first_epoch: int
@@ -61,6 +62,7 @@ class Backup:
     ended_of: int | None
     described: list[str]
     resized: dict[str, int] | None = None
+    logs: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class State:

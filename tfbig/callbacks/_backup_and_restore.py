@@ -6,7 +6,7 @@ import signal
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -165,6 +165,9 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         # The metrics to restore at the start of the epoch, and those that a validation resets.
         self._metrics: list[_types.Array] = []
         self._metrics_of_training: list[_types.Array] = []
+        # Those of the last batch of the epoch, which may have been another program's.
+        self._logs: _types.Logs = {}
+        self._is_without_batches = False
         is_shared = self._workers.count > 1
         # With other workers it is part of the step, which must not be traced again.
         self._request = model.stop_request or _stop.StopRequest(
@@ -237,7 +240,21 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     def before_others(self) -> _types.Callback:
         """A callback that restores, to be called before all others."""
-        return keras.callbacks.LambdaCallback(on_train_begin=lambda logs: self._restore())
+        return keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: self._restore(),
+            on_train_batch_end=lambda batch, logs: self._remember(logs),
+            on_epoch_end=lambda epoch, logs: self._complete(logs),
+        )
+
+    def _remember(self, logs: _types.Logs | None) -> None:
+        self._logs, self._is_without_batches = dict(logs or {}), False
+
+    def _complete(self, logs: MutableMapping[str, object]) -> None:
+        """Adds what only a batch reports to the logs of an epoch resumed after its last batch."""
+        if self._is_without_batches:
+            for name, value in self._logs.items():
+                logs.setdefault(name, value)
+        self._logs, self._is_without_batches = {}, False
 
     def on_train_begin(self, logs: _types.Logs | None = None) -> None:
         if self._request is None:
@@ -277,6 +294,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
             _keras.epoch_iterator.set_initial_epoch(self.model, self.params["epochs"])
             return
+        self._logs, self._is_without_batches = dict(backup.logs), True
         self._metrics = list(saved.arrays(len(backup.described) - len(state.metrics)))
         _keras.epoch_iterator.set_initial_epoch(self.model, self._epoch)
         complete = backup.epoch - backup.first_epoch
@@ -384,6 +402,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             ended_of=self.params["epochs"] if ended else None,
             described=state.described,
             resized=None if resized is None else resized.state(),
+            # A step of the user's own may return arrays.
+            logs={k: float(v) for k, v in self._logs.items() if isinstance(v, (int, float))},
         )
 
     def _preempt(self, ended: bool = False) -> None:
