@@ -19,12 +19,13 @@ import sys
 
 import command_line
 from absl import flags
-from training import PROGRAM, directory, settings
+from training import PROGRAM, directory, long_runs, settings
 
 # TensorFlow, Keras and tfbig take seconds to import, which `--help` and a mistyped flag should
 # not. So they are imported after the flags are checked.
 
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(long_runs)
 
 
 def _train(run: directory.RunDirectory, wanted: settings.Settings) -> int:

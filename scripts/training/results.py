@@ -57,7 +57,7 @@ def conclude(
         recorder: Its history, of at least one epoch.
         task: What it was trained on.
         about: What the title of the curves says of the run.
-        batch_size: The effective batch of the flags.
+        batch_size: The effective batch, the last one if it grew.
         run: The output directory.
 
     Returns:

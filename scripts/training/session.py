@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from training import (
     directory,
     history,
     interruption,
+    long_runs,
     results,
     settings,
 )
@@ -69,8 +69,9 @@ class Session:
         self._strategy, self._pipeline = strategy, pipeline
         self._run, self._wanted = run, wanted
         self._is_chief = tfbig.distribute.is_chief(strategy)
+        sizes = dict.fromkeys(long_runs.sizes(wanted.batch_size).values())
         self._about = (
-            f"{settings.TASK.value}: effective batch {wanted.batch_size}, "
+            f"{settings.TASK.value}: effective batch {', '.join(map(str, sizes))}, "
             f"{settings.PRECISION.value}"
         )
         self._prepared: _Prepared | None = None
@@ -105,7 +106,7 @@ class Session:
             prepared.recorder,
             prepared.task,
             self._about,
-            self._wanted.batch_size,
+            [*long_runs.sizes(self._wanted.batch_size).values()][-1],
             self._run,
         )
         return 3 if settings.REQUIRE_BAR.value and not is_reached else 0
@@ -114,7 +115,7 @@ class Session:
         """Data, model and callbacks; changes nothing in the directory."""
         run, wanted = self._run, self._wanted
         task = settings.TASKS[settings.TASK.value].load(wanted)
-        updates = wanted.epochs * math.ceil(len(task.train[0]) / wanted.batch_size)
+        updates = long_runs.updates(len(task.train[0]), wanted.epochs, wanted.batch_size)
         recorder = history.Recorder(
             run.path / "history.csv" if self._is_chief else None,
             wanted.epochs,
@@ -125,7 +126,11 @@ class Session:
         # resumed. One in --backup_dir stays even then: a job that restarts after its end, because
         # a worker failed at the very last, finds the run complete.
         backup = tfbig.callbacks.BackupAndRestore(
-            run.backup, settings.BACKUP_FREQ.value or "epoch", delete_checkpoint=False
+            run.backup,
+            settings.BACKUP_FREQ.value or "epoch",
+            delete_checkpoint=False,
+            save_on_background=long_runs.BACKUP_ON_BACKGROUND.value,
+            keep=long_runs.KEEP_BACKUPS.value,
         )
         monitor = tfbig.callbacks.TrainingMonitor(
             run.path / directory.MONITOR, enabled=settings.MONITOR.value
@@ -169,7 +174,13 @@ class Session:
                 validation_data=task.validation,
                 validation_batch_size=self._wanted.batch_size,
                 verbose=settings.VERBOSE.value if self._is_chief else 0,
-                callbacks=[*task.callbacks, prepared.recorder, prepared.backup, prepared.monitor],
+                callbacks=[
+                    *task.callbacks,
+                    *long_runs.callbacks(self._wanted.batch_size),
+                    prepared.recorder,
+                    prepared.backup,
+                    prepared.monitor,
+                ],
             )
 
     def interrupted(self) -> int:

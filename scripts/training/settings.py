@@ -10,6 +10,8 @@ import command_line
 from absl import flags
 from tasks import digits, gan, language, speech, task
 
+from training import long_runs
+
 TASKS = {"digits": digits, "gan": gan, "language": language, "speech": speech}
 
 
@@ -212,6 +214,13 @@ for _name, _refused, _reason in (
     )
 
 
+@flags.multi_flags_validator(
+    ["inject_spike", "shard"], "it flips whole weights: leave --shard=weights out"
+)
+def _spike_has_whole_weights(values: dict[str, Any]) -> bool:
+    return values["inject_spike"] is None or values["shard"] != "weights"
+
+
 @flags.multi_flags_validator(["resume", "overwrite"], "give at most one of them")
 def _resumes_or_begins(values: dict[str, Any]) -> bool:
     return not all(values.values())
@@ -252,6 +261,9 @@ class Settings(task.Defaults):
             "learning_rate": self.learning_rate,
             "precision": PRECISION.value,
             "seed": SEED.value,
+            "batch_growth": ",".join(long_runs.BATCH_GROWTH.value) or None,
+            "spike_guard": long_runs.SPIKE_GUARD.value or None,
+            "inject_spike": long_runs.INJECT_SPIKE.value,
             **{name: flags.FLAGS[name].value for name in TASKS[TASK.value].FLAGS},
         }
 
