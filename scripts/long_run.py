@@ -5,7 +5,7 @@
 The first run is one training in several sessions: each is killed in another way, the next resumes
 its backup on another number of workers, a spike is injected, and the batch grows. The second run is
 the same training without kills and spike. Both end in directories that scripts/train.py writes, and
-a table has the bits per byte of each epoch.
+a table compares bits per byte of held-out files after each epoch.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ _TRAIN = flags.DEFINE_string(
 )
 _SPIKE = flags.DEFINE_integer(
     "inject_spike", 135, "The update before which the signs of all weights flip.", lower_bound=1
+)
+_MEASURE = flags.DEFINE_string(
+    "measure", "val_bits_per_byte", "The column of history.csv to compare."
 )
 _MARKDOWN = flags.DEFINE_string("markdown", None, "File for the tables, a .md.")
 
@@ -156,7 +159,8 @@ def _run_all(
     arguments = [*shlex.split(_TRAIN.value), f"--output_dir={directory}", *more]
     lines = []
     for index, session in enumerate(sessions):
-        resume = ["--resume"] if index else []
+        # A session that is killed early leaves nothing.
+        resume = ["--resume"] if index and (directory / "run.json").exists() else []
         lines.append((directory.name, *_train(session, [*arguments, *resume], directory)))
         print(f"{PROGRAM}: {' | '.join(lines[-1])}", flush=True)
         if lines[-1][-1] == "ended":
@@ -165,11 +169,11 @@ def _run_all(
 
 
 def _epochs(directories: list[pathlib.Path]) -> list[tuple[str, ...]]:
-    """Bits per byte of all runs, by epoch."""
+    """The measure of all runs, by epoch."""
     histories = [_rows(directory / "history.csv") for directory in directories]
     lines = []
     for rows in zip(*histories, strict=True):
-        values = [f"{float(row['val_bits_per_byte']):.4f}" for row in rows]
+        values = [f"{float(row[_MEASURE.value]):.4f}" for row in rows]
         guards = [f"{float(row.get('spikes', 0)):.0f}" for row in rows]
         backs = [f"{float(row.get('rollbacks', 0)):.0f}" for row in rows]
         sizes = [f"{float(row.get('batch_size', 'nan')):.0f}" for row in rows]
@@ -188,7 +192,7 @@ def _run() -> int:
     heads = ("epoch", "batch", "disturbed", "undisturbed", "spikes", "rollbacks")
     tables = [
         markdown.Table("Sessions", ("run", "workers", "seconds", "updates", "end"), lines),
-        markdown.Table("Bits per byte of held-out files", heads, epochs),
+        markdown.Table(_MEASURE.value, heads, epochs),
     ]
     for table in tables:
         print("\n" + "\n".join("  ".join(line) for line in (table.heads, *table.lines)))

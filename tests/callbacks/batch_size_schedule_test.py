@@ -16,6 +16,7 @@ from tests.callbacks import backup_test
 from tests.conftest import make_strategy
 from tfbig import errors
 from tfbig.callbacks import BackupAndRestore, BatchSizeSchedule, TrainingMonitor
+from tfbig.distribute import _sharded_weights
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(50, 4)), RNG.normal(size=(50, 2))
@@ -128,6 +129,8 @@ RULES = {None: lambda ratio: 1.0, "linear": float, "square_root": np.sqrt}
             )
         ),
         ("adamw", "linear", True, "arrays", "mirrored_2", {"shard": "optimizer"}),
+        ("sgd", "linear", True, "arrays", "mirrored_2", {"shard": "weights"}),
+        ("sgd", "linear", False, "dataset", "default", {"pipeline": 2, "micro_batch_size": 3}),
         pytest.param(
             *("adamw", "linear", True, "arrays", "mirrored_2", {"jit_compile": True}),
             marks=pytest.mark.slow,
@@ -136,12 +139,16 @@ RULES = {None: lambda ratio: 1.0, "linear": float, "square_root": np.sqrt}
     ids=str,
 )
 def test_training_equals_plain_keras_with_batches_of_the_scheduled_sizes(
-    optimizer, rule, decays, data, strategy, options
+    optimizer, rule, decays, data, strategy, options, monkeypatch
 ):
+    # The weights of this model are smaller than what is divided else.
+    monkeypatch.setattr(_sharded_weights, "SMALLEST", 1)
     rate = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.8) if decays else 0.05
     schedule = BatchSizeSchedule(SIZES, learning_rate=rule)
     is_compiled = options.get("jit_compile", False)
     options = {k: v for k, v in options.items() if k != "jit_compile"}
+    if "pipeline" in options:
+        options["pipeline"] = tfbig.distribute.Pipeline(["CPU:0", "CPU:1"])
     with make_strategy(strategy).scope():
         ours = OPTIMIZERS[optimizer](rate)
     model = compiled(ours, strategy, **options)

@@ -191,6 +191,29 @@ def test_an_interrupted_run_resumes(how, code, tmp_path):
     assert "complete" in again.stderr
 
 
+def test_a_long_run_grows_its_batch_and_takes_back_a_spike(tmp_path):
+    arguments = ("--batch_size=32", "--epochs=5", "--verbose=0", "--batch_growth=60:40,140:64")
+    ordinary = forked.run(TRAIN, *arguments, f"--output_dir={tmp_path / 'ordinary'}")
+    assert ordinary.returncode == 0, ordinary.stderr
+    # The first epoch has 45 updates; the next ones 15 of 32 samples and 24 of 40, 36 of 40, 20 of
+    # 40 and 10 of 64, 23 of 64.
+    shown = table(ordinary.stdout)
+    assert (shown["updates"], shown["effective batch"]) == (str(45 + 39 + 36 + 30 + 23), "64")
+    with (tmp_path / "ordinary/monitor/training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # So the learning rate ends where it should.
+    assert float(rows[-1]["learning_rate"]) == pytest.approx(0, abs=1e-6)
+
+    guarded = (*arguments, "--spike_guard", "--inject_spike=130", "--backup_freq=10")
+    backups = (f"--backup_dir={tmp_path / 'backup'}", "--backup_on_background", "--keep_backups=2")
+    done = forked.run(TRAIN, *guarded, *backups, f"--output_dir={tmp_path / 'guarded'}")
+    assert done.returncode == 0, done.stderr
+    last = history(tmp_path / "guarded")[-1]
+    assert float(last["rollbacks"]) == 1
+    assert int(table(done.stdout)["updates"]) < 173 - 5
+    assert (tmp_path / "backup/backup-1.npz").exists()
+
+
 @pytest.mark.slow
 def test_a_run_with_stages_resumes_without(tmp_path):
     arguments = ("--batch_size=32", "--epochs=4", "--verbose=2", "--gradient_accumulation_steps=4")
@@ -389,6 +412,11 @@ REFUSED = {
     "--parameters=1M": "--parameters goes with --task=language",
     "--micro_batch_size=many": "auto or an integer >= 1",
     "--micro_batch_size=0": "auto or an integer >= 1",
+    "--batch_growth=100": "UPDATE:SIZE",
+    "--batch_growth=0:64": "integers >= 1",
+    "--batch_growth=200:64,100:128": "updates rising",
+    "--batch_growth=100:1 --strategy=mirrored": "number of replicas",
+    "--inject_spike=9 --shard=weights": "leave --shard=weights out",
     "--backup_dir=/proc/tfbig": "--backup_dir=/proc/tfbig cannot be written to",
     "--backup_dir=/etc/passwd/x": "--backup_dir=/etc/passwd/x cannot be written to",
     "--backup_dir=gs://bucket/x": "mount the storage",
