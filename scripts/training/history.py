@@ -26,7 +26,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no 
             a backup are missing.
         has_begun: Whether `epochs` is that of this run: from its first epoch on.
         scales: Triples of updates tried, loss scale and skipped updates.
-        seconds: Of training, without validation, per epoch.
+        seconds: Of training, without validation, per epoch. Without one that was resumed after its
+            first batch.
 
     Raises:
         UsageError: If the epochs so far cannot be read.
@@ -49,7 +50,12 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no 
             self.epochs = [logs for logs in self._before if logs["epoch"] < epoch]
             self.has_begun = True
         self._began = time.perf_counter()
+        self._first_batch: int | None = None
         self._ended: float | None = None
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._first_batch is None:
+            self._first_batch = batch
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if not self.has_begun:  # No epoch was left.
@@ -68,7 +74,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no 
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         self.epochs.append({"epoch": epoch} | {k: float(v) for k, v in logs.items()})
-        if self._ended is not None:
+        if self._ended is not None and self._first_batch == 0:
             self.seconds.append(self._ended - self._began)
         if self.path is not None:
             _write(self.path, self.epochs)

@@ -105,7 +105,7 @@ def _print_table(
         "updates": history.updates(model),
         "skipped updates": model.skipped_updates,
         "loss scale": scale,
-        "samples/s": f"{samples * len(timed) / sum(timed):,.0f}" if timed else "nothing trained",
+        "samples/s": f"{samples * len(timed) / sum(timed):,.0f}" if timed else "no whole epoch",
         "peak memory": f"{memory / 2**20:,.0f} MiB",
         measure.replace("val_", "validation ").replace(
             "_", " "

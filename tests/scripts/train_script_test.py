@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from training.history import Recorder
 
 import tfbig
 from tests import job
@@ -212,6 +213,20 @@ def test_a_long_run_grows_its_batch_and_takes_back_a_spike(tmp_path):
     assert float(last["rollbacks"]) == 1
     assert int(table(done.stdout)["updates"]) < 173 - 5
     assert (tmp_path / "backup/backup-1.npz").exists()
+
+
+@pytest.mark.parametrize(("first", "epochs"), [(0, 2), (3, 1)])
+def test_the_speed_of_a_resumed_epoch_is_not_that_of_a_whole_one(first, epochs):
+    recorder = Recorder(None, 2, "loss", False)
+    recorder.set_model(keras.Sequential())
+    for epoch in range(2):
+        recorder.on_epoch_begin(epoch)
+        for batch in range(0 if epoch else first, 5):
+            recorder.on_train_batch_begin(batch)
+            recorder.on_train_batch_end(batch, {})
+        recorder.on_epoch_end(epoch, {"loss": 1.0})
+    assert len(recorder.seconds) == epochs
+    assert len(recorder.epochs) == 2
 
 
 @pytest.mark.slow
