@@ -29,7 +29,7 @@ then meaningful on a shared machine too, since other load slows all rows alike.
 With --hardware=gpu, the rows of Keras and tfbig run on the first GPU, and memory is what
 TensorFlow's allocator has given there at most.
 
-With --network, tfbig runs on two workers with a narrow link between them: samples and bytes
+With --network, tfbig runs on --network_hosts workers that a narrow network joins: samples and bytes
 sent against accumulation that exchanges each micro-batch. This needs Linux, iproute2 and
 the right to make network namespaces, which root has; elsewhere one line says that it is skipped,
 and the exit code is 0.

@@ -109,9 +109,12 @@ def _of_tables(keep: Callable[[Outcome], None]) -> Outcome:
 
 def _over_network(program: str) -> Outcome:
     counts = settings.steps_list((1, 4, 16))
-    measured = network.compare(program, counts, *settings.numbers())
+    cluster = network.Cluster(settings.NETWORK_HOSTS.value, settings.NETWORK_MEGABITS.value)
+    measured = network.compare(cluster, program, counts, *settings.numbers())
     about = {"micro_batch_size": settings.MICRO_BATCH_SIZE.value}
-    return Outcome(measured, about, [network.table(measured)])
+    return Outcome(
+        measured, about | dataclasses.asdict(cluster), [network.table(cluster, measured)]
+    )
 
 
 def _on_paper() -> Outcome:

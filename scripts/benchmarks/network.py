@@ -1,14 +1,16 @@
 """`benchmark.py --network`: one exchange per update against one per micro-batch.
 
-Two hosts are made of this one, each a network namespace with an address of its own. The
-link between them is a pair of virtual interfaces that send at most 100 Mbit/s. Each host runs
-one worker. What it sends is read from the counter of its interface, so that it includes the
-headers of all protocols, acknowledgements and whatever else the workers tell each other.
+Hosts are made of this one, each a network namespace with an address of its own. A cable, which is a
+pair of virtual interfaces, joins each to a switch, and carries so many bits a second in either
+direction. Each host runs one worker. What it sends is read from the counter of its interface, so
+that it includes the headers of all protocols, acknowledgements and whatever else the workers tell
+each other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 INTERFACE = "narrow0"
-ADDRESSES = ("192.0.2.1", "192.0.2.2")  # Reserved for documentation; in these namespaces only.
-LIMIT = "rate 100mbit burst 32kbit latency 400ms"
+MOST_HOSTS = 64
 SETTLE = 0.5  # Seconds, longer than the latency of the limit.
 
 EXCHANGES = "exchange per micro-batch"
@@ -44,7 +45,31 @@ class UnavailableError(Exception):
     """Hosts cannot be made here."""
 
 
-# --- Two hosts ---------------------------------------------------------------
+# --- Hosts ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Hosts around a switch.
+
+    Attributes:
+        hosts: How many, at most `MOST_HOSTS`.
+        megabits: That each cable carries in a second, in either direction.
+    """
+
+    hosts: int = 2
+    megabits: int = 100
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the hosts; reserved for documentation, and in these namespaces only."""
+        return [f"192.0.2.{i + 1}" for i in range(self.hosts)]
+
+    @property
+    def limit(self) -> str:
+        """Of each end of a cable, as `tc` takes it."""
+        # What is sent at once must be more where there is less time between two timers.
+        return f"rate {self.megabits}mbit burst {max(32, self.megabits // 3)}kbit latency 400ms"
 
 
 def _configure(command: str) -> None:
@@ -55,44 +80,48 @@ def _configure(command: str) -> None:
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[list[str]]:
+def _made(cluster: Cluster) -> Iterator[list[str]]:
     """Makes the hosts, yields the names of their namespaces, and removes them."""
     for program in ("ip", "tc"):
         if shutil.which(program) is None:
             raise UnavailableError(f"there is no `{program}` (iproute2, on Linux)")
     # Two benchmarks may run at the same time.
-    names = [f"tfbig-{os.getpid()}-{i}" for i in range(len(ADDRESSES))]
+    switch, *names = [f"tfbig-{os.getpid()}-{i}" for i in range(cluster.hosts + 1)]
     try:
-        for name in names:
+        for name in (switch, *names):
             _configure(f"ip netns add {name}")
-        first, second = names
-        _configure(
-            f"ip -n {first} link add {INTERFACE} type veth peer name {INTERFACE} netns {second}"
-        )
-        for name, address in zip(names, ADDRESSES, strict=True):
+        _configure(f"ip -n {switch} link add bridge type bridge")
+        _configure(f"ip -n {switch} link set bridge up")
+        for i, (name, address) in enumerate(zip(names, cluster.addresses, strict=True)):
+            port = f"port{i}"
+            _configure(
+                f"ip -n {name} link add {INTERFACE} type veth peer name {port} netns {switch}"
+            )
+            _configure(f"ip -n {switch} link set {port} master bridge")
             _configure(f"ip -n {name} address add {address}/24 dev {INTERFACE}")
-            _configure(f"ip -n {name} link set {INTERFACE} up")
+            for namespace, interface in ((name, INTERFACE), (switch, port)):
+                _configure(f"ip -n {namespace} link set {interface} up")
+                _configure(f"tc -n {namespace} qdisc add dev {interface} root tbf {cluster.limit}")
             _configure(f"ip -n {name} link set lo up")
-            _configure(f"tc -n {name} qdisc add dev {INTERFACE} root tbf {LIMIT}")
         yield names
     finally:
         # A second Ctrl-C must not leave a namespace behind. What follows is short.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        for name in names:
+        for name in (*names, switch):
             # An interface goes with its namespace, and its peer with it.
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def _config(index: int) -> str:
-    addresses = [f"{address}:2222" for address in ADDRESSES]
+def _config(cluster: Cluster, index: int) -> str:
+    addresses = [f"{address}:2222" for address in cluster.addresses]
     return json.dumps(
         {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     )
 
 
-def run_workers(command: list[str]) -> list[Any]:
-    """Runs a command in both hosts, with a file for what it measured as the last argument.
+def _run_workers(cluster: Cluster, command: list[str]) -> list[Any]:
+    """Runs a command in all hosts, with a file for what it measured as the last argument.
 
     Returns:
         What the workers measured, in their order.
@@ -102,11 +131,11 @@ def run_workers(command: list[str]) -> list[Any]:
     with contextlib.ExitStack() as stack:
         directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers: list[tuple[subprocess.Popen[Any], Any]] = []
-        for i, name in enumerate(stack.enter_context(two_hosts())):
+        for i, name in enumerate(stack.enter_context(_made(cluster))):
             errors = stack.enter_context((directory / f"{i}.err").open("w+"))
             worker = subprocess.Popen(
                 ["ip", "netns", "exec", name, *command, str(directory / f"{i}.json")],
-                env=os.environ | {"TF_CONFIG": _config(i)},
+                env=os.environ | {"TF_CONFIG": _config(cluster, i)},
                 # The first worker says which row it measures.
                 stdout=subprocess.DEVNULL if i else sys.stderr,
                 stderr=errors,
@@ -115,7 +144,7 @@ def run_workers(command: list[str]) -> list[Any]:
             stack.callback(worker.kill)
             workers.append((worker, errors))
         while any(worker.poll() is None for worker, _ in workers):
-            # A worker that has failed leaves the other waiting.
+            # A worker that has failed leaves the others waiting.
             if any(worker.poll() for worker, _ in workers):
                 break
             time.sleep(0.1)
@@ -247,7 +276,7 @@ def measure(
 def summaries(workers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The rows of all workers as one list, with rates and ratios.
 
-    Bytes and samples are those of both hosts.
+    Bytes and samples are those of all hosts.
     """
     rows = []
     for own in zip(*workers, strict=True):
@@ -270,11 +299,17 @@ def summaries(workers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def compare(
-    program: str, counts: list[int], micro_batch_size: int, steps: int, runs: int
+    cluster: Cluster,
+    program: str,
+    counts: list[int],
+    micro_batch_size: int,
+    steps: int,
+    runs: int,
 ) -> list[dict[str, Any]]:
-    """Measures every row in two hosts, prints the table and returns its rows.
+    """Measures every row on all hosts, prints the table and returns its rows.
 
     Args:
+        cluster: The hosts.
         program: Path of the program that calls `measure` in each host.
         counts: Micro-batches per update.
         micro_batch_size: Samples per worker and micro-batch.
@@ -287,9 +322,11 @@ def compare(
         f"--steps={steps}",
         f"--runs={runs}",
     ]
-    rows = summaries(run_workers([sys.executable, program, "--network", *settings, "--row"]))
+    rows = summaries(
+        _run_workers(cluster, [sys.executable, program, "--network", *settings, "--row"])
+    )
     print(
-        f"micro-batch {micro_batch_size} on each of {len(ADDRESSES)} workers, {runs} runs of "
+        f"micro-batch {micro_batch_size} on each of {cluster.hosts} workers, {runs} runs of "
         f"{steps} updates each; ratios to '{EXCHANGES}'\n"
     )
     _print_table(rows)
@@ -318,7 +355,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         print(columns.format(*cells))
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(cluster: Cluster, rows: list[dict[str, Any]]) -> Table:
     """What `compare` has returned."""
-    title = f"Medians, {len(ADDRESSES)} workers; ratios to '{EXCHANGES}'"
+    title = f"Medians, {cluster.hosts} workers, {cluster.megabits} Mbit/s; ratios to '{EXCHANGES}'"
     return Table(title, _HEADS, [_cells(row) for row in rows])

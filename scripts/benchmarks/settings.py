@@ -12,7 +12,7 @@ import sys
 import command_line
 from absl import flags
 
-from benchmarks import in_turn, peers, rows, table_searches, tables
+from benchmarks import in_turn, network, peers, rows, table_searches, tables
 from benchmarks.models import MODELS
 from benchmarks.process import Task
 
@@ -80,9 +80,19 @@ IN_TURN = flags.DEFINE_boolean(
 NETWORK = flags.DEFINE_boolean(
     "network",
     False,
-    "Measure an MLP over two workers and a link of 100 Mbit/s instead (as root, on Linux). "
+    "Measure an MLP over workers that a narrow network joins instead (as root, on Linux). "
     "--gradient_accumulation_steps is then 1,4,16 by default, --micro_batch_size is per worker, "
-    "and all --runs use the same two processes.",
+    "and all --runs use the same processes.",
+)
+NETWORK_HOSTS = flags.DEFINE_integer(
+    "network_hosts",
+    2,
+    "Workers of --network.",
+    lower_bound=2,
+    upper_bound=network.MOST_HOSTS,
+)
+NETWORK_MEGABITS = flags.DEFINE_integer(
+    "network_megabits", 100, "Mbit/s of each worker of --network.", lower_bound=1
 )
 SCALING = flags.DEFINE_boolean(
     "scaling",
@@ -204,9 +214,14 @@ def _check_modes() -> None:
         for name in ("tuners", "network", "in_turn", "micro_batch_size", "steps", "runs"):
             if flags.FLAGS[name].present:
                 raise ValueError(f"--{name} does not go with --scaling")
-    for name in ("model_parameters", "micro_batch_seconds"):
-        if flags.FLAGS[name].present and not SCALING.value:
-            raise ValueError(f"--{name} needs --scaling")
+    for name, mode in {
+        "model_parameters": SCALING,
+        "micro_batch_seconds": SCALING,
+        "network_hosts": NETWORK,
+        "network_megabits": NETWORK,
+    }.items():
+        if flags.FLAGS[name].present and not mode.value:
+            raise ValueError(f"--{name} needs --{mode.name}")
     for mode in (TUNERS, NETWORK, SCALING):
         for name in ("models", "batch_size", "rows", "peers", "threads", "png"):
             if mode.value and flags.FLAGS[name].present:

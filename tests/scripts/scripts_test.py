@@ -482,7 +482,7 @@ def test_other_modes_of_benchmark_have_tables_for_markdown(tmp_path):
     exchanged = {"gradient_accumulation_steps": 4, "row": "tfbig", **speed, **sent}
     searched = [{"row": "TPE", "problem": name, "best": [1.0, 2.0]} for name in tuners.PROBLEMS]
     searched.append({"row": "TPE", "milliseconds": dict.fromkeys(tuners.MOMENTS, 0.5)})
-    tables = [network.table([exchanged]), *tuners.tables(searched)]
+    tables = [network.table(network.Cluster(), [exchanged]), *tuners.tables(searched)]
     origin = provenance.Provenance("command", "date", "commit", "machine", {"Python": "3"})
     markdown.write(tmp_path / "tables.md", origin, tables, ["a | b"])
     text = (tmp_path / "tables.md").read_text()
@@ -536,6 +536,8 @@ def test_benchmark_says_before_it_measures_what_it_cannot_do(arguments, tmp_path
         "--gradient_accumulation_steps=0",
         "--network --gradient_accumulation_steps=0",
         "--network --batch_size=64",
+        "--network --network_hosts=1",
+        "--network_megabits=10",
         "--network --peers=jax",
         "--peers=mxnet",
         "--rows=none",
