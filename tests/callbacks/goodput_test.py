@@ -254,6 +254,47 @@ def test_shares_to_the_second(clock):
     )
 
 
+def test_updates_that_are_taken_back_are_those_before(clock):
+    meter = meter_of()
+    meter.begin(None, 0.0, skipped=0, traces=0)
+    update(meter, clock, 9, traces=1)
+    for taken, skipped in [(1, 0), (2, 0), (4, 1), (8, 1)]:
+        update(meter, clock, taken, traces=1, skipped=skipped)
+    # Of the four, the third was skipped already.
+    meter.leave_out(2)
+    assert meter.seconds["skipped"] == 4 + 8 + 2
+    # The first took as long as the second, and the rest was tracing.
+    assert (meter.seconds["updates"], meter.seconds["tracing"]) == (1 + 1, 8)
+    meter.leave_out(10)
+    assert meter.shares() == pytest.approx(
+        dict.fromkeys(_goodput.CAUSES, 0.0) | {"skipped": 16 / 24, "tracing": 8 / 24}
+    )
+
+
+@pytest.mark.parametrize("comes_first", [False, True])
+def test_what_a_guard_leaves_out_is_no_goodput(comes_first, tmp_path):
+    y = Y.copy()
+    y[32:40] = 1e9  # The fifth of eight batches stands out, and is taken for a rise, too.
+    y[40:48] = 1e9
+    model = tfbig.Sequential([keras.Input((4,)), Sleeping(), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    guard = tfbig.callbacks.SpikeGuard(factor=100, window=3, patience=2, snapshot_every=100)
+    callbacks = [guard, monitor(tmp_path)]
+    model.fit(
+        *(X, y),
+        batch_size=8,
+        shuffle=False,
+        verbose=0,
+        callbacks=callbacks if comes_first else callbacks[::-1],
+    )
+    assert (guard.spikes, guard.rollbacks, int(model.optimizer.iterations)) == (2, 1, 2)
+    found = seconds(rows(tmp_path)[-1])
+    # Two updates came after it went back to the beginning. An update sleeps once.
+    assert found["goodput"] >= 2 * PAUSE
+    assert found["skipped"] >= 6 * PAUSE
+    assert found["skipped"] > 1.5 * found["goodput"]
+
+
 def test_where_the_host_is_ahead_what_follows_an_update_belongs_to_it(clock):
     meter = meter_of(is_synchronous=False)
     meter.begin(None, 0.0, skipped=0, traces=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import time
@@ -10,6 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from tfbig import _types
 
 __all__ = ("CAUSES", "Goodput", "backing_up", "spending_on_backups")
+
+# Of so many updates it is known how long each took, in case that they are taken back.
+_REMEMBERED = 100_000
 
 # In the order in which they are written; the first is the share that counts.
 CAUSES = (
@@ -48,6 +52,8 @@ class Goodput:
         # Of updates whose logs are not read yet: seconds, updates, and skipped updates so far.
         self._unread: list[tuple[float, int, _types.Tensor]] = []
         self._skipped = 0.0
+        # Of each update that counts, the last one at the end.
+        self._counted: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         # The updates that were made in the same call as a trace, and the seconds of those calls.
         self._traced, self._seconds_traced = 0, 0.0
         self._traces = 0
@@ -115,9 +121,18 @@ class Goodput:
             # They took as long as those without tracing.
             own = min(passed / updates * self._traced, self._seconds_traced)
             self._move("tracing", "updates", own)
+            self._count(own, self._traced)
             self._traced, self._seconds_traced = 0, 0.0
         if skipped is not None:
             self._unread.append((passed, updates, skipped))
+        elif not is_traced:
+            self._count(passed, updates)
+
+    def leave_out(self, updates: int) -> None:
+        """Takes the last updates that count for skipped ones."""
+        self.read_skipped()
+        for _ in range(min(updates, len(self._counted))):
+            self._move("updates", "skipped", self._counted.pop())
 
     def shares(self) -> dict[str, float]:
         """The share of each cause in the seconds so far; their sum is 1."""
@@ -138,7 +153,14 @@ class Goodput:
             new = min(max(0.0, now - self._skipped), updates)
             self._move("updates", "skipped", seconds * new / updates)
             self._skipped = now
+            # Those of a call with a trace are not known yet.
+            if seconds:
+                self._count(seconds * (1 - new / updates), updates - round(new))
         self._unread = []
+
+    def _count(self, seconds: float, updates: int) -> None:
+        """Remembers updates that count."""
+        self._counted.extend([seconds / updates] * updates if updates else [])
 
     def _move(self, source: str, target: str, seconds: float) -> None:
         self.seconds[source] -= seconds

@@ -190,6 +190,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._wait = clock.reader(name)
         self._count = _update_count.UpdateCount(self.model)
         self._epoch = 0
+        self._left_out: int | None = None
         # Read now, because a validation within `fit` changes it.
         self._batch_size = self.model.batch_size_of_updates
         self._file = _monitor_file.RowsFile(self.directory, COLUMNS)
@@ -244,6 +245,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             # Not zero if training resumes mid-epoch.
             self._done = batch
         if self._is_running:
+            self._leave_out()
             self._meter.begin_update()
 
     def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
@@ -348,6 +350,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def _write_goodput(self, has_ended: bool = False) -> None:
         if not self._is_running and not has_ended:
             return
+        self._leave_out()
         self._count.correct()
         try:
             row = self._goodput_file.write(self._meter, self._count.updates, self._epoch, has_ended)
@@ -357,6 +360,14 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         if self._events is not None:
             shares = {name: row[name] for name in _goodput_file.SHARES}
             self._events.write(shares, self._count.updates, "goodput/")
+
+    def _leave_out(self) -> None:
+        """Tells the meter of updates that `SpikeGuard` has skipped or taken back since then."""
+        left_out = self.model.left_out_updates
+        # What a backup or another `fit` has left out is known before the first batch.
+        if self._left_out is not None:
+            self._meter.leave_out(left_out - self._left_out)
+        self._left_out = left_out
 
     def _close(self) -> None:
         """Called when `fit` has ended, also by an exception."""
