@@ -70,6 +70,10 @@ def rows() -> dict[str, tuners.Search]:
     ):
         if all(map(importlib.util.find_spec, needed)):
             found[f"tfbig, {name}"] = tuners.with_tfbig(sampler, define=_define)
+            if sampler == "gp":
+                found[f"Optuna, {name}"] = tuners.with_optuna(
+                    lambda s, seed: s.GPSampler(seed=seed), suggest
+                )
     return found
 
 
