@@ -10,7 +10,7 @@ import tfbig
 from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig import errors
-from tfbig._keras import matrix_product, memory, variables
+from tfbig._keras import memory, variables
 from tfbig._keras.sharded_variable import ShardedWeight
 from tfbig.distribute import Pipeline, _sharded_weights
 
@@ -222,8 +222,6 @@ def test_trains_as_plain_keras(program, way, monkeypatch):
     if program in ("subclassed", "weighted") and way == "staged":
         pytest.skip("a subclassed model, or a weight outside of layers, is not cut by itself")
     monkeypatch.setattr(_sharded_weights, "SMALLEST", 1)
-    # So that gradients of this size are added up in parts, too.
-    monkeypatch.setattr(matrix_product, "_PART", 150)
     # The optimizers take turns, also among the combinations of the ordinary run.
     number = list(PROGRAMS).index(program) // 2 + list(WAYS).index(way) + 1
     optimizer = list(OPTIMIZERS)[number % 2]
@@ -280,36 +278,6 @@ def test_takes_a_tenth_of_the_memory():
     whole = meter(update_of(20_000, 1024, 32))
     chunked = meter(update_of(20_000, 1024, 32, head_chunk_size=32))
     assert chunked < whole / 10
-
-
-def test_what_a_metric_makes_of_a_chunk_is_gone_before_its_gradient_comes():
-    found = memory.Meter(["CPU:0"])(update_of(20_000, 1024, 256, head_chunk_size=128))
-    # The gradient of the weights is as large as two chunks of logits. With all at the same time,
-    # it is 6.9 chunks.
-    chunk = 4 * 20_000 * 128
-    assert found < 6.4 * chunk, found / chunk
-
-
-@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (1, 9), (5, 5)])
-@pytest.mark.parametrize("size", [1, 24, 100])
-@pytest.mark.parametrize("is_cast", [False, True])
-def test_products_are_added_up_in_parts(shape, size, is_cast, monkeypatch):
-    monkeypatch.setattr(matrix_product, "_PART", size)
-    a, b, start = (RNG.normal(size=s) for s in [(4, shape[0]), (4, shape[1]), shape])
-
-    @tf.function
-    def add(a, b, start):
-        product = tf.matmul(a, b, transpose_a=True)
-        product = tf.cast(product, "float32") if is_cast else product
-        parts = matrix_product.Parts.of(product)
-        wanted = -(-product.dtype.size * shape[0] * shape[1] // size)
-        assert len(parts.sizes) == min(max(shape), wanted)
-        zeros = parts.zeros(product.shape, start.dtype)
-        return parts.join(parts.add(parts.add(zeros, product), product)) + start
-
-    expected = 2 * a.T @ b + start
-    found = add(*map(tf.constant, (a, b, start)))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 if is_cast else 1e-14)
 
 
 def test_is_saved_and_cloned(tmp_path):

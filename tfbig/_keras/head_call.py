@@ -14,7 +14,6 @@ from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
 from tfbig._keras import recomputation, stages
-from tfbig._keras.matrix_product import Parts
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
 from tfbig._keras.token_chunks import TokenChunks
@@ -178,14 +177,10 @@ class HeadCall:
     ) -> list[_types.Tensor]:
         """The values of functions for a chunk."""
         predictions = self._predictions(inputs, weights)
-        values: list[_types.Tensor] = []
-        # One after another, and last the one that is differentiated, so that what a metric makes
-        # of the predictions is gone before the gradient is there.
-        for f, t in zip(functions[::-1], targets[::-1], strict=True):
-            with tf.control_dependencies(values):
-                predictions = tf.identity(predictions)
-            values.append(f.function(t, tf.cast(predictions, f.dtype)))
-        return values[::-1]
+        return [
+            f.function(t, tf.cast(predictions, f.dtype))
+            for f, t in zip(functions, targets, strict=True)
+        ]
 
     def _forward(
         self,
@@ -248,11 +243,7 @@ class HeadCall:
         examples, found = compute(*(tf.zeros_like(e[0]) for e in elements))
         wanted = [i for i, g in zip(wanted, found, strict=True) if g is not None]
         (of_inputs, *values), sums = chunks.for_each(
-            compute,
-            elements,
-            examples,
-            [weights[i] for i in wanted],
-            [Parts.of(g) for g in found if g is not None],
+            compute, elements, examples, [weights[i] for i in wanted]
         )
         return of_inputs, values, dict(zip(wanted, sums, strict=True))
 

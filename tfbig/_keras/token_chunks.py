@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from tfbig import _types
-from tfbig._keras.matrix_product import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,6 @@ class TokenChunks:
         elements: Sequence[_types.Tensor],
         joined: Sequence[_types.Tensor],
         added: Sequence[_types.Tensor] = (),
-        parts: Sequence[Parts] = (),
     ) -> tuple[list[_types.Tensor], list[_types.Tensor]]:
         """Results of all chunks, one chunk after another: some joined, others added up.
 
@@ -83,7 +81,6 @@ class TokenChunks:
             elements: what `cut` returned.
             joined: examples of the results to be joined, of a chunk.
             added: tensors of the shapes and dtypes of the others.
-            parts: how each of the others is divided while it is added up.
         """
         arrays = [
             tf.TensorArray(
@@ -93,16 +90,15 @@ class TokenChunks:
         ]
         # As wide as the gradients of micro-batches are added up.
         totals = [
-            p.zeros(a.shape, tf.float64 if a.dtype == tf.float64 else tf.float32)
-            for p, a in zip(parts, added, strict=True)
+            tf.zeros(a.shape, tf.float64 if a.dtype == tf.float64 else tf.float32) for a in added
         ]
 
         def body(
-            i: _types.Tensor, arrays: list[tf.TensorArray], totals: list[list[_types.Tensor]]
-        ) -> tuple[_types.Tensor, list[tf.TensorArray], list[list[_types.Tensor]]]:
-            results, rest = compute(*(e[i] for e in elements))
-            written = [a.write(i, result) for a, result in zip(arrays, results, strict=True)]
-            sums = [p.add(t, r) for p, t, r in zip(parts, totals, rest, strict=True)]
+            i: _types.Tensor, arrays: list[tf.TensorArray], totals: list[_types.Tensor]
+        ) -> tuple[_types.Tensor, list[tf.TensorArray], list[_types.Tensor]]:
+            parts, rest = compute(*(e[i] for e in elements))
+            written = [a.write(i, part) for a, part in zip(arrays, parts, strict=True)]
+            sums = [t + tf.cast(r, t.dtype) for t, r in zip(totals, rest, strict=True)]
             return i + 1, written, sums
 
         _, arrays, totals = tf.while_loop(
@@ -112,6 +108,4 @@ class TokenChunks:
             parallel_iterations=1,
         )
         whole = [self._join(a.stack(), e) for a, e in zip(arrays, joined, strict=True)]
-        return whole, [
-            tf.cast(p.join(t), a.dtype) for p, t, a in zip(parts, totals, added, strict=True)
-        ]
+        return whole, [tf.cast(t, a.dtype) for t, a in zip(totals, added, strict=True)]
