@@ -182,6 +182,8 @@ def _epochs(directories: list[pathlib.Path]) -> list[tuple[str, ...]]:
 
 
 def _run() -> int:
+    if _MARKDOWN.value is not None:
+        command_line.check_file(_MARKDOWN.value, "markdown")
     directory = pathlib.Path(_OUTPUT_DIR.value).resolve()
     origin = provenance.collect(__file__, ("tensorflow", "keras", "tfbig"), [])
     disturbed, undisturbed = directory / "disturbed", directory / "undisturbed"

@@ -35,6 +35,13 @@ def test_a_run_that_is_killed_ends_like_the_other(sessions, tmp_path):
     assert "already holds a run" in again.stderr
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_training(tmp_path):
+    done = run(LONG_RUN, "--markdown=/proc/table.md", f"--output_dir={tmp_path / 'runs'}")
+    assert done.returncode == 2
+    assert "--markdown=/proc cannot be written to" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("sessions", ["1:5:SIGKILL", "1,1", "0", "2:5:SIGHUP,1", ""])
 def test_sessions_that_make_no_sense_are_refused(sessions):
     done = run(LONG_RUN, f"--sessions={sessions}")
