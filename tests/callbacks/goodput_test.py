@@ -271,6 +271,20 @@ def test_updates_that_are_taken_back_are_those_before(clock):
     )
 
 
+def test_nothing_waits_for_an_update_when_none_is_left_out(clock):
+    class Unfinished:
+        def __float__(self):
+            raise AssertionError("it was waited for")
+
+    meter = meter_of()
+    meter.begin(None, 0.0, skipped=0, traces=0)
+    meter.begin_update()
+    meter.end_update(1, 0.0, 0, Unfinished())
+    meter.leave_out(0)
+    with pytest.raises(AssertionError, match="waited for"):
+        meter.leave_out(1)
+
+
 @pytest.mark.parametrize("comes_first", [False, True])
 def test_what_a_guard_leaves_out_is_no_goodput(comes_first, tmp_path):
     y = Y.copy()

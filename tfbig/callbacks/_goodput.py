@@ -130,6 +130,8 @@ class Goodput:
 
     def leave_out(self, updates: int) -> None:
         """Takes the last updates that count for skipped ones."""
+        if not updates:
+            return
         self.read_skipped()
         for _ in range(min(updates, len(self._counted))):
             self._move("updates", "skipped", self._counted.pop())
