@@ -1,5 +1,6 @@
 """One training that dies again and again, in each way, and ends as if it had not."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -102,6 +103,12 @@ def run(command, death, rng, disk):
     return Session(min(updates), max(updates), process.returncode)
 
 
+def updates_in(path):
+    """The updates that a monitor has written rows of."""
+    with path.open(newline="") as file:
+        return [int(row["update"]) for row in csv.DictReader(file)]
+
+
 def kill(process, death, rng):
     workers = job.children(process.pid)
     if death == "SIGTERM":
@@ -133,7 +140,7 @@ def test_training_survives_all_deaths(optimizer, keep, kills, tmp_path, disk):
     ]
 
     def command(directory, backup, workers=1):
-        arguments = [directory, backup, *options]
+        arguments = [directory, backup, *options, f"--monitor={directory}"]
         if workers == 1:
             return [sys.executable, PROGRAM, *arguments]
         return job.launcher("training", *arguments, workers=workers)
@@ -166,6 +173,8 @@ def test_training_survives_all_deaths(optimizer, keep, kills, tmp_path, disk):
         json.loads((tmp_path / name / "history.json").read_text()) for name in ("killed", "whole")
     )
     assert history.keys() == expected_history.keys()
+    rows = [updates_in(tmp_path / name / "training.csv") for name in ("killed", "whole")]
+    assert rows[0] == rows[1] == list(range(1, whole.last + 1))
     # Of the last session, which began in some epoch.
     epochs = len(history["loss"])
     for name, values in expected_history.items():

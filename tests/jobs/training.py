@@ -119,6 +119,7 @@ def parse():
     parser.add_argument("--batch_size", type=int, default=BATCH)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--keep", type=int, default=1, help="backups")
+    parser.add_argument("--monitor", help="directory of a TrainingMonitor")
     parser.add_argument("--last", type=int, help="the update after which the program dies")
     parser.add_argument("--sizes", type=json.loads, help="of a BatchSizeSchedule: '[[0, 8], ...]'")
     parser.add_argument(
@@ -148,6 +149,8 @@ def main():
         callbacks.append(
             tfbig.callbacks.BatchSizeSchedule(dict(options.sizes), learning_rate="square_root")
         )
+    if options.monitor:
+        callbacks.append(tfbig.callbacks.TrainingMonitor(options.monitor, frequency=1, plot=False))
     if options.terminate_in_validation and not tfbig.distribute.is_chief(strategy):
         callbacks.append(TerminateInValidation(options.directory / "terminated"))
     save_freq = options.save_freq if options.save_freq == "epoch" else int(options.save_freq)
