@@ -26,8 +26,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no 
             a backup are missing.
         has_begun: Whether `epochs` is that of this run: from its first epoch on.
         scales: Triples of updates tried, loss scale and skipped updates.
-        seconds: Of training, without validation, per epoch. Without one that was resumed after its
-            first batch.
+        seconds: Of training, without validation, per epoch. An epoch that was resumed after
+            its first batch is left out.
 
     Raises:
         UsageError: If the epochs so far cannot be read.

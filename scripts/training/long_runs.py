@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 BATCH_GROWTH = flags.DEFINE_list(
     "batch_growth",
     [],
-    "Effective batches from later updates on, as 500:64,900:128; until then it is --batch_size.",
+    "Effective batches from later updates on, counted from 0, as 500:64,900:128; until then it is "
+    "--batch_size.",
 )
 SPIKE_GUARD = flags.DEFINE_boolean(
     "spike_guard",
@@ -23,7 +24,8 @@ SPIKE_GUARD = flags.DEFINE_boolean(
 INJECT_SPIKE = flags.DEFINE_integer(
     "inject_spike",
     None,
-    "Flip the signs of all weights before this update, to see what --spike_guard does.",
+    "Flip the signs of all weights before this update, counted from 0, to see what --spike_guard "
+    "does.",
     lower_bound=1,
 )
 BACKUP_ON_BACKGROUND = flags.DEFINE_boolean(
