@@ -4,11 +4,13 @@ No model here is a tfbig model. A failing test means that upstream has fixed a
 defect: then its workaround in `tfbig/_keras/` and the test can go.
 """
 
+import gc
 import pathlib
 import re
 import subprocess
 import sys
 import time
+import weakref
 
 import keras
 import numpy as np
@@ -347,3 +349,17 @@ def seconds_of_the_ends_of_iterators():
 def test_the_end_of_an_iterator_waits_for_a_sleeping_thread():
     # A race, which two of three ends lose on an idle machine, and one of twenty on a busy one.
     assert any(s > 0.1 for _ in range(40) for s in seconds_of_the_ends_of_iterators())
+
+
+def test_a_custom_gradient_keeps_its_graph():
+    @tf.custom_gradient
+    def squared(x):
+        return x**2, lambda upstream: 2 * x * upstream
+
+    graph = tf.Graph()
+    with graph.as_default():
+        squared(tf.constant(1.0))
+    left = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert left() is not None

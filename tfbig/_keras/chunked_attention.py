@@ -16,6 +16,7 @@ from keras.src.backend.tensorflow import nn
 from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
+from tfbig._keras.gradients import custom_gradient
 from tfbig._keras.layers import all_layers
 from tfbig._keras.thread import current
 
@@ -164,7 +165,7 @@ class _Chunks:
     ) -> _types.Tensor:
         """The outputs of all queries; the backward pass computes the weights again."""
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        @custom_gradient
         def function(
             query: _types.Tensor, key: _types.Tensor, value: _types.Tensor, scale: _types.Tensor
         ) -> tuple[_types.Tensor, _types.AnyFunction]:

@@ -15,9 +15,11 @@ from tensorflow.python.ops import gen_collective_ops as _collective_ops
 
 from tfbig import _types
 from tfbig._keras.devices import STRATEGIES, devices_of
+from tfbig._keras.gradients import let_go_with_graph
 
 __all__ = (
     "all_gather",
+    "all_reduce",
     "exchange_on",
     "local_replicas",
     "reduce_scatter",
@@ -91,8 +93,7 @@ def reduce_scatter(rows: _types.Tensor, summed_as: _types.DType) -> _types.Tenso
     replicas, elements = rows.shape
     if tf.executing_eagerly():
         # Replicas run one after another there, and the first would wait for the others.
-        context = tf.distribute.get_replica_context()
-        return context.all_reduce("SUM", tf.cast(rows, summed_as))[replica_id()]
+        return all_reduce([tf.cast(rows, summed_as)])[0][replica_id()]
     if _is_on_gpu() and rows.dtype == summed_as:
         scattered = _run(
             _collective_ops.collective_reduce_scatter_v2, rows, merge_op="Add", final_op="Id"
@@ -102,6 +103,19 @@ def reduce_scatter(rows: _types.Tensor, summed_as: _types.DType) -> _types.Tenso
     received = _with_known_dtype(_collective_ops.collective_all_to_all_v2, rows)
     received = tf.ensure_shape(received, [replicas, elements])
     return tf.reduce_sum(tf.cast(received, summed_as), axis=0)
+
+
+def all_reduce(values: Sequence[_types.Gradient]) -> list[_types.Gradient]:
+    """The sum of each value over all replicas, in one exchange. In replica context.
+
+    Args:
+        values: Tensors and `tf.IndexedSlices`, as many and of the same dtypes on every replica.
+    """
+    sums = list(tf.distribute.get_replica_context().all_reduce("SUM", list(values)))
+    if all(isinstance(v, tf.Tensor) for v in values):
+        # TensorFlow gives it a gradient, which nothing here takes.
+        let_go_with_graph(sums)
+    return sums
 
 
 def all_gather(row: _types.Tensor) -> _types.Tensor:

@@ -14,6 +14,7 @@ from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
 from tfbig._keras import recomputation, stages
+from tfbig._keras.gradients import custom_gradient
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
 from tfbig._keras.token_chunks import TokenChunks
@@ -79,7 +80,7 @@ class HeadCall:
         # Masks of the values are no results of a custom gradient.
         masks: list[_types.Tensor | None] = []
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        @custom_gradient
         def function(
             inputs: _types.Tensor, *sources: _types.Tensor
         ) -> tuple[list[_types.Tensor], _types.AnyFunction]:
@@ -120,7 +121,7 @@ class HeadCall:
         weights = _Weights(self.layer, self.inputs)
         chunks = TokenChunks.of(self.inputs, self.size)
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        @custom_gradient
         def function(
             inputs: _types.Tensor, factors: _types.Tensor, *sources: _types.Tensor
         ) -> tuple[list[_types.Tensor], _types.AnyFunction]:

@@ -23,6 +23,7 @@ from tensorflow.python.eager import record as _record
 from tfbig import _types, errors
 from tfbig._keras import stages
 from tfbig._keras.devices import is_on_cpu
+from tfbig._keras.gradients import custom_gradient
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variables import VariableValues
@@ -116,7 +117,7 @@ class _RepeatableCall:
         # Of the first pass: the outputs, and the scope with what it assigned. Any: of two types.
         first: list[Any] = []
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        @custom_gradient
         def function(*tensors: _types.Tensor) -> tuple[list[_types.Tensor], _types.AnyFunction]:
             known = [*tensors, *self.inputs, *self.masks, *self.state.values()]
             with _record.stop_recording(), _only_of(self.layer, known):

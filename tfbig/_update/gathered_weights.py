@@ -200,7 +200,7 @@ class GatheredWeights:
     def _gathered(self, weight: ShardedWeight, piece: _types.Tensor) -> _types.Tensor:
         """All of a weight, as a function of the piece."""
 
-        @tf.custom_gradient  # type: ignore[untyped-decorator]  # TensorFlow has no types.
+        @_keras.gradients.custom_gradient
         def gathered(piece: _types.Tensor) -> tuple[_types.Tensor, _types.AnyFunction]:
             with tf.control_dependencies([*self._before, *self._last_gathered]):
                 whole = weight.gathered(tf.identity(piece))

@@ -18,6 +18,7 @@ from tfbig._update import (
     gathered_weights,
     replicas,
     table_rows,
+    xla_on_cpu,
 )
 from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 from tfbig._update.table_rows import Rows
@@ -42,7 +43,7 @@ class LossTrace:
         has_weight: whether the loss function says the weight of a micro-batch.
         divided: the weights that are read and divided over the replicas.
         counts_need_weights: whether the denominators of losses depend on them.
-        operations: those of the forward pass in a graph; none of an eager one.
+        is_faster_compiled: whether XLA on a CPU is expected to compute a micro-batch faster.
     """
 
     kinds: list[str]
@@ -55,7 +56,7 @@ class LossTrace:
     has_weight: bool
     divided: list[ShardedWeight]
     counts_need_weights: bool
-    operations: list[tf.Operation]
+    is_faster_compiled: bool
 
 
 @dataclasses.dataclass
@@ -129,7 +130,8 @@ class LossTracer:
             has_weight=probe.result.weight is not None and not self.is_whole,
             divided=probe.divided,
             counts_need_weights=probe.counts_need_weights,
-            operations=probe.operations,
+            # Not the operations: they keep the graph.
+            is_faster_compiled=xla_on_cpu.is_faster(probe.operations, self.data),
         )
 
     def _probe(self, data: _types.Structure) -> None:

@@ -24,7 +24,6 @@ from tfbig._update import (
     micro_batch_loop,
     replicas,
     staged_step,
-    xla_on_cpu,
 )
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
@@ -108,7 +107,7 @@ class MicroBatches:
             and not (self.is_whole or self.compiled)
             # The parts of a gradient are told apart in the graph that made them.
             and all(len(rows) <= 1 for rows in self.trace.rows)
-            and xla_on_cpu.is_faster(self.trace.operations, self.data)
+            and self.trace.is_faster_compiled
         )
         self.in_flight = in_flight or _keras.stages.in_flight_of(self.variables)
         # Eagerly, devices take turns.

@@ -53,7 +53,6 @@ def all_reduce_sum(
     """
     if count() == 1:
         return list(tensors)
-    context = tf.distribute.get_replica_context()
     summed: list[_types.Gradient] = []
     received: list[_types.Tensor] = []
     for k, bucket in enumerate(_buckets(tensors, bucket_bytes)):
@@ -61,7 +60,7 @@ def all_reduce_sum(
             # The outputs of a loop are on no device, and an exchange between workers needs one.
             sent = [tf.identity(t) for t in bucket]
         if stage is None:
-            sums = list(context.all_reduce("SUM", sent))
+            sums = _keras.collectives.all_reduce(sent)
         else:
             sums = _keras.collectives.sum_on(stage.devices, sent)
         received = [] if tf.executing_eagerly() else tf.nest.flatten(sums, expand_composites=True)
