@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import pathlib
 import resource
 import sys
 import time
@@ -62,6 +63,12 @@ def read_task() -> Task:
 def peak_mib() -> float:
     """The largest resident size of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _MAXRSS_MIB
+
+
+def resident_mib() -> float:
+    """The resident size of this process, in MiB. On Linux."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 class Measurement:

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _types
-from tfbig._keras import replica_step
+from tfbig._keras import replica_step, start
 from tfbig._keras.batches import without_optionals
 from tfbig._keras.input_clock import timed
 from tfbig._keras.resized_batches import ResizedBatches
@@ -85,6 +85,14 @@ class StepFunction:
 
     def __call__(self, iterator: Iterator[_types.Structure]) -> _types.Structure:
         """Runs `steps_per_execution` steps, or until the data end; returns the logs of the last."""
+        traced = self.model.times_traced
+        with start.without_simulation(self.model.distribute_strategy):
+            logs = self._run(iterator)
+        if self.model.times_traced > traced:
+            start.give_back_memory()
+        return logs
+
+    def _run(self, iterator: Iterator[_types.Structure]) -> _types.Structure:
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return self._run_on_iterator(iterator)
         if isinstance(iterator, ResizedBatches):
