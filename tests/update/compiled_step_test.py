@@ -361,6 +361,18 @@ def test_leaves_batches_of_many_sizes_alone(compiled, of_any_size):
     assert not compiled
 
 
+def test_jit_compile_can_be_set_after_compile(compiled, of_any_size):
+    model, _ = trained(tfbig.Model, "decoder", "adamw", gradient_accumulation_steps=3)
+    assert len(compiled) == 1
+    model.jit_compile = False
+    model.fit(TOKENS, TARGETS, 9, verbose=0)
+    assert len(compiled) == 1
+    assert model.get_compile_config()["jit_compile"] is False
+    model.jit_compile = True
+    with pytest.warns(UserWarning, match="rows of an embedding's gradient"):
+        model.fit(TOKENS, TARGETS, 9, verbose=0)
+
+
 def test_saves_that_jit_compile_is_auto(tmp_path):
     model = train_a_batch(lambda: _with_layer(layers.Dense(2)))
     model.save(tmp_path / "model.keras")

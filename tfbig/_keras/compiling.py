@@ -26,11 +26,23 @@ Settings: TypeAlias = dict[str, Any]
 class CompileHooks(_KerasModel):  # type: ignore[misc]  # Keras has no types.
     """What `compile` does to a tfbig model, whichever `compile` its class has."""
 
+    train_function: _types.AnyFunction | None
+    test_function: _types.AnyFunction | None
+    predict_function: _types.AnyFunction | None
+
     def _prepare_compile(self, settings: Settings) -> None:
         """Hook: checks and changes what Keras is given, in the strategy's scope."""
 
     def _finish_compile(self) -> None:
         """Hook: called after Keras has compiled the model."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        config = getattr(self, "_compile_config", None)
+        if name == "jit_compile" and config is not None:
+            # Keras would go on with what is compiled, and save what `compile` was given.
+            config.config[name] = value
+            self.train_function = self.test_function = self.predict_function = None
 
     def compile_from_config(self, config: _types.Config) -> None:
         with self.distribute_strategy.scope():

@@ -44,10 +44,6 @@ class TrainerOverrides(CompileHooks):
       over the replicas. Keras gives all of it to each.
     """
 
-    train_function: _types.AnyFunction | None
-    test_function: _types.AnyFunction | None
-    predict_function: _types.AnyFunction | None
-
     # The iterator of the running `fit` or `evaluate`: see `_keras.epoch_iterator.of_fit`.
     _epoch_iterator: EpochIterator | None = None
     _batch_size: int | None = None
