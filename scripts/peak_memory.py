@@ -65,7 +65,7 @@ def _measure(name: str, row: str) -> tuple[float, float, float, float]:
         "tfbig" if row != "plain" else "micro", STEPS, *models.MODELS[name]()
     )
     if row == "no_jit":
-        model.compile(model.optimizer, model.loss, jit_compile=False)
+        model.jit_compile = False
     x, y = models.data(name, STEPS * SAMPLES)
     model.fit(
         tf.data.Dataset.from_tensors(

@@ -53,6 +53,17 @@ def test_batch_normalization_that_trains_is_warned_of_once(strategy, options):
     assert warnings_of(fit(model)) == []
 
 
+def test_what_stops_to_be_exact_between_two_trainings_is_warned_of():
+    model = net(lambda: layers.BatchNormalization(name="frozen", trainable=False), **SPLIT)
+    assert warnings_of(fit(model)) == []
+    model.get_layer("frozen").trainable = True
+    model.compile("sgd", keras.losses.Dice())
+    normalization, loss = warnings_of(fit(model))
+    assert "Received: frozen." in normalization
+    assert "Received: Dice." in loss
+    assert warnings_of(fit(model)) == []
+
+
 @pytest.mark.parametrize(
     ("options", "arguments"), [({}, {}), ({"micro_batch_size": 6}, {}), (SPLIT, {"batch_size": 1})]
 )

@@ -45,10 +45,22 @@ def refuse_divided_loss(model: keras.Model) -> None:
             )
 
 
-def warn_of_what_is_not_exact(model: keras.Model) -> None:
-    """Warns of layers and losses whose update changes when the batch is split."""
-    for message in _messages(model):
+def warn_of_what_is_not_exact(model: keras.Model, known: frozenset[str]) -> frozenset[str]:
+    """Warns of layers and losses whose update changes when the batch is split.
+
+    Args:
+        model: the model, compiled.
+        known: what was warned of before.
+
+    Returns:
+        All that has been warned of.
+    """
+    messages = _messages(model)
+    for message in messages:
+        if message in known:
+            continue
         warnings.warn(f'{message} See docs/contract.md, "What is not exact".', stacklevel=2)
+    return known.union(messages)
 
 
 def _messages(model: keras.Model) -> list[str]:

@@ -45,7 +45,8 @@ def check_strategy() -> None:
 class TrainingChecks(step_options.StepOptions):
     """Checks a model before it trains or evaluates; `TrainStep` is its only direct subclass."""
 
-    _has_warned_of_inexact_parts = False
+    # What was warned of.
+    _inexact_parts: frozenset[str] = frozenset()
     # What measures where the time of the running `fit` goes.
     goodput_meters: tuple[Goodput, ...] = ()
 
@@ -217,15 +218,14 @@ class TrainingChecks(step_options.StepOptions):
             pipeline_option.say_bubble(self, int(larger[1] + smaller[1]))
 
     def _check_split(self, split: object) -> None:
-        """Refuses what no split batch can compute, and warns once of what is not exact.
+        """Refuses what no split batch can compute, and warns once of each part that is not exact.
 
         Args:
             split: how the batch is split, for the message.
         """
         inexact.refuse_stateful_layers(self, split)
-        if not self._has_warned_of_inexact_parts:
-            self._has_warned_of_inexact_parts = True
-            inexact.warn_of_what_is_not_exact(self)
+        # Layers may be frozen, and other settings compiled, between two trainings.
+        self._inexact_parts = inexact.warn_of_what_is_not_exact(self, self._inexact_parts)
 
     # --- A `train_step` that is not tfbig's --------------------------------------
 
