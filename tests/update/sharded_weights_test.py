@@ -13,6 +13,7 @@ import tfbig
 from tests.conftest import make_strategy
 from tfbig._keras import memory
 from tfbig._keras.sharded_variable import ShardedWeight
+from tfbig._update import gathered_weights
 from tfbig.distribute import _sharded_weights
 
 TOLERANCE = 1e-10
@@ -171,6 +172,62 @@ def test_rows_of_tables_in_a_layer_that_recomputes_stay_rows(
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     options = {"gradient_accumulation_steps": 2}
     assert_trains_as_plain(make, tokens, tokens, options, loss=loss, optimizer=optimizer)
+
+
+class Mixed(layers.Layer):
+    """A kernel that is read in half precision, one that is read in full, and one in both."""
+
+    def build(self, shape):
+        self.half = layers.Dense(6, dtype=self.dtype_policy, kernel_regularizer="l2", name="half")
+        self.full, self.both = (layers.Dense(6, dtype="float32", name=n) for n in ("full", "both"))
+        for layer in (self.half, self.full, self.both):
+            layer.build((None, 6))
+
+    def call(self, x):
+        h = self.full(keras.ops.tanh(self.half(x)))
+        narrow = keras.ops.matmul(keras.ops.cast(h, x.dtype), self.both.kernel)
+        return self.both(h) + keras.ops.cast(narrow, "float32")
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_weights_travel_as_layers_read_them(policy, small_weights_are_divided, monkeypatch):
+    """Half as many bytes, and the same numbers to the bit."""
+
+    def make(cls, **options):
+        tokens = keras.Input((5,), dtype="int32")
+        h = layers.Embedding(11, 6, dtype=policy)(tokens)
+        outputs = layers.Dense(11, dtype=policy)(Mixed(dtype=policy)(h))
+        return cls(tokens, outputs, **options)
+
+    tokens = np.random.default_rng(0).integers(0, 11, (22, 5))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    sent = []
+    gathered = ShardedWeight.gathered
+    monkeypatch.setattr(
+        ShardedWeight,
+        "gathered",
+        lambda self, piece: sent.append((self.path, piece.dtype.name)) or gathered(self, piece),
+    )
+    options = {"shard": "weights", "gradient_accumulation_steps": 2, "head_chunk_size": 4}
+    model = train(make, tokens, tokens, "mirrored_2", loss=loss, **options)
+    half = policy.removeprefix("mixed_")
+    dtypes = {}
+    for path, dtype in sent:
+        dtypes.setdefault(path.replace(f"{model.layers[2].name}/", ""), set()).add(dtype)
+    assert dtypes["half/kernel"] == {half, "float32"}, "a regularizer reads all of it"
+    assert dtypes["half/bias"] == dtypes[f"{model.layers[-1].name}/kernel"] == {half}
+    assert dtypes["full/kernel"] == dtypes["both/kernel"] == {"float32"}
+    assert dtypes["embedding/embeddings".replace("embedding", model.layers[1].name, 1)] == {
+        "float32"
+    }, "its gradient has rows"
+
+    monkeypatch.setattr(gathered_weights.WeightStandIns, "narrow_dtypes", lambda self: {})
+    sent.clear()
+    whole = train(make, tokens, tokens, "mirrored_2", loss=loss, **options)
+    assert {dtype for _, dtype in sent} == {"float32"}
+    for a, b in zip(model.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.isfinite(model.get_weights()[0]).all()
 
 
 @pytest.mark.parametrize("samples", [17, 24], ids=["one_sample_left", "as_many"])

@@ -271,6 +271,9 @@ class Gathering(Protocol):
     def reach(self, tensors: Sequence[_types.Tensor | None]) -> None:
         """Says that a layer begins, in the forward or backward pass, with these tensors."""
 
+    def note_reading(self, weight: ShardedWeight, dtype: _types.DType) -> None:
+        """Says that a layer that recomputes reads a weight, cast to this dtype."""
+
 
 class ShardedWeight(ShardedVariable):
     """A weight of which every replica has a piece; whoever reads it gathers all of it.
@@ -283,9 +286,14 @@ class ShardedWeight(ShardedVariable):
     def value(self) -> _types.Tensor:
         if not in_stateless_scope():
             return self._maybe_autocast(self.read())
-        scope = get_stateless_scope()
-        value = scope.get_current_value(self)
-        return self._maybe_autocast(self.read() if value is None else value)
+        mapped = get_stateless_scope().state_mapping.get(id(self))
+        if mapped is None:
+            return self._maybe_autocast(self.read())
+        value = self._maybe_autocast(mapped)
+        gathering: Gathering | None = current("gathering")
+        if gathering is not None:
+            gathering.note_reading(self, value.dtype)
+        return value
 
     def read(self) -> _types.Tensor:
         """What its value is where no scope says otherwise."""

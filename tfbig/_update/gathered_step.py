@@ -88,7 +88,7 @@ class GatheredStep(MicroBatchStep):
         self, micro_batch: _types.Structure, samples: _types.Tensor, state: list[_types.Tensor]
     ) -> tuple[MicroBatchLoss, _types.Tensor, list[_types.Gradient | None], list[_types.Tensor]]:
         pieces = {key: tf.identity(piece) for key, piece in self.pieces.items()}
-        self._gathered = GatheredWeights(pieces, self.with_rows)
+        self._gathered = GatheredWeights(pieces, self.with_rows, self.trace.narrow_dtypes)
         with _keras.thread.holding("gathering", self._gathered):
             result, loss, gradients, state = super()._differentiate(micro_batch, samples, state)
         # What does not count may not even be a number.

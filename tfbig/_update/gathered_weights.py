@@ -8,7 +8,8 @@ there, so that a replica adds up the gradient of its piece alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 
 import keras
 import tensorflow as tf
@@ -64,6 +65,7 @@ class WeightStandIns:
 
     def __init__(self, variables: Iterable[keras.Variable]) -> None:
         self.read: list[ShardedWeight] = []
+        self._read_as: dict[int, set[_types.DType]] = {}
         self._tensors: dict[int, _types.Tensor] = {}
         self._graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         # Not where they are read, which may be inside a loop.
@@ -80,6 +82,18 @@ class WeightStandIns:
         return [
             self._tensors[id(v)] if is_divided(v) else _keras.variables.native(v) for v in variables
         ]
+
+    def narrow_dtypes(self) -> dict[int, _types.DType]:
+        """The dtypes of fewer bytes to which all layers that read a weight cast it.
+
+        By the identity of the weight; of those that layers read that recompute.
+        """
+        return {
+            id(weight): dtype
+            for weight in self.read
+            for dtype in self._read_as.get(id(weight), ())
+            if len(self._read_as[id(weight)]) == 1 and dtype.size < tf.as_dtype(weight._dtype).size
+        }
 
     def are_needed_for(self, tensors: Iterable[_types.Tensor]) -> bool:
         """Whether one of these tensors of the trace depends on a divided weight."""
@@ -117,6 +131,10 @@ class WeightStandIns:
     def reach(self, tensors: Sequence[_types.Tensor | None]) -> None:
         """See `Gathering`."""
 
+    def note_reading(self, weight: ShardedWeight, dtype: _types.DType) -> None:
+        """See `Gathering`."""
+        self._read_as.setdefault(id(weight), set()).add(dtype)
+
     def _make(self, weight: ShardedWeight) -> _types.Tensor:
         if id(weight) not in self._tensors:
             with tf.init_scope() if self._graph is None else self._graph.as_default():
@@ -134,6 +152,7 @@ class GatheredWeights:
         pieces: this replica's piece of each divided weight that is read, by its identity.
         with_rows: identities of the weights whose gradient has rows. They are gathered once, and
             their rows are not scattered.
+        dtypes: see `WeightStandIns.narrow_dtypes`; others travel as they are.
 
     Attributes:
         weight: float scalar, what the micro-batch counts in the effective batch; to be set before
@@ -141,9 +160,15 @@ class GatheredWeights:
         watch: has a tape watch a tensor.
     """
 
-    def __init__(self, pieces: dict[int, _types.Tensor], with_rows: Set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        pieces: dict[int, _types.Tensor],
+        with_rows: Set[int] = frozenset(),
+        dtypes: Mapping[int, _types.DType] = MappingProxyType({}),
+    ) -> None:
         self.pieces = pieces
         self.with_rows = with_rows
+        self.dtypes = dtypes
         self.weight: _types.Tensor | None = None
         self.watch: Callable[[_types.Tensor], None] = lambda _: None
         self._graph = tf.compat.v1.get_default_graph()
@@ -174,7 +199,7 @@ class GatheredWeights:
                     f"layer that recomputes. Received: {weight.path}, read in one. Use "
                     "shard='optimizer', or make what reads it a layer."
                 )
-            whole = self._gathered(weight, self.pieces[id(weight)])
+            whole = self._gathered(weight, self.pieces[id(weight)], weight._dtype)
             if id(weight) in self.with_rows:
                 # The gradient's rows are those of the whole table.
                 whole = tf.stop_gradient(whole)
@@ -187,9 +212,15 @@ class GatheredWeights:
     ) -> list[_types.Tensor]:
         """See `Gathering`."""
         return [
-            self._gathered(v, source) if is_divided(v) and id(v) not in self.with_rows else source
+            self._gathered(v, source, self.dtypes.get(id(v), v._dtype))
+            if is_divided(v) and id(v) not in self.with_rows
+            else source
             for v, source in zip(weights, sources, strict=True)
         ]
+
+    def note_reading(self, weight: ShardedWeight, dtype: _types.DType) -> None:
+        """See `Gathering`."""
+        assert self.dtypes.get(id(weight), dtype) == dtype, "layers read as in the trace"
 
     def gradient_source_of(self, variable: keras.Variable) -> _types.Tensor | _types.Variable:
         """What the gradient of a variable, divided or not, is taken of."""
@@ -197,15 +228,18 @@ class GatheredWeights:
             self.source_of(variable) if is_divided(variable) else _keras.variables.native(variable)
         )
 
-    def _gathered(self, weight: ShardedWeight, piece: _types.Tensor) -> _types.Tensor:
+    def _gathered(
+        self, weight: ShardedWeight, piece: _types.Tensor, sent_as: _types.DType | str
+    ) -> _types.Tensor:
         """All of a weight, as a function of the piece."""
 
         @_keras.gradients.custom_gradient
         def gathered(piece: _types.Tensor) -> tuple[_types.Tensor, _types.AnyFunction]:
             with tf.control_dependencies([*self._before, *self._last_gathered]):
-                whole = weight.gathered(tf.identity(piece))
+                # Cast before it travels or after, its elements are the same.
+                whole = weight.gathered(tf.cast(tf.identity(piece), sent_as))
             self._last_gathered = [whole]
-            return whole, lambda gradient: self._scattered(weight, gradient)
+            return tf.cast(whole, weight._dtype), lambda gradient: self._scattered(weight, gradient)
 
         return gathered(piece)
 

@@ -42,6 +42,7 @@ class LossTrace:
         logs: structure of specs of the logs.
         has_weight: whether the loss function says the weight of a micro-batch.
         divided: the weights that are read and divided over the replicas.
+        narrow_dtypes: those as which some of them travel, by their identities.
         counts_need_weights: whether the denominators of losses depend on them.
         is_faster_compiled: whether XLA on a CPU is expected to compute a micro-batch faster.
     """
@@ -55,6 +56,7 @@ class LossTrace:
     logs: _types.Structure
     has_weight: bool
     divided: list[ShardedWeight]
+    narrow_dtypes: dict[int, _types.DType]
     counts_need_weights: bool
     is_faster_compiled: bool
 
@@ -69,6 +71,7 @@ class _Probe:
     assigned: list[keras.Variable]
     gradients: list[_types.Gradient | None]
     divided: list[ShardedWeight]
+    narrow_dtypes: dict[int, _types.DType]
     counts_need_weights: bool
     operations: list[tf.Operation]
 
@@ -129,6 +132,7 @@ class LossTracer:
             logs=keras.tree.map_structure(_spec, probe.result.logs),
             has_weight=probe.result.weight is not None and not self.is_whole,
             divided=probe.divided,
+            narrow_dtypes=probe.narrow_dtypes,
             counts_need_weights=probe.counts_need_weights,
             # Not the operations: they keep the graph.
             is_faster_compiled=xla_on_cpu.is_faster(probe.operations, self.data),
@@ -161,6 +165,7 @@ class LossTracer:
                 values.assigned,
                 gradients,
                 weights.read,
+                weights.narrow_dtypes(),
                 weights.are_needed_for(counter.counted),
                 operations,
             )
