@@ -38,8 +38,8 @@ class CompileHooks(_KerasModel):  # type: ignore[misc]  # Keras has no types.
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        config = getattr(self, "_compile_config", None)
-        if name == "jit_compile" and config is not None:
+        config = getattr(self, "_compile_config", None) if name == "jit_compile" else None
+        if config is not None:
             # Keras would go on with what is compiled, and save what `compile` was given.
             config.config[name] = value
             self.train_function = self.test_function = self.predict_function = None
