@@ -368,6 +368,10 @@ def test_jit_compile_can_be_set_after_compile(compiled, of_any_size):
     model.fit(TOKENS, TARGETS, 9, verbose=0)
     assert len(compiled) == 1
     assert model.get_compile_config()["jit_compile"] is False
+    model.jit_compile = "auto"
+    model.fit(TOKENS, TARGETS, 9, verbose=0)
+    assert len(compiled) == 2
+    assert model.get_compile_config()["jit_compile"] == "auto"
     model.jit_compile = True
     with pytest.warns(UserWarning, match="rows of an embedding's gradient"):
         model.fit(TOKENS, TARGETS, 9, verbose=0)

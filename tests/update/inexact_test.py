@@ -53,7 +53,7 @@ def test_batch_normalization_that_trains_is_warned_of_once(strategy, options):
     assert warnings_of(fit(model)) == []
 
 
-def test_what_stops_to_be_exact_between_two_trainings_is_warned_of():
+def test_what_is_no_longer_exact_in_a_later_training_is_warned_of():
     model = net(lambda: layers.BatchNormalization(name="frozen", trainable=False), **SPLIT)
     assert warnings_of(fit(model)) == []
     model.get_layer("frozen").trainable = True

@@ -60,10 +60,7 @@ def test_the_gradients_of_a_graph_are_there_as_long_as_the_graph():
 
     @tf.function
     def forward(x):
-        with (
-            recomputation.recomputed([layer]),
-            variables.VariableValues(),
-        ):
+        with recomputation.recomputed([layer]), variables.VariableValues():
             return tf.reduce_sum(layer(x) ** 2)
 
     x = tf.constant([[1.0, 2.0]])

@@ -37,7 +37,9 @@ class CompileHooks(_KerasModel):  # type: ignore[misc]  # Keras has no types.
         """Hook: called after Keras has compiled the model."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        is_automatic = name == "jit_compile" and value == "auto"
+        # Keras takes "auto" for True here.
+        super().__setattr__(name, self._resolve_auto_jit_compile() if is_automatic else value)
         config = getattr(self, "_compile_config", None) if name == "jit_compile" else None
         if config is not None:
             # Keras would go on with what is compiled, and save what `compile` was given.

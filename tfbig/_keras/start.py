@@ -8,6 +8,7 @@ library keeps most, which larger tensors cannot use: 150 MB there.
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 from collections.abc import Iterator
@@ -37,7 +38,10 @@ def without_simulation(strategy: _types.Strategy) -> Iterator[None]:
         return
     context = _context.context()
     before = context.function_call_options
-    context.function_call_options = _options(before.executor_type, before.config_proto_serialized)
+    # A copy: TensorFlow changes the options of a thread in place.
+    context.function_call_options = copy.copy(
+        _options(before.executor_type, before.config_proto_serialized)
+    )
     try:
         yield
     finally:

@@ -42,7 +42,7 @@ class LossTrace:
         logs: structure of specs of the logs.
         has_weight: whether the loss function says the weight of a micro-batch.
         divided: the weights that are read and divided over the replicas.
-        narrow_dtypes: those as which some of them travel, by their identities.
+        narrow_dtypes: the dtypes in which some of them travel, by their identities.
         counts_need_weights: whether the denominators of losses depend on them.
         is_faster_compiled: whether XLA on a CPU is expected to compute a micro-batch faster.
     """
