@@ -2,13 +2,16 @@
 
 import contextlib
 import gc
+import itertools
 import pathlib
 import resource
+import sqlite3
 
 import keras
 import keras_tuner
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from tfbig import errors, tuners
 from tfbig.tuners import HyperParameters, _oracle
@@ -96,6 +99,43 @@ def test_weights_that_cannot_be_written_are_no_failure_of_the_trial(tmp_path):
         search()
     assert not list(tmp_path.rglob("new-*"))
     assert [t.status for t in search().oracle.trials.values()] == ["COMPLETED"] * 2
+
+
+@contextlib.contextmanager
+def interrupted(number):
+    """Interrupts this process before its n-th change of a database."""
+    changes = itertools.count(1)
+
+    def interrupt(connection, cursor, statement, *_):
+        if statement.lstrip().startswith(("CREATE", "INSERT")) and next(changes) == number:
+            raise KeyboardInterrupt
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", interrupt)
+
+
+def schema(directory):
+    (path,) = directory.rglob("study.db")
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return sorted(map(str, database.execute("SELECT type, name, sql FROM sqlite_master")))
+
+
+def test_a_database_is_completed_if_making_it_was_interrupted(tmp_path):
+    run(oracle_in(tmp_path / "whole", 1))
+    whole = schema(tmp_path / "whole")
+    # Keeps two processes from making a study of the same name.
+    assert any("CREATE UNIQUE INDEX" in row and "study_name" in row for row in whole)
+    made = sum("CREATE" in row for row in whole)
+    for number in range(1, made + 2):
+        directory = tmp_path / str(number)
+        with interrupted(number):
+            run(oracle_in(directory, 1))
+        run(oracle_in(directory, 1))
+        assert schema(directory) == whole
 
 
 def test_a_damaged_file_is_said_to_be_damaged(tmp_path):

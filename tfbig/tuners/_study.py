@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import optuna
+import optuna.storages._rdb.models
 import sqlalchemy as sa
 
 from tfbig import errors
@@ -274,6 +275,8 @@ def _backend(storage: str) -> optuna.storages.RDBStorage:
     attempts = 10
     for attempt in range(attempts):
         try:
+            if storage.startswith("sqlite"):
+                _create_at_once(storage)
             made = optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": arguments})
             if storage.startswith("sqlite"):
                 sa.event.listen(made.engine, "connect", _use_write_ahead_log)
@@ -289,6 +292,18 @@ def _backend(storage: str) -> optuna.storages.RDBStorage:
                 raise
             time.sleep(random.uniform(0.05, 0.3))
     raise AssertionError
+
+
+def _create_at_once(storage: str) -> None:
+    """Creates the tables of Optuna in an SQLite file, all or none.
+
+    Optuna itself creates them one by one, and looks for no index where there is a table. If it is
+    killed between the table of the studies and the index that keeps their names apart, two
+    processes can later create a study of the same name, and no process can read it any more.
+    """
+    engine = _engine(storage)
+    optuna.storages._rdb.models.BaseModel.metadata.create_all(engine)
+    engine.dispose()
 
 
 def _use_write_ahead_log(connection: _Connection, _: object) -> None:
