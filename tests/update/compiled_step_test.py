@@ -130,7 +130,8 @@ def test_makes_the_update_of_plain_keras(compiled, of_any_size, name, optimizer,
     assert_same(result, trained(keras.Model, name, optimizer, jit_compile=False))
 
 
-def test_draws_from_the_same_seeds_as_an_uncompiled_step(compiled, of_any_size):
+def test_draws_from_the_same_seeds_as_an_uncompiled_step(compiled, of_any_size, monkeypatch):
+    monkeypatch.setattr(xla_on_cpu, "_MOST_RANDOM_ALONE", 1)
     options = {"rate": 0.3, "gradient_accumulation_steps": 3}
     one = trained(tfbig.Model, "decoder", **options)
     again = trained(tfbig.Model, "decoder", **options)
@@ -241,6 +242,8 @@ KEPT = {
     "half": lambda: dense(lambda x: ops.cast(ops.cast(x, "float16"), x.dtype)),
     "large_products": lambda: _of_width(700),
     "long": lambda: _attention_of(257),
+    "long_with_dropout": lambda: _attention_of(97, dropout=0.1, layers_alike=2),
+    "dropout_alone": lambda: _attention_of(8, dropout=0.1),
     "cumulative": lambda: dense(lambda x: x + tf.cumsum(tf.ones((1025, 1), x.dtype))[-1, 0]),
     "recurrent": lambda: _with_layer(layers.LSTM(4)),
     "convolutional": lambda: _with_layer(layers.Conv1D(64, 3)),
@@ -255,10 +258,11 @@ def _of_width(width):
     return inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(x))
 
 
-def _attention_of(tokens):
+def _attention_of(tokens, dropout=0.0, layers_alike=1):
     inputs = keras.Input((LENGTH, WIDTH))
     x = layers.Reshape((-1, 2))(layers.Dense(2 * tokens)(inputs)[:, 0])
-    x = layers.MultiHeadAttention(1, 2)(x, x)
+    for _ in range(layers_alike):
+        x = layers.MultiHeadAttention(1, 2, dropout=dropout)(x, x)
     return inputs, layers.Dense(1)(layers.GlobalAveragePooling1D()(x))
 
 
@@ -298,7 +302,14 @@ def test_compiles_a_model_of_dense_layers(compiled, of_any_size):
     assert compiled
 
 
-@pytest.mark.parametrize("build", [lambda: _attention_of(256), lambda: _of_width(100)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: _attention_of(256),
+        lambda: _attention_of(96, dropout=0.1, layers_alike=2),
+        lambda: _of_width(100),
+    ],
+)
 def test_compiles_what_is_not_too_large(compiled, of_any_size, build):
     train_a_batch(build)
     assert compiled
