@@ -10,7 +10,7 @@ import tfbig
 from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig import errors
-from tfbig._keras import memory, variables
+from tfbig._keras import head_call, matrix_product, memory, variables
 from tfbig._keras.sharded_variable import ShardedWeight
 from tfbig.distribute import Pipeline, _sharded_weights
 
@@ -222,6 +222,8 @@ def test_trains_as_plain_keras(program, way, monkeypatch):
     if program in ("subclassed", "weighted") and way == "staged":
         pytest.skip("a subclassed model, or a weight outside of layers, is not cut by itself")
     monkeypatch.setattr(_sharded_weights, "SMALLEST", 1)
+    # So that gradients of this size are computed in parts, too.
+    monkeypatch.setattr(matrix_product, "_PART", 150)
     # The optimizers take turns, also among the combinations of the ordinary run.
     number = list(PROGRAMS).index(program) // 2 + list(WAYS).index(way) + 1
     optimizer = list(OPTIMIZERS)[number % 2]
@@ -278,6 +280,72 @@ def test_takes_a_tenth_of_the_memory():
     whole = meter(update_of(20_000, 1024, 32))
     chunked = meter(update_of(20_000, 1024, 32, head_chunk_size=32))
     assert chunked < whole / 10
+
+
+def test_a_chunk_has_one_tensor_of_its_size_at_a_time():
+    found = memory.Meter(["CPU:0"])(update_of(20_000, 1024, 256, head_chunk_size=128))
+    # The gradient of the weights is as large as two chunks of logits. If it were computed as a
+    # whole, and the metric and the loss at the same time, this would be 7.8 or more. The allocator
+    # gives out pieces that are larger than asked for.
+    chunk = 4 * 20_000 * 128
+    assert found < 6 * chunk, found / chunk
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (1, 9), (5, 5)])
+@pytest.mark.parametrize("size", [1, 24, 100])
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_a_product_is_computed_in_parts(shape, size, is_cast, monkeypatch):
+    monkeypatch.setattr(matrix_product, "_PART", size)
+    a, b = (RNG.normal(size=(4, n)) for n in shape)
+
+    @tf.function
+    def product(a, b):
+        whole = tf.matmul(a, b, transpose_a=True)
+        whole = tf.cast(whole, "float32") if is_cast else whole
+        parts, axis = matrix_product.parts_of(whole)
+        rows = max(1, size // (whole.dtype.size * min(shape)))
+        assert len(parts) == -(-max(shape) // rows)
+        return matrix_product.joined([part() for part in parts], axis)
+
+    found = product(tf.constant(a), tf.constant(b))
+    np.testing.assert_allclose(found, a.T @ b, rtol=0, atol=1e-5 if is_cast else 1e-14)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_what_is_no_such_product_is_one_part(shape):
+    @tf.function
+    def whole(a, b):
+        for tensor in (a, tf.matmul(a, b), tf.matmul(b, a, transpose_a=True, transpose_b=True)):
+            (part,), axis = matrix_product.parts_of(tensor)
+            assert matrix_product.joined([part()], axis) is tensor
+
+    whole(tf.zeros(shape), tf.zeros(shape[::-1]))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 65, 100, 128])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_metric_takes_a_chunk_in_pieces(length, is_known):
+    predictions = RNG.normal(size=(length, 3))
+    targets = RNG.integers(0, 3, length)
+    largest = []
+
+    def accuracy(y_true, y_pred):
+        largest.append(y_pred.shape[0])
+        return keras.metrics.sparse_categorical_accuracy(y_true, y_pred)
+
+    shapes = [[length if is_known else None], [length if is_known else None, 3]]
+    types = [tf.int64, tf.float64]
+
+    @tf.function(input_signature=[tf.TensorSpec(*pair) for pair in zip(shapes, types, strict=True)])
+    def values(targets, predictions):
+        function = head_call.TokenFunction(accuracy, targets, tf.float64)
+        return head_call._values_in_pieces(function, targets, predictions)
+
+    found = values(targets, predictions)
+    np.testing.assert_array_equal(found, targets == predictions.argmax(-1))
+    if is_known:
+        assert sum(largest) == length
+        assert max(largest) <= -(-length // 64) * 16
 
 
 def test_is_saved_and_cloned(tmp_path):

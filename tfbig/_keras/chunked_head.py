@@ -110,11 +110,13 @@ class ChunkedHead:
     Args:
         model: the model.
         size: tokens that are computed at a time.
+        is_xla: whether XLA compiles the computation.
     """
 
-    def __init__(self, model: keras.Model, size: int) -> None:
+    def __init__(self, model: keras.Model, size: int, is_xla: bool) -> None:
         self.model = model
         self.size = size
+        self.is_xla = is_xla
         # The calls of the last layers: a layer and which of its calls in a forward pass it is,
         # and the width and the dtype of its output. None before the first trace.
         self._last: dict[tuple[int, int], tuple[int, _types.DType]] | None = None
@@ -163,6 +165,7 @@ class ChunkedHead:
             kwargs,
             None if autocast is None else autocast.dtype,
             self.size,
+            self.is_xla,
         )
         if self._last is not None and key in self._last:
             width, dtype = self._last[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -13,12 +14,15 @@ from keras.src.backend.common.variables import AutocastScope
 from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
-from tfbig._keras import recomputation, stages
+from tfbig._keras import matrix_product, recomputation, stages
 from tfbig._keras.gradients import custom_gradient
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
 from tfbig._keras.token_chunks import TokenChunks
 from tfbig._keras.variables import VariableValues
+
+# Pieces of a chunk that a metric computes one after another.
+_PIECES = 4
 
 # A function of targets and predictions, as losses and metrics have it.
 Function: TypeAlias = Callable[[_types.Tensor, _types.Tensor], _types.Tensor]
@@ -50,6 +54,7 @@ class HeadCall:
         options: its keyword arguments, none of them a tensor.
         autocast: the dtype to which its variables are cast; None for no cast.
         size: tokens that are computed at a time.
+        is_xla: whether XLA compiles the computation.
     """
 
     layer: _types.Layer
@@ -58,6 +63,7 @@ class HeadCall:
     options: dict[str, object]
     autocast: str | None
     size: int
+    is_xla: bool
 
     def example(self, function: TokenFunction) -> tuple[_types.Tensor, bool]:
         """A function's values as zeros, and whether they have a mask."""
@@ -178,10 +184,15 @@ class HeadCall:
     ) -> list[_types.Tensor]:
         """The values of functions for a chunk."""
         predictions = self._predictions(inputs, weights)
-        return [
-            f.function(t, tf.cast(predictions, f.dtype))
-            for f, t in zip(functions, targets, strict=True)
-        ]
+        values: list[_types.Tensor] = []
+        # One after another, and last the one that is differentiated: its gradient is the largest
+        # tensor, and comes when those that metrics make are gone.
+        for number in reversed(range(len(functions))):
+            with tf.control_dependencies(values):
+                predictions = tf.identity(predictions)
+            compute = _values if number == 0 else _values_in_pieces
+            values.append(compute(functions[number], targets[number], predictions))
+        return values[::-1]
 
     def _forward(
         self,
@@ -228,7 +239,7 @@ class HeadCall:
 
         def compute(
             chunk: _types.Tensor, factors: _types.Tensor, *targets: _types.Tensor
-        ) -> tuple[list[_types.Tensor], list[_types.Tensor | None]]:
+        ) -> tuple[list[_types.Tensor], list[_types.Gradient | None]]:
             # Tensors of this graph, which is the body of a loop.
             chunk, own = tf.identity(chunk), list(weights)
             for i in wanted:
@@ -239,14 +250,30 @@ class HeadCall:
             )
             return [of_chunk, *values], of_weights
 
+        def compute_parts(
+            *elements: _types.Tensor,
+        ) -> tuple[list[_types.Tensor], list[Callable[[], _types.Tensor]]]:
+            results, of_weights = compute(*elements)
+            return results, [part for g in of_weights for part in self._parts_of(g)[0]]
+
         elements = [chunks.cut(t) for t in (inputs, factors, *(f.targets for f in functions))]
         # Nothing computes this: it tells shapes, dtypes, and which weights have a gradient.
         examples, found = compute(*(tf.zeros_like(e[0]) for e in elements))
         wanted = [i for i, g in zip(wanted, found, strict=True) if g is not None]
+        parts = [self._parts_of(g) for g in found if g is not None]
         (of_inputs, *values), sums = chunks.for_each(
-            compute, elements, examples, [weights[i] for i in wanted]
+            compute_parts, elements, examples, [part() for own, _ in parts for part in own]
         )
-        return of_inputs, values, dict(zip(wanted, sums, strict=True))
+        rest = iter(sums)
+        of_weights = [
+            matrix_product.joined(list(itertools.islice(rest, len(own))), axis)
+            for own, axis in parts
+        ]
+        return of_inputs, values, dict(zip(wanted, of_weights, strict=True))
+
+    def _parts_of(self, gradient: _types.Tensor) -> tuple[list[Callable[[], _types.Tensor]], int]:
+        # With XLA, a whole product takes no more memory, and less time.
+        return ([lambda: gradient], 0) if self.is_xla else matrix_product.parts_of(gradient)
 
 
 class _Weights:
@@ -302,6 +329,34 @@ class _Weights:
                 (gradient,) = tf.gradients(values[i], sources[i], grad_ys=gradient)
             result[i] = gradient
         return result
+
+
+def _values(
+    function: TokenFunction, targets: _types.Tensor, predictions: _types.Tensor
+) -> _types.Tensor:
+    return function.function(targets, tf.cast(predictions, function.dtype))
+
+
+def _values_in_pieces(
+    function: TokenFunction, targets: _types.Tensor, predictions: _types.Tensor
+) -> _types.Tensor:
+    """The same for a few tokens at a time: an argmax of Keras copies what it reads."""
+    length = predictions.shape[0]
+    length = tf.shape(predictions)[0] if length is None else length
+    # Where a piece begins at a multiple of 64 bytes, TensorFlow does not copy it.
+    size = -(-length // (16 * _PIECES)) * 16
+    values: list[_types.Tensor] = []
+    for begin in (size * i for i in range(_PIECES)):
+        if isinstance(length, int) and begin >= length > 0:
+            break
+        with tf.control_dependencies(values):
+            piece = tf.identity(predictions[begin : begin + size])
+        values.append(_values(function, targets[begin : begin + size], piece))
+    whole = tf.concat(values, 0)
+    masks = [masking.get_keras_mask(v) for v in values]
+    if masks[0] is not None:
+        masking.set_keras_mask(whole, tf.concat(masks, 0))
+    return whole
 
 
 def _similarities(layer: keras.layers.ReversibleEmbedding, inputs: _types.Tensor) -> _types.Tensor:

@@ -68,7 +68,9 @@ class TokenChunks:
 
     def for_each(
         self,
-        compute: Callable[..., tuple[Sequence[_types.Tensor], Sequence[_types.Tensor]]],
+        compute: Callable[
+            ..., tuple[Sequence[_types.Tensor], Sequence[Callable[[], _types.Tensor]]]
+        ],
         elements: Sequence[_types.Tensor],
         joined: Sequence[_types.Tensor],
         added: Sequence[_types.Tensor] = (),
@@ -77,7 +79,7 @@ class TokenChunks:
 
         Args:
             compute: function of a chunk of each element; returns results `(length, ...)` to be
-                joined, and others to be added up.
+                joined, and functions that compute others to be added up, one after another.
             elements: what `cut` returned.
             joined: examples of the results to be joined, of a chunk.
             added: tensors of the shapes and dtypes of the others.
@@ -98,7 +100,10 @@ class TokenChunks:
         ) -> tuple[_types.Tensor, list[tf.TensorArray], list[_types.Tensor]]:
             parts, rest = compute(*(e[i] for e in elements))
             written = [a.write(i, part) for a, part in zip(arrays, parts, strict=True)]
-            sums = [t + tf.cast(r, t.dtype) for t, r in zip(totals, rest, strict=True)]
+            sums: list[_types.Tensor] = []
+            for total, term in zip(totals, rest, strict=True):
+                with tf.control_dependencies(sums[-1:]):
+                    sums.append(total + tf.cast(term(), total.dtype))
             return i + 1, written, sums
 
         _, arrays, totals = tf.while_loop(

@@ -24,9 +24,14 @@ def checked(size: object) -> int | None:
 
 # Any: what the context yields is not used.
 def context_of(
-    model: keras.Model, size: int | None
+    model: keras.Model, size: int | None, is_xla: bool
 ) -> Callable[[_types.Structure], AbstractContextManager[Any]]:
     """Makes the context in which the loss and the metrics of a micro-batch are traced.
+
+    Args:
+        model: the model.
+        size: the option, checked.
+        is_xla: whether XLA compiles them.
 
     Raises:
         InvalidOptionError: If `compile` was given a setting that does not go with it.
@@ -38,4 +43,4 @@ def context_of(
         model, "head_chunk_size", run_eagerly="without a graph, all predictions are computed"
     )
     _keras.chunked_head.check_compiled(model)
-    return _keras.chunked_head.ChunkedHead(model, size)
+    return _keras.chunked_head.ChunkedHead(model, size, is_xla)

@@ -283,7 +283,7 @@ class TrainStep(training_checks.TrainingChecks):
             self._recomputed_layers() if training else sharded_weights.layers_to_recompute(self)
         )
 
-        in_chunks = head_option.context_of(self, self.head_chunk_size)
+        in_chunks = head_option.context_of(self, self.head_chunk_size, is_xla)
 
         def loss_fn(micro_batch: _types.Structure) -> MicroBatchLoss:
             with in_chunks(micro_batch):
