@@ -31,7 +31,7 @@ _PNG = flags.DEFINE_string(
 _MARKDOWN = flags.DEFINE_string("markdown", None, "File for the table, a .md.")
 _VOCABULARIES = flags.DEFINE_list("vocabularies", ["5000", "20000", "50000"], "Kinds of tokens.")
 _CHUNK = flags.DEFINE_integer("chunk", 256, "Tokens at a time.", lower_bound=1)
-_UPDATES = flags.DEFINE_integer("updates", 7, "Updates to take the time of.", lower_bound=1)
+_UPDATES = flags.DEFINE_integer("updates", 21, "Updates to take the time of.", lower_bound=1)
 
 BATCH, LENGTH, WIDTH = 8, 256, 256
 
