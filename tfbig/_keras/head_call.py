@@ -334,6 +334,7 @@ class _Weights:
 def _values(
     function: TokenFunction, targets: _types.Tensor, predictions: _types.Tensor
 ) -> _types.Tensor:
+    """What a function makes of the predictions for some tokens."""
     return function.function(targets, tf.cast(predictions, function.dtype))
 
 
