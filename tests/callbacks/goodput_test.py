@@ -112,7 +112,7 @@ def test_time_is_attributed_to_its_causes(tmp_path, monkeypatch):
         validation_data=(X, Y),
         validation_batch_size=16,
     )
-    # The monitor's time ends after that of callbacks before it, so all of them are waited for.
+    # Not in `on_train_end`: the monitor's own comes after that of the callbacks before it.
     seconds_of_fit = time.perf_counter() - begin.began
     # That of the validation goes there.
     traced = sleeping.seconds_traced - 2 * PAUSE
