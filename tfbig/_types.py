@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute import cross_device_utils as _cross_device_utils
 
 Tensor: TypeAlias = tf.Tensor
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
@@ -17,6 +18,8 @@ Variable: TypeAlias = tf.Variable
 KerasVariable: TypeAlias = keras.Variable
 DType: TypeAlias = tf.DType
 Strategy: TypeAlias = tf.distribute.Strategy
+# What runs the collectives of one replica.
+Launcher: TypeAlias = _cross_device_utils.CollectiveReplicaLauncher
 Dataset: TypeAlias = tf.data.Dataset
 Layer: TypeAlias = keras.layers.Layer
 Optimizer: TypeAlias = keras.optimizers.Optimizer

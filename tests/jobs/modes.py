@@ -9,17 +9,22 @@ import sys
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import tfbig
 from tests import job
+from tfbig import _keras
 
-# Arguments of compile, and options of the model.
+# Arguments of compile, options of the model, and bytes of a part of an exchange, if not as ever.
 MODES = {
-    "jit_compile": ({"jit_compile": True}, {}),
-    "run_eagerly": ({"run_eagerly": True}, {}),
-    "bfloat16": ({}, {"exchange_dtype": "bfloat16"}),
-    "float16": ({}, {"exchange_dtype": "float16"}),
-    "buckets": ({}, {"exchange_bucket_bytes": 1}),
+    "jit_compile": ({"jit_compile": True}, {}, None),
+    "run_eagerly": ({"run_eagerly": True}, {}, None),
+    "bfloat16": ({}, {"exchange_dtype": "bfloat16"}, None),
+    "bfloat16 in parts": ({}, {"exchange_dtype": "bfloat16", "shard": "optimizer"}, 16),
+    "float16": ({}, {"exchange_dtype": "float16"}, None),
+    "float16 in parts": ({}, {"exchange_dtype": "float16", "exchange_bucket_bytes": 32}, 16),
+    "buckets": ({}, {"exchange_bucket_bytes": 1}, None),
+    "parts": ({}, {"exchange_bucket_bytes": 32}, 16),
 }
 
 
@@ -45,7 +50,11 @@ def main(directory):
     strategy = tfbig.distribute.get_strategy(timeout=60)
     whole = train(keras.Sequential, {})
     deviations = {}
-    for name, (arguments, options) in MODES.items():
+    with strategy.scope():
+        assert tf.function(_keras.collectives._goes_in_parts)()
+    as_ever = _keras.collectives._PART_BYTES
+    for name, (arguments, options, part_bytes) in MODES.items():
+        _keras.collectives._PART_BYTES = part_bytes or as_ever
         with strategy.scope():
             split = train(tfbig.Sequential, arguments, gradient_accumulation_steps=3, **options)
         deviations[name] = max(

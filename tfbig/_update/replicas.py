@@ -48,7 +48,8 @@ def all_reduce_sum(
 
     Args:
         tensors: Tensors and `tf.IndexedSlices`, as many and of the same dtypes on every replica.
-        bucket_bytes: Bytes of a bucket; a larger tensor has a bucket of its own.
+        bucket_bytes: Bytes of a bucket; a larger tensor has a bucket of its own. Where an exchange
+            goes in parts, no more are under way, of such a tensor neither.
         stage: The stage on whose devices the tensors are; None for the replicas' own devices.
     """
     if count() == 1:
@@ -60,9 +61,9 @@ def all_reduce_sum(
             # The outputs of a loop are on no device, and an exchange between workers needs one.
             sent = [tf.identity(t) for t in bucket]
         if stage is None:
-            sums = _keras.collectives.all_reduce(sent)
+            sums = _keras.collectives.all_reduce(sent, bucket_bytes)
         else:
-            sums = _keras.collectives.sum_on(stage.devices, sent)
+            sums = _keras.collectives.sum_on(stage.devices, sent, bucket_bytes)
         received = [] if tf.executing_eagerly() else tf.nest.flatten(sums, expand_composites=True)
         summed += sums
     return summed

@@ -2,8 +2,8 @@
 
 A row holds a replica's pieces one after another. What is scattered is a matrix of all rows, of
 which every replica receives its own, added up; what is gathered is each replica's row. Both go in
-buckets of some elements of the rows, each after the one before it, so that the copies which an
-exchange makes take the memory of a bucket.
+parts of some elements of the rows, each after one that was sent before it, so that the copies which
+an exchange makes take the memory of a bucket.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from tfbig import _keras, _types
 from tfbig.distribute._pieces import Piece
 
 __all__ = ("Rows",)
+
+# With three parts under way, two workers take the memory that they take with a whole bucket; with
+# four, half a byte more per parameter of a large model, and about the same time.
+_MOST_UNDER_WAY = 3
 
 
 class Rows:
@@ -69,14 +73,14 @@ class Rows:
         """
         own = _keras.collectives.replica_id()
         found: dict[int, list[_types.Tensor]] = {}
-        received: list[_types.Tensor] = []
-        for begin, end in self._buckets(bucket_bytes, sent_as):
-            with tf.control_dependencies(received):
+        spans, under_way = self._spans(bucket_bytes, sent_as)
+        for begin, end in spans:
+            with under_way.turn():
                 # One copy: consecutive elements of a tensor are a view of it.
-                parts = [
-                    part
+                vectors = [
+                    vector
                     for r in range(self.replicas)
-                    for part in self._filled_up(
+                    for vector in self._filled_up(
                         [
                             sent(tf.reshape(tf.identity(tensors[i]), [-1])[a:b])
                             for i, a, b in self._elements(r, begin, end)
@@ -85,9 +89,9 @@ class Rows:
                         sent_as,
                     )
                 ]
-                matrix = tf.reshape(_joined(parts), [self.replicas, end - begin])
-            row = _keras.collectives.reduce_scatter(matrix, summed_as)
-            received = [] if tf.executing_eagerly() else [row]
+                matrix = tf.reshape(_joined(vectors), [self.replicas, end - begin])
+            row = _keras.collectives.reduce_scatter(matrix, summed_as, is_part=True)
+            under_way.add(row)
             self._take_apart(row, self._elements(own, begin, end), found)
         return {i: self._shaped(i, own, parts) for i, parts in found.items()}
 
@@ -107,17 +111,17 @@ class Rows:
         own = _keras.collectives.replica_id()
         # For each variable, what has arrived of it: the first element, and a vector.
         arrived: dict[int, list[tuple[int, _types.Tensor]]] = {}
-        received: list[_types.Tensor] = []
-        for begin, end in self._buckets(bucket_bytes, dtype):
-            with tf.control_dependencies(received):
-                parts = [
+        spans, under_way = self._spans(bucket_bytes, dtype)
+        for begin, end in spans:
+            with under_way.turn():
+                vectors = [
                     tf.reshape(tf.identity(tensors[i]), [-1])[a - first : b - first]
                     for i, a, b in self._elements(own, begin, end)
                     for first in [self._piece(i, own).begin]
                 ]
-                row = _joined(self._filled_up(parts, end - begin, dtype))
-            matrix = _keras.collectives.all_gather(row)
-            received = [] if tf.executing_eagerly() else [matrix]
+                row = _joined(self._filled_up(vectors, end - begin, dtype))
+            matrix = _keras.collectives.all_gather(row, is_part=True)
+            under_way.add(matrix)
             gathered = tf.reshape(matrix, [-1])
             for r in range(self.replicas):
                 position = r * (end - begin)
@@ -129,10 +133,16 @@ class Rows:
                 parts = [part for _, part in sorted(arrived.pop(i), key=lambda found: found[0])]
                 yield i, tf.reshape(_joined(parts), self.shapes[i])
 
-    def _buckets(self, bucket_bytes: int, dtype: _types.DType) -> list[tuple[int, int]]:
-        """The first element of each bucket's part of a row, and the one after its last."""
-        length = max(1, bucket_bytes // (dtype.size * max(1, self.replicas)))
-        return [(begin, min(begin + length, self.width)) for begin in range(0, self.width, length)]
+    def _spans(
+        self, bucket_bytes: int, dtype: _types.DType
+    ) -> tuple[list[tuple[int, int]], _keras.collectives.UnderWay]:
+        """The first element of each part of a row, and the one after its last."""
+        # What a replica sends at a time consists of all rows.
+        row_bytes = bucket_bytes // max(1, self.replicas)
+        length, most = _keras.collectives.parts_of(row_bytes, dtype)
+        most = min(most, _MOST_UNDER_WAY)
+        spans = [(k, min(k + length, self.width)) for k in range(0, self.width, length)]
+        return spans, _keras.collectives.UnderWay(most)
 
     def _elements(self, replica: int, begin: int, end: int) -> list[tuple[int, int, int]]:
         """Which elements lie in a part of a row: a variable, the first and the one after the last.

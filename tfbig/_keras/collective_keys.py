@@ -1,0 +1,78 @@
+"""Keys by which the calls of a collective on all replicas find each other, and which come back.
+
+TensorFlow gives every call a new key, keeps a record of each for as long as the process lives, and
+has the workers ask the first of them for it. That is 1.7 KB and a message for each part of each
+exchange. Here a collective has the same few keys in all updates.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import zlib
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from tfbig import _types
+
+__all__ = ("next_keys",)
+
+# The collectives of a function have each call's round, and their positions in it.
+_ROUNDS = 16
+_POSITIONS = 2**26
+
+# TensorFlow counts its groups from 1.
+_GROUPS = 2**30
+
+
+def next_keys(
+    launcher: _types.Launcher, operation: _types.AnyFunction, tensor: _types.Tensor
+) -> tuple[int, _types.Tensor]:
+    """The keys of the group and of the instance of the collective that is traced next. In a graph.
+
+    No two collectives that can run at once have the same: not those of one function, nor those of
+    up to sixteen functions that it calls. The calls of one function wait for each other, since it
+    assigns weights. All workers have the same keys, whenever they trace a function, since they call
+    functions with collectives in the same order.
+
+    Args:
+        launcher: that of this replica.
+        operation: the collective.
+        tensor: what it exchanges.
+    """
+    # TensorFlow wants what has one key to be of one kind. Should two kinds ever be one group, it
+    # refuses the second.
+    kind = f"{launcher._group_key} {operation.__name__} {tensor.dtype.name} {tensor.shape}"
+    group = _GROUPS + zlib.crc32(kind.encode()) % _GROUPS
+    graph = _function_graph()
+    if not hasattr(graph, "_tfbig_collective_keys"):
+        graph._tfbig_collective_keys = {}
+    known: dict[_types.Launcher, tuple[_types.Tensor, dict[int, Iterator[int]]]]
+    known = graph._tfbig_collective_keys
+    if launcher not in known:
+        known[launcher] = _round(launcher), collections.defaultdict(itertools.count)
+    this_round, positions = known[launcher]
+    return group, this_round * _POSITIONS + next(positions[group])
+
+
+def _round(launcher: _types.Launcher) -> _types.Tensor:
+    """A number that each call of the function that is traced gets anew; eagerly, the next one."""
+    if not tf.executing_eagerly():
+        graph = _function_graph()
+        with graph.as_default():
+            return graph.capture_call_time_value(
+                lambda: _round(launcher), tf.TensorSpec([], tf.int32)
+            )
+    rounds = vars(launcher).setdefault("_tfbig_rounds", itertools.cycle(range(_ROUNDS)))
+    with tf.device("CPU:0"):
+        return tf.constant(next(rounds))
+
+
+def _function_graph() -> tf.Graph:
+    """The graph of the function that is traced, not that of a loop or conditional in it."""
+    graph = tf.compat.v1.get_default_graph()
+    while getattr(graph, "is_control_flow_graph", False):
+        # Nothing fills their placeholders at each call.
+        graph = graph.outer_graph
+    return graph
