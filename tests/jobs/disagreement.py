@@ -11,9 +11,30 @@ import tensorflow as tf
 
 import tfbig
 from tests import job
+from tfbig import _keras
+
+
+class Sum(keras.layers.Layer):
+    """The sum of two products with weights of its own, or the first of them."""
+
+    def __init__(self, is_one):
+        super().__init__()
+        self.is_one = is_one
+
+    def build(self, shape):
+        self.first, self.second = (self.add_weight(shape=(shape[-1], 64)) for _ in range(2))
+
+    def call(self, x):
+        first = x @ self.first
+        return first if self.is_one else first + x @ self.second
+
+    def get_config(self):
+        return {}
 
 
 def main(directory, what):
+    # Bytes: what a worker leaves out below is several whole parts of an exchange.
+    _keras.collectives._PART_BYTES = 64
     strategy = tfbig.distribute.get_strategy(timeout=60)
     differs = not tfbig.distribute.is_chief(strategy)
 
@@ -26,6 +47,8 @@ def main(directory, what):
     layers = [keras.layers.Dense(2) for _ in range(own("layers", 2, 3))]
     if not is_built:
         layers = [keras.layers.Dense(2), keras.layers.Dense(own(what, 3, 2)), layers[0]]
+    if what == "gradients":
+        layers = [Sum(is_one=differs), *layers]
     try:
         with strategy.scope():
             if what == "a variable more" and differs:

@@ -46,10 +46,6 @@ def per_replica(strategy, results):
     return [[np.asarray(v) for v in of_replica] for of_replica in zip(*values, strict=True)]
 
 
-def collectives_of(graph):
-    return [op for op in graph.get_operations() if op.type in COLLECTIVES]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("bucket_bytes", [1, 40, 10**6])
 def test_tensors_are_summed(small_parts, dtype, bucket_bytes):
@@ -177,13 +173,17 @@ def test_functions_of_other_shapes_take_turns(small_parts):
 
 def test_keys_come_back(small_parts, monkeypatch):
     """Else, TensorFlow would keep a record of each part of each update."""
-    launcher = collectives._launcher
     drawn = []
 
     def exchanged(replica):
-        if replica == 0:
-            own = launcher()
-            monkeypatch.setattr(own, "_next_instance_key", lambda: drawn.append(1))
+        launcher, next_key = collectives._launcher(), collectives._launcher()._next_instance_key
+
+        def counted():
+            drawn.append(replica)
+            return next_key()
+
+        monkeypatch.setattr(launcher, "_next_instance_key", counted)
+        # Ten parts.
         return replicas.all_reduce_sum([tf.fill([40], 1.0 + replica)])[0]
 
     on_replicas(exchanged)()
@@ -217,8 +217,9 @@ def test_so_many_parts_are_under_way(small_parts, bucket_bytes, expected):
         return strategy.run(lambda: one(collectives.replica_id()))
 
     graph = program.get_concrete_function().graph
-    parts = collectives_of(graph)
-    assert all(op.get_attr("_independent_side_effects") for op in parts)
+    parts = [op for op in graph.get_operations() if op.type == "CollectiveReduceV2"]
+    # Without the strategy's ordering token.
+    assert {len(op.inputs) for op in parts} == {4}
     # Of each replica; a later part waits for those before it that the one it follows waited for.
     waits = [len(waits_for(op)) for op in parts]
     assert waits == expected * 2

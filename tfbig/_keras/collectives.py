@@ -19,11 +19,13 @@ from tfbig import _types
 from tfbig._keras.collective_keys import next_keys
 from tfbig._keras.devices import STRATEGIES, devices_of
 from tfbig._keras.gradients import let_go_with_graph
+from tfbig._keras.graph_errors import LENGTHS_OF_EXCHANGES_DIFFER
 
 __all__ = (
     "UnderWay",
     "all_gather",
     "all_reduce",
+    "check_length",
     "exchange_on",
     "local_replicas",
     "parts_of",
@@ -46,6 +48,19 @@ def parts_of(bucket_bytes: int, dtype: _types.DType) -> tuple[int, int]:
     of_part = min(bucket_bytes, _PART_BYTES) if _goes_in_parts() else bucket_bytes
     length = max(1, of_part // dtype.size)
     return length, max(1, bucket_bytes // (length * dtype.size))
+
+
+def check_length(length: int) -> None:
+    """Has all replicas fail whose exchanges in parts differ in length. In replica context.
+
+    Their parts would wait for ever for those that the others do not send.
+    """
+    if not _goes_in_parts():
+        return
+    lengths = _run(
+        _launcher(), _collective_ops.collective_gather_v2, tf.constant([length]), is_part=True
+    )
+    tf.debugging.assert_equal(lengths, length, message=LENGTHS_OF_EXCHANGES_DIFFER)
 
 
 class UnderWay:
@@ -259,6 +274,7 @@ def _summed(
 def _summed_vector(
     launcher: _types.Launcher, vector: _types.Tensor, bucket_bytes: int
 ) -> _types.Tensor:
+    check_length(vector.shape[0])
     length, most = parts_of(bucket_bytes, vector.dtype)
     under_way = UnderWay(most)
     sums = []

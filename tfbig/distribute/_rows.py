@@ -90,7 +90,7 @@ class Rows:
                     )
                 ]
                 matrix = tf.reshape(_joined(vectors), [self.replicas, end - begin])
-            row = _keras.collectives.reduce_scatter(matrix, summed_as, is_part=True)
+            row = _keras.collectives.reduce_scatter(matrix, summed_as, is_part=end < self.width)
             under_way.add(row)
             self._take_apart(row, self._elements(own, begin, end), found)
         return {i: self._shaped(i, own, parts) for i, parts in found.items()}
@@ -137,6 +137,7 @@ class Rows:
         self, bucket_bytes: int, dtype: _types.DType
     ) -> tuple[list[tuple[int, int]], _keras.collectives.UnderWay]:
         """The first element of each part of a row, and the one after its last."""
+        _keras.collectives.check_length(self.width)
         # What a replica sends at a time consists of all rows.
         row_bytes = bucket_bytes // max(1, self.replicas)
         length, most = _keras.collectives.parts_of(row_bytes, dtype)
