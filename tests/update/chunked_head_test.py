@@ -291,6 +291,44 @@ def test_a_chunk_has_one_tensor_of_its_size_at_a_time():
     assert found < 6 * chunk, found / chunk
 
 
+def test_the_loss_of_a_chunk_waits_for_its_metrics():
+    """Whose tensors are then gone when its gradient, the largest, is there."""
+    layer = layers.Dense(5)
+    layer.build((None, 3))
+
+    def loss(y_true, y_pred):
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(y_true, y_pred)
+
+    def before(op):
+        found, left = set(), [op]
+        while left:
+            op = left.pop()
+            new = {*op.control_inputs, *(tensor.op for tensor in op.inputs)} - found
+            found |= new
+            left += new
+        return found
+
+    @tf.function(autograph=False)
+    def computed():
+        inputs, targets = tf.zeros([4, 3]), tf.zeros([4], tf.int32)
+        call = head_call.HeadCall(layer, inputs, (), {}, None, 4, False)
+        accuracy = keras.metrics.sparse_categorical_accuracy
+        functions = [
+            head_call.TokenFunction(f, targets, tf.float32) for f in (loss, accuracy, accuracy)
+        ]
+        weights = [tf.identity(v) for v in layer.variables]
+        values = call._computed(inputs, weights, functions, [targets] * 3)
+        (of_loss,) = (
+            op
+            for op in tf.compat.v1.get_default_graph().get_operations()
+            if op.type == "SparseSoftmaxCrossEntropyWithLogits"
+        )
+        assert {values[1].op, values[2].op} <= before(of_loss)
+        assert values[2].op in before(values[1].op)
+
+    computed()
+
+
 @pytest.mark.parametrize("shape", [(7, 3), (3, 7), (1, 9), (5, 5)])
 @pytest.mark.parametrize("size", [1, 24, 100])
 @pytest.mark.parametrize("is_cast", [False, True])
