@@ -476,6 +476,24 @@ def test_two_workers_of_which_one_is_killed_end_like_one_that_is_not(tmp_path):
     assert logs["batch_size"] == 13
 
 
+@pytest.mark.slow
+def test_two_workers_follow_the_noise_scale_as_two_replicas_do(tmp_path):
+    options = ["--exact", "--optimizer=sgd", '--sizes="noise_scale"']
+    replicas, workers = tmp_path / "replicas", tmp_path / "workers"
+    for directory in (replicas, workers):
+        directory.mkdir()
+    command = [sys.executable, backup_test.PROGRAM, replicas, replicas / "backup"]
+    done = job.finish(job.start([*command, "--strategy=mirrored", *options]), 120)
+    assert done.returncode == 0, done.stderr
+    done = job.run("training", workers, workers / "backup", *options)
+    assert done.returncode == 0, done.stderr
+    (arrays, logs), (expected, expected_logs) = map(backup_test.end_of, (workers, replicas))
+    for array, wanted in zip(arrays, expected, strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=0, atol=1e-10)
+    assert logs["batch_size"] == expected_logs["batch_size"]
+    assert logs["batch_size"] > 4
+
+
 @pytest.mark.parametrize("has_schedule", [False, True])
 def test_a_backup_of_other_batches_is_refused(has_schedule, tmp_path):
     schedules = [BatchSizeSchedule({0: 10})]

@@ -86,6 +86,7 @@ def build(options):
         gradient_accumulation_steps=2,
         shard=options.shard,
         pipeline=tfbig.distribute.Pipeline(["CPU:0", "CPU:1"]) if options.pipeline else None,
+        log_gradient_noise_scale=options.sizes == "noise_scale",
         loss_scale=tfbig.DynamicLossScale(initial_scale=2.0**10, growth_interval=3),
     )
     schedule = keras.optimizers.schedules.CosineDecay(0.02, 4 * options.epochs)
@@ -121,7 +122,11 @@ def parse():
     parser.add_argument("--keep", type=int, default=1, help="backups")
     parser.add_argument("--monitor", help="directory of a TrainingMonitor")
     parser.add_argument("--last", type=int, help="the update after which the program dies")
-    parser.add_argument("--sizes", type=json.loads, help="of a BatchSizeSchedule: '[[0, 8], ...]'")
+    parser.add_argument(
+        "--sizes",
+        type=json.loads,
+        help="""of a BatchSizeSchedule: '[[0, 8], ...]' or '"noise_scale"'""",
+    )
     parser.add_argument(
         "--exact",
         action="store_true",
@@ -145,7 +150,11 @@ def main():
     with strategy.scope():
         model = build(options)
     callbacks = [Progress(options.seconds, options.last)]
-    if options.sizes:
+    if options.sizes == "noise_scale":
+        callbacks.append(
+            tfbig.callbacks.BatchSizeSchedule("noise_scale", bounds=(4, 24), interval=4)
+        )
+    elif options.sizes:
         callbacks.append(
             tfbig.callbacks.BatchSizeSchedule(dict(options.sizes), learning_rate="square_root")
         )
