@@ -102,9 +102,9 @@ class GradientAccumulationMixin(train_step.TrainStep):
             skips the update with loss scaling, and raises without it. Defaults to None: no cast,
             and exact.
         exchange_bucket_bytes: int >= 1. Replicas exchange gradients in buckets of so many bytes,
-            one after another, since an exchange copies what it sends; workers on CPUs in parts of
-            which at most so many bytes are under way. Smaller buckets take less memory, larger ones
-            fewer messages. Defaults to 32 MiB.
+            one after another, since an exchange copies what it sends; workers of one replica
+            each, on CPUs, in parts of which at most so many bytes are under way. Smaller buckets
+            take less memory, larger ones fewer messages. Defaults to 32 MiB.
         shard: "optimizer": the optimizer's state is divided over the replicas. Each receives the
             gradient of its piece of the weights, updates that piece, and hands it to all others:
             the same update, with as many bytes exchanged, and of the optimizer's state only its

@@ -52,14 +52,24 @@ def main(directory):
     deviations = {}
     with strategy.scope():
         assert tf.function(_keras.collectives._goes_in_parts)()
-    as_ever = _keras.collectives._PART_BYTES
+    as_ever, next_keys = _keras.collectives._PART_BYTES, _keras.collectives.next_keys
+    parts = []
+
+    def counted(launcher, operation, tensor):
+        parts.append(operation)
+        return next_keys(launcher, operation, tensor)
+
+    _keras.collectives.next_keys = counted
     for name, (arguments, options, part_bytes) in MODES.items():
         _keras.collectives._PART_BYTES = part_bytes or as_ever
+        parts.clear()
         with strategy.scope():
             split = train(tfbig.Sequential, arguments, gradient_accumulation_steps=3, **options)
         deviations[name] = max(
             float(np.max(np.abs(np.subtract(a, b)))) for a, b in zip(split, whole, strict=True)
         )
+        # With a part for each tensor at most, there are up to ten.
+        assert (len(parts) > 15) == (part_bytes is not None), name
     job.leave(directory, deviations)
 
 

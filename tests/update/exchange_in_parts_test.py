@@ -15,7 +15,7 @@ import tfbig
 from tests.conftest import make_strategy
 from tests.update.buckets_test import train
 from tests.update.exchange_test import operations, samples, traced_update
-from tfbig._keras import collectives
+from tfbig._keras import collective_keys, collectives
 from tfbig._update import replicas
 from tfbig.distribute import _rows
 from tfbig.distribute._pieces import Piece
@@ -171,23 +171,27 @@ def test_functions_of_other_shapes_take_turns(small_parts):
             np.testing.assert_array_equal(result, np.full(size, 3.0))
 
 
-def test_keys_come_back(small_parts, monkeypatch):
+def test_keys_come_back(small_parts):
     """Else, TensorFlow would keep a record of each part of each update."""
-    drawn = []
 
-    def exchanged(replica):
-        launcher, next_key = collectives._launcher(), collectives._launcher()._next_instance_key
+    def keys(replica):
+        launcher, operation = collectives._launcher(), collectives._collective_ops
+        kinds = [operation.collective_reduce_v2, operation.collective_gather_v2]
+        found = [
+            collective_keys.next_keys(launcher, kind, tf.zeros([size]))
+            for kind in kinds
+            for size in (3, 3, 5)
+        ]
+        return [tf.stack([group, instance]) for group, instance in found]
 
-        def counted():
-            drawn.append(replica)
-            return next_key()
-
-        monkeypatch.setattr(launcher, "_next_instance_key", counted)
-        # Ten parts.
-        return replicas.all_reduce_sum([tf.fill([40], 1.0 + replica)])[0]
-
-    on_replicas(exchanged)()
-    assert not drawn
+    run = on_replicas(keys)
+    calls = [[tuple(map(tuple, result)) for result in run()] for _ in range(40)]
+    assert all(first == second for first, second in calls)
+    calls = [first for first, _ in calls]
+    # In a call, and in those before and after it, no two are the same.
+    nearby = [key for call in calls[:16] for key in call]
+    assert len(set(nearby)) == len(nearby)
+    assert {key for call in calls for key in call} == set(nearby)
 
 
 def waits_for(operation):

@@ -2,7 +2,7 @@
 
 TensorFlow gives every call a new key, keeps a record of each for as long as the process lives, and
 has the workers ask the first of them for it. That is 1.7 KB and a message for each part of each
-exchange. Here a collective has the same few keys in all updates.
+exchange. Here a part has the same sixteen keys in all updates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tfbig import _types
 
 __all__ = ("next_keys",)
 
-# The collectives of a function have each call's round, and their positions in it.
+# The key of an instance is made of the round of a call, and the position in the function.
 _ROUNDS = 16
 _POSITIONS = 2**26
 
@@ -32,7 +32,7 @@ def next_keys(
     """The keys of the group and of the instance of the collective that is traced next. In a graph.
 
     No two collectives that can run at once have the same: not those of one function, nor those of
-    up to sixteen functions that it calls. The calls of one function wait for each other, since it
+    up to sixteen calls in it of others. The calls of one function wait for each other, since it
     assigns weights. All workers have the same keys, whenever they trace a function, since they call
     functions with collectives in the same order.
 
@@ -51,9 +51,9 @@ def next_keys(
     known: dict[_types.Launcher, tuple[_types.Tensor, dict[int, Iterator[int]]]]
     known = graph._tfbig_collective_keys
     if launcher not in known:
-        known[launcher] = _round(launcher), collections.defaultdict(itertools.count)
-    this_round, positions = known[launcher]
-    return group, this_round * _POSITIONS + next(positions[group])
+        known[launcher] = _round(launcher) * _POSITIONS, collections.defaultdict(itertools.count)
+    first, positions = known[launcher]
+    return group, first + next(positions[group])
 
 
 def _round(launcher: _types.Launcher) -> _types.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import zlib
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
@@ -19,13 +20,13 @@ from tfbig import _types
 from tfbig._keras.collective_keys import next_keys
 from tfbig._keras.devices import STRATEGIES, devices_of
 from tfbig._keras.gradients import let_go_with_graph
-from tfbig._keras.graph_errors import LENGTHS_OF_EXCHANGES_DIFFER
+from tfbig._keras.graph_errors import EXCHANGES_DIFFER
 
 __all__ = (
     "UnderWay",
     "all_gather",
     "all_reduce",
-    "check_length",
+    "check_same",
     "exchange_on",
     "local_replicas",
     "parts_of",
@@ -43,24 +44,46 @@ __all__ = (
 _PART_BYTES = 2 * 2**20
 
 
-def parts_of(bucket_bytes: int, dtype: _types.DType) -> tuple[int, int]:
-    """How many elements each part of a bucket has, and how many parts. In replica context."""
-    of_part = min(bucket_bytes, _PART_BYTES) if _goes_in_parts() else bucket_bytes
-    length = max(1, of_part // dtype.size)
-    return length, max(1, bucket_bytes // (length * dtype.size))
+# However small a bucket is: each part is a few operations of the graph.
+_SMALLEST_PART_BYTES = 64 * 2**10
 
 
-def check_length(length: int) -> None:
-    """Has all replicas fail whose exchanges in parts differ in length. In replica context.
+def parts_of(bucket_bytes: int, dtype: _types.DType, most: int | None = None) -> tuple[int, int]:
+    """The length of the parts of an exchange, and how many are under way. In replica context.
 
-    Their parts would wait for ever for those that the others do not send.
+    Args:
+        bucket_bytes: how many bytes are under way.
+        dtype: dtype of what is exchanged.
+        most: how many parts are under way at most.
+
+    Returns:
+        Elements, and parts; all of a bucket and 1 where exchanges do not go in parts.
+    """
+    if not _goes_in_parts():
+        return max(1, bucket_bytes // dtype.size), 1
+    smallest = min(_SMALLEST_PART_BYTES, _PART_BYTES)
+    length = max(1, min(_PART_BYTES, max(bucket_bytes // (most or 1), smallest)) // dtype.size)
+    fitting = max(1, bucket_bytes // (length * dtype.size))
+    return length, fitting if most is None else min(most, fitting)
+
+
+def check_same(exchange: str, tensors: Sequence[_types.Gradient]) -> None:
+    """Fails on all replicas if their exchanges in parts differ. In replica context.
+
+    Otherwise, they would wait for ever for parts that the others do not send.
+
+    Args:
+        exchange: says what is exchanged, the same on all replicas.
+        tensors: what this replica sends. The check begins when they are there, not before it is
+            known that there is data for another update.
     """
     if not _goes_in_parts():
         return
-    lengths = _run(
-        _launcher(), _collective_ops.collective_gather_v2, tf.constant([length]), is_part=True
-    )
-    tf.debugging.assert_equal(lengths, length, message=LENGTHS_OF_EXCHANGES_DIFFER)
+    with tf.control_dependencies(tf.nest.flatten(list(tensors), expand_composites=True)):
+        own = tf.constant([zlib.crc32(exchange.encode()) - 2**31])
+    received = _run(_launcher(), _collective_ops.collective_gather_v2, own, is_part=True)
+    is_same = tf.reduce_all(tf.equal(received, own))
+    _run_independently(tf.raw_ops.Assert(condition=is_same, data=[EXCHANGES_DIFFER]))
 
 
 class UnderWay:
@@ -274,7 +297,6 @@ def _summed(
 def _summed_vector(
     launcher: _types.Launcher, vector: _types.Tensor, bucket_bytes: int
 ) -> _types.Tensor:
-    check_length(vector.shape[0])
     length, most = parts_of(bucket_bytes, vector.dtype)
     under_way = UnderWay(most)
     sums = []
@@ -339,10 +361,11 @@ def _run(
     is_part: bool = False,
     **options: str | float,
 ) -> _types.Tensor:
-    """Runs a collective among all replicas, with the keys of the strategy's own collectives.
+    """Runs a collective among all replicas.
 
-    And with their ordering token, so that they run one by one, on all replicas in the same order;
-    parts do not wait for each other.
+    With the keys of the strategy's own collectives and their ordering token, so that they run one
+    by one, in the same order on all replicas. Parts have keys of their own, and do not wait for
+    each other.
     """
     if tf.executing_eagerly():
         return tf.distribute.get_replica_context().all_gather(tensor, axis=0)
@@ -361,7 +384,13 @@ def _run(
             **options,
         )
     if is_part:
-        # TensorFlow would have it wait for all stateful operations before it, other parts among
-        # them. It still runs whether its result is used or not, as on all replicas.
-        received.graph.experimental_acd_manager.run_independently(received.op)
+        _run_independently(received.op)
     return received
+
+
+def _run_independently(operation: tf.Operation) -> None:
+    """Has an operation run whether its result is used or not, as on all replicas.
+
+    TensorFlow would also have it wait for all stateful operations before it.
+    """
+    operation.graph.experimental_acd_manager.run_independently(operation)

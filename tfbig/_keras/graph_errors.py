@@ -9,7 +9,7 @@ NO_SAMPLES = "A batch must hold at least one sample. Received: a batch of 0 samp
 TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
 LENGTHS_DIFFER = "tfbig: replicas looked up a table at positions that differ."
 OVERFLOW = "tfbig: gradients are not finite after their exchange in half precision."
-LENGTHS_OF_EXCHANGES_DIFFER = "tfbig: workers exchange gradients of different sizes."
+EXCHANGES_DIFFER = "tfbig: workers exchange different gradients."
 # TensorFlow's own.
 _NO_SPARSE_SAMPLES = "Serialized sparse should have at least 1 serialized tensor"
 
@@ -37,10 +37,10 @@ def error_of(message: str, model: keras.Model) -> Exception | None:
             "which rows of the gradient belong together. Pad the sequences of all workers to one "
             "length."
         )
-    if LENGTHS_OF_EXCHANGES_DIFFER in message:
+    if EXCHANGES_DIFFER in message:
         return errors.WorkersDisagreeError(
-            "All workers must run the same program. Received: gradients of different sizes, as "
-            "when a layer or a train_step leaves weights out on some workers."
+            "All workers must run the same program. Received: different gradients, as when a "
+            "layer or a train_step leaves weights out on some workers."
         )
     if OVERFLOW in message:
         return errors.GradientOverflowError(

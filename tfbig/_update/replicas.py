@@ -49,11 +49,13 @@ def all_reduce_sum(
     Args:
         tensors: Tensors and `tf.IndexedSlices`, as many and of the same dtypes on every replica.
         bucket_bytes: Bytes of a bucket; a larger tensor has a bucket of its own. Where an exchange
-            goes in parts, no more are under way, of such a tensor neither.
+            goes in parts, no more are under way, even of such a tensor.
         stage: The stage on whose devices the tensors are; None for the replicas' own devices.
     """
     if count() == 1:
         return list(tensors)
+    kinds = [_kind(tensor) for tensor in tensors]
+    _keras.collectives.check_same(f"summed: {kinds}, {bucket_bytes}", tensors)
     summed: list[_types.Gradient] = []
     received: list[_types.Tensor] = []
     for k, bucket in enumerate(_buckets(tensors, bucket_bytes)):
@@ -84,6 +86,13 @@ def _buckets(
         left -= size
     if bucket:
         yield bucket
+
+
+def _kind(tensor: _types.Gradient) -> str:
+    """What is the same on all replicas; how many rows there are need not be."""
+    if isinstance(tensor, tf.IndexedSlices):
+        return f"rows of {tensor.dtype.name}"
+    return f"{tensor.dtype.name} {tensor.shape}"
 
 
 def _bytes(tensor: _types.Gradient) -> int:

@@ -73,6 +73,7 @@ class Rows:
         """
         own = _keras.collectives.replica_id()
         found: dict[int, list[_types.Tensor]] = {}
+        _keras.collectives.check_same(f"scattered: {self.shapes}", tensors)
         spans, under_way = self._spans(bucket_bytes, sent_as)
         for begin, end in spans:
             with under_way.turn():
@@ -90,7 +91,7 @@ class Rows:
                     )
                 ]
                 matrix = tf.reshape(_joined(vectors), [self.replicas, end - begin])
-            row = _keras.collectives.reduce_scatter(matrix, summed_as, is_part=end < self.width)
+            row = _keras.collectives.reduce_scatter(matrix, summed_as, is_part=True)
             under_way.add(row)
             self._take_apart(row, self._elements(own, begin, end), found)
         return {i: self._shaped(i, own, parts) for i, parts in found.items()}
@@ -111,6 +112,7 @@ class Rows:
         own = _keras.collectives.replica_id()
         # For each variable, what has arrived of it: the first element, and a vector.
         arrived: dict[int, list[tuple[int, _types.Tensor]]] = {}
+        _keras.collectives.check_same(f"gathered: {self.shapes}", list(tensors.values()))
         spans, under_way = self._spans(bucket_bytes, dtype)
         for begin, end in spans:
             with under_way.turn():
@@ -137,11 +139,9 @@ class Rows:
         self, bucket_bytes: int, dtype: _types.DType
     ) -> tuple[list[tuple[int, int]], _keras.collectives.UnderWay]:
         """The first element of each part of a row, and the one after its last."""
-        _keras.collectives.check_length(self.width)
         # What a replica sends at a time consists of all rows.
         row_bytes = bucket_bytes // max(1, self.replicas)
-        length, most = _keras.collectives.parts_of(row_bytes, dtype)
-        most = min(most, _MOST_UNDER_WAY)
+        length, most = _keras.collectives.parts_of(row_bytes, dtype, _MOST_UNDER_WAY)
         spans = [(k, min(k + length, self.width)) for k in range(0, self.width, length)]
         return spans, _keras.collectives.UnderWay(most)
 
