@@ -18,9 +18,9 @@ from tfbig.distribute._pieces import Piece
 
 __all__ = ("Rows",)
 
-# With three parts under way, two workers take the memory that they take with a whole bucket; with
-# four, half a byte more per parameter of a large model, and about the same time.
-_MOST_UNDER_WAY = 3
+# With two parts under way, two workers take the memory that they take with a whole bucket; with
+# four, up to a byte more per parameter of a large model, and about the same time.
+_MOST_UNDER_WAY = 2
 
 
 class Rows:
