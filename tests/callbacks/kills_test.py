@@ -122,21 +122,25 @@ def kill(process, death, rng):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "keep", "kills"),
+    ("optimizer", "keep", "kills", "shard"),
     [
-        ("adamw", 1, QUICK),
-        pytest.param("sgd", 2, 30, marks=pytest.mark.slow),
-        pytest.param("adamw", 1, 30, marks=pytest.mark.slow),
+        ("adamw", 1, QUICK, None),
+        pytest.param("sgd", 2, 30, None, marks=pytest.mark.slow),
+        pytest.param("adamw", 1, 30, None, marks=pytest.mark.slow),
+        # Each worker writes its part of a backup; one worker goes on from the parts of several.
+        pytest.param("adamw", 1, 10, "optimizer", marks=pytest.mark.slow),
+        pytest.param("sgd", 2, 10, "weights", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(3600)
-def test_training_survives_all_deaths(optimizer, keep, kills, tmp_path, disk):
+def test_training_survives_all_deaths(optimizer, keep, kills, shard, tmp_path, disk):
     rng = random.Random(kills)
     options = [
         *("--exact", f"--optimizer={optimizer}", f"--epochs={4 + 2 * kills}"),
         *("--sizes=[[0, 8], [9, 20], [30, 13]]", "--seconds=0.02"),
         # A backup of some megabytes, so that deaths meet one that is being written.
         *("--width=20000", "--save_freq=1", "--save_on_background", f"--keep={keep}"),
+        *([f"--shard={shard}"] if shard else []),
     ]
 
     def command(directory, backup, workers=1):
