@@ -43,7 +43,6 @@ __all__ = (
 # update of two workers takes 0.7 to 0.8 times the time. With 1 or 4 MiB it is much the same.
 _PART_BYTES = 2 * 2**20
 
-
 # However small a bucket is: each part is a few operations of the graph.
 _SMALLEST_PART_BYTES = 64 * 2**10
 

@@ -73,7 +73,7 @@ class Rows:
         """
         own = _keras.collectives.replica_id()
         found: dict[int, list[_types.Tensor]] = {}
-        _keras.collectives.check_same(f"scattered: {self.shapes}", tensors)
+        _keras.collectives.check_same(f"scattered: {sent_as.name} {self.shapes}", tensors)
         spans, under_way = self._spans(bucket_bytes, sent_as)
         for begin, end in spans:
             with under_way.turn():
@@ -112,7 +112,8 @@ class Rows:
         own = _keras.collectives.replica_id()
         # For each variable, what has arrived of it: the first element, and a vector.
         arrived: dict[int, list[tuple[int, _types.Tensor]]] = {}
-        _keras.collectives.check_same(f"gathered: {self.shapes}", list(tensors.values()))
+        exchange = f"gathered: {dtype.name} {self.shapes}"
+        _keras.collectives.check_same(exchange, list(tensors.values()))
         spans, under_way = self._spans(bucket_bytes, dtype)
         for begin, end in spans:
             with under_way.turn():
