@@ -208,6 +208,22 @@ def waits_for(operation):
     return found
 
 
+def test_the_check_begins_when_there_is_something_to_send(small_parts):
+    """It would else begin for an update for which there is no data."""
+    strategy = make_strategy(STRATEGY)
+
+    @tf.function(autograph=False)
+    def program(value):
+        return strategy.run(lambda v: replicas.all_reduce_sum([tf.sqrt(v)]), args=(value,))
+
+    graph = program.get_concrete_function(tf.TensorSpec([9])).graph
+    checks = [op for op in graph.get_operations() if op.type == "CollectiveGatherV2"]
+    assert len(checks) == 2
+    for check in checks:
+        (own,) = [i.op for i in check.inputs[0].op.inputs]
+        assert [op.type for op in own.control_inputs] == ["Sqrt"]
+
+
 @pytest.mark.parametrize(("bucket_bytes", "expected"), [(16, [0, 1, 2, 3]), (32, [0, 0, 1, 1])])
 def test_so_many_parts_are_under_way(small_parts, bucket_bytes, expected):
     strategy = make_strategy(STRATEGY)
