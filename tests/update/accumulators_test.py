@@ -67,6 +67,38 @@ def test_micro_batches_of_one_size_are_not_multiplied(options, expected, monkeyp
     assert seen == expected
 
 
+class Sizes(keras.layers.Layer):
+    """Notes the static size of each micro-batch that it is traced for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def call(self, x):
+        self.seen.append(x.shape[0])
+        return x
+
+
+@pytest.mark.parametrize(
+    ("options", "drop_remainder", "expected"),
+    [
+        ({"gradient_accumulation_steps": 4}, True, 2),
+        ({"micro_batch_size": 4}, True, 4),
+        ({"micro_batch_size": 9}, True, 8),
+        ({"gradient_accumulation_steps": 3}, True, None),  # 3, 3 and 2 samples.
+        ({"micro_batch_size": 5}, True, None),
+        ({"gradient_accumulation_steps": 4}, False, None),
+    ],
+)
+def test_the_size_of_micro_batches_is_static_where_it_is_known(options, drop_remainder, expected):
+    sizes = Sizes()
+    model = tfbig.Sequential([keras.Input((2,)), sizes, keras.layers.Dense(1)], **options)
+    model.compile("sgd", "mse", jit_compile=False)
+    data = tf.data.Dataset.from_tensor_slices((np.ones((16, 2)), np.ones((16, 1))))
+    model.fit(data.batch(8, drop_remainder=drop_remainder), shuffle=False, verbose=0)
+    assert sizes.seen[-1] == expected
+
+
 def test_rows_are_weighted_always():
     rows_of_samples = (Rows.KEPT,)
     total = accumulators.start(tf.Variable(np.zeros((4, 2), "float32")), rows_of_samples)

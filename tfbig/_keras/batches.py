@@ -45,7 +45,8 @@ def slice_samples(
             tf.concat([[begin], tf.zeros_like(inner)], 0),
             tf.concat([[size], inner], 0),
         )
-        return tf.ensure_shape(sliced, [None, *value.shape[1:]])
+        static_size = size if isinstance(size, int) else None
+        return tf.ensure_shape(sliced, [static_size, *value.shape[1:]])
 
     return keras.tree.map_structure(part, data)
 

@@ -137,13 +137,19 @@ def add(
     def weighted() -> list[_types.Tensor]:
         return summed(lambda total, gradient: total + tf.cast(weight, total.dtype) * gradient)
 
+    def first() -> list[_types.Tensor]:
+        return summed(lambda _, gradient: gradient)
+
+    def further() -> list[_types.Tensor]:
+        return summed(tf.add)
+
     if are_alike is None or not dense:
         results = weighted()
+    elif tf.get_static_value(are_alike):
+        results = tf.cond(is_first, first, further)
     else:
-        results = tf.switch_case(
-            tf.where(are_alike, tf.where(is_first, 0, 1), 2),
-            [lambda: summed(lambda _, gradient: gradient), lambda: summed(tf.add), weighted],
-        )
+        branch = tf.where(are_alike, tf.where(is_first, 0, 1), 2)
+        results = tf.switch_case(branch, [first, further, weighted])
     for i, result in zip(dense, results, strict=True):
         sums[i] = result
     return sums

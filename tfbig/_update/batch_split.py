@@ -116,3 +116,15 @@ class BatchSplit:
         count = at_least(at_most(self.gradient_accumulation_steps, samples), 1)
         small, larger = samples // count, samples % count
         return (size(small + 1), larger), (size(small), at_most(count - larger, samples))
+
+    def of_one_size(self, samples: Size) -> tuple[int, int] | None:
+        """The size of all micro-batches, and how many there are.
+
+        Returns:
+            Two ints; None where the sizes are not known or differ.
+        """
+        (large, larges), (small, smalls) = self.segments(samples)
+        for size, count, others in ((large, larges, smalls), (small, smalls, larges)):
+            if isinstance(size, int) and isinstance(count, int) and count and others == 0:
+                return size, count
+        return None

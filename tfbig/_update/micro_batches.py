@@ -285,6 +285,8 @@ class MicroBatches:
             or self.trace.has_weight
         ):
             return None, None
+        if (static := self.split.of_one_size(_keras.batches.batch_size(self.data))) is not None:
+            return tf.constant(True), tf.constant(static[0])
         (large, larges), (small, smalls) = self.split.segments(self.samples)
         is_uniform = tf.equal(larges, 0) | tf.equal(smalls, 0)
         return is_uniform, tf.where(is_uniform, tf.where(tf.equal(larges, 0), small, large), 1)
