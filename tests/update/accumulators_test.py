@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import tfbig
+from tests.conftest import make_strategy
 from tfbig._update import accumulators
 from tfbig._update.table_rows import Rows
 
@@ -80,21 +81,25 @@ class Sizes(keras.layers.Layer):
 
 
 @pytest.mark.parametrize(
-    ("options", "drop_remainder", "expected"),
+    ("strategy", "options", "drop_remainder", "expected"),
     [
-        ({"gradient_accumulation_steps": 4}, True, 2),
-        ({"micro_batch_size": 4}, True, 4),
-        ({"micro_batch_size": 9}, True, 8),
-        ({"gradient_accumulation_steps": 3}, True, None),  # 3, 3 and 2 samples.
-        ({"micro_batch_size": 5}, True, None),
-        ({"gradient_accumulation_steps": 4}, False, None),
+        ("default", {"gradient_accumulation_steps": 4}, True, 2),
+        ("mirrored_2", {"gradient_accumulation_steps": 4}, True, 1),
+        ("default", {"micro_batch_size": 4}, True, 4),
+        ("mirrored_2", {"micro_batch_size": 4}, True, 4),
+        ("default", {"micro_batch_size": 9}, True, 8),
+        ("default", {"gradient_accumulation_steps": 3}, True, None),  # 3, 3 and 2 samples.
+        ("default", {"micro_batch_size": 5}, True, None),
+        ("default", {"gradient_accumulation_steps": 4}, False, None),
+        ("mirrored_2", {"micro_batch_size": 4}, False, None),
     ],
 )
-def test_the_size_of_micro_batches_is_static_where_it_is_known(options, drop_remainder, expected):
-    sizes = Sizes()
-    model = tfbig.Sequential([keras.Input((2,)), sizes, keras.layers.Dense(1)], **options)
-    model.compile("sgd", "mse", jit_compile=False)
+def test_micro_batches_of_a_known_size_are_static(strategy, options, drop_remainder, expected):
     data = tf.data.Dataset.from_tensor_slices((np.ones((16, 2)), np.ones((16, 1))))
+    with make_strategy(strategy).scope():
+        sizes = Sizes()
+        model = tfbig.Sequential([keras.Input((2,)), sizes, keras.layers.Dense(1)], **options)
+        model.compile("sgd", "mse", jit_compile=False)
     model.fit(data.batch(8, drop_remainder=drop_remainder), shuffle=False, verbose=0)
     assert sizes.seen[-1] == expected
 
@@ -111,3 +116,29 @@ def test_rows_are_weighted_always():
     result = accumulators.result(total, variable, rows_of_samples)
     np.testing.assert_array_equal(result.values, np.full((2, 2), 5.0))
     np.testing.assert_array_equal(result.indices, [3, 3])
+
+
+def test_replicas_of_different_known_sizes_count_their_samples():
+    keras.utils.set_random_seed(0)
+    x, y = np.random.default_rng(0).normal(size=(2, 6, 2))
+    plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "tanh")])
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential(
+            [keras.Input((2,)), keras.layers.Dense(2, "tanh")], gradient_accumulation_steps=2
+        )
+        model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=False)
+    model.set_weights(plain.get_weights())
+    plain.compile(keras.optimizers.SGD(0.5), "mse")
+    plain.train_on_batch(x, y)
+
+    def share(values):
+        parts = [values[:4], values[4:]]
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+        )
+
+    strategy = model.distribute_strategy
+    data = share(x), share(y)
+    tf.function(lambda *batch: strategy.run(model.train_step, [batch]))(*data)
+    for got, expected in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -170,7 +170,7 @@ FEEDS = {
     "one_epoch": arrays(19, 7, epochs=1),
     "finite_generator": lambda m: m.fit(three_batches(), shuffle=False, verbose=0),
     "dropped_remainder": from_dataset(lambda: slices().batch(7, drop_remainder=True)),
-    "even_batches": from_dataset(lambda: slices().batch(6, drop_remainder=True)),
+    "even_batches": from_dataset(lambda: slices().batch(8, drop_remainder=True)),
     "sample_weight": from_dataset(lambda: slices(X[:19], Y[:19], W[:19]).batch(7)),
     "endless_dataset": from_dataset(lambda: slices().batch(7).repeat(), steps_per_epoch=6),
     "generator": from_dataset(endless_batches, steps_per_epoch=6),
