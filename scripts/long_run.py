@@ -35,8 +35,8 @@ _SESSIONS = flags.DEFINE_list(
     "sessions",
     ["1:500:SIGKILL", "2:700:worker", "1:300:SIGTERM", "2:400:SIGKILL", "1"],
     "Sessions of the disturbed run, as WORKERS:SECONDS:END. END is SIGKILL or SIGTERM, which the "
-    "whole job gets, or worker: one worker is killed. The last one is WORKERS alone, and runs to "
-    "the end.",
+    "whole job gets, or worker: one worker is killed. SECONDS count from the session's first "
+    "update. The last session is WORKERS alone, and runs to the end.",
 )
 _TRAIN = flags.DEFINE_string(
     "train",
@@ -62,7 +62,7 @@ class _Session:
 
     Attributes:
         workers: Processes.
-        seconds: After which it ends; None: when training does.
+        seconds: After its first update, when it ends; None: when training does.
         end: One of `_ENDS`.
     """
 
@@ -124,6 +124,9 @@ def _train(session: _Session, arguments: list[str], directory: pathlib.Path) -> 
     before = _last_update(directory)
     process = subprocess.Popen(_command(session, arguments), cwd=ROOT)
     try:
+        if session.seconds is not None:
+            while process.poll() is None and _last_update(directory) <= before:
+                time.sleep(0.1)
         process.wait(session.seconds)
         how = "ended"
     except subprocess.TimeoutExpired:

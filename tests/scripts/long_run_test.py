@@ -12,7 +12,7 @@ DIGITS = "--task=digits --epochs=40 --precision=float64 --backup_freq=7 --verbos
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "sessions",
-    ["1:10:SIGKILL,1", pytest.param("2:20:worker,1", marks=pytest.mark.slow)],
+    ["1:1:SIGKILL,1", pytest.param("2:1:worker,1", marks=pytest.mark.slow)],
 )
 def test_a_run_that_is_killed_ends_like_the_other(sessions, tmp_path):
     table = tmp_path / "table.md"
