@@ -123,8 +123,8 @@ class BatchSplit:
         Returns:
             Two ints; None where the sizes are not known or differ.
         """
-        (large, larges), (small, smalls) = self.segments(samples)
-        for size, count, others in ((large, larges, smalls), (small, smalls, larges)):
-            if isinstance(size, int) and isinstance(count, int) and count and others == 0:
-                return size, count
-        return None
+        if not isinstance(samples, int):
+            return None
+        # Of an int, the segments are of ints.
+        segments = [(int(size), int(count)) for size, count in self.segments(samples) if count]
+        return segments[0] if len(segments) == 1 else None
