@@ -68,6 +68,7 @@ def trained(directory, combinations, workers):
         pytest.param(
             3, COMBINATIONS + LOOK_UPS + SLOW_LOOK_UPS, id="3 workers, all", marks=pytest.mark.slow
         ),
+        pytest.param(5, CORE, id="5 workers", marks=pytest.mark.slow),
     ],
 )
 def test_workers_train_as_plain_keras_on_one_device(workers, combinations, tmp_path):

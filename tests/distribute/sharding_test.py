@@ -44,8 +44,9 @@ from tfbig.callbacks import _backup
             ],
             marks=pytest.mark.slow,
         ),
+        pytest.param(5, ["sgd/weights", "adamw/optimizer"], marks=pytest.mark.slow),
     ],
-    ids=["2", "2, the other way round", "3"],
+    ids=["2", "2, the other way round", "3", "5"],
 )
 def test_workers_train_and_save_as_plain_keras_on_one_device(workers, programs, tmp_path):
     done = job.run("sharding", tmp_path, *programs, workers=workers, timeout=300 * (workers - 1))

@@ -247,6 +247,26 @@ def test_so_many_parts_are_under_way(small_parts, bucket_bytes, expected):
         np.testing.assert_array_equal(result, np.full(16, 3.0))
 
 
+@pytest.mark.parametrize(
+    ("bucket_bytes", "most", "expected"),
+    [
+        (1, None, (16 * 2**10, 1)),
+        (2**16, None, (16 * 2**10, 1)),
+        (2**20, None, (2**18, 1)),
+        (2**20, 2, (2**17, 2)),
+        (2**20, 64, (2**14, 16)),
+        (2**25, None, (2**19, 16)),
+        (2**25, 2, (2**19, 2)),
+    ],
+)
+def test_a_part_is_not_as_small_as_a_bucket_may_be(monkeypatch, bucket_bytes, most, expected):
+    """Its length in float32, and how many are under way: each part is a few operations."""
+    monkeypatch.setattr(collectives, "_goes_in_parts", lambda: True)
+    assert collectives.parts_of(bucket_bytes, tf.float32, most) == expected
+    length, under_way = collectives.parts_of(bucket_bytes, tf.bfloat16, most)
+    assert (length, under_way) == (2 * expected[0], expected[1])
+
+
 @pytest.mark.parametrize("shard", [None, "optimizer"])
 @pytest.mark.parametrize(
     ("optimizer", "options"),
