@@ -64,6 +64,40 @@ def test_what_is_no_longer_exact_in_a_later_training_is_warned_of():
     assert warnings_of(fit(model)) == []
 
 
+class Counting(layers.Layer):
+    """Counts its calls in training, as the weight of an annealed loss does."""
+
+    def build(self, shape):
+        self.calls = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, dtype="int32", name="calls"
+        )
+        self.mean = keras.metrics.Mean()
+        self.dropout = layers.Dropout(0.1)
+
+    def call(self, x, training=False):
+        if training:
+            self.calls.assign_add(1)
+            self.mean.update_state(x)
+        return self.dropout(x, training=training)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "calls"),
+    [("default", SPLIT, 3), ("mirrored_2", {}, 1), ("default", {}, 1)],
+)
+def test_state_that_every_micro_batch_changes_is_warned_of_once(strategy, options, calls):
+    model = net(lambda: Counting(name="counting"), strategy=strategy, **options)
+    messages = warnings_of(fit(model))
+    assert model.get_layer("counting").calls.numpy() == calls
+    if strategy == "default" and not options:
+        assert messages == []
+        return
+    (message,) = messages
+    assert "counting/calls. What counts updates" in message
+    assert warnings_of(fit(model, batch_size=2)) == []
+    assert warnings_of(lambda: model.evaluate(X, Y, verbose=0)) == []
+
+
 @pytest.mark.parametrize(
     ("options", "arguments"), [({}, {}), ({"micro_batch_size": 6}, {}), (SPLIT, {"batch_size": 1})]
 )

@@ -68,8 +68,12 @@ def as_inputs(model: keras.Model, values: Iterable[_types.Structure]) -> _types.
 
 def own_variables(layer: _types.Layer) -> list[_types.KerasVariable]:
     """The variables of this very layer, not of those inside it."""
-    seeds = [generator.state for generator in layer._seed_generators]
-    return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
+    return [*own_weights(layer), *(generator.state for generator in layer._seed_generators)]
+
+
+def own_weights(layer: _types.Layer) -> list[_types.KerasVariable]:
+    """The weights of this very layer, trainable or not, not of those inside it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def query_of(layer: _types.Layer) -> _types.Layer | None:

@@ -1,12 +1,18 @@
 """What a split batch cannot compute exactly, whatever tfbig does: refused, or warned of once."""
 
 import warnings
+from collections.abc import Iterable
 
 import keras
 
 from tfbig import _keras, errors
 
-__all__ = ("refuse_divided_loss", "refuse_stateful_layers", "warn_of_what_is_not_exact")
+__all__ = (
+    "refuse_divided_loss",
+    "refuse_stateful_layers",
+    "warn_of_changed_state",
+    "warn_of_what_is_not_exact",
+)
 
 # Registered name of a class -> what the loss of a batch is divided by, inside of `compute_loss`.
 _DIVIDED_BY = {
@@ -55,7 +61,46 @@ def warn_of_what_is_not_exact(model: keras.Model, known: frozenset[str]) -> froz
     Returns:
         All that has been warned of.
     """
-    messages = _messages(model)
+    return _warn(_messages(model), known)
+
+
+def warn_of_changed_state(
+    model: keras.Model, assigned: Iterable[keras.Variable], known: frozenset[str]
+) -> frozenset[str]:
+    """Warns of variables of layers that every micro-batch changes.
+
+    Random numbers and metrics are meant to change, and `BatchNormalization` is known before.
+
+    Args:
+        model: the model.
+        assigned: what the forward pass of a micro-batch assigns.
+        known: what was warned of before.
+
+    Returns:
+        All that has been warned of.
+    """
+    ids = {id(variable) for variable in assigned}
+    paths = [
+        variable.path
+        for layer in [model, *_keras.layers.all_layers(model)]
+        if not isinstance(layer, keras.layers.BatchNormalization)
+        for variable in _keras.layers.own_weights(layer)
+        if id(variable) in ids
+    ]
+    if not paths:
+        return known
+    return _warn(
+        [
+            "The forward pass changes variables of layers. In a split batch, every micro-batch "
+            "does, from its samples alone; of several replicas, floats become the mean and "
+            f"integers are those of the first. Received: {', '.join(paths)}. What counts updates "
+            "belongs in a callback, or after `super().train_step(data)`."
+        ],
+        known,
+    )
+
+
+def _warn(messages: list[str], known: frozenset[str]) -> frozenset[str]:
     for message in messages:
         if message in known:
             continue

@@ -253,6 +253,9 @@ class TrainStep(training_checks.TrainingChecks):
             valid_samples=valid_samples,
             in_flight=None if self.pipeline is None else self.pipeline.in_flight,
         )
+        if training and not micro_batches.is_whole:
+            assigned = micro_batches.trace.state
+            self._inexact_parts = inexact.warn_of_changed_state(self, assigned, self._inexact_parts)
         if micro_batches.compiles_each:
             _say_that_each_is_compiled()
         return micro_batches
