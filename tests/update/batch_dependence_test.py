@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfbig._update.batch_dependence import CONSTANT, Dependences, Mixed, Samples
+from tfbig._update.batch_dependence import CONSTANT, Coupled, Dependences, Mixed, Samples, Total
 from tfbig._update.dependence import Sizes
 
 SPEC = tf.TensorSpec([None, 3, 4], tf.float32)
@@ -40,6 +40,12 @@ JOINED = {
     "slice": lambda x: tf.slice(x, [0, 1, 0], [-1, 2, 3]),
     "padding": lambda x: tf.pad(x, [[0, 0], [1, 1], [0, 2]]),
     "mirrored": lambda x: tf.pad(x, [[0, 0], [1, 1], [0, 0]], "REFLECT"),
+    "cross-entropy": lambda x: (
+        tf.raw_ops.SoftmaxCrossEntropyWithLogits(features=rows(x), labels=tf.exp(rows(x))).loss
+    ),
+    "cross-entropy of classes": lambda x: tf.nn.sparse_softmax_cross_entropy_with_logits(
+        places(x)[:, 0], rows(x)
+    ),
     "look-up": lambda x: tf.gather(tf.constant(TABLE), places(x)),
     "look-up of several indices": lambda x: tf.gather_nd(TABLE, places(x)[..., None]),
     "gather along another axis": lambda x: tf.gather(x, [2, 0], axis=1),
@@ -111,10 +117,84 @@ NEITHER = {
 }
 
 
-def found(function):
+def samples(x):
+    return tf.cast(tf.shape(x)[0], x.dtype)
+
+
+# The mean of those of two batches, which count by their samples.
+MEANS = {
+    "mean": tf.reduce_mean,
+    "mean over samples": lambda x: tf.reduce_mean(x, 0),
+    "sum over their number": lambda x: tf.reduce_sum(x * x) / samples(x),
+    "sum over their number, twice": lambda x: tf.reduce_sum(x) / (2 * samples(x)),
+    "scaled": lambda x: 1 - tf.reduce_mean(tf.exp(x)) * 3 / 2,
+    "sum of means": lambda x: tf.reduce_sum([tf.reduce_mean(x), -tf.reduce_mean(x**2), 0.5]),
+    "sum of means of entries": lambda x: tf.reduce_sum(tf.reduce_mean(x, 0)[1:]),
+    "mean that is added to each": lambda x: tf.reduce_mean(2 * (x - tf.reduce_mean(x, 0))[:, 1]),
+    "mean of a product": lambda x: tf.matmul(rows(x), rows(x), transpose_a=True) / samples(x),
+    "dense layers": lambda x: tf.reduce_mean(tf.tanh(tf.einsum("abc,cd->abd", x, tf.ones((4, 5))))),
+    "another scale": lambda x: tf.stop_gradient(tf.cast(tf.reduce_mean(x), "float64")[None]),
+}
+
+# The sum of those of two batches.
+SUMS = {
+    "sum": tf.reduce_sum,
+    "sum over samples": lambda x: tf.reduce_sum(x, 0),
+    "sum of sums": lambda x: tf.reduce_sum(x) - 2 * tf.reduce_sum(x**2),
+    "products of samples": lambda x: tf.matmul(rows(x), rows(x), transpose_a=True),
+    "products with transposed": lambda x: tf.matmul(tf.transpose(rows(x)), tf.exp(rows(x))),
+    "einsum over samples": lambda x: tf.einsum("abc,abd->cd", x, x),
+}
+
+# Neither the sum nor the mean.
+COUPLED = {
+    "product of means": lambda x: tf.reduce_sum(tf.reduce_mean(x, 0) * tf.reduce_mean(x**2, 0)),
+    "square root of a mean": lambda x: tf.sqrt(tf.reduce_mean(x**2)),
+    "quotient of sums": lambda x: tf.reduce_sum(x**2) / tf.reduce_sum(tf.cast(x > 0, x.dtype)),
+    "sum and mean": lambda x: tf.reduce_sum(x) + tf.reduce_mean(x),
+    "variance": lambda x: tf.reduce_mean(tf.math.reduce_variance(x, 0)),
+    "normalized": lambda x: tf.reduce_mean(tf.nn.relu(x - tf.reduce_mean(x, 0))),
+    "normalized by moments": lambda x: tf.reduce_mean(
+        tf.nn.batch_normalization(x, *tf.nn.moments(x, [0]), None, None, 1e-3) ** 3
+    ),
+    "all pairs": lambda x: tf.reduce_mean(tf.matmul(rows(x), rows(x), transpose_b=True)),
+    "pairs of different halves": lambda x: tf.reduce_mean(
+        tf.matmul(tf.concat([rows(x), -2 * rows(x)], 0), tf.transpose(rows(x)))
+    ),
+    "distances": lambda x: tf.reduce_mean(tf.abs(rows(x)[:, None] - rows(x)[None])),
+    "einsum of pairs": lambda x: tf.reduce_mean(tf.einsum("abc,dbc->ad", x, x)),
+    "cross-entropy of pairs": lambda x: tf.reduce_mean(
+        tf.nn.sparse_softmax_cross_entropy_with_logits(
+            tf.range(tf.shape(x)[0]), tf.matmul(rows(x), rows(x), transpose_b=True)
+        )
+    ),
+    "pairs but for each with itself": lambda x: tf.reduce_mean(
+        tf.exp(tf.matmul(rows(x), rows(x), transpose_b=True) - 9 * tf.eye(tf.shape(x)[0]))
+    ),
+}
+
+# It may be either, and is not taken to be coupled.
+UNKNOWN = {
+    "largest": tf.reduce_max,
+    "sum and constant": lambda x: tf.reduce_sum(x) + 1,
+    "sum of what a mean was added to": lambda x: tf.reduce_sum(x - tf.reduce_mean(x)),
+    "number of the positive": lambda x: tf.reduce_sum(tf.cast(x > 0, tf.int32)) + 1,
+    "integer part": lambda x: tf.cast(tf.reduce_mean(x), tf.int32),
+    "zeros": lambda x: tf.raw_ops.ZerosLike(x=tf.reduce_mean(x, 0) ** 2),
+    "bounds": lambda x: x[:, : tf.cast(tf.reduce_mean(x) ** 2, tf.int32)],
+    "diagonal of all pairs": lambda x: tf.linalg.diag_part(
+        tf.matmul(rows(x), rows(x), transpose_b=True)
+    ),
+    "an unknown operation of a mean": lambda x: tf.linalg.svd(
+        tf.reduce_mean(x, 0), compute_uv=False
+    ),
+}
+
+
+def found(function, **options):
     """The function, compiled; and how its result depends on the batch."""
     concrete = tf.function(function, autograph=False).get_concrete_function(SPEC)
-    dependences = Dependences(concrete.inputs[0], captured=lambda tensor: True)
+    dependences = Dependences(concrete.inputs[0], captured=lambda tensor: True, **options)
     return concrete, dependences.of(concrete.outputs[0])
 
 
@@ -158,3 +238,43 @@ def test_what_is_neither(name):
     _, dependence = found(NEITHER[name])
     is_reordered = isinstance(dependence, Samples) and dependence.order is not None
     assert is_reordered or isinstance(dependence, Mixed), dependence
+
+
+@pytest.mark.parametrize("name", MEANS | SUMS)
+def test_what_is_added_up(name, batches):
+    function, dependence = found((MEANS | SUMS)[name])
+    assert isinstance(dependence, Total)
+    assert dependence.is_mean == (name in MEANS)
+    first, second, both = map(function, batches)
+    # Of two samples, and of three.
+    expected = (2 * first + 3 * second) / 5 if dependence.is_mean else first + second
+    np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_what_is_coupled(name, batches):
+    function, dependence = found(COUPLED[name])
+    assert isinstance(dependence, Coupled)
+    first, second, both = (function(x).numpy() for x in batches)
+    for combination in (first + second, (2 * first + 3 * second) / 5):
+        assert abs(both - combination) > 1e-4
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_known_to_be_coupled(name):
+    _, dependence = found(UNKNOWN[name])
+    assert type(dependence) is Mixed
+
+
+def test_random_numbers_for_each_sample_are_joined_if_asked_for():
+    def noisy(x):
+        return tf.nn.experimental.stateless_dropout(x, 0.5, tf.cast(x[0, 0, :2], tf.int32))
+
+    for function in (noisy, NEITHER["random"]):
+        assert type(found(function)[1]) is Mixed
+        assert found(function, are_draws_joined=True)[1] == Samples()
+
+    def same_for_all(x):
+        return x * tf.random.uniform([])
+
+    assert type(found(same_for_all, are_draws_joined=True)[1]) is Mixed

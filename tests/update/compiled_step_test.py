@@ -11,7 +11,11 @@ from tests.combinations import in_turn
 from tests.conftest import make_strategy
 from tfbig._update import train_step, xla_on_cpu
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # A layer of the decoder counts its calls.
+    pytest.mark.filterwarnings("ignore:The forward pass changes variables"),
+]
 
 # XLA adds up in another order.
 TOLERANCE = 1e-10

@@ -630,6 +630,7 @@ class Counter(keras.layers.Layer):
         return x
 
 
+@pytest.mark.filterwarnings("ignore:The forward pass changes variables")
 @in_turn(
     {
         "name": REPLICATED,

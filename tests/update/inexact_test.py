@@ -5,7 +5,8 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from keras import layers
+import tensorflow as tf
+from keras import layers, ops
 
 import tfbig
 from tests.conftest import make_strategy
@@ -202,3 +203,112 @@ def test_stateful_layers_that_are_not_split_train():
     model = recurrent(micro_batch_size=6)
     model.fit(*SEQUENCES, batch_size=6, verbose=0)
     assert int(model.optimizer.iterations.numpy()) == 1
+
+
+class Adding(layers.Layer):
+    """Adds a loss of what it is called with."""
+
+    def __init__(self, loss, **kwargs):
+        super().__init__(**kwargs)
+        self.loss = loss
+
+    def call(self, x):
+        self.add_loss(self.loss(x))
+        return x
+
+
+def balance(x):
+    """The load balance of a mixture of experts: a product of two means over the batch."""
+    chosen = ops.one_hot(ops.argmax(x, -1), 2)
+    return ops.sum(ops.mean(chosen, (0, 1, 2)) * ops.mean(ops.softmax(x), (0, 1, 2)))
+
+
+def normalized(y, y_pred):
+    return ops.square(y - y_pred) / ops.mean(ops.abs(y_pred))
+
+
+def over_positives(y, y_pred):
+    return ops.sum(y * ops.square(y - y_pred)) / ops.sum(y)
+
+
+def contrast(y, y_pred):
+    features = tf.math.l2_normalize(ops.reshape(y_pred, (-1, 16)), -1)
+    pairs = ops.matmul(features, ops.transpose(features))
+    own = ops.arange(ops.shape(y_pred)[0])
+    return keras.losses.sparse_categorical_crossentropy(own, pairs, from_logits=True)
+
+
+def mean_of_sums(y, y_pred):
+    return ops.sum(ops.square(y - y_pred)) / ops.cast(ops.shape(y_pred)[0], y_pred.dtype)
+
+
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+@pytest.mark.parametrize(
+    ("added", "loss", "operation"),
+    [
+        (balance, "mse", "Mul"),
+        (lambda x: ops.sqrt(ops.mean(ops.square(x))), "mse", "Sqrt"),
+        (lambda x: 1e-3 * ops.sum(ops.square(x)), "mse", "Sum"),
+        (lambda x: ops.square(x - ops.mean(x, 0)), "mse", "Square"),
+        (None, normalized, "RealDiv"),
+        (None, over_positives, "RealDiv"),
+        (None, contrast, "MatMul"),
+        (None, lambda y, y_pred: ops.sum(ops.square(y - y_pred)), "Sum"),
+    ],
+)
+def test_loss_that_is_no_mean_over_the_samples_is_warned_of(added, loss, operation, strategy):
+    between = [lambda: Adding(added)] if added else []
+    options = SPLIT if strategy == "default" else {}
+    messages = warnings_of(fit(net(*between, loss=loss, strategy=strategy, **options)))
+    (message,) = set(messages)
+    assert message.startswith("The loss is not a mean over the samples")
+    assert f"Received: {operation}, which" in message
+    # Of a whole batch, it is what it is.
+    assert warnings_of(fit(net(*between, loss=loss))) == []
+
+
+@pytest.mark.parametrize(
+    ("added", "loss"),
+    [
+        (lambda x: ops.mean(ops.square(x)), "mse"),
+        (lambda x: ops.sum(ops.square(x), (1, 2, 3)), keras.losses.MeanSquaredError("sum")),
+        (None, mean_of_sums),
+        (None, lambda y, y_pred: ops.mean(ops.square(y - y_pred), 0)),
+        (None, keras.losses.Dice(axis=(1, 2, 3))),
+    ],
+)
+def test_loss_that_is_a_mean_or_sum_over_the_samples_is_not_warned_of(added, loss):
+    between = [lambda: layers.Dropout(0.5)] + ([lambda: Adding(added)] if added else [])
+    weights = np.random.default_rng(2).uniform(size=(6, 4, 4))
+    model = net(*between, loss=loss, **SPLIT)
+    assert warnings_of(fit(model)) == []
+    if isinstance(loss, str | keras.losses.MeanSquaredError):
+        assert warnings_of(fit(model, sample_weight=weights)) == []
+
+
+def test_own_step_is_warned_of_a_loss_that_is_no_mean_over_the_samples():
+    w = keras.Variable(np.ones(3))
+
+    def update(loss):
+        @tf.function(autograph=False)
+        def accumulated(x):
+            return tfbig.accumulate_gradients(loss, [w], x, micro_batch_size=2).loss
+
+        return lambda: accumulated(tf.ones((6, 3), w.dtype))
+
+    (message,) = warnings_of(update(lambda x: tf.sqrt(tf.reduce_mean(x * w))))
+    assert "Received: Sqrt, which" in message
+    assert warnings_of(update(lambda x: tf.reduce_mean(tf.sqrt(x * w)))) == []
+
+
+def test_loss_whose_denominator_is_known_is_not_warned_of():
+    class OfPositives(tfbig.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+            return over_positives(tf.cast(y, y_pred.dtype), y_pred)
+
+        def loss_denominator(self, x, y, y_pred, sample_weight):
+            return tf.reduce_sum(tf.cast(y, y_pred.dtype))
+
+    model = OfPositives([keras.Input((4, 4, 2)), layers.Conv2D(1, 1)], **SPLIT)
+    model.compile("sgd")
+    assert warnings_of(fit(model)) == []

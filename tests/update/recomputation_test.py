@@ -151,6 +151,7 @@ def assert_same(got, want, tolerance=TOLERANCE):
 JIT, EAGERLY = {"jit_compile": True}, {"run_eagerly": True}
 
 
+@pytest.mark.filterwarnings("ignore:The forward pass changes variables")
 @pytest.mark.parametrize(
     ("build", "name", "compile_kwargs"),
     [

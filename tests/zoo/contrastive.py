@@ -219,10 +219,10 @@ def contrastive(base):
 
 @program(
     "keras.io: contrastive pretraining, with negatives from the batch",
-    "custom loss that couples samples: only `check_equivalence` can detect it",
+    "custom loss that compares each sample with every other",
     data=lambda rng, n: ({name: rng.normal(size=(n, 5)) for name in ("first", "second")},),
     adaptive="adam",
-    couples=True,
+    warns="is not a mean over the samples",
     note="a micro-batch has a different loss; exact with one micro-batch",
 )
 def contrastive_pretraining(base, **options):

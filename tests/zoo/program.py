@@ -88,8 +88,6 @@ class Program:
             time. True if no other program of its kind does.
         warns: The warning in the first `fit` of the split model, if splitting the batch changes its
             result by nature.
-        couples: Whether the loss couples samples in a way that tfbig cannot detect, so that
-            `check_equivalence` must report it.
         note: Remark for readers of the table.
     """
 
@@ -108,7 +106,6 @@ class Program:
     is_plain_eager: bool = True
     is_on_replicas: bool = True
     warns: str | None = None
-    couples: bool = False
     note: str = ""
 
     @property
@@ -118,7 +115,7 @@ class Program:
     @property
     def is_exact(self):
         """Whether the split batch has the same update as the whole batch."""
-        return not (self.warns or self.couples)
+        return self.warns is None
 
     def model(self, is_plain, **options):
         """The plain Keras model, or tfbig's with options."""

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _keras, _types, errors
-from tfbig._update import own_step
+from tfbig._update import inexact, own_step
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.batch_split import BatchSplit
 from tfbig._update.loss_scale import LossScaleState
@@ -96,5 +96,6 @@ def accumulate_gradients(
         return MicroBatchLoss(tf.convert_to_tensor(loss), values=values)
 
     micro_batches = MicroBatches(micro_batch_loss, data, split, variables, compiled=compiled)
+    inexact.warn_of_coupled_loss(micro_batches.trace)
     scale = None if loss_scale is None else loss_scale.loss_scale.value
     return micro_batches.accumulate(scale, micro_batches.exchanged_counts())

@@ -8,12 +8,14 @@ from its values for each. What a tensor does when batches are joined is one of t
 - `Samples(axis)`: it is joined along an axis, as tokens and their embeddings are;
 - `Sizes(...)`: it holds sizes, of which some grow with the number of samples;
 - `DISTINCT`: it is a set, of which the union is taken, as the columns of a sparse batch are;
-- `Mixed(operation)`: something else, or not known, from this operation on.
+- `Mixed(operation)`: something else, or not known, from this operation on. Of some it is known
+  what they are: a `Total` over the samples, or `Coupled`, which is none.
 
 Nothing is guessed: an operation without a rule here makes its result `Mixed`.
 """
 
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -22,14 +24,27 @@ from tfbig._update import dependence_rules
 from tfbig._update.dependence import (
     CONSTANT,
     DISTINCT,
+    MEAN,
     SPARSE_INDICES,
+    Coupled,
     Dependence,
     Mixed,
     Samples,
     Sizes,
+    Total,
 )
 
-__all__ = ("CONSTANT", "DISTINCT", "Dependence", "Dependences", "Mixed", "Samples")
+__all__ = (
+    "CONSTANT",
+    "DISTINCT",
+    "MEAN",
+    "Coupled",
+    "Dependence",
+    "Dependences",
+    "Mixed",
+    "Samples",
+    "Total",
+)
 
 
 class Dependences:
@@ -41,12 +56,21 @@ class Dependences:
         captured: function that says of a tensor which the graph captured whether it is the same
             for every batch.
         assigned: handles of variables that the graph assigns.
+        known: dependences of tensors, by their names.
+        are_draws_joined: whether random numbers for each sample count as joined: those of the
+            joined batch are others, but just as good.
     """
 
     def __init__(
-        self, data: Any, captured: Callable[[Any], bool], assigned: Iterable[tf.Tensor] = ()
+        self,
+        data: Any,
+        captured: Callable[[Any], bool],
+        assigned: Iterable[tf.Tensor] = (),
+        known: Mapping[str, Dependence] = types.MappingProxyType({}),
+        are_draws_joined: bool = False,
     ) -> None:
-        self._known: dict[str, Dependence] = {}
+        self._known = dict(known)
+        self._are_draws_joined = are_draws_joined
         self._captured = captured
         self._assigned = {id(handle) for handle in assigned}
         for leaf in tf.nest.flatten(data):
@@ -82,7 +106,10 @@ class Dependences:
             found = [self._of_capture(op)]
         else:
             inputs = [self._known[t.name] for t in op.inputs]
-            found = _results(op, inputs, op.type in _READS and self._is_assigned(op))
+            if op.type in _DRAWS and self._are_draws_joined:
+                found = [dependence_rules.of_draws(op, inputs[0])]
+            else:
+                found = _results(op, inputs, op.type in _READS and self._is_assigned(op))
         for output, dependence in zip(op.outputs, found, strict=True):
             self._known.setdefault(output.name, dependence)
 
@@ -110,7 +137,7 @@ def _results(op: Any, inputs: list[Dependence], is_assigned: bool) -> list[Depen
         return [Mixed(op.type)] * number
     mixed = next((d for d in inputs if isinstance(d, Mixed)), None)
     if mixed is not None and op.type not in _LAY_OUT:
-        return [mixed] * number
+        return [dependence_rules.of_totals(op, inputs)] * number
     if all(d is CONSTANT for d in inputs):
         # An operation with state may return something else each time. Reading has none.
         has_state = op.op_def.is_stateful and op.type not in _READERS
@@ -126,6 +153,14 @@ def _results(op: Any, inputs: list[Dependence], is_assigned: bool) -> list[Depen
 _READS = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd"])
 
 _READERS = frozenset(["ReadVariableOp", "LookupTableFindV2", "LookupTableSizeV2", "ResourceGather"])
+
+# The operations that draw random numbers, whose shape is the first input.
+_DRAWS = frozenset(
+    [
+        *("RandomStandardNormal", "RandomUniform", "TruncatedNormal"),
+        *("StatelessRandomNormalV2", "StatelessRandomUniformV2", "StatelessTruncatedNormalV2"),
+    ]
+)
 
 # Where an input that is `Mixed` may say only how the values of another are laid out.
 _LAY_OUT = frozenset(["RaggedTensorToTensor", "Reshape"])

@@ -20,7 +20,7 @@ TensorFlow runs only what the denominators depend on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -147,12 +147,29 @@ class LossCounter(_Interceptor):
 
     Args:
         samples: samples of the micro-batch; None if their number is not known.
+
+    Attributes:
+        kinds: kinds of the calls, in their order.
+        counted: the denominators of those that are "counted".
+        reductions: for each call that is not "scalar", its kind, what it reduces, and the result.
     """
 
     def __init__(self, samples: int | None = None) -> None:
         self.samples = samples
         self.kinds: list[str] = []
         self.counted: list[_types.Tensor] = []
+        self.reductions: list[tuple[str, _types.Tensor, _types.Tensor]] = []
+
+    def __call__(
+        self, reduce_values: _types.AnyFunction, values: _types.Tensor, *args: Any, **kwargs: Any
+    ) -> _types.Tensor:
+        calls = len(self.kinds)
+        reduced = super().__call__(reduce_values, values, *args, **kwargs)
+        # Without a reduction, it is no call of any kind.
+        return self._keep(values, reduced) if len(self.kinds) > calls else reduced
+
+    def added(self, loss: _types.Tensor) -> _types.Tensor:
+        return self._keep(loss, super().added(loss))
 
     def has_samples(self, loss: _types.Tensor) -> bool:
         return bool(loss.shape[0] == self.samples)
@@ -164,6 +181,11 @@ class LossCounter(_Interceptor):
         if denominator is not None:
             self.counted.append(denominator())
         return reduced("sum_over_batch_size")
+
+    def _keep(self, values: _types.Tensor, reduced: _types.Tensor) -> _types.Tensor:
+        if self.kinds[-1] != "scalar":
+            self.reductions.append((self.kinds[-1], values, reduced))
+        return reduced
 
 
 class LossReducer(_Interceptor):

@@ -7,11 +7,15 @@ from typing import Any, TypeAlias
 __all__ = (
     "CONSTANT",
     "DISTINCT",
+    "MEAN",
     "SPARSE_INDICES",
+    "Coupled",
     "Dependence",
     "Mixed",
     "Samples",
+    "Shifted",
     "Sizes",
+    "Total",
 )
 
 
@@ -63,6 +67,31 @@ class Mixed:
     """
 
     operation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Total(Mixed):
+    """Added up over the samples.
+
+    Attributes:
+        is_mean: whether it is the mean over them: for two batches as one, that of both, which
+            count by their numbers of samples. Otherwise, it is the sum of both.
+    """
+
+    is_mean: bool
+
+
+MEAN = Total("Mean", is_mean=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted(Mixed):
+    """Joined along an axis, but for a mean over all samples that is added to each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupled(Mixed):
+    """Neither a sum nor a mean: it takes all samples at once, as a product of two means does."""
 
 
 Dependence: TypeAlias = _Kind | Samples | Sizes | Mixed

@@ -1,17 +1,21 @@
 """What a split batch cannot compute exactly, whatever tfbig does: refused, or warned of once."""
 
+import contextlib
 import warnings
 from collections.abc import Iterable
 
 import keras
 
 from tfbig import _keras, errors
+from tfbig._update import loss_trace
 
 __all__ = (
+    "not_warned_of",
     "refuse_divided_loss",
     "refuse_stateful_layers",
-    "warn_of_changed_state",
+    "warn_of_coupled_loss",
     "warn_of_what_is_not_exact",
+    "warn_of_what_the_trace_shows",
 )
 
 # Registered name of a class -> what the loss of a batch is divided by, inside of `compute_loss`.
@@ -64,20 +68,37 @@ def warn_of_what_is_not_exact(model: keras.Model, known: frozenset[str]) -> froz
     return _warn(_messages(model), known)
 
 
-def warn_of_changed_state(
-    model: keras.Model, assigned: Iterable[keras.Variable], known: frozenset[str]
+def warn_of_what_the_trace_shows(
+    model: keras.Model, trace: loss_trace.LossTrace, known: frozenset[str]
 ) -> frozenset[str]:
-    """Warns of variables of layers that every micro-batch changes.
-
-    Random numbers and metrics are meant to change, and `BatchNormalization` is known before.
+    """Warns of what only the forward pass tells to change with the split of the batch.
 
     Args:
         model: the model.
-        assigned: what the forward pass of a micro-batch assigns.
+        trace: that of a micro-batch, of several.
         known: what was warned of before.
 
     Returns:
         All that has been warned of.
+    """
+    messages = _changed_state(model, trace.state)
+    # What couples samples by its name is warned of with its name.
+    is_known = _keras.losses.losses_that_couple_samples(model) or _trained_normalizations(model)
+    if trace.coupled_by and not is_known:
+        messages.append(_coupled_loss(trace.coupled_by))
+    return _warn(messages, known)
+
+
+def warn_of_coupled_loss(trace: loss_trace.LossTrace) -> None:
+    """Warns if the loss of a user's own step changes with the split of the batch."""
+    if trace.coupled_by:
+        _warn([_coupled_loss(trace.coupled_by)], frozenset())
+
+
+def _changed_state(model: keras.Model, assigned: Iterable[keras.Variable]) -> list[str]:
+    """What to say of variables of layers that every micro-batch changes.
+
+    Random numbers and metrics are meant to change, and `BatchNormalization` is known before.
     """
     ids = {id(variable) for variable in assigned}
     paths = [
@@ -88,19 +109,35 @@ def warn_of_changed_state(
         if id(variable) in ids
     ]
     if not paths:
-        return known
-    return _warn(
-        [
-            "The forward pass changes variables of layers. In a split batch, every micro-batch "
-            "does, from its samples alone; of several replicas, floats become the mean and "
-            f"integers are those of the first. Received: {', '.join(paths)}. What counts updates "
-            "belongs in a callback, or after `super().train_step(data)`."
-        ],
-        known,
+        return []
+    return [
+        "The forward pass changes variables of layers. In a split batch, every micro-batch does, "
+        "from its samples alone; of several replicas, floats become the mean and integers are "
+        f"those of the first. Received: {', '.join(paths)}. What counts updates belongs in a "
+        "callback, or after `super().train_step(data)`."
+    ]
+
+
+def _coupled_loss(operations: Iterable[str]) -> str:
+    return (
+        "The loss is not a mean over the samples, so the loss of micro-batches, or of the samples "
+        "of one replica, differs from that of the whole batch. Received: "
+        f"{', '.join(sorted(operations))}, which adds samples up, computes with sums or means over "
+        "them, or compares them. Instead of a sum, return a mean; or one value for each sample, "
+        "from a loss with reduction='sum' or to `add_loss`. If the loss divides by a number that "
+        "the data alone determines, such as that of valid tokens, return this number from "
+        "`loss_denominator`. Otherwise, use larger micro-batches."
     )
 
 
+def not_warned_of() -> contextlib.AbstractContextManager[None]:
+    """A context in which this thread does not warn, since its results are compared anyway."""
+    return _keras.thread.holding("silent", True)
+
+
 def _warn(messages: list[str], known: frozenset[str]) -> frozenset[str]:
+    if _keras.thread.current("silent"):
+        return known
     for message in messages:
         if message in known:
             continue
@@ -110,11 +147,7 @@ def _warn(messages: list[str], known: frozenset[str]) -> frozenset[str]:
 
 def _messages(model: keras.Model) -> list[str]:
     found = []
-    layers = _keras.layers.all_layers(model)
-    normalizations = [
-        x.name for x in layers if isinstance(x, keras.layers.BatchNormalization) and x.trainable
-    ]
-    if normalizations:
+    if normalizations := _trained_normalizations(model):
         found.append(
             "BatchNormalization normalizes each micro-batch with its own statistics, so the update "
             f"is not exactly that of the whole batch. Received: {', '.join(normalizations)}. Use "
@@ -128,6 +161,7 @@ def _messages(model: keras.Model) -> list[str]:
             f"that of the whole batch. Received: {', '.join(losses)}. Use larger "
             "micro-batches, or Dice and Tversky with the axes of a sample, such as axis=(1, 2, 3)."
         )
+    layers = _keras.layers.all_layers(model)
     tables = [x.name for x in layers if isinstance(x, keras.layers.Embedding) and x.trainable]
     if tables and model.jit_compile:
         found.append(
@@ -137,3 +171,10 @@ def _messages(model: keras.Model) -> list[str]:
             "jit_compile=False."
         )
     return found
+
+
+def _trained_normalizations(model: keras.Model) -> list[str]:
+    """Names of the layers that normalize with the statistics of a batch."""
+    layers = _keras.layers.all_layers(model)
+    kind = keras.layers.BatchNormalization
+    return [x.name for x in layers if isinstance(x, kind) and x.trainable]

@@ -45,6 +45,8 @@ class LossTrace:
         narrow_dtypes: the dtypes in which some of them travel, by their identities.
         counts_need_weights: whether the denominators of losses depend on them.
         is_faster_compiled: whether XLA on a CPU is expected to compute a micro-batch faster.
+        coupled_by: types of the operations by which the loss is known not to be a mean over the
+            samples of a batch that is split; none where it is one, or not known not to be.
     """
 
     kinds: list[str]
@@ -59,6 +61,7 @@ class LossTrace:
     narrow_dtypes: dict[int, _types.DType]
     counts_need_weights: bool
     is_faster_compiled: bool
+    coupled_by: frozenset[str]
 
 
 @dataclasses.dataclass
@@ -68,6 +71,7 @@ class _Probe:
     data: _types.Structure
     result: MicroBatchLoss
     kinds: list[str]
+    reductions: list[tuple[str, _types.Tensor, _types.Tensor]]
     assigned: list[keras.Variable]
     gradients: list[_types.Gradient | None]
     divided: list[ShardedWeight]
@@ -136,6 +140,7 @@ class LossTracer:
             counts_need_weights=probe.counts_need_weights,
             # Not the operations: they keep the graph.
             is_faster_compiled=xla_on_cpu.is_faster(probe.operations, self.data),
+            coupled_by=self._coupled_by(probe),
         )
 
     def _probe(self, data: _types.Structure) -> None:
@@ -162,6 +167,7 @@ class LossTracer:
                 data,
                 result,
                 counter.kinds,
+                counter.reductions,
                 values.assigned,
                 gradients,
                 weights.read,
@@ -203,6 +209,37 @@ class LossTracer:
                     f"{variable.path}. Use gradient_accumulation_steps=1 on one replica."
                 )
 
+    def _coupled_by(self, probe: _Probe) -> frozenset[str]:
+        if self.is_whole or tf.executing_eagerly() or not self.variables:
+            return frozenset()
+        dependences = self._dependences(
+            probe,
+            # What is made of them for the whole batch is right.
+            known={reduced.name: batch_dependence.MEAN for _, _, reduced in probe.reductions},
+            are_draws_joined=True,
+        )
+        losses = [(kind == "sum", values) for kind, values, _ in probe.reductions]
+        if probe.result.weight is None:
+            losses.append((False, probe.result.loss))
+        found = [(is_summed, dependences.of(loss)) for is_summed, loss in losses]
+        return frozenset(
+            d.operation
+            for is_summed, d in found
+            if isinstance(d, batch_dependence.Coupled)
+            or (isinstance(d, batch_dependence.Total) and not d.is_mean and not is_summed)
+        )
+
+    def _dependences(self, probe: _Probe, **options: Any) -> batch_dependence.Dependences:
+        """How the tensors of a probe's graph depend on the batch."""
+        return batch_dependence.Dependences(
+            probe.data,
+            # A tensor from outside is the same for all micro-batches, but may not be for all
+            # replicas.
+            captured=lambda t: tf.is_tensor(t) and (_is_eager(t) or replicas.count() == 1),
+            assigned=[_keras.variables.native(v).handle for v in probe.assigned],
+            **options,
+        )
+
     def _rows(self) -> list[tuple[Rows, ...]]:
         """The `Rows` of each variable's gradient; none where it is added up densely."""
         is_eager = tf.executing_eagerly()
@@ -210,13 +247,7 @@ class LossTracer:
             # Only a graph tells where indices come from.
             self._probe_in_graph()
         probe = self._probes[-1]
-        dependences = batch_dependence.Dependences(
-            probe.data,
-            # A tensor from outside is the same for all micro-batches, but may not be for all
-            # replicas.
-            captured=lambda t: tf.is_tensor(t) and (_is_eager(t) or replicas.count() == 1),
-            assigned=[_keras.variables.native(v).handle for v in probe.assigned],
-        )
+        dependences = self._dependences(probe)
         return [
             self._rows_of(variable, gradient, dependences, is_eager)
             for variable, gradient in zip(self.variables, probe.gradients, strict=True)

@@ -254,8 +254,9 @@ class TrainStep(training_checks.TrainingChecks):
             in_flight=None if self.pipeline is None else self.pipeline.in_flight,
         )
         if training and not micro_batches.is_whole:
-            assigned = micro_batches.trace.state
-            self._inexact_parts = inexact.warn_of_changed_state(self, assigned, self._inexact_parts)
+            self._inexact_parts = inexact.warn_of_what_the_trace_shows(
+                self, micro_batches.trace, self._inexact_parts
+            )
         if micro_batches.compiles_each:
             _say_that_each_is_compiled()
         return micro_batches

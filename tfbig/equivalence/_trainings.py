@@ -11,7 +11,7 @@ import tensorflow as tf
 from numpy import typing as npt
 
 from tfbig import _keras, _types
-from tfbig._update import accumulators, sharded_state, train_step
+from tfbig._update import accumulators, inexact, sharded_state, train_step
 from tfbig.equivalence import _deviations
 from tfbig.equivalence._deviations import Arrays, root_mean_square
 from tfbig.equivalence._report import Deviation
@@ -195,7 +195,12 @@ class Trainings:
 
     def _cut(self, data: _types.Structure) -> _types.Tensor:
         """An update as `fit` makes it."""
-        return _keras.replica_step.run(self.model, self.model.train_step, data)["loss"]
+
+        def step(data: _types.Structure) -> _types.Logs:
+            with inexact.not_warned_of():
+                return self.model.train_step(data)
+
+        return _keras.replica_step.run(self.model, step, data)["loss"]
 
     def _whole(self, data: _types.Structure) -> _types.Tensor:
         """An update as plain Keras makes it; each replica makes the same."""

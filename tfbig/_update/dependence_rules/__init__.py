@@ -2,7 +2,9 @@
 
 from tfbig._update.dependence_rules import _selections, _shapes, _sparse, _values
 from tfbig._update.dependence_rules._rules import Rules
+from tfbig._update.dependence_rules._shapes import of_draws
+from tfbig._update.dependence_rules._totals import of_totals
 
-__all__ = ("RULES",)
+__all__ = ("RULES", "of_draws", "of_totals")
 
 RULES = Rules(_values.RULES | _shapes.RULES | _selections.RULES | _sparse.RULES)

@@ -26,7 +26,7 @@ from tfbig._update.dependence_rules._rules import (
     without_axes,
 )
 
-__all__ = ("RULES",)
+__all__ = ("RULES", "of_draws")
 
 RULES = Rules()
 
@@ -83,6 +83,14 @@ def _fill(op: Any, inputs: list[Dependence]) -> Dependence | None:
     grows = growing_sizes(inputs[0], op.inputs[0])
     if inputs[1] is not CONSTANT or grows is None or np.sum(grows) != 1:
         return None
+    return Samples(int(np.argmax(grows)))
+
+
+def of_draws(op: Any, shape: Dependence) -> Dependence:
+    """The dependence of random numbers of a shape, if those of other seeds are just as good."""
+    grows = growing_sizes(shape, op.inputs[0])
+    if grows is None or np.sum(grows) != 1:
+        return Mixed(op.type)
     return Samples(int(np.argmax(grows)))
 
 

@@ -8,9 +8,11 @@ from tfbig._update.dependence import (
     CONSTANT,
     DISTINCT,
     SPARSE_INDICES,
+    Coupled,
     Dependence,
     Samples,
     Sizes,
+    Total,
 )
 from tfbig._update.dependence_rules._rules import (
     Rules,
@@ -56,13 +58,24 @@ def _elementwise(op: Any, inputs: list[Dependence]) -> Dependence | None:
         return _of_sizes(op, inputs)
     if inputs == [SPARSE_INDICES] or inputs == [DISTINCT]:
         return inputs[0] if op.type in ("Cast", "Identity", "EnsureShape") else None
+    if _pairs_samples(op, inputs):
+        return Coupled(op.type)
     return broadcast(op.outputs[0], op.inputs, inputs)
+
+
+def _pairs_samples(op: Any, inputs: list[Dependence]) -> bool:
+    """Whether samples along one axis meet samples along another."""
+    pairs = list(zip(op.inputs, inputs, strict=True))
+    if any(rank_of(t) is None for t, _ in pairs):
+        return False
+    axes = {d.axis - len(t.shape) for t, d in pairs if isinstance(d, Samples)}
+    return len(axes) > 1 and all(d is CONSTANT or isinstance(d, Samples) for d in inputs)
 
 
 def _of_sizes(op: Any, inputs: list[Dependence]) -> Dependence | None:
     """A multiple of the number of samples times a constant is one again."""
     # A fraction of the number of samples, rounded, is no multiple of it.
-    if not all(t.dtype.is_integer for t in (*op.inputs, *op.outputs)):
+    if op.outputs[0].dtype.is_integer and not all(t.dtype.is_integer for t in op.inputs):
         return None
     if op.type in ("Cast", "Identity", "EnsureShape", "StopGradient"):
         return inputs[0]
@@ -76,11 +89,25 @@ def _of_sizes(op: Any, inputs: list[Dependence]) -> Dependence | None:
 
 @RULES.of(*_BY_ROW.split())
 def _by_row(op: Any, inputs: list[Dependence]) -> Dependence | None:
+    if op.type == "MatMul" and isinstance(inputs[1], Samples):
+        return _product_of_samples(op, inputs)
     if not isinstance(inputs[0], Samples) or inputs[0].axis != 0:
         return None
     if op.type == "MatMul" and op.get_attr("transpose_a"):
         return None
     return inputs[0] if all(d is CONSTANT for d in inputs[1:]) else None
+
+
+def _product_of_samples(op: Any, inputs: list[Dependence]) -> Dependence | None:
+    left, right = inputs
+    if not isinstance(left, Samples) or not isinstance(right, Samples):
+        return None
+    are_rows = left.axis == int(op.get_attr("transpose_a"))
+    are_columns = right.axis != int(op.get_attr("transpose_b"))
+    if are_rows and are_columns:
+        return Coupled(op.type)
+    is_over_samples = not are_rows and not are_columns and left.order == right.order
+    return Total(op.type, is_mean=False) if is_over_samples else None
 
 
 @RULES.of("BatchMatMulV2", "BatchMatMulV3")
@@ -101,6 +128,8 @@ def _reduce(op: Any, inputs: list[Dependence]) -> Dependence | None:
         is_product = op.type == "Prod" and np.sum(inputs[0].grows) == 1 and rank == 1
         return as_sizes(True) if is_product else None
     axes = [axis_of(a, rank) for a in axes]
+    if isinstance(inputs[0], Samples) and inputs[0].axis in axes and op.type in ("Mean", "Sum"):
+        return Total(op.type, is_mean=op.type == "Mean")
     left = without_axes(inputs[0], axes)
     return inputs[0] if left is not None and op.get_attr("keep_dims") else left
 
@@ -127,6 +156,30 @@ def _last_axis(op: Any, inputs: list[Dependence]) -> Dependence | None:
     rank = rank_of(op.inputs[0])
     is_apart = isinstance(inputs[0], Samples) and rank is not None and inputs[0].axis < rank - 1
     return inputs[0] if is_apart and all(d is CONSTANT for d in inputs[1:]) else None
+
+
+@RULES.of("Einsum")
+def _einsum(op: Any, inputs: list[Dependence]) -> Dependence | None:
+    terms, _, result = op.get_attr("equation").decode().partition("->")
+    if "." in terms or any(d is not CONSTANT and not isinstance(d, Samples) for d in inputs):
+        return None
+    named = list(zip(terms.split(","), inputs, strict=True))
+    letters = {term[d.axis] for term, d in named if isinstance(d, Samples)}
+    if len(letters) > 1:
+        return Coupled(op.type) if letters <= set(result) else None
+    (letter,) = letters
+    orders = {d.order for _, d in named if isinstance(d, Samples)}
+    if len(orders) > 1 or any(d is CONSTANT and letter in term for term, d in named):
+        return None
+    if letter in result:
+        return Samples(result.index(letter), orders.pop())
+    return Total(op.type, is_mean=False)
+
+
+@RULES.of("SoftmaxCrossEntropyWithLogits", "SparseSoftmaxCrossEntropyWithLogits")
+def _cross_entropy(op: Any, inputs: list[Dependence]) -> Dependence | None:
+    logits, labels = inputs
+    return logits if logits == labels and isinstance(logits, Samples) and not logits.axis else None
 
 
 @RULES.of("OneHot")
