@@ -283,3 +283,11 @@ def test_what_cannot_be_computed_in_chunks_is_refused(program, message, run):
         model.fit(TOKENS, NEXT, verbose=0) if run == "fit" else model.predict(TOKENS, verbose=0)
     for a, b in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_change_after_a_prediction_holds_in_the_next_one():
+    model = tfbig.Sequential([keras.Input((LENGTH,)), layers.Dense(2)])
+    model.predict(TOKENS, verbose=0)
+    model.attention_chunk_size = 2
+    with pytest.raises(errors.UnsupportedModelError, match="has no effect"):
+        model.predict(TOKENS, verbose=0)

@@ -513,8 +513,8 @@ def test_a_model_for_which_every_device_is_too_small_is_made_on_the_host(monkeyp
 
     monkeypatch.setattr(stages, "move", counted)
     moved = tfbig.extend(model, pipeline=on_cpus(2))
-    # Each time, what was moved has left the host.
-    assert held == [elements] * len(everything)
+    # Each time, what was moved has left the host, but for an element.
+    assert held == [elements + n for n in range(1, len(everything) + 1)]
     assert {v.value.device[-1] for v in everything} == {"0", "1"}
     before = moved.get_weights()
     moved.fit(X, Y, batch_size=16, verbose=0)

@@ -286,6 +286,51 @@ def test_denominators_may_depend_on_weights(small_weights_are_divided, float64):
 # --- Everything but training -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_it_predicts_with_the_weights_that_it_has_after_a_change(
+    small_weights_are_divided, float64, is_extended
+):
+    x, y = data()
+    with make_strategy("mirrored_2").scope():
+        model = original = dense(keras.Model if is_extended else tfbig.Model)
+        model.compile("sgd", "mse")
+    before = model.predict(x, batch_size=8, verbose=0)
+    if is_extended:
+        model = tfbig.extend(original, shard="weights")
+    for shard in ["weights", None]:
+        model.shard = shard
+        assert bool(divided(model)) == (shard is not None)
+        assert_same(model.predict(x, batch_size=8, verbose=0), before)
+        model.fit(x, y, batch_size=8, verbose=0)
+        found = model.predict(x, batch_size=8, verbose=0)
+        assert np.max(np.abs(found - before)) > 1e-3
+        plain = dense(keras.Model)
+        plain.set_weights(model.get_weights())
+        before = plain.predict(x, batch_size=8, verbose=0)
+        assert_same(found, before)
+        if shard or not is_extended:
+            assert_same(original.predict(x, batch_size=8, verbose=0), before)
+        else:
+            # It is not told of the change; it does not go on with the weights of before.
+            with pytest.raises(tf.errors.InvalidArgumentError):
+                original.predict(x, batch_size=8, verbose=0)
+
+
+def test_a_model_inside_predicts_with_the_weights_that_it_has_after_a_change(
+    small_weights_are_divided, float64
+):
+    x, y = data()
+    with make_strategy("mirrored_2").scope():
+        inner = keras.Sequential([keras.Input((6,)), layers.Dense(8)])
+        inner.predict(x, batch_size=8, verbose=0)
+        model = tfbig.Sequential([inner, layers.Dense(3)], shard="weights")
+        model.build((None, 6))
+        model.compile("sgd", "mse")
+    model.fit(x, y, batch_size=8, verbose=0)
+    kernel, bias = inner.get_weights()
+    assert_same(inner.predict(x, batch_size=8, verbose=0), x @ kernel + bias)
+
+
 def test_it_evaluates_and_predicts_as_plain_keras(small_weights_are_divided, float64):
     x, y = data()
     model, plain = assert_trains_as_plain(dense, x, y, {"gradient_accumulation_steps": 2})

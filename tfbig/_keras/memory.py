@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfbig import _types, errors
 
-__all__ = ("Meter", "available", "readable", "size_of")
+__all__ = ("Meter", "available", "empty", "readable", "size_of")
 
 
 class Meter:
@@ -90,3 +90,15 @@ def size_of(tensors: Iterable[_types.Tensor | _types.Variable | None]) -> int:
     return sum(
         int(math.prod(v.shape) * tf.as_dtype(v.dtype).size) for v in tensors if v is not None
     )
+
+
+def empty(copies: Iterable[_types.Variable]) -> None:
+    """Takes the values of `tf.Variable`s that no variable of Keras holds any more.
+
+    A function that was traced before would go on with them, and keep their memory. With one value,
+    which is no number, it fails, or shows it.
+    """
+    for copy in copies:
+        with tf.device(copy.device):
+            nothing = tf.cast(tf.fill([1] * copy.shape.rank, math.nan), copy.dtype)
+            tf.raw_ops.AssignVariableOp(resource=copy.handle, value=nothing, validate_shape=False)

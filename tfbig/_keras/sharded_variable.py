@@ -15,7 +15,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable, UninitializedVariable
 
 from tfbig import _types
-from tfbig._keras import collectives, workers_together
+from tfbig._keras import collectives, memory, workers_together
 from tfbig._keras.thread import current, holding
 from tfbig._keras.workers_together import Span
 
@@ -341,7 +341,11 @@ def divide(
         is_weight: whether to make it a `ShardedWeight`, whose pieces must be equal chunks.
     """
     # Its copies go before the pieces are made.
+    whole = getattr(variable, "_value", None)
     variable._value = None
+    if whole is not None:
+        is_copied = isinstance(whole, tf.distribute.DistributedValues)
+        memory.empty(whole.values if is_copied else (whole,))
     variable.__class__ = ShardedWeight if is_weight else ShardedVariable
     variable._give_pieces(spans, strategy, value)
 
@@ -404,6 +408,7 @@ def initializer_of(variable: _types.KerasVariable) -> keras.initializers.Initial
 def make_whole(variable: ShardedVariable) -> None:
     """Takes `divide` back: every replica gets all of the variable."""
     value, strategy = variable.numpy(), variable._strategy
+    memory.empty(variable.pieces.values())
     del variable._spans, variable._strategy, variable._parts
     variable.__class__ = keras.Variable
     with strategy.scope():

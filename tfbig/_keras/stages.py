@@ -19,7 +19,7 @@ from keras.src.ops.operation import Operation
 from tensorflow.python.distribute import numpy_dataset as _numpy_dataset
 
 from tfbig import _types
-from tfbig._keras import collectives, variables
+from tfbig._keras import collectives, memory, variables
 from tfbig._keras.thread import current, holding
 
 __all__ = (
@@ -138,12 +138,7 @@ def move(variable: _types.KerasVariable, stage: Stage | None, strategy: _types.S
         forget(variable)
     else:
         put(variable, stage)
-    for copy in old:
-        # A function that another model has traced would go on with it, and keep its memory. With
-        # a value of another shape, it fails.
-        with tf.device(copy.device):
-            nothing = tf.zeros([0] * max(1, copy.shape.rank), copy.dtype)
-            tf.raw_ops.AssignVariableOp(resource=copy.handle, value=nothing, validate_shape=False)
+    memory.empty(old)
 
 
 _init_of_keras = Operation.__init__

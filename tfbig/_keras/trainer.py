@@ -218,7 +218,7 @@ class TrainerOverrides(CompileHooks):
             self.test_function = self._explained(StepFunction(self, self.test_step))
 
     def _rebuild_step(self) -> None:
-        """Has the train and test functions rebuilt when they are next called."""
+        """Has the train, test and predict functions rebuilt when they are next called."""
 
         def train(iterator: Iterator[_types.Structure]) -> _types.Structure:
             self._prepare_training(self._training_batch_size)
@@ -233,6 +233,7 @@ class TrainerOverrides(CompileHooks):
         # Not None if they were set: the loop of a running `fit` goes on calling them.
         self.train_function = self.train_function and train
         self.test_function = self.test_function and test
+        self.predict_function = None
 
     # --- Evaluation and prediction ----------------------------------------------
 

@@ -48,7 +48,7 @@ def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
         else:
             _cut(model)
     if _place(model):
-        _make_functions_anew(model)
+        model._rebuild_step()
     vars(model)["_pipeline_in_effect"] = model.pipeline
 
 
@@ -71,12 +71,7 @@ def update(model: Any) -> None:  # Any: as above.
                 _keras.stages.put(operation, stage)
         model._keep_options({"pipeline": vars(model).get("_pipeline_in_effect")})
         raise
-    _make_functions_anew(model)
-
-
-def _make_functions_anew(model: Any) -> None:  # Any: as above.
     model._rebuild_step()
-    model.predict_function = None
 
 
 def _check_is_given(model: Any) -> None:  # Any: as above.

@@ -29,7 +29,7 @@ def divide(model: keras.Model, strategy: _types.Strategy) -> None:
     for variable in found:
         _sharded_weights.divide(variable, _keras.variables.values_of([variable])[0], strategy)
     if found:
-        _tell_optimizers(model)
+        _tell(model)
         _log.logger().info(
             "tfbig: %d weights of %s lie on %d replicas in equal chunks; %s recompute",
             len(found),
@@ -45,7 +45,7 @@ def make_whole(model: keras.Model) -> None:
     for variable in divided:
         _keras.sharded_variable.make_whole(variable)
     if divided:
-        _tell_optimizers(model)
+        _tell(model)
 
 
 def _refuse_synchronized(layer: _types.Layer) -> None:
@@ -59,7 +59,11 @@ def _refuse_synchronized(layer: _types.Layer) -> None:
             )
 
 
-def _tell_optimizers(model: keras.Model) -> None:
+def _tell(model: keras.Model) -> None:
+    """Tells optimizers, and the models inside, that the weights are others."""
+    for inner in _keras.layers.all_layers(model):
+        if isinstance(inner, keras.Model):
+            inner.train_function = inner.test_function = inner.predict_function = None
     for _, optimizer in _keras.optimizer.optimizers_of(model):
         _keras.sharded_optimizer.know_weights(optimizer)
 
