@@ -257,9 +257,16 @@ def test_steps_are_announced_and_sizes_logged_where_others_look(tmp_path, capsys
     assert model.optimizer.learning_rate.numpy() == 0.5
 
 
-@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
-def test_no_size_is_traced_again(strategy):
-    # As often as with one size, of which the last batch of an epoch is a smaller one.
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("default", {}),
+        ("mirrored_2", {}),
+        ("default", {"loss_scale": tfbig.DynamicLossScale(retry=True)}),
+    ],
+)
+def test_no_size_is_traced_again(strategy, options):
+    # At most as often as with one size, of which the last batch of an epoch is a smaller one.
     traces = []
 
     class Net(tfbig.Sequential):
@@ -267,14 +274,14 @@ def test_no_size_is_traced_again(strategy):
             traces.append(args)
             return super().compute_loss(*args, **kwargs)
 
-    fit(compiled(strategy=strategy, cls=Net), epochs=1, batch_size=4)
+    fit(compiled(strategy=strategy, cls=Net, **options), epochs=1, batch_size=4)
     expected = len(traces)
-    model, record = compiled(strategy=strategy, cls=Net), Record()
+    model, record = compiled(strategy=strategy, cls=Net, **options), Record()
     fit(model, BatchSizeSchedule({0: 4, 15: 5, 17: 6, 20: 16}, learning_rate="linear"), record)
     assert len(set(record.sizes)) == 4
     # Nor is it in another `fit`.
     fit(model, BatchSizeSchedule({0: 7}, learning_rate="linear"), epochs=1)
-    assert len(traces) == 2 * expected > 0
+    assert expected < len(traces) <= 2 * expected
 
 
 @pytest.mark.usefixtures("float64")

@@ -26,7 +26,7 @@ def simulation():
     return config.graph_options.rewrite_options.memory_optimization != WITHOUT
 
 
-def fit(strategy, monkeypatch):
+def fit(strategy, monkeypatch, program=b"_one_step_of", **options):
     """Fits a model; returns for each update whether it was run by a simulated graph, and how often
     memory was given back.
     """
@@ -34,7 +34,7 @@ def fit(strategy, monkeypatch):
     call_function = context.Context.call_function
 
     def noting(self, name, *args):
-        if b"_one_step_of" in name:
+        if program in name:
             simulated.append(simulation())
         return call_function(self, name, *args)
 
@@ -42,7 +42,8 @@ def fit(strategy, monkeypatch):
     monkeypatch.setattr(context.Context, "call_function", noting)
     x = np.ones((8, 2), "float32")
     with make_strategy(strategy).scope():
-        model = tfbig.Sequential([keras.layers.Dense(1)], gradient_accumulation_steps=2)
+        options = options or {"gradient_accumulation_steps": 2}
+        model = tfbig.Sequential([keras.Input((2,)), keras.layers.Dense(1)], **options)
         model.compile("sgd", "mse", jit_compile=False)
     model.fit(x, x[:, :1], batch_size=4, epochs=3, verbose=0)
     model.fit(x, x[:, :1], batch_size=4, verbose=0)
@@ -55,6 +56,21 @@ def test_an_update_starts_without_simulation_and_gives_back_memory_once(strategy
     assert simulated == [False] * 8
     assert given_back == 1
     assert simulation(), "what others call afterwards is as before"
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        (b"_one_step", {"loss_scale": tfbig.DynamicLossScale(retry=True)}),
+        (b"_accumulate_program", {"micro_batch_size": "auto"}),
+    ],
+)
+def test_other_ways_to_train_start_so_too(program, options, monkeypatch):
+    simulated, given_back = fit("default", monkeypatch, program, **options)
+    assert len(simulated) >= 8
+    assert not any(simulated)
+    # The second training with "auto" finds the size again.
+    assert 1 <= given_back <= 2
 
 
 def test_an_update_on_other_devices_starts_as_ever(monkeypatch):

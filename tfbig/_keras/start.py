@@ -13,6 +13,7 @@ import ctypes
 import functools
 from collections.abc import Iterator
 
+import keras
 from tensorflow.core.protobuf import config_pb2 as _config_pb2
 from tensorflow.core.protobuf import rewriter_config_pb2 as _rewriter_config_pb2
 from tensorflow.python.eager import context as _context
@@ -20,7 +21,17 @@ from tensorflow.python.eager import context as _context
 from tfbig import _types
 from tfbig._keras.devices import is_on_cpu
 
-__all__ = ("give_back_memory", "without_simulation")
+__all__ = ("give_back_memory", "starting_well", "without_simulation")
+
+
+@contextlib.contextmanager
+def starting_well(model: keras.Model) -> Iterator[None]:
+    """A context in which a tfbig model is trained or evaluated, and may be traced."""
+    traced = model.times_traced
+    with without_simulation(model.distribute_strategy):
+        yield
+    if model.times_traced > traced:
+        give_back_memory()
 
 
 @contextlib.contextmanager

@@ -85,18 +85,14 @@ class StepFunction:
 
     def __call__(self, iterator: Iterator[_types.Structure]) -> _types.Structure:
         """Runs `steps_per_execution` steps, or until the data end; returns the logs of the last."""
-        traced = self.model.times_traced
-        with start.without_simulation(self.model.distribute_strategy):
-            logs = self._run(iterator)
-        if self.model.times_traced > traced:
-            start.give_back_memory()
-        return logs
+        with start.starting_well(self.model):
+            return self._run(iterator)
 
     def _run(self, iterator: Iterator[_types.Structure]) -> _types.Structure:
         if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return self._run_on_iterator(iterator)
         if isinstance(iterator, ResizedBatches):
-            return self._run_on_resized(iterator)
+            return run_batches(self.model, iterator, self._program_for(iterator))
         steps = range(self.model.steps_per_execution)
         return [self._on_data(data) for _, data in zip(steps, iterator, strict=False)][-1]
 
@@ -120,25 +116,16 @@ class StepFunction:
             self.model.input_clock.add(waited)
         return logs
 
-    def _run_on_resized(self, batches: ResizedBatches) -> _types.Structure:
+    def _program_for(self, batches: Iterator[_types.Structure]) -> _types.AnyFunction:
+        """The program for the batches of an iterator; of those that change in size, one for all."""
+        if not isinstance(batches, ResizedBatches):
+            return self._on_data
         if self._of_any_size[0] is not batches.specs:
             program = self._on_data
             if isinstance(program, tf.types.experimental.PolymorphicFunction):
-                # Traced once, whatever the sizes.
                 program = program.get_concrete_function(batches.specs)
             self._of_any_size = batches.specs, program
-        _, program = self._of_any_size
-        logs, waited = None, 0.0
-        for _ in range(self.model.steps_per_execution):
-            begin = time.perf_counter()
-            data = next(batches, None)
-            if data is None:
-                break
-            waited += time.perf_counter() - begin
-            logs = program(data)
-        if self.model.input_clock is not None:
-            self.model.input_clock.add(waited)
-        return logs
+        return self._of_any_size[1]
 
     def _one_step(self, data: _types.Structure) -> _types.Structure:
         return replica_step.run(self.model, self.step, without_optionals(data))

@@ -143,7 +143,8 @@ class TrainFunction:
 
     def __call__(self, iterator: Iterator[_Distributed]) -> _types.Logs:
         """Makes `steps_per_execution` updates; returns the logs of the last."""
-        return _keras.step_function.run_batches(self.model, iterator, self.update)
+        with _keras.start.starting_well(self.model):
+            return _keras.step_function.run_batches(self.model, iterator, self.update)
 
     def update(self, data: _Distributed) -> _types.Logs:
         """One update with one effective batch; returns its logs."""

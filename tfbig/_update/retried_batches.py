@@ -46,11 +46,9 @@ def run_until_done(state: LossScaleState | None, run: Callable[[], _types.Logs])
 class RetryingStepFunction(_keras.step_function.StepFunction):
     """A `StepFunction` for training that runs batches again while the loss scale says so."""
 
-    def __call__(self, iterator: Iterator[_types.Structure]) -> _types.Structure:
-        """Runs `steps_per_execution` steps, or until the data end; returns the logs of the last."""
+    def _run(self, iterator: Iterator[_types.Structure]) -> _types.Logs:
         state: LossScaleState | None = self.model.loss_scale_state
+        program = self._program_for(iterator)
         return _keras.step_function.run_batches(
-            self.model,
-            iterator,
-            lambda data: run_until_done(state, lambda: self._on_data(data)),
+            self.model, iterator, lambda data: run_until_done(state, lambda: program(data))
         )
