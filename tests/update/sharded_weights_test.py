@@ -11,6 +11,7 @@ from keras import layers
 
 import tfbig
 from tests.conftest import make_strategy
+from tfbig import errors
 from tfbig._keras import memory
 from tfbig._keras.sharded_variable import ShardedWeight
 from tfbig._update import gathered_weights
@@ -281,6 +282,26 @@ def test_denominators_may_depend_on_weights(small_weights_are_divided, float64):
 
     x, y = data()
     assert_trains_as_plain(make, x, y, {"gradient_accumulation_steps": 2}, loss=None)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"), [(4.9, "must hold the model itself"), (5.1, "missing")]
+)
+def test_a_budget_counts_the_pieces_of_divided_weights(
+    small_weights_are_divided, float64, budget, message
+):
+    x, y = data(shape=(512,), targets=(512,))
+    with make_strategy("mirrored_2").scope():
+        model = tfbig.Sequential(
+            [keras.Input((512,)), layers.Dense(512, use_bias=False)],
+            micro_batch_size="auto",
+            memory_budget=int(2**20 * budget),
+            shard="weights",
+        )
+        # The half of 2 MiB, of both moments, and of two gradients.
+        model.compile("adam", "mse")
+    with pytest.raises(errors.OutOfMemoryError, match=message):
+        model.fit(x, y, batch_size=8, verbose=0)
 
 
 # --- Everything but training -------------------------------------------------------------

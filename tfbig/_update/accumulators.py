@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from tfbig import _types
+from tfbig import _keras, _types
 from tfbig._update import table_rows
 from tfbig._update.table_rows import Rows
 
@@ -55,8 +55,15 @@ def widest(dtype: _types.DType | str, variables: Iterable[keras.Variable]) -> _t
 
 
 def size_of(variables: Iterable[keras.Variable]) -> int:
-    """Bytes of the accumulators of dense gradients of these variables."""
-    return sum(math.prod(v.shape) * dtype_for(v.dtype).size for v in variables)
+    """Bytes of the accumulators of dense gradients of these variables, on the fullest replica."""
+    return sum(_elements(v) * dtype_for(v.dtype).size for v in variables)
+
+
+def _elements(variable: keras.Variable) -> int:
+    shapes: list[Sequence[int]] = [variable.shape]
+    if isinstance(variable, _keras.sharded_variable.ShardedWeight):
+        shapes = [piece.shape for piece in variable.pieces.values()]
+    return max(math.prod(shape) for shape in shapes)
 
 
 def start(variable: keras.Variable, rows: Sequence[Rows] = ()) -> Accumulator:
