@@ -43,6 +43,12 @@ JOINED = {
     "cross-entropy": lambda x: (
         tf.raw_ops.SoftmaxCrossEntropyWithLogits(features=rows(x), labels=tf.exp(rows(x))).loss
     ),
+    "cross-entropy of tokens": lambda x: tf.nn.sparse_softmax_cross_entropy_with_logits(
+        places(x), x
+    ),
+    "dense layer of several axes": lambda x: tf.tensordot(x, tf.ones((4, 5)), 1),
+    "einsum": lambda x: tf.einsum("abc,cd->bad", x, tf.ones((4, 5))),
+    "einsum in each sample": lambda x: tf.einsum("abc,adc->abd", x, x),
     "cross-entropy of classes": lambda x: tf.nn.sparse_softmax_cross_entropy_with_logits(
         places(x)[:, 0], rows(x)
     ),

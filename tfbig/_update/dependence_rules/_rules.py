@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import tensorflow as tf
 
+from tfbig import _types
 from tfbig._update.dependence import CONSTANT, Dependence, Samples, Sizes
 
 __all__ = (
@@ -17,6 +18,7 @@ __all__ = (
     "is_of_size_one",
     "rank_of",
     "static_integers",
+    "static_value",
     "without_axes",
 )
 
@@ -45,9 +47,39 @@ def rank_of(tensor: tf.Tensor) -> int | None:
     return rank
 
 
+def static_value(tensor: tf.Tensor) -> _types.Array | None:
+    """The value of a tensor, if it is known; also where indices are computed from a rank."""
+    value: _types.Array | None = tf.get_static_value(tensor)
+    if value is None and tensor.op.type == "StridedSlice":
+        value = _known_size(tensor.op)
+    if value is not None or tensor.op.type not in _ARITHMETIC:
+        return value
+    inputs = [static_value(t) for t in tensor.op.inputs]
+    known = [v for v in inputs if v is not None]
+    return _ARITHMETIC[tensor.op.type](*known) if len(known) == len(inputs) else None
+
+
+def _known_size(op: Any) -> _types.Array | None:
+    """One of the sizes of a tensor, taken out of its shape."""
+    shape, index = op.inputs[0].op, static_integers(op.inputs[1])
+    if shape.type != "Shape" or index is None or op.get_attr("shrink_axis_mask") != 1:
+        return None
+    (tensor,) = shape.inputs
+    size = tensor.shape[index[0]] if tensor.shape.rank is not None else None
+    return None if size is None else np.asarray(size)
+
+
+_ARITHMETIC: dict[str, Callable[..., _types.Array]] = {
+    "Add": np.add,
+    "AddV2": np.add,
+    "Pack": lambda *values: np.stack(values),
+    "Sub": np.subtract,
+}
+
+
 def static_integers(tensor: tf.Tensor) -> list[int] | None:
     """The value of a tensor of integers, as a flat list, if it is known."""
-    value = tf.get_static_value(tensor)
+    value = static_value(tensor)
     return None if value is None else [int(v) for v in np.reshape(value, [-1])]
 
 

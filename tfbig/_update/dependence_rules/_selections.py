@@ -18,6 +18,7 @@ from tfbig._update.dependence_rules._rules import (
     axis_of,
     rank_of,
     static_integers,
+    static_value,
 )
 
 __all__ = ("RULES",)
@@ -61,7 +62,7 @@ def _strided_slice(op: Any, inputs: list[Dependence]) -> Dependence | None:
 
 def _slices(op: Any) -> tuple[Any, ...] | None:
     """The index of a `StridedSlice`, as Python has it; None if it is not known or has `...`."""
-    begin, end, strides = (tf.get_static_value(t) for t in op.inputs[1:])
+    begin, end, strides = (static_value(t) for t in op.inputs[1:])
     if strides is None:
         return None
     names = ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
@@ -79,8 +80,8 @@ def _slices(op: Any) -> tuple[Any, ...] | None:
         if has("new_axis"):
             parts.append(None)
             continue
-        first = None if has("begin") else begin
-        last = None if has("end") else end
+        first: Any = None if has("begin") else begin
+        last: Any = None if has("end") else end
         if has("shrink_axis"):
             if begin is None:
                 return None

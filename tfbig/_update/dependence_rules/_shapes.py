@@ -134,10 +134,10 @@ def _reshape(op: Any, inputs: list[Dependence]) -> Dependence | None:
     grows, sizes = growing_sizes(inputs[1], shape), _static_or_unknown(shape)
     if inputs[0].axis != 0 or grows is None or not len(grows) or np.any(grows[1:]):
         return None
-    old, new = (
-        math.prod(t.shape[1:]) if t.shape[1:].is_fully_defined() else None
-        for t in (op.inputs[0], op.outputs[0])
-    )
+    before, after = (t.shape[1:] for t in (op.inputs[0], op.outputs[0]))
+    if not after.is_fully_defined() and None not in sizes and -1 not in sizes[1:]:
+        after = tf.TensorShape(sizes[1:])
+    old, new = (math.prod(s) if s.is_fully_defined() else None for s in (before, after))
     if old is not None and new and old % new == 0:
         # Each row stays one, or becomes several.
         return inputs[0] if grows[0] or sizes[0] == -1 else None

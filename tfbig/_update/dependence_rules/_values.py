@@ -124,9 +124,10 @@ def _reduce(op: Any, inputs: list[Dependence]) -> Dependence | None:
     if axes is None or rank is None:
         return None
     if isinstance(inputs[0], Sizes):
-        # The product of one that grows and others that do not.
-        is_product = op.type == "Prod" and np.sum(inputs[0].grows) == 1 and rank == 1
-        return as_sizes(True) if is_product else None
+        # The product of one that grows, or none, and others that do not.
+        grown = np.sum(inputs[0].grows)
+        is_product = op.type == "Prod" and grown <= 1 and rank == 1
+        return as_sizes(grown == 1) if is_product else None
     axes = [axis_of(a, rank) for a in axes]
     if isinstance(inputs[0], Samples) and inputs[0].axis in axes and op.type in ("Mean", "Sum"):
         return Total(op.type, is_mean=op.type == "Mean")
