@@ -11,10 +11,13 @@ import tensorflow as tf
 
 from tfbig import _types, errors
 
-__all__ = ("BatchSplit", "Size", "positive_integer")
+__all__ = ("BatchSplit", "Segments", "Size", "bounds", "positive_integer")
 
 # A number of samples or micro-batches: an int where shapes are static, else an int32 scalar.
 Size: TypeAlias = int | _types.Tensor
+
+# Two runs of micro-batches, each of a size and so many.
+Segments: TypeAlias = tuple[tuple[Size, Size], tuple[Size, Size]]
 
 
 def positive_integer(name: str, value: object, remedy: str) -> int:
@@ -28,6 +31,18 @@ def positive_integer(name: str, value: object, remedy: str) -> int:
             f"`{name}` must be an integer >= 1. Received: {name}={value!r}. {remedy}"
         )
     return number
+
+
+def bounds(segments: Segments, k: _types.Tensor) -> tuple[_types.Tensor, Size]:
+    """Where a micro-batch begins, and its size.
+
+    Args:
+        segments: what `BatchSplit.segments` returned.
+        k: int32 scalar, the number of the micro-batch, from 0.
+    """
+    (large, larges), (small, _) = segments
+    begin = tf.where(k < larges, k * large, large * larges + (k - larges) * small)
+    return begin, tf.where(k < larges, large, small)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +109,7 @@ class BatchSplit:
         size = self.micro_batch_size
         return size is None or batch_size is None or size < batch_size
 
-    def segments(self, samples: Size) -> tuple[tuple[Size, Size], tuple[Size, Size]]:
+    def segments(self, samples: Size) -> Segments:
         """`samples` samples as two runs of micro-batches of equal size.
 
         Returns:

@@ -85,7 +85,6 @@ def prepare_fit(
         for callback in around:
             stack.enter_context(callback.around_fit(model, arguments))
         if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
-            first = [c for c in around if c not in restoring]
             others = [c for c in callbacks if c not in around]
             before = [c.before_others() for c in restoring]
             arguments["callbacks"] = [*before, *first, *others, *restoring]

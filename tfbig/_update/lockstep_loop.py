@@ -12,6 +12,7 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tfbig import _keras, _types
+from tfbig._update import batch_split
 from tfbig._update.batch_split import BatchSplit
 
 __all__ = ("Step", "fold")
@@ -36,15 +37,16 @@ def fold(
         carry: structure of tensors.
     """
     samples = tf.convert_to_tensor(_keras.batches.batch_size(data), tf.int32)
-    (large, larges), (small, smalls) = split.segments(samples)
+    segments = split.segments(samples)
+    (_, larges), (_, smalls) = segments
     own = tf.convert_to_tensor(larges + smalls, tf.int32)
     rounds = tf.reduce_max(_keras.collectives.all_gather(own[tf.newaxis]))
     data = _with_a_sample(data, samples)
 
     def body(k: _types.Tensor, carry: _types.Structure) -> tuple[_types.Tensor, _types.Structure]:
         i = tf.maximum(tf.minimum(k, own - 1), 0)
-        begin = tf.where(i < larges, i * large, large * larges + (i - larges) * small)
-        size = tf.maximum(tf.where(i < larges, large, small), 1)
+        begin, size = batch_split.bounds(segments, i)
+        size = tf.maximum(size, 1)
         micro_batch = _keras.batches.slice_samples(data, begin, size)
         return k + 1, step(micro_batch, size, carry, k < own)
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import tensorflow as tf
 
 from tfbig import _keras, _types
+from tfbig._update import batch_split
 from tfbig._update.batch_split import BatchSplit, Size
 
 __all__ = ("Step", "fold")
@@ -57,7 +58,8 @@ def fold(
     if valid_samples is not None:
         return _fold_valid(split, data, step, carry, valid_samples)
     samples = _keras.batches.batch_size(data)
-    (large, larges), (small, smalls) = split.segments(samples)
+    segments = split.segments(samples)
+    (_, larges), (_, smalls) = segments
     if static_sizes:
         # Inside the loop the sizes are computed anew from shapes, which XLA
         # knows; a value from outside would not be a constant there.
@@ -78,10 +80,7 @@ def fold(
         of_one_size = functools.partial(_bounds_of_one_size, begin=0, size=size)
         return _loop(data, step, carry, count, of_one_size, in_flight)
 
-    def bounds(k: _types.Tensor) -> tuple[Size, Size]:
-        begin = tf.where(k < larges, k * large, large * larges + (k - larges) * small)
-        return begin, tf.where(k < larges, large, small)
-
+    bounds = functools.partial(batch_split.bounds, segments)
     return _loop(data, step, carry, larges + smalls, bounds, in_flight)
 
 
