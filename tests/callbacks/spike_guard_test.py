@@ -334,6 +334,40 @@ def test_no_backup_to_go_back_to(tmp_path):
         fit(net(), x, y, backup, guard)
 
 
+@pytest.mark.parametrize("window_before", [None, 4], ids=["no guard", "another window"])
+def test_training_goes_back_to_a_backup_without_what_the_guard_knows(window_before, tmp_path):
+    x, y = batches("gggg" + "gggss" + "gg")
+    before = [] if window_before is None else [SpikeGuard(factor=20, window=window_before)]
+    with contextlib.suppress(KeyboardInterrupt):
+        backup = BackupAndRestore(tmp_path / "backup", save_freq=4)
+        fit(net(optimizer="adam"), x, y, backup, *before, Interrupt(5))
+    guard = SpikeGuard(factor=20, window=3, patience=2, snapshot_every=None)
+    model = net(optimizer="adam")
+    fit(model, x, y, BackupAndRestore(tmp_path / "backup"), guard)
+    assert (guard.spikes, guard.rollbacks) == (2, 1)
+    assert_same_state(model, plain(x, y, [0, 1, 2, 3, 9, 10], "adam"))
+
+
+def test_training_does_not_go_back_to_a_backup_of_another_model(tmp_path):
+    x, y = batches("ggggss")
+    with contextlib.suppress(KeyboardInterrupt):
+        backup = BackupAndRestore(tmp_path / "other", save_freq=1)
+        fit(net(optimizer="sgd"), x, y, backup, Interrupt(2))
+
+    def replace(batch, logs):
+        if batch == 4:
+            path = _backup_files.path_in(tmp_path / "backup")
+            path.write_bytes(_backup_files.path_in(tmp_path / "other").read_bytes())
+
+    backup = BackupAndRestore(tmp_path / "backup", save_freq=2)
+    guard = SpikeGuard(factor=20, window=3, patience=2, snapshot_every=None)
+    model = net(optimizer="adam")
+    other = keras.callbacks.LambdaCallback(on_train_batch_end=replace)
+    with pytest.raises(errors.SpikeError, match=r"(?s)another model, .*it holds .*for itself"):
+        fit(model, x, y, backup, other, guard)
+    assert_same_state(model, plain(x, y, [0, 1, 2, 3], "adam"))
+
+
 # --- With other callbacks ----------------------------------------------------------------
 
 

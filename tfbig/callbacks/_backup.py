@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -25,7 +26,17 @@ from tfbig import _keras, _types, errors
 from tfbig.callbacks import _backup_files
 from tfbig.callbacks._backup_files import Member
 
-__all__ = ("Backup", "Parts", "SavedBackup", "State", "assign", "members", "parts_of", "read")
+__all__ = (
+    "Backup",
+    "Parts",
+    "SavedBackup",
+    "State",
+    "assign",
+    "first_difference",
+    "members",
+    "parts_of",
+    "read",
+)
 
 # To be raised when this code would misread a backup that an earlier one has written.
 FORMAT = 1
@@ -294,32 +305,48 @@ def parts_of(directory: str | os.PathLike[str]) -> list[pathlib.Path] | None:
     return found
 
 
-def assign(state: State, saved: SavedBackup) -> bool:
-    """Gives the variables of a model what a backup holds; those of metrics, too.
+def assign(state: State, saved: SavedBackup, kept: Collection[_types.KerasVariable] = ()) -> bool:
+    """Gives the variables of a model the values in a backup, including those of metrics.
 
-    A guard that the backup knows nothing of begins anew, and what the backup knows of one that
-    training has no longer is left out.
+    If the backup has no guard, or one with another `window`, the guard of the model keeps its
+    values. What the backup has of a guard that training no longer has is ignored.
+
+    Args:
+        state: the state of the model.
+        saved: the backup.
+        kept: variables that keep their values.
 
     Returns:
         Whether the backup is of such a model; if not, nothing is assigned.
     """
-
-    def required(described: list[str]) -> list[str]:
-        return [line for line in described if not line.startswith(_GUARD)]
-
-    lines = saved.backup.described
-    if required(lines) != required(state.described):
+    if _required(saved.backup.described) != _required(state.described):
         return False
-    has_same_guard = lines == state.described
+    has_same_guard = saved.backup.described == state.described
     guard = {id(v) for v in state.guard}
     variables = [v for v in state.variables if has_same_guard or id(v) not in guard]
     values = (
         value
-        for line, value in zip(lines, saved.arrays(), strict=True)
+        for line, value in zip(saved.backup.described, saved.arrays(), strict=True)
         if has_same_guard or not line.startswith(_GUARD)
     )
-    _keras.variables.assign_all(variables, values)
+    stays = {id(v) for v in kept}
+    for variable, value in zip(variables, values, strict=True):
+        if id(variable) not in stays:
+            _keras.variables.assign_all([variable], [value])
     return True
+
+
+def _required(described: Sequence[str]) -> list[str]:
+    """The lines of all variables but those of a guard."""
+    return [line for line in described if not line.startswith(_GUARD)]
+
+
+def first_difference(state: State, saved: SavedBackup) -> str:
+    """Says how a backup differs from a model that it cannot be assigned to."""
+    there, wanted = _required(saved.backup.described), _required(state.described)
+    pairs = itertools.zip_longest(there, wanted, fillvalue="nothing")
+    one, other = next(pair for pair in pairs if pair[0] != pair[1])
+    return f"it holds {one!r} where the model has {other!r}"
 
 
 def read(directory: str | os.PathLike[str]) -> SavedBackup | None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Literal
 
 import keras
@@ -286,7 +286,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         if not _backup.assign(state, saved):
             raise errors.BackupError(
                 f"The backup in {self.backup_dir} belongs to another model, optimizer or loss "
-                f"scale: {_first_difference(backup.described, state.described)}. The file is kept. "
+                f"scale: {_backup.first_difference(state, saved)}. The file is kept. "
                 "Use another directory, or the model that the backup was made from."
             )
         self._epoch, self._batch = backup.epoch, backup.batch
@@ -420,11 +420,3 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         what = "the backup is" if is_written else "no backup could be written"
         print(f"tfbig: preempted {when}; {what} in {self.backup_dir}", file=sys.stderr, flush=True)
         sys.exit(PREEMPTED if is_written else 128 + signal.SIGTERM)
-
-
-def _first_difference(saved: Sequence[str], present: Sequence[str]) -> str:
-    for k in range(max(len(saved), len(present))):
-        pair = [lines[k] if k < len(lines) else "nothing" for lines in (saved, present)]
-        if pair[0] != pair[1]:
-            return "it holds {!r} where the model has {!r}".format(*pair)
-    return "its number of arrays differs"

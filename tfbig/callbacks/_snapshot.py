@@ -45,7 +45,9 @@ class Snapshots:
     def __init__(
         self, model: keras.Model, kept: Iterable[_types.KerasVariable], every: int
     ) -> None:
-        self._variables = _moved_back(model, kept)
+        state = _backup.State(model)
+        left_alone = {id(v) for v in _left_alone(model, state, kept)}
+        self._variables = [v for v in state.variables if id(v) not in left_alone]
         self._every = every
         self._since = 0
         self._confirmed = self._copy()
@@ -106,24 +108,25 @@ class BackupSource:
                     "SpikeGuard."
                 )
             state = _backup.State(self._model)
-            moved = {id(v) for v in _moved_back(self._model, self._kept)}
-            for variable, value in zip(state.variables, saved.arrays(), strict=True):
-                if id(variable) in moved:
-                    _keras.variables.assign_all([variable], [value])
+            if not _backup.assign(state, saved, _left_alone(self._model, state, self._kept)):
+                raise errors.SpikeError(
+                    f"The backup in {directory}, which SpikeGuard would go back to, belongs to "
+                    "another model, optimizer or loss scale: "
+                    f"{_backup.first_difference(state, saved)}. The file is kept, and so are the "
+                    "weights. Give each training a directory for itself."
+                )
         finally:
             if saved is not None:
                 saved.close()
 
 
-def _moved_back(
-    model: keras.Model, kept: Iterable[_types.KerasVariable]
+def _left_alone(
+    model: keras.Model, state: _backup.State, kept: Iterable[_types.KerasVariable]
 ) -> list[_types.KerasVariable]:
-    """The variables whose earlier values training goes back to.
+    """The variables that keep their values when training goes back.
 
     Metrics go on counting. A learning rate that callbacks set is theirs: a schedule follows from
     `iterations`, which goes back.
     """
-    state = _backup.State(model)
     rates = [optimizer.learning_rate for _, optimizer in _keras.optimizer.optimizers_of(model)]
-    stays = {id(v) for v in (*state.metrics, *kept, *rates)}
-    return [v for v in state.variables if id(v) not in stays]
+    return [*state.metrics, *kept, *rates]

@@ -45,7 +45,9 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     With `steps_per_execution`, each update is judged by itself; training goes back after the
     execution. With several workers, all must have the callback. State that is divided (`shard`) is
     copied in pieces. A `train_step` of your own passes `update_guard=self.update_guard` to
-    `tfbig.apply_gradients`. `BackupAndRestore` also backs up what the guard knows.
+    `tfbig.apply_gradients`. `BackupAndRestore` also backs up what the guard knows; a guard that
+    training did not have when a backup was made, or had with another `window`, gets nothing from
+    it and keeps what it knows.
 
     Args:
         factor: > 1, how many times the median is too much. Defaults to 5.
