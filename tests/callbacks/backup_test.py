@@ -308,6 +308,42 @@ def test_training_resumed_at_any_batch_has_the_logs_and_weights_of_an_uninterrup
         np.testing.assert_allclose(resumed.history[name], values[at[0] :], rtol=1e-6)
 
 
+def in_executions_of_two():
+    model = compiled()
+    model.compile("adam", "mse", steps_per_execution=2)
+    return model
+
+
+def test_a_preemption_names_a_batch_that_there_is(tmp_path, capsys):
+    preempt = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: terminate() if batch == 5 else None
+    )
+    with pytest.raises(SystemExit):
+        fit(in_executions_of_two(), preempt, tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert "preempted after batch 5 of epoch 1" in capsys.readouterr().err
+    assert fit(in_executions_of_two(), tfbig.callbacks.BackupAndRestore(tmp_path)).epoch == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_a_backup_is_not_early_where_an_execution_ends_with_the_data(tmp_path):
+    batches = []
+
+    def note(batch, logs):
+        saved = _backup.read(tmp_path)
+        if saved is not None:
+            batches.append((saved.backup.epoch, saved.backup.batch))
+            saved.close()
+
+    # Before the backup of the same batch.
+    before = keras.callbacks.LambdaCallback(on_train_batch_end=note)
+    fit(in_executions_of_two(), before, tfbig.callbacks.BackupAndRestore(tmp_path, 6))
+    # After seven updates, and seven more.
+    assert batches == [(1, 2)] * 4 + [(2, 4)]
+
+
 @pytest.mark.parametrize("signal_in_validation", [False, True])
 def test_an_epoch_resumed_after_its_last_batch_has_the_logs_of_that_batch(
     signal_in_validation, tmp_path

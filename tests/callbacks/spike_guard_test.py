@@ -334,6 +334,31 @@ def test_no_backup_to_go_back_to(tmp_path):
         fit(net(), x, y, backup, guard)
 
 
+def test_a_training_that_resumes_copies_its_state_when_that_is_due(tmp_path):
+    x, y = batches("gggg" + "gggss" + "gg")
+    with contextlib.suppress(KeyboardInterrupt):
+        backup = BackupAndRestore(tmp_path / "backup", save_freq=4)
+        fit(net(), x, y, backup, SpikeGuard(factor=20, window=3), Interrupt(5))
+    guard = SpikeGuard(factor=20, window=3, patience=2, snapshot_every=4)
+    model = net()
+    fit(model, x, y, BackupAndRestore(tmp_path / "backup"), guard)
+    assert guard.rollbacks == 1
+    # The copy of the four batches before is not four updates old.
+    assert_same_state(model, plain(x, y, [0, 1, 2, 3, 9, 10]))
+
+
+def test_a_copy_is_not_early_where_an_execution_ends_with_the_data():
+    x, y = batches("ggggg")
+    guard = SpikeGuard(factor=20, window=3, snapshot_every=6)
+    copies = []
+    model = net(compile_options={"steps_per_execution": 2})
+    copy = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: copies.append(guard._source._since)
+    )
+    fit(model, x, y, guard, copy, epochs=2)
+    assert copies == [2, 4, 5, 0, 2, 3]
+
+
 @pytest.mark.parametrize("window_before", [None, 4], ids=["no guard", "another window"])
 def test_training_goes_back_to_a_backup_without_what_the_guard_knows(window_before, tmp_path):
     x, y = batches("gggg" + "gggss" + "gg")

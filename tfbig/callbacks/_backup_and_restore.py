@@ -13,6 +13,7 @@ import keras
 
 from tfbig import _keras, _types, errors
 from tfbig.callbacks import _backup, _backup_files, _backup_writer, _goodput, _stop
+from tfbig.callbacks._batch_count import BatchCount
 from tfbig.distribute import _workers
 
 __all__ = ("PREEMPTED", "BackupAndRestore")
@@ -161,7 +162,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self._saved = self._read()
         self._writer = self._new_writer()
         self._seed = self._saved.backup.seed if self._saved else self._new_seed()
-        self._epoch = self._batch = self._since_backup = 0
+        self._epoch = self._since_backup = 0
+        self._batches = BatchCount()
         # The metrics to restore at the start of the epoch, and those that a validation resets.
         self._metrics: list[_types.Array] = []
         self._metrics_of_training: list[_types.Array] = []
@@ -289,7 +291,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 f"scale: {_backup.first_difference(state, saved)}. The file is kept. "
                 "Use another directory, or the model that the backup was made from."
             )
-        self._epoch, self._batch = backup.epoch, backup.batch
+        self._epoch, self._batches.done = backup.epoch, backup.batch
         self._first_epoch = backup.first_epoch
         if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
             _keras.epoch_iterator.set_initial_epoch(self.model, self.params["epochs"])
@@ -307,19 +309,18 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if self._epoch != epoch:  # With initial_epoch.
-            self._epoch, self._batch = epoch, 0
-        if self._batch:
+            self._epoch, self._batches.done = epoch, 0
+        if self._batches.done:
             # Keras has just reset them.
             _keras.variables.assign_all(_backup.State(self.model).metrics, self._metrics)
         self._metrics = []
 
     def on_train_batch_begin(self, batch: int, logs: _types.Logs | None = None) -> None:
+        self._batches.begin(batch)
         self._running_request.send()
 
     def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
-        done = batch + 1
-        self._since_backup += done - self._batch
-        self._batch = done
+        self._since_backup += self._batches.end(self.model)
         self._running_writer.report()
         if self._running_request.is_agreed():
             self._preempt()
@@ -346,7 +347,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self._metrics_of_training = []
 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
-        self._epoch, self._batch = epoch + 1, 0
+        self._epoch, self._batches.done = epoch + 1, 0
         if self.save_freq == "epoch" and not self._running_request.is_handled:
             self._write()
 
@@ -396,7 +397,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         return _backup.Backup(
             first_epoch=self._first_epoch,
             epoch=self._epoch,
-            batch=self._batch,
+            batch=self._batches.done,
             num_batches=_keras.epoch_iterator.batches_per_epoch(self._data),
             seed=self._seed,
             ended_of=self.params["epochs"] if ended else None,
@@ -416,7 +417,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             self.model.stop_training = True
             self.on_preemption()
             return
-        when = "at its end" if ended else f"after batch {self._batch} of epoch {self._epoch + 1}"
+        when = (
+            "at its end"
+            if ended
+            else f"after batch {self._batches.done} of epoch {self._epoch + 1}"
+        )
         what = "the backup is" if is_written else "no backup could be written"
         print(f"tfbig: preempted {when}; {what} in {self.backup_dir}", file=sys.stderr, flush=True)
         sys.exit(PREEMPTED if is_written else 128 + signal.SIGTERM)

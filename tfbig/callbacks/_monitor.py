@@ -13,6 +13,7 @@ import keras
 
 from tfbig import _keras, _types, errors
 from tfbig.callbacks import (
+    _batch_count,
     _flops,
     _goodput,
     _goodput_file,
@@ -157,8 +158,7 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self.rows: list[_monitor_file.Row] = []
         self._events: _monitor_events.Events | None = None
         self._is_running = False
-        # How many updates of the epoch are done; None before the first.
-        self._done: int | None = None
+        self._batches = _batch_count.BatchCount()
 
     @property
     def measures_stages(self) -> bool:
@@ -237,24 +237,19 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if self._is_running:
-            self._epoch, self._done = epoch, None
+            self._epoch = epoch
             self._restart()
 
     def on_train_batch_begin(self, batch: int, logs: _types.Logs | None = None) -> None:
-        if self._done is None:
-            # Not zero if training resumes mid-epoch.
-            self._done = batch
         if self._is_running:
+            self._batches.begin(batch)
             self._leave_out()
             self._meter.begin_update()
 
     def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
         if not self._is_running:
             return
-        # With steps_per_execution, Keras counts beyond the end of the data.
-        end = min(batch + 1, self.params.get("steps") or batch + 1)
-        updates = end - (self._done or 0)
-        self._done = end
+        updates = self._batches.end(self.model)
         self._count.updates += updates
         self._last = time.perf_counter()
         waited = self._wait()

@@ -10,6 +10,7 @@ import keras
 from tfbig import _keras, _log, _types, errors
 from tfbig.callbacks import _snapshot
 from tfbig.callbacks._backup_and_restore import BackupAndRestore
+from tfbig.callbacks._batch_count import BatchCount
 from tfbig.callbacks._spike_state import SpikeSettings, SpikeState
 from tfbig.distribute import _workers
 
@@ -139,8 +140,7 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         self._model_of_state: keras.Model | None = None
         self._is_running = False
         self._source: _snapshot.Source | None = None
-        # The updates of the epoch so far.
-        self._batch = 0
+        self._batches = BatchCount()
 
     @property
     def spikes(self) -> int:
@@ -235,13 +235,13 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
             self._source = _snapshot.Snapshots(self.model, kept, self.snapshot_every)
         self._count_left_out()
 
-    def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
-        self._batch = 0
+    def on_train_batch_begin(self, batch: int, logs: _types.Logs | None = None) -> None:
+        self._batches.begin(batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         state, source = self._running_state, self._source
         assert source is not None
-        updates, self._batch = batch + 1 - self._batch, batch + 1
+        updates = self._batches.end(self.model)
         if state.number("is_due"):
             self._go_back(source)
         else:
