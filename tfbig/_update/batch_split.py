@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
 from typing import TypeAlias
 
 import tensorflow as tf
 
-from tfbig import _types, errors
+from tfbig import _integers, _types, errors
 
 __all__ = ("BatchSplit", "Segments", "Size", "bounds", "positive_integer")
 
@@ -21,16 +20,8 @@ Segments: TypeAlias = tuple[tuple[Size, Size], tuple[Size, Size]]
 
 
 def positive_integer(name: str, value: object, remedy: str) -> int:
-    """Returns `value`, or raises if it is not an integer >= 1."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]  # What has none raises.
-    except TypeError:
-        number = 0
-    if isinstance(value, bool) or number < 1:
-        raise errors.InvalidOptionError(
-            f"`{name}` must be an integer >= 1. Received: {name}={value!r}. {remedy}"
-        )
-    return number
+    """Returns `value` as an int, or raises if it is not an integer >= 1."""
+    return _integers.checked(name, value, remedy)
 
 
 def bounds(segments: Segments, k: _types.Tensor) -> tuple[_types.Tensor, Size]:

@@ -10,7 +10,7 @@ from typing import Self
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _types, errors
+from tfbig import _integers, _keras, _types, errors
 
 __all__ = ("FLOAT32_RANGE", "DynamicLossScale", "LossScaleState", "is_positive_float32")
 
@@ -75,9 +75,10 @@ class DynamicLossScale:
                 )
 
         for name in ("growth_interval", "hysteresis", "max_consecutive_skips"):
-            value = getattr(self, name)
-            integer = isinstance(value, int) and not isinstance(value, bool)
-            require(integer and value >= 1, name, "an integer >= 1")
+            object.__setattr__(self, name, _integers.checked(name, getattr(self, name)))
+        if not isinstance(self.retry, bool):
+            retry = _integers.checked("retry", self.retry, rule="a bool or an integer >= 1")
+            object.__setattr__(self, "retry", retry)
         for name in ("initial_scale", "growth_factor", "backoff_factor", "min_scale", "max_scale"):
             value = getattr(self, name)
             require(is_positive_float32(value), name, f"a finite number > 0, {FLOAT32_RANGE}")
@@ -88,8 +89,6 @@ class DynamicLossScale:
             "initial_scale",
             f"between min_scale={self.min_scale} and max_scale={self.max_scale}",
         )
-        is_count = isinstance(self.retry, int) and self.retry >= 1
-        require(isinstance(self.retry, bool) or is_count, "retry", "a bool or an integer >= 1")
         require(
             not self.retry or self.min_scale < self.max_scale,
             "retry",

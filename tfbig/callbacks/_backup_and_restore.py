@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import keras
 
-from tfbig import _keras, _types, errors
+from tfbig import _integers, _keras, _types, errors
 from tfbig.callbacks import _backup, _backup_files, _backup_writer, _goodput, _stop
 from tfbig.callbacks._batch_count import BatchCount
 from tfbig.distribute import _workers
@@ -114,12 +114,6 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 "`backup_dir` must be a directory of a file system; mount the storage. Received: "
                 f"backup_dir={str(backup_dir)!r}."
             )
-        is_number = isinstance(save_freq, int) and not isinstance(save_freq, bool)
-        if save_freq != "epoch" and not (is_number and save_freq >= 1):
-            raise errors.InvalidOptionError(
-                "`save_freq` must be 'epoch' or an integer >= 1, a number of updates. "
-                f"Received: save_freq={save_freq!r}."
-            )
         if on_preemption not in ("exit", None) and not callable(on_preemption):
             raise errors.InvalidOptionError(
                 "`on_preemption` must be 'exit', a function or None. Received: "
@@ -130,16 +124,15 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 "`save_on_background` must be True or False. Received: "
                 f"save_on_background={save_on_background!r}."
             )
-        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
-            raise errors.InvalidOptionError(
-                f"`keep` must be an integer >= 1, a number of backups. Received: keep={keep!r}."
-            )
         self.backup_dir = backup_dir
-        self.save_freq = save_freq
+        self.save_freq: int | Literal["epoch"] = "epoch"
+        if save_freq != "epoch":
+            rule = "'epoch' or an integer >= 1, a number of updates"
+            self.save_freq = _integers.checked("save_freq", save_freq, rule=rule)
         self.on_preemption = on_preemption
         self.delete_checkpoint = delete_checkpoint
         self.save_on_background = save_on_background
-        self.keep = keep
+        self.keep = _integers.checked("keep", keep, rule="an integer >= 1, a number of backups")
         # None outside of `fit`.
         self._request: _stop.StopRequest | None = None
         self._writer: _backup_writer.BackupWriter | None = None

@@ -5,30 +5,21 @@ from __future__ import annotations
 import bisect
 import hashlib
 import math
-import operator
 import weakref
 from collections.abc import Callable, Mapping
 
 import keras
 
-from tfbig import _keras, errors
+from tfbig import _integers, _keras, errors
 from tfbig.callbacks import _update_count
 from tfbig.distribute import _workers
 
 __all__ = ("RULES", "BatchSizes", "FollowNoise", "policy_of")
 
 
-def _integer(value: object) -> int | None:
-    """A value as an int; None if it is no integer."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
 def checked_size(size: object, where: str) -> int:
     """Returns a size as an int, or raises if it is not an integer >= 1."""
-    number = _integer(size)
+    number = _integers.as_integer(size)
     if number is None or number < 1:
         raise errors.InvalidOptionError(
             f"Each batch size must be an integer >= 1. Received: {size!r} for {where}. Pass "
@@ -74,7 +65,7 @@ class _Table(Policy):
 
     def __init__(self, sizes: Mapping[int, int]) -> None:
         for update in sizes:
-            number = _integer(update)
+            number = _integers.as_integer(update)
             if number is None or number < 0:
                 raise errors.InvalidOptionError(
                     "`sizes` must have updates for keys: integers >= 0. Received: "
@@ -197,12 +188,8 @@ def _follow_noise(bounds: object, interval: object) -> FollowNoise:
             "`bounds` must be the smallest and the largest batch size, in this order. Received: "
             f"bounds={bounds!r}."
         )
-    updates = _integer(interval)
-    if updates is None or updates < 1:
-        raise errors.InvalidOptionError(
-            "`interval` must be an integer >= 1, a number of updates. Received: "
-            f"interval={interval!r}."
-        )
+    rule = "an integer >= 1, a number of updates"
+    updates = _integers.checked("interval", interval, rule=rule)
     return FollowNoise(smallest, largest, updates)
 
 

@@ -11,7 +11,7 @@ import warnings
 
 import keras
 
-from tfbig import _keras, _types, errors
+from tfbig import _integers, _keras, _types, errors
 from tfbig.callbacks import (
     _batch_count,
     _flops,
@@ -142,14 +142,9 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
                 "`directory` must be a directory of a file system; mount other storage. Received: "
                 f"directory={str(directory)!r}."
             )
-        is_number = isinstance(frequency, int) and not isinstance(frequency, bool)
-        if frequency is not None and not (is_number and frequency >= 1):
-            raise errors.InvalidOptionError(
-                "`frequency` must be an integer >= 1, a number of updates, or None. Received: "
-                f"frequency={frequency!r}."
-            )
         self.directory = pathlib.Path(directory)
-        self.frequency = frequency
+        rule = "an integer >= 1, a number of updates, or None"
+        self.frequency = _integers.checked_or_none("frequency", frequency, rule=rule)
         self.tensorboard = _is_wanted("tensorboard", tensorboard, "tensorboard")
         self.plot = _is_wanted("plot", plot, "matplotlib")
         self.tokens = _flops.check("tokens", tokens)

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from tfbig import _keras, _log, _types, errors
+from tfbig import _integers, _keras, _log, _types, errors
 from tfbig.callbacks import _snapshot
 from tfbig.callbacks._backup_and_restore import BackupAndRestore
 from tfbig.callbacks._batch_count import BatchCount
@@ -110,14 +110,16 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         snapshot_every: int | None = 100,
     ) -> None:
         super().__init__()
-        _check_integer("window", window, 3)
-        for name, value, least in (
-            ("warm_up", window if warm_up is None else warm_up, 1),
-            ("patience", patience, 1),
-            ("max_rollbacks", max_rollbacks, 0),
-            ("snapshot_every", 1 if snapshot_every is None else snapshot_every, 1),
-        ):
-            _check_integer(name, value, least)
+        updates = "an integer >= 1, a number of updates"
+        self.window = _integers.checked(
+            "window", window, least=3, rule="an integer >= 3, a number of updates"
+        )
+        self.warm_up = _integers.checked_or_none("warm_up", warm_up, rule=f"{updates}, or None")
+        self.patience = _integers.checked("patience", patience, rule=updates)
+        self.max_rollbacks = _integers.checked("max_rollbacks", max_rollbacks, least=0)
+        self.snapshot_every = _integers.checked_or_none(
+            "snapshot_every", snapshot_every, rule=f"{updates}, or None"
+        )
         _check_factor("factor", factor)
         if rollback_factor is not None:
             _check_factor("rollback_factor", rollback_factor)
@@ -127,14 +129,9 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
                 f"grad_norm={grad_norm!r}, loss={loss!r}. Leave the callback out to skip nothing."
             )
         self.factor = factor
-        self.window = window
         self.grad_norm = grad_norm
         self.loss = loss
-        self.warm_up = warm_up
-        self.patience = patience
         self.rollback_factor = rollback_factor
-        self.max_rollbacks = max_rollbacks
-        self.snapshot_every = snapshot_every
         # Of the last model; a further `fit` of it goes on with it.
         self._state: SpikeState | None = None
         self._model_of_state: keras.Model | None = None
@@ -293,14 +290,6 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
 def _listed(argument: object) -> object:
     """The callbacks that `fit` was given."""
     return argument.callbacks if isinstance(argument, keras.callbacks.CallbackList) else argument
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise errors.InvalidOptionError(
-            f"`{name}` must be an integer >= {least}, a number of updates. Received: "
-            f"{name}={value!r}."
-        )
 
 
 def _check_factor(name: str, value: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 
-from tfbig import _keras, _types, errors
+from tfbig import _integers, _keras, _types, errors
 
 __all__ = ("Pipeline",)
 
@@ -49,8 +49,8 @@ class Pipeline:
         max_parameters: int | None = None,
     ) -> None:
         self.devices = _checked_devices(devices)
-        self.in_flight = _positive("in_flight", in_flight) or len(self.devices) + 1
-        self.max_parameters = _positive("max_parameters", max_parameters)
+        self.in_flight = _integers.checked_or_none("in_flight", in_flight) or len(self.devices) + 1
+        self.max_parameters = _integers.checked_or_none("max_parameters", max_parameters)
         self._stages: list[_keras.stages.Stage] | None = None
 
     def __repr__(self) -> str:
@@ -84,7 +84,8 @@ class Pipeline:
             InvalidOptionError: If there is no such stage, if a device of it does not exist, or
                 within `sharded_weights`.
         """
-        if not isinstance(index, int) or not 0 <= index < len(self.devices):
+        number = _integers.as_integer(index)
+        if number is None or not 0 <= number < len(self.devices):
             raise errors.InvalidOptionError(
                 f"`stage` takes the number of a stage, from 0 to {len(self.devices) - 1}. "
                 f"Received: {index!r}."
@@ -96,7 +97,7 @@ class Pipeline:
                 "instead."
             )
         self.check_strategy(tf.distribute.get_strategy())
-        with _keras.stages.within(self.stages[index]):
+        with _keras.stages.within(self.stages[number]):
             yield
 
     def check_strategy(self, strategy: _types.Strategy) -> None:
@@ -120,16 +121,6 @@ class Pipeline:
                 "'GPU:3')] for two replicas of two stages, and make the pipeline's layers in the "
                 "scope of the strategy."
             )
-
-
-def _positive(name: str, value: object) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise errors.InvalidOptionError(
-            f"`{name}` must be a positive whole number, or None. Received: {name}={value!r}."
-        )
-    return value
 
 
 def _checked_devices(

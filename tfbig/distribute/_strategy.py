@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 
-from tfbig import _keras, _log, _types, errors
+from tfbig import _integers, _keras, _log, _types, errors
 from tfbig.distribute import _cluster, _stuck_workers, _tpu, _workers
 
 __all__ = ("get_strategy", "is_chief")
@@ -60,7 +60,8 @@ def get_strategy(
     '_DefaultDistributionStrategy'
     """
     _check_kind(kind, tpu, devices)
-    _check_timeout_and_port(timeout, port)
+    _check_timeout(timeout)
+    port = _checked_port(port)
     strategy, reason = _make(kind, tpu, devices, timeout, port)
     name = type(strategy).__name__.lstrip("_")
     # The class of MultiWorkerMirroredStrategy still has its old name.
@@ -101,17 +102,22 @@ def _check_kind(kind: str, tpu: str | None, devices: int | str | Sequence[str] |
         )
 
 
-def _check_timeout_and_port(timeout: float, port: int | None) -> None:
+def _check_timeout(timeout: float) -> None:
     is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     # NaN is not >= 0 either.
     if not is_number or not timeout >= 0:
         raise errors.InvalidOptionError(
             f"`timeout` must be a number of seconds >= 0. Received: timeout={timeout!r}."
         )
-    if port is not None and (type(port) is not int or not 0 < port < 2**16):
+
+
+def _checked_port(port: int | None) -> int | None:
+    number = _integers.as_integer(port)
+    if port is not None and (number is None or not 0 < number < 2**16):
         raise errors.InvalidOptionError(
             f"`port` must be an integer from 1 to 65535. Received: port={port!r}."
         )
+    return number
 
 
 def _make(
@@ -199,11 +205,8 @@ def _mirrored(devices: int | str | Sequence[str] | None) -> _types.Strategy:
     if isinstance(devices, list | tuple) and devices:
         _require_devices(devices)
         return tf.distribute.MirroredStrategy(list(devices))
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise errors.InvalidOptionError(
-            "`devices` must be an integer >= 1 or a list of one or more device names. Received: "
-            f"devices={devices!r}."
-        )
+    rule = "an integer >= 1 or a list of one or more device names"
+    devices = _integers.checked("devices", devices, rule=rule)
     if gpus and devices > len(gpus):
         raise errors.InvalidOptionError(
             f"`devices` must be at most the number of GPUs, {len(gpus)}. Received: "

@@ -15,7 +15,7 @@ import keras_tuner
 import numpy as np
 from optuna.trial import TrialState
 
-from tfbig import errors
+from tfbig import _integers, errors
 from tfbig.tuners import (
     _ledger,
     _options,
@@ -200,15 +200,9 @@ class ASHAOracle(_rungs.RungOracle):
         sampler: _samplers.SamplerOption = "tpe",
         **kwargs: Unpack[_options.StudyOptions],
     ) -> None:
-        for name, value, least in (
-            ("max_epochs", max_epochs, 1),
-            ("min_epochs", min_epochs, 1),
-            ("factor", factor, 2),
-        ):
-            if type(value) is not int or value < least:
-                raise errors.InvalidOptionError(
-                    f"`{name}` must be an integer >= {least}. Received: {name}={value!r}."
-                )
+        max_epochs = _integers.checked("max_epochs", max_epochs)
+        min_epochs = _integers.checked("min_epochs", min_epochs)
+        factor = _integers.checked("factor", factor, least=2)
         if min_epochs > max_epochs:
             raise errors.InvalidOptionError(
                 "`min_epochs` must be <= `max_epochs`. Received: "

@@ -3,11 +3,10 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig import errors
+from tfbig import _integers, errors
 from tfbig.tuners import _trials
 
 __all__ = ("Budget", "Limits")
@@ -33,18 +32,16 @@ class Limits:
     timeout_per_trial: float | None = None
 
     def __post_init__(self) -> None:
-        def check(name: str, kinds: Any, least: str) -> None:
+        for name in ("max_seconds", "timeout_per_trial"):
             value = getattr(self, name)
-            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (is_number and value > 0):
                 raise errors.InvalidOptionError(
-                    f"`{name}` must be {least}. Received: {name}={value!r}."
+                    f"`{name}` must be a number of seconds > 0 or None. Received: {name}={value!r}."
                 )
-
-        check("max_seconds", int | float, "a number of seconds > 0 or None")
-        check("max_total_epochs", int, "an integer >= 1 or None")
-        check("patience", int, "an integer >= 1 or None")
-        check("timeout_per_trial", int | float, "a number of seconds > 0 or None")
+        for name in ("max_total_epochs", "patience"):
+            number = _integers.checked_or_none(name, getattr(self, name))
+            object.__setattr__(self, name, number)
 
 
 class Budget:

@@ -9,7 +9,7 @@ from typing import Unpack
 
 import keras_tuner
 
-from tfbig import errors
+from tfbig import _integers
 from tfbig.tuners import _ledger, _options, _proposals, _rungs, _samplers, _trials
 
 __all__ = ("Bracket", "Hyperband", "HyperbandOracle", "brackets")
@@ -157,15 +157,9 @@ class HyperbandOracle(_rungs.RungOracle):
         sampler: _samplers.SamplerOption = "random",
         **kwargs: Unpack[_options.StudyOptions],
     ) -> None:
-        for name, value, least in (
-            ("max_epochs", max_epochs, 1),
-            ("factor", factor, 2),
-            ("hyperband_iterations", hyperband_iterations, 1),
-        ):
-            if type(value) is not int or value < least:
-                raise errors.InvalidOptionError(
-                    f"`{name}` must be an integer >= {least}. Received: {name}={value!r}."
-                )
+        max_epochs = _integers.checked("max_epochs", max_epochs)
+        factor = _integers.checked("factor", factor, least=2)
+        hyperband_iterations = _integers.checked("hyperband_iterations", hyperband_iterations)
         self._brackets = brackets(max_epochs, factor) * hyperband_iterations
         self.max_epochs, self._factor = max_epochs, factor
         super().__init__(

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast
 import keras
 import keras_tuner
 
-from tfbig import _types, errors
+from tfbig import _integers, _types, errors
 from tfbig._update import step_options
 from tfbig.tuners import _outcomes, _samplers, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
@@ -21,8 +21,8 @@ __all__ = (
     "SearchOptions",
     "StudyOptions",
     "TunerOptions",
-    "check_oracle_options",
-    "check_tuner_options",
+    "checked_oracle_options",
+    "checked_tuner_options",
     "split",
 )
 
@@ -113,19 +113,12 @@ def split(options: SearchOptions) -> tuple[OracleOptions, TunerOptions]:
 
 
 # What the checks receive may be of any type.
-def check_oracle_options(max_trials: Any, seed: Any, grace_period: Any, storage: Any) -> None:
-    """Raises for options of `StudyOracle` that are not valid."""
-    for name, value in (("max_trials", max_trials), ("seed", seed)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise errors.InvalidOptionError(
-                f"`{name}` must be an integer or None. Received: {name}={value!r}."
-            )
-    if seed is not None and seed < 0:
-        raise errors.InvalidOptionError(f"`seed` must be >= 0. Received: seed={seed}.")
-    if max_trials is not None and max_trials < 1:
-        raise errors.InvalidOptionError(
-            f"`max_trials` must be >= 1. Received: max_trials={max_trials}."
-        )
+def checked_oracle_options(
+    max_trials: Any, seed: Any, grace_period: Any, storage: Any
+) -> tuple[int | None, int | None]:
+    """`max_trials` and `seed`; raises for options of `StudyOracle` that are not valid."""
+    max_trials = _integers.checked_or_none("max_trials", max_trials)
+    seed = _integers.checked_or_none("seed", seed, least=0)
     if not isinstance(grace_period, int | float) or grace_period <= 0:
         raise errors.InvalidOptionError(
             "`grace_period` must be a positive number of seconds. Received: "
@@ -137,25 +130,24 @@ def check_oracle_options(max_trials: Any, seed: Any, grace_period: Any, storage:
             "`storage` must be None, 'memory' or a database URL. Received: an object of type "
             f"{type(storage).__name__}."
         )
+    return max_trials, seed
 
 
-def check_tuner_options(
+def checked_tuner_options(
     executions_per_trial: Any, folds: Any, keep_best_k: Any, resumes_trials: bool
-) -> None:
-    """Raises for options of `Tuner` that are not valid."""
-    counts = (("executions_per_trial", executions_per_trial), ("keep_best_k", keep_best_k))
-    for name, value in counts:
-        if type(value) is not int or value < 1:
-            raise errors.InvalidOptionError(
-                f"`{name}` must be an integer >= 1. Received: {name}={value!r}."
-            )
-    if folds is not None and (type(folds) is not int or folds < 2 or executions_per_trial > 1):
+) -> tuple[int, int | None, int]:
+    """The first three; raises for options of `Tuner` that are not valid."""
+    executions_per_trial = _integers.checked("executions_per_trial", executions_per_trial)
+    keep_best_k = _integers.checked("keep_best_k", keep_best_k)
+    folds = _integers.checked_or_none("folds", folds, least=2)
+    if folds is not None and executions_per_trial > 1:
         raise errors.InvalidOptionError(
-            "`folds` must be an integer >= 2 or None, and needs executions_per_trial=1. "
-            f"Received: folds={folds!r}, executions_per_trial={executions_per_trial}."
+            "`folds` needs executions_per_trial=1. Received: "
+            f"folds={folds}, executions_per_trial={executions_per_trial}."
         )
     if resumes_trials and (folds or executions_per_trial > 1):
         raise errors.InvalidOptionError(
             "A tuner that resumes trials must train each of them once. Received: "
             f"folds={folds}, executions_per_trial={executions_per_trial}."
         )
+    return executions_per_trial, folds, keep_best_k

@@ -18,7 +18,7 @@ import keras_tuner
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from tfbig import _keras, _types, errors
+from tfbig import _integers, _keras, _types, errors
 from tfbig.tuners import (
     _budget,
     _explore,
@@ -197,15 +197,9 @@ class PopulationOracle(_rungs.RungOracle):
         sampler: _samplers.SamplerOption = "random",
         **kwargs: Unpack[_options.StudyOptions],
     ) -> None:
-        for name, count, least in (
-            ("population_size", population_size, 2),
-            ("max_epochs", max_epochs, 1),
-            ("epochs_per_generation", epochs_per_generation, 1),
-        ):
-            if type(count) is not int or count < least:
-                raise errors.InvalidOptionError(
-                    f"`{name}` must be an integer >= {least}. Received: {name}={count!r}."
-                )
+        population_size = _integers.checked("population_size", population_size, least=2)
+        max_epochs = _integers.checked("max_epochs", max_epochs)
+        epochs_per_generation = _integers.checked("epochs_per_generation", epochs_per_generation)
         for name, value, most in (
             ("quantile", quantile, 0.5),
             ("resample_probability", resample_probability, 1),

@@ -10,7 +10,7 @@ import time
 
 from optuna.trial import TrialState
 
-from tfbig import _keras, errors
+from tfbig import _integers, _keras
 from tfbig.tuners import _ledger, _trials
 
 __all__ = ("ProcessMemory", "checked", "limit")
@@ -25,12 +25,8 @@ def checked(value: object) -> int | None:
     Raises:
         InvalidOptionError: If it is not valid.
     """
-    if value is None or (type(value) is int and value > 0):
-        return value
-    raise errors.InvalidOptionError(
-        "`process_memory` must be an integer >= 1, a number of bytes, or None. Received: "
-        f"process_memory={value!r}."
-    )
+    rule = "an integer >= 1, a number of bytes, or None"
+    return _integers.checked_or_none("process_memory", value, rule=rule)
 
 
 def limit() -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import optuna
 from optuna.distributions import CategoricalDistribution
 
-from tfbig import errors
+from tfbig import _integers, errors
 from tfbig.tuners import _space, _study, _tuner_types
 
 __all__ = ("Maker", "PrunerOption", "SamplerOption", "pruner", "sampler", "warn_of_random_values")
@@ -142,11 +142,7 @@ _PRUNERS: dict[str, tuple[type | None, Callable[..., _Made]]] = {
 
 def beginning_at_random(given: SamplerOption, trials: int) -> Maker:
     """Makes samplers that begin with random trials."""
-    if type(trials) is not int or trials < 1:
-        raise errors.InvalidOptionError(
-            "`num_initial_points` must be an integer >= 1. Received: "
-            f"num_initial_points={trials!r}."
-        )
+    trials = _integers.checked("num_initial_points", trials)
     if given not in ("tpe", "gp"):
         raise errors.InvalidOptionError(
             f"`num_initial_points` needs sampler='tpe' or 'gp'. Received: sampler={given!r}."

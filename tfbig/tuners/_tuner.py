@@ -113,7 +113,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         if self._widths is not None:
             hypermodel = self._widths.builder(hypermodel)
             oracle.set_width(self._widths.search)
-        _options.check_tuner_options(
+        executions_per_trial, folds, keep_best_k = _options.checked_tuner_options(
             executions_per_trial, folds, keep_best_k, getattr(oracle, "goes_on", False)
         )
         if getattr(oracle, "compares_folds", False) and not folds:

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from tfbig import errors
+from tfbig import _integers, errors
 from tfbig.tuners import _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
@@ -39,12 +39,12 @@ class Widths:
     def of(cls, option: Any) -> Widths:  # Any: what a user has passed.
         """Those of the option `scale_width`."""
         is_pair = isinstance(option, tuple | list) and len(option) == 2
-        if not is_pair or not all(type(width) is int for width in option):
+        search, wide = map(_integers.as_integer, option) if is_pair else (None, None)
+        if search is None or wide is None:
             raise errors.InvalidOptionError(
                 "`scale_width` must be two integers, the width of the search and that of the model "
                 f"that is wanted. Received: scale_width={option!r}."
             )
-        search, wide = option
         if not 1 <= search < wide:
             raise errors.InvalidOptionError(
                 f"`scale_width` must be a width and a larger one. Received: scale_width={option!r}."
