@@ -85,14 +85,14 @@ class GradientAccumulationMixin(train_step.TrainStep):
             models. Most useful for layers made of many operations. Defaults to None.
         head_chunk_size: int >= 1, tokens for which the last layer, the loss and the metrics are
             computed at a time, with their gradients: the logits of all tokens, `(batch, length,
-            vocabulary)`, are never there. A token is an index of all dimensions but the last. The
-            last layer must be a `Dense` with an activation of Keras, or a `ReversibleEmbedding`,
-            and losses and metrics functions of Keras that treat each token by itself, such as
-            crossentropies and accuracies. `predict` and files are as without it. Defaults to None:
-            all at once.
+            vocabulary)`, are never held in memory at once. A token is an index of all dimensions
+            but the last. The last layer must be a `Dense` with an activation of Keras, or a
+            `ReversibleEmbedding`, and losses and metrics functions of Keras that treat each token
+            by itself, such as crossentropies and accuracies. `predict` and files are as without
+            it. Defaults to None: all at once.
         attention_chunk_size: int >= 1, tokens for which attention is computed at a time. The
-            weights of all pairs of tokens, `(batch, heads, length, length)`, are never there; the
-            backward pass computes them again. For layers that call
+            weights of all pairs of tokens, `(batch, heads, length, length)`, are never held in
+            memory at once; the backward pass computes them again. For layers that call
             `keras.ops.dot_product_attention`: `MultiHeadAttention` and `GroupQueryAttention`
             without dropout, and layers of your own that pass it no bias. Holds in `fit`,
             `evaluate` and `predict`. Defaults to None: all at once.
@@ -118,8 +118,8 @@ class GradientAccumulationMixin(train_step.TrainStep):
             to None. Reference: Rajbhandari et al. 2020, "ZeRO", stages 1 (with gradients that
             are scattered, as in stage 2) and 3.
         pipeline: `tfbig.distribute.Pipeline`, the devices that are responsible for a part of the
-            layers each. Micro-batches follow one another through these stages, so that give at
-            least twice as many as there are stages. The layers of a Functional or Sequential model
+            layers each. Micro-batches follow one another through these stages, so use at least
+            twice as many micro-batches as stages. The layers of a Functional or Sequential model
             are assigned to stages of about the same work, unless they were made within
             `pipeline.stage`. Variables, optimizer state and gradients of a layer stay on its
             stage. Files hold no stages, and load anywhere. Defaults to None.

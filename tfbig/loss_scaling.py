@@ -53,8 +53,8 @@ class DynamicLossScalingMixin(train_step.TrainStep):
     schedule stay as they are.
 
     Place the mixin before the Keras class: `class M(tfbig.DynamicLossScalingMixin, keras.Model)`.
-    It also takes `log_grad_norm`, `log_gradient_noise_scale`, `recompute` and `exchange_dtype`,
-    with or without `GradientAccumulationMixin`, which documents them.
+    It also takes all options of `GradientAccumulationMixin`, which documents them, except
+    `gradient_accumulation_steps`, `micro_batch_size` and `memory_budget`.
 
     Args:
         loss_scale: Defaults to "auto".

@@ -169,8 +169,9 @@ class TrainFunction:
                 raise
             raise errors.OutOfMemoryError(
                 "Memory ran out while the optimizer was applied. Smaller micro-batches do not "
-                "help there, and some variables may have changed already. Resume from a backup, "
-                "with an optimizer that has fewer variables. TensorFlow says: "
+                "help there, and some variables may have changed already. Resume from a backup "
+                "on devices with more memory or, with several replicas, with shard='optimizer'. "
+                "An optimizer with fewer variables needs a new run. TensorFlow says: "
                 f"{capacity.first_line(e)}"
             ) from e
         return logs

@@ -50,10 +50,10 @@ def exchange_and_apply(
     Args:
         state: how the optimizer's state is divided.
         local: what this replica accumulated.
-        loss_scale: see `apply.apply_gradients`.
+        loss_scale: see `exchange_and_apply.apply_gradients`.
         needs_norm: whether the global norm of the gradient is wanted.
-        exchange_dtype: see `apply.apply_gradients`.
-        bucket_bytes: see `apply.apply_gradients`.
+        exchange_dtype: see `exchange_and_apply.apply_gradients`.
+        bucket_bytes: see `exchange_and_apply.apply_gradients`.
         stop_request: see `exchange.all_reduce_accumulated`.
         guard: what may leave the update out, or None.
     """

@@ -37,10 +37,10 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     Restores before the other callbacks of `fit` act, and backs up after them.
 
     With several workers, all must have the callback, with the same directory, which all can read.
-    The chief writes. With `shard`, all workers must be able to write there: each writes what lies
-    with it of that which is divided over them, into a file of its own. Whole arrays are restored,
-    each put together by itself, so training may resume on another number of replicas, workers or
-    stages, divided or not.
+    The chief writes. With `shard`, all workers must be able to write there: each writes its part of
+    what is divided over them to a file of its own. Arrays are put together again one by one when
+    they are restored, so training may resume on another number of replicas, workers or stages,
+    divided or not.
 
     A backup is replaced atomically once it is complete, with the files of all workers. If it cannot
     be written, training continues with a warning, and the previous backup stays.

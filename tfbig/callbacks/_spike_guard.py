@@ -46,9 +46,8 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     With `steps_per_execution`, each update is judged by itself; training goes back after the
     execution. With several workers, all must have the callback. State that is divided (`shard`) is
     copied in pieces. A `train_step` of your own passes `update_guard=self.update_guard` to
-    `tfbig.apply_gradients`. `BackupAndRestore` also backs up what the guard knows; a guard that
-    training did not have when a backup was made, or had with another `window`, gets nothing from
-    it and keeps what it knows.
+    `tfbig.apply_gradients`. `BackupAndRestore` also backs up what the guard knows. Of a backup that
+    was made without a guard, or with another `window`, the guard restores nothing.
 
     Args:
         factor: > 1, how many times the median is too much. Defaults to 5.
@@ -61,8 +60,8 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         patience: >= 1, skipped updates in a row after which training goes back. Defaults to 5.
         rollback_factor: > 1: training also goes back if the loss of two updates in a row, skipped
             or not, is more than so many times its median. Defaults to None: it does not.
-        max_rollbacks: >= 0, how often training may go back. When it would have to once more, it
-            does, and `fit` raises `SpikeError`. Defaults to 3.
+        max_rollbacks: >= 0, how often training may go back and continue. The next time, it goes
+            back, and `fit` raises `SpikeError`. Defaults to 3.
         snapshot_every: >= 1, updates after which the state is copied. None: no copies; training
             goes back to the last backup of the `BackupAndRestore` among the callbacks. Defaults to
             100.

@@ -53,9 +53,9 @@ def rungs(min_epochs: int, max_epochs: int, factor: int) -> tuple[int, ...]:
 
 
 def noise(curves: Sequence[Mapping[int, float]]) -> float:
-    """How far two trials may be apart that no more than chance ranks.
+    """The largest difference between two trials that can be explained by chance.
 
-    Those that overtake each other at least twice are ranked by chance.
+    Trials that overtake each other at least twice are ranked by chance.
 
     Args:
         curves: The values of each trial, by epochs.

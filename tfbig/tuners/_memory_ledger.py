@@ -28,8 +28,8 @@ class MemoryLedger(_ledger.Ledger):
 
     def clear(self) -> None:
         with self._lock:
-            # By index, in order. Of most trials, the results are in the study, and are not asked
-            # for again, so that trials are kept by state as well.
+            # By index, in order. The results of most trials are in the study and not asked for
+            # again, so trials are kept by state as well.
             self._rows: dict[int, TrialRow] = {}
             self._in_state: dict[str, set[int]] = collections.defaultdict(set)
             self._holders: dict[str, int] = {}

@@ -146,7 +146,7 @@ class Proposals:
     def claim(self, index: int, values: _tuner_types.Values) -> bool:
         """Claims a combination for a trial; returns whether the trial has it now."""
         name = _json.name_of(values)
-        # Nobody takes a claim back, so that the ledger need not be asked again as the trial ends.
+        # Claims are never taken back, so the ledger need not be asked again when the trial ends.
         if self._claimed.get(index) != name:
             if not self._ledger.claim(index, name):
                 return False

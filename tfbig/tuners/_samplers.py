@@ -109,7 +109,7 @@ _SAMPLERS: dict[str, tuple[type | None, Callable[..., _Made]]] = {
     "hyperopt": (None, _hyperopt),
 }
 
-# What samplers cannot model, so that they draw it at random.
+# What samplers cannot model, and therefore draw at random.
 UNORDERED, CONDITIONS = "choices without order", "conditions"
 _NOT_MODELED = {"cmaes": (UNORDERED, CONDITIONS), "gp": (CONDITIONS,), "qmc": (CONDITIONS,)}
 

@@ -86,7 +86,7 @@ def _of_choice(hp: _tuner_types.Hyperparameter) -> Parameter:
     if getattr(hp, "ordered", False) and len(texts) > 2:
         return _of_ordered(hp)
     simple = all(v is None or isinstance(v, bool | int | float | str) for v in hp.values)
-    # Optuna compares with ==, so that 1, 1.0 and True are the same; and it has no tuples.
+    # Optuna compares with ==, so 1, 1.0 and True are the same to it; and it has no tuples.
     if simple and len(set(hp.values)) == len(texts):
         kinds = distributions.CategoricalDistribution(hp.values)
         return Parameter(hp.name, kinds, _unchanged, _unchanged)

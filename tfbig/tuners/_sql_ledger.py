@@ -57,7 +57,7 @@ def _with(names: Iterable[str]) -> tuple[sa.BindParameter[Any], ...]:
     return tuple(sa.bindparam(_SEEN.format(name)) for name in names)
 
 
-# Building a statement takes longer than what SQLite does for it, so that each is built once.
+# Building a statement takes longer than SQLite takes to run it, so each is built once.
 
 
 def _rows(table: sa.Table, names: tuple[str, ...]) -> sa.ColumnElement[bool]:

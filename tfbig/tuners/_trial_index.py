@@ -20,7 +20,7 @@ def _moment(trial: FrozenTrial) -> tuple[datetime.datetime, int]:
 class TrialIndex:
     """The trials of a study as they were when it was read last, and what this process has written.
 
-    A trial that has ended does not change any more, so that it is looked at once.
+    A trial that has ended no longer changes, so it is looked at only once.
 
     Args:
         index_of: Returns the index of a trial in the ledger; None if it has none.
