@@ -1176,6 +1176,15 @@ def test_who_asks_again_is_given_the_trial_that_it_has(make):
     assert oracle.create_trial("b").trial_id == "0001"
 
 
+def test_trials_that_run_are_not_released_when_others_begin_or_end(make):
+    one, other = make(3, line()), make(3, line())
+    trials = [one.create_trial(tuner) for tuner in "ab"]
+    one.begin_search()
+    other.begin_search()
+    other.release()
+    assert not any(one.is_lost_now(trial.trial_id) for trial in trials)
+
+
 def test_a_way_to_search_of_a_user_may_draw_as_kerastuner_does(make):
     class Mine(_oracle.StudyOracle):
         def populate_space(self, trial_id):

@@ -661,6 +661,115 @@ def test_run_trial_may_tell_the_oracle_itself(options):
     ]
 
 
+class RaisesOnce:
+    """Raises an error when it is called for the second time, and at no other."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == 2:
+            raise self.error
+
+
+def raising_once_in(part, error):
+    """Options of a search in which a part of the user's raises once."""
+    once = RaisesOnce(error)
+
+    class Sampler(optuna.samplers.RandomSampler):
+        def sample_independent(self, *args):
+            once()
+            return super().sample_independent(*args)
+
+    def constraints(metrics):
+        once()
+        return {"loss": metrics["loss"] - 1}
+
+    return {"sampler": Sampler} if part == "sampler" else {"constraints": constraints}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize("storage", [None, "memory"])
+@pytest.mark.parametrize(
+    ("part", "error"), [("sampler", KeyboardInterrupt), ("constraints", ZeroDivisionError)]
+)
+def test_a_search_goes_on_after_an_error_outside_of_its_trials(
+    part, error, storage, is_new, options
+):
+    options |= {"objective": "loss", "storage": storage} | raising_once_in(part, error)
+    ran = []
+
+    class Search(tuners.OptunaSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            ran.append(trial.trial_id)
+            return trial.hyperparameters.Float("x", 0, 1)
+
+    tuner = Search(max_trials=4, **options)
+    with pytest.raises(error):
+        tuner.search(verbose=0)
+    before = ran.copy()
+    if is_new:
+        tuner = Search(max_trials=4, **options)
+    tuner.search(verbose=0)
+    trials = tuner.oracle.trials
+    assert [t.status for t in trials.values()] == ["COMPLETED"] * 4
+    assert len({t.score for t in trials.values()}) == 4
+    if storage == "memory" and is_new:
+        # Nothing is kept.
+        assert ran == [*before, *trials]
+    elif part == "constraints":
+        # The trial whose result is not known runs again.
+        assert ran == [*before, *list(trials)[len(before) - 1 :]]
+    else:
+        assert ran == list(trials)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("storage", [None, "memory"])
+def test_a_search_goes_on_after_an_interruption_while_the_storage_failed(
+    storage, options, monkeypatch
+):
+    once = RaisesOnce(KeyboardInterrupt)
+
+    def result(hp):
+        once()
+        return hp.Float("x", 0, 1)
+
+    options |= {"objective": "loss", "max_trials": 3}
+    tuner = Scored(result, storage=storage, **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(tuner.oracle._ledger, "release", fails)
+        with pytest.raises(KeyboardInterrupt):
+            tuner.search(verbose=0)
+    tuner.search(verbose=0)
+    assert [t.status for t in tuner.oracle.trials.values()] == ["COMPLETED"] * 3
+    assert once.calls == 4
+
+
+def fails(*args):
+    raise errors.StorageUnavailableError("The database cannot be reached.")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("storage", [None, "memory"])
+def test_a_result_that_could_not_be_recorded_at_once_is_recorded_later(
+    storage, options, monkeypatch
+):
+    options |= {"objective": "loss", "max_trials": 3}
+    calls = []
+    tuner = Scored(lambda hp: calls.append(1) or hp.Float("x", 0, 1), storage=storage, **options)
+    trials, once = tuner.oracle._search.trials, RaisesOnce(KeyboardInterrupt)
+    record = trials._record
+    monkeypatch.setattr(trials, "_record", lambda *args: once() or record(*args))
+    with pytest.raises(KeyboardInterrupt):
+        tuner.search(verbose=0)
+    tuner.search(verbose=0)
+    assert [t.status for t in tuner.oracle.trials.values()] == ["COMPLETED"] * 3
+    assert len(calls) == 3
+
+
 def test_a_score_is_the_mean_of_the_executions(options):
     results = iter([1.0, 3.0])
 

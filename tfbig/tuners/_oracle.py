@@ -302,6 +302,8 @@ class StudyOracle(
         self._search.memory.join(process_memory)
         self._ledger.change_metadata(_agreement.MAX_TRIALS, lambda _: str(self.max_trials))
         self._search.outcomes.begin_search()
+        # If the storage failed in an earlier search, they could not be released then.
+        self._search.running.release_others()
         self._ledger.join()
 
     def one_look(self) -> contextlib.AbstractContextManager[None]:

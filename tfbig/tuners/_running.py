@@ -146,6 +146,17 @@ class RunningTrials:
             running.stop_heartbeat()
             self.remove(trial_id)
             self._ledger.release(running.index)
+        self.release_others()
+
+    def release_others(self) -> None:
+        """Lets any process run the trials that this one owns, but does not run.
+
+        An error or a signal has left them, before a trial was added here or after it was removed.
+        """
+        running = {r.index for r in self._by_id.values()}
+        for row in self._ledger.trials(owner=self._ledger.owner, state=_ledger.RUNNING):
+            if row.index not in running:
+                self._ledger.release(row.index)
 
     def best_reported(self, trial_id: str) -> float | None:
         """The best value that a trial has reported so far, in any process; None if none."""
