@@ -448,23 +448,24 @@ def test_a_search_that_is_started_over_begins_with_new_weights(options):
     assert sorted(epochs) == [0, 0, 1, 1]
 
 
-def test_every_optimizer_of_a_copy_gets_its_own_rate():
+def test_every_optimizer_of_a_copy_gets_its_own_rate(strategy):
     class TwoOptimizers(tfbig.Model):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
             self.other = keras.optimizers.SGD(0.25, momentum=0.9)
 
-    inputs = keras.Input((3,))
-    model = TwoOptimizers(inputs=inputs, outputs=keras.layers.Dense(1)(inputs))
-    model.compile(keras.optimizers.Adam(0.5), "mse")
+    with strategy.scope():
+        inputs = keras.Input((3,))
+        model = TwoOptimizers(inputs=inputs, outputs=keras.layers.Dense(1)(inputs))
+        model.compile(keras.optimizers.Adam(0.5), "mse")
     callback = _population.SetLearningRate(2)
     callback.set_model(model)
     # As after a backup of the original.
     model.optimizer.learning_rate = model.other.learning_rate = 1.0
     for epoch, rates in ((1, (1.0, 1.0)), (2, (0.5, 0.25))):
         callback.on_epoch_begin(epoch)
-        found = float(model.optimizer.learning_rate), float(model.other.learning_rate)
-        assert found == rates
+        optimizers = model.optimizer, model.other
+        assert tuple(float(o.learning_rate.numpy()) for o in optimizers) == rates
 
 
 def test_shapes_that_change_are_refused_with_what_to_do(options):

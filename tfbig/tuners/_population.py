@@ -320,9 +320,9 @@ class SetLearningRate(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         for _, optimizer in _keras.optimizer.optimizers_of(model):
             inner = getattr(optimizer, "inner_optimizer", optimizer)
             rate = getattr(inner, "_learning_rate", None)
-            is_schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
-            if rate is not None and not is_schedule:
-                self._rates.append((inner, float(rate)))
+            # A schedule or a function stays, and an optimizer need not have a rate.
+            if isinstance(rate, keras.Variable):
+                self._rates.append((inner, float(rate.numpy())))
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         for optimizer, rate in self._rates if epoch == self._epoch else ():
