@@ -1,6 +1,8 @@
 """Searches on several workers, which train each trial together.
 
 search.py DIRECTORY
+
+In the second search, weights and the state of optimizers are divided over the workers.
 """
 
 import pathlib
@@ -12,6 +14,7 @@ import optuna
 
 import tfbig
 from tests import job
+from tfbig.distribute import _sharded_weights
 
 TRIALS = 3
 
@@ -23,8 +26,43 @@ class PruneSecond(optuna.pruners.BasePruner):
         return trial.number == 1
 
 
+def divided(directory, strategy, data):
+    """Scores of a search that divides state and weights, and losses of its best models."""
+
+    class Search(tfbig.tuners.ASHA):
+        def on_trial_end(self, trial):
+            super().on_trial_end(trial)
+            ended.append(trial.status)
+
+    def build(hp):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.Adam(hp.Choice("rate", [0.01, 0.1])), "mse")
+        return model
+
+    ended = []
+    tuner = Search(
+        build,
+        "val_loss",
+        max_trials=2,
+        max_epochs=2,
+        factor=2,
+        seed=0,
+        directory=directory,
+        project_name="divided",
+        distribution_strategy=strategy,
+        overwrite=True,
+        shard="weights",
+    )
+    tuner.search(*data, validation_data=data, batch_size=8, verbose=0)
+    scores = [trial.score for trial in tuner.oracle.get_best_trials(2)]
+    models = tuner.get_best_models(2)
+    losses = [model.evaluate(*data, batch_size=8, verbose=0) for model in models]
+    return {"ended": ended, "scores": scores, "losses": losses}
+
+
 def main(directory):
     directory = pathlib.Path(directory)
+    _sharded_weights.SMALLEST = 1
     strategy = tfbig.distribute.get_strategy(timeout=60)
     trained = []
 
@@ -60,7 +98,15 @@ def main(directory):
     )
     statuses = [t.status for t in tuner.oracle.trials.values()]
     best = tuner.get_best_hyperparameters()[0].values
-    job.leave(directory, {"trained": trained, "best": best, "statuses": statuses})
+    job.leave(
+        directory,
+        {
+            "trained": trained,
+            "best": best,
+            "statuses": statuses,
+            "divided": divided(directory, strategy, (x, y)),
+        },
+    )
 
 
 if __name__ == "__main__":

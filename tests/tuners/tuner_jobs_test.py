@@ -311,6 +311,11 @@ def test_workers_of_a_job_train_each_trial_together(tmp_path):
     assert replicas == (2, 2, 2)
     assert len(set(rates)) == 3
     assert any(abs(chief["best"]["rate"] - rate) < 1e-7 for rate in rates)
+    divided = chief["divided"]
+    assert divided["ended"] == ["COMPLETED"] * 3
+    # Adding up over the workers may round otherwise.
+    assert divided["losses"] == pytest.approx(divided["scores"], rel=1e-6)
+    assert len(divided["losses"]) == 1
 
 
 INDEPENDENT = """

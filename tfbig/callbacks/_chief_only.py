@@ -71,7 +71,7 @@ class ChiefOnly(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
 
     def same_on_all_workers(self, model: keras.Model) -> str | None:
         """What `fit` compares between the workers; None if they may differ."""
-        if not _is_divided(model):
+        if not _help.is_divided(model):
             return None
         helped = [name for c in self.callbacks for name in _HELPED if _has(c, name)]
         batches = [f"{saves.number} batches" for saves in self._saves.values()]
@@ -89,7 +89,7 @@ class ChiefOnly(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
                     hook()
 
     def _is_helped(self, callback: _types.Callback, name: str, *args: Any) -> bool:
-        if self._workers.count == 1 or not _is_divided(self.model):
+        if self._workers.count == 1 or not _help.is_divided(self.model):
             return False
         if name == "on_train_batch_end" and id(callback) in self._saves:
             return self._saves[id(callback)].is_due(*args)
@@ -126,10 +126,6 @@ class _SavesOfBatches:
 
 def _saves_by_batches(callback: _types.Callback) -> bool:
     return isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_freq != "epoch"
-
-
-def _is_divided(model: keras.Model) -> bool:
-    return getattr(model, "shard", None) is not None
 
 
 def _has(callback: _types.Callback, name: str) -> bool:

@@ -9,9 +9,14 @@ import tensorflow as tf
 from tfbig import _keras, errors
 from tfbig.distribute import _workers
 
-__all__ = ("act_with_help",)
+__all__ = ("act_with_help", "is_divided")
 
 _DONE, _FAILED = "done", "failed"
+
+
+def is_divided(model: keras.Model) -> bool:
+    """Whether the chief may need help to read the state of a model."""
+    return getattr(model, "shard", None) is not None
 
 
 def act_with_help(

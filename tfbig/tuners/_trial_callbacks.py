@@ -1,6 +1,7 @@
 """The callbacks with which a trial is trained."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from keras_tuner.src.engine import tuner_utils
 
 import tfbig
 from tfbig import _types, errors
+from tfbig.callbacks import _help
 from tfbig.distribute._workers import Workers
 from tfbig.tuners import _trial_results, _tuner_types
 from tfbig.tuners._oracle import StudyOracle
@@ -173,19 +175,32 @@ class KeepState(TrialCallback, tfbig.callbacks.BackupAndRestore):
 class KeepBestWeights(TrialCallback):
     """Keeps the weights of the best epoch; of the last one if the best cannot be known.
 
+    The chief writes. If state is divided over the workers, all of them must have this callback.
+
     Args:
         objective: KerasTuner's.
         path: The file for the weights.
         best: The best value of an earlier training of the trial; None if there was none.
+        workers: Those that train the trial together.
     """
 
-    def __init__(self, objective: _tuner_types.Objective, path: str, best: float | None) -> None:
+    def __init__(
+        self, objective: _tuner_types.Objective, path: str, best: float | None, workers: Workers
+    ) -> None:
         super().__init__()
         self._objective = objective
         self._path = pathlib.Path(path)
         self._best = best
+        self._workers = workers
 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
+        keep = functools.partial(self._keep_if_better, logs)
+        if _help.is_divided(self.model):
+            _help.act_with_help(self._workers, self.model, "the tuner", keep)
+        elif self._workers.is_chief:
+            keep()
+
+    def _keep_if_better(self, logs: _types.Logs | None) -> None:
         is_single = not hasattr(self._objective, "objectives")
         metrics = _trial_results.single_numbers(dict(logs or {}), ())
         if is_single and self._objective.has_value(metrics):

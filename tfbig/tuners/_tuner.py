@@ -220,6 +220,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             self.oracle.objective,
             self._get_checkpoint_fname(trial.trial_id),
             self.oracle.best_reported(trial.trial_id),
+            self._workers,
         )
         # What replaces `fit` may return metrics that no epoch reports.
         wanted = self.oracle.wanted if self._uses_keras_fit() else ()
@@ -234,9 +235,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
                 wanted,
                 reports=number == 0 and not self._folds,
             )
-            callbacks += [_trial_callbacks.CallTuner(self, trial), report]
-            if self._workers.is_chief:
-                callbacks.append(keep_best)
+            callbacks += [_trial_callbacks.CallTuner(self, trial), report, keep_best]
             if self.oracle.goes_on:
                 callbacks = self._with_state(trial, callbacks)
             run_kwargs = run_kwargs | {"callbacks": callbacks}
@@ -390,7 +389,8 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
     def save_model(self, trial_id: str, model: keras.Model, step: int = 0) -> None:
         """Saves the weights that `get_best_models` loads; for a `run_trial` of your own.
 
-        What `fit` trains with the callbacks of the tuner is saved without it.
+        What `fit` trains with the callbacks of the tuner is saved without it. With several workers,
+        the chief saves; with `shard`, all must call it.
 
         Args:
             trial_id: The id of the trial.
@@ -399,7 +399,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         """
         del step
         path = self._get_checkpoint_fname(trial_id)
-        saving = _trial_callbacks.KeepBestWeights(self.oracle.objective, path, None)
+        saving = _trial_callbacks.KeepBestWeights(self.oracle.objective, path, None, self._workers)
         saving.set_model(model)
         saving.on_epoch_end(0)
 
