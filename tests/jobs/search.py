@@ -53,7 +53,11 @@ def divided(directory, strategy, data):
         overwrite=True,
         shard="weights",
     )
-    tuner.search(*data, validation_data=data, batch_size=8, verbose=0)
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        directory / "{epoch}_{batch}.weights.h5", save_freq=2, save_weights_only=True
+    )
+    callbacks = [tfbig.callbacks.ChiefOnly(checkpoint)]
+    tuner.search(*data, validation_data=data, batch_size=8, verbose=0, callbacks=callbacks)
     scores = [trial.score for trial in tuner.oracle.get_best_trials(2)]
     models = tuner.get_best_models(2)
     losses = [model.evaluate(*data, batch_size=8, verbose=0) for model in models]

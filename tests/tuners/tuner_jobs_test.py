@@ -316,6 +316,9 @@ def test_workers_of_a_job_train_each_trial_together(tmp_path):
     # Adding up over the workers may round otherwise.
     assert divided["losses"] == pytest.approx(divided["scores"], rel=1e-6)
     assert len(divided["losses"]) == 1
+    # Those of `ChiefOnly`, of which each trial has a copy.
+    saved = sorted(path.name for path in tmp_path.glob("*.h5"))
+    assert saved == ["1_2.weights.h5", "2_2.weights.h5"]
 
 
 INDEPENDENT = """

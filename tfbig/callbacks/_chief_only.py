@@ -56,7 +56,10 @@ class ChiefOnly(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
                     "ChiefOnly. Pass it to `fit` itself: only the chief writes."
                 )
         self._workers = _workers.Workers.of(tf.distribute.get_strategy())
-        self._saves = {id(c): _SavesOfBatches(c) for c in self.callbacks if _saves_by_batches(c)}
+        # By position: a copy has copies of the callbacks.
+        self._saves = {
+            i: _SavesOfBatches(c) for i, c in enumerate(self.callbacks) if _saves_by_batches(c)
+        }
 
     def set_params(self, params: dict[str, object]) -> None:
         super().set_params(params)
@@ -79,21 +82,21 @@ class ChiefOnly(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
 
     # Any: what Keras hands to the hooks.
     def _call(self, name: str, *args: Any, **kwargs: Any) -> None:
-        for callback in self.callbacks:
+        for position, callback in enumerate(self.callbacks):
             hook = functools.partial(getattr(callback, name), *args, **kwargs)
             who = f"{type(callback).__name__}.{name}"
-            if self._is_helped(callback, name, *args):
+            if self._is_helped(position, name, *args):
                 _help.act_with_help(self._workers, self.model, who, hook)
             elif self._workers.is_chief:
                 with _keras.workers_together.chief_alone(who):
                     hook()
 
-    def _is_helped(self, callback: _types.Callback, name: str, *args: Any) -> bool:
+    def _is_helped(self, position: int, name: str, *args: Any) -> bool:
         if self._workers.count == 1 or not _help.is_divided(self.model):
             return False
-        if name == "on_train_batch_end" and id(callback) in self._saves:
-            return self._saves[id(callback)].is_due(*args)
-        return name in _HELPED and _has(callback, name)
+        if name == "on_train_batch_end" and position in self._saves:
+            return self._saves[position].is_due(*args)
+        return name in _HELPED and _has(self.callbacks[position], name)
 
 
 class _SavesOfBatches:
