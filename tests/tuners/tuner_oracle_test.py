@@ -1185,6 +1185,22 @@ def test_trials_that_run_are_not_released_when_others_begin_or_end(make):
     assert not any(one.is_lost_now(trial.trial_id) for trial in trials)
 
 
+def test_a_finite_space_is_not_exhausted_where_looking_through_it_was_interrupted(make):
+    space = HyperParameters()
+    space.Choice("x", [1, 2, 3])
+    proposals = make(None, space)._search.proposals
+    assert proposals.first_untried() == {"x": 1}
+
+    def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    proposals._rest, proposals._candidate = interrupted(), None
+    with pytest.raises(KeyboardInterrupt):
+        proposals.first_untried()
+    assert proposals.first_untried() == {"x": 1}
+
+
 def test_a_way_to_search_of_a_user_may_draw_as_kerastuner_does(make):
     class Mine(_oracle.StudyOracle):
         def populate_space(self, trial_id):

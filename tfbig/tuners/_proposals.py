@@ -171,13 +171,21 @@ class Proposals:
         while True:
             # What was tried stays so: each combination is looked at until then.
             if self._candidate is None:
-                self._candidate = next(self._rest, None)
+                self._candidate = self._next_combination()
             if self._candidate is None:
                 return EXHAUSTED
             is_claimed = self._ledger.claims(name=_json.name_of(self._candidate))
             if not is_claimed and not is_tried(self._candidate):
                 return self._candidate
             self._candidate = None
+
+    def _next_combination(self) -> _tuner_types.Values | None:
+        try:
+            return next(self._rest, None)
+        except BaseException:
+            # An interrupted generator has ended, but not because nothing is left.
+            self._size = -1
+            raise
 
     def _is_tried(self) -> Callable[[_tuner_types.Values], bool]:
         return (lambda values: False) if self._is_infinite() else self._tried.look()
