@@ -301,6 +301,20 @@ def test_own_step_is_warned_of_a_loss_that_is_no_mean_over_the_samples():
     assert warnings_of(update(lambda x: tf.reduce_mean(tf.sqrt(x * w)))) == []
 
 
+@pytest.mark.parametrize("made", [tf.constant(1.0), tf.constant([1.0, 2.0, 3.0])])
+def test_a_loss_that_was_made_outside_of_the_graph_is_not_followed(made):
+    def trained(*between):
+        keras.utils.set_random_seed(0)
+        model = net(*between, **SPLIT)
+        losses = []
+        keep = keras.callbacks.LambdaCallback(on_epoch_end=lambda _, logs: losses.append(logs))
+        assert warnings_of(fit(model, callbacks=[keep])) == []
+        return losses[0]["loss"]
+
+    added = trained(lambda: Adding(lambda x: made)) - trained()
+    np.testing.assert_allclose(added, tf.reduce_sum(made), rtol=1e-5)
+
+
 def test_loss_whose_denominator_is_known_is_not_warned_of():
     class OfPositives(tfbig.Sequential):
         def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):

@@ -212,15 +212,17 @@ class LossTracer:
     def _coupled_by(self, probe: _Probe) -> frozenset[str]:
         if self.is_whole or tf.executing_eagerly() or not self.variables:
             return frozenset()
+        # What was made outside of the graph is the same for all batches.
+        reductions = [r for r in probe.reductions if not any(map(_is_eager, r[1:]))]
+        losses = [(kind == "sum", values) for kind, values, _ in reductions]
+        if probe.result.weight is None and not _is_eager(probe.result.loss):
+            losses.append((False, probe.result.loss))
         dependences = self._dependences(
             probe,
             # What is made of them for the whole batch is right.
-            known={reduced.name: batch_dependence.MEAN for _, _, reduced in probe.reductions},
+            known={reduced.name: batch_dependence.MEAN for _, _, reduced in reductions},
             are_draws_joined=True,
         )
-        losses = [(kind == "sum", values) for kind, values, _ in probe.reductions]
-        if probe.result.weight is None:
-            losses.append((False, probe.result.loss))
         found = [(is_summed, dependences.of(loss)) for is_summed, loss in losses]
         return frozenset(
             d.operation
