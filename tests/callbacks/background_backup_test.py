@@ -94,7 +94,7 @@ def test_updates_do_not_reach_the_copy(model, held, tmp_path, monkeypatch):
         def on_train_batch_end(self, batch, logs=None):
             seen.append(values_of(model))
             if batch == 3:
-                assert held.begun.is_set()
+                assert held.begun.wait(60)
                 assert is_writing()
                 held.released.set()
                 raise KeyboardInterrupt
