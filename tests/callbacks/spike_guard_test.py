@@ -1,6 +1,7 @@
 """Spikes: training with them ends as plain Keras does that never saw their batches."""
 
 import contextlib
+import csv
 import json
 import time
 
@@ -124,6 +125,20 @@ def test_training_never_saw_a_spike(strategy, optimizer, options, looks_at):
     assert history["rollbacks"] == [0]
     assert guard.spikes == 2
     assert_same_state(model, plain(x, y, [0, 1, 2, 3, 4, 5, 7, 8], optimizer))
+
+
+def test_another_guard_goes_on_counting_what_was_left_out(tmp_path):
+    x, y = batches("ggggggsggs")
+    model = net()
+    left_out = []
+    for _ in range(2):
+        guard = SpikeGuard(factor=20, window=3)
+        fit(model, x, y, guard, TrainingMonitor(tmp_path))
+        left_out.append(model.left_out_updates)
+        assert guard.spikes == 2
+    assert left_out == [2, 4]
+    with open(tmp_path / "training.csv") as file:
+        assert [int(row["update"]) for row in csv.DictReader(file)] == [10, 20]
 
 
 def test_a_spike_changes_no_bit_and_metrics_count_its_batch(mirrored):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import weakref
 
 import keras
@@ -25,9 +26,9 @@ _COUNTED: weakref.WeakKeyDictionary[keras.Model, dict[str, tuple[float, float]]]
 
 def check(name: str, value: object) -> float | None:
     """Returns an argument that must be a positive number or None, checked."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None:
         return None
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:  # type: ignore[operator]  # It is a number.
         meaning = {
             "tokens": "tokens of a sample",

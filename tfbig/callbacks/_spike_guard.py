@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -186,6 +187,8 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         if not is_of_model or self._running_state.settings != settings:
             with model.distribute_strategy.scope():
                 self._state = SpikeState(settings)
+            # Those of the guards before it.
+            self._state.count_undone(model.left_out_updates)
             self._model_of_state = model
         # It stays when `fit` ends, so that a further one need not be traced again.
         model.update_guard = self._state
@@ -292,8 +295,8 @@ def _listed(argument: object) -> object:
 
 
 def _check_factor(name: str, value: object) -> None:
-    is_valid = isinstance(value, int | float) and not isinstance(value, bool) and value > 1
-    if not is_valid or value == math.inf:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 1 < value < math.inf:  # type: ignore[operator]  # It is a number.
         raise errors.InvalidOptionError(
             f"`{name}` must be a finite number > 1, a multiple of the median. Received: "
             f"{name}={value!r}."

@@ -212,6 +212,10 @@ class SpikeState:
         """Whether the last update was accepted, and its loss had not risen."""
         return not (self.number("consecutive_spikes") or self.number("risen_losses"))
 
+    def count_undone(self, updates: int) -> None:
+        """Notes that the model has left out so many updates before."""
+        _keras.variables.assign_all([self.undone], [updates])
+
     def went_back(self, undone: int) -> None:
         """Notes that training went back over so many applied updates."""
         new = {

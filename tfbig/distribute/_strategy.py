@@ -1,6 +1,7 @@
 """`get_strategy`: the `tf.distribute` strategy for the devices and workers at hand."""
 
 import contextlib
+import numbers
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -103,7 +104,7 @@ def _check_kind(kind: str, tpu: str | None, devices: int | str | Sequence[str] |
 
 
 def _check_timeout(timeout: float) -> None:
-    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    is_number = isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
     # NaN is not >= 0 either.
     if not is_number or not timeout >= 0:
         raise errors.InvalidOptionError(
