@@ -4,6 +4,7 @@ Strategies over several workers are made in `multi_worker_test.py`, in processes
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -149,12 +150,13 @@ def test_a_malformed_tf_config_is_an_error(describe, case):
 
 SLURM = {
     "SLURM_JOB_ID": "20123",
+    "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "2",
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_STEP_NODELIST": "node[1-2]",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
 }
-ADDRESSES = ["node1:10123", "node1:10124", "node2:10123", "node2:10124"]
+ADDRESSES = ["node1:11968", "node1:11969", "node2:11968", "node2:11969"]
 
 
 def test_slurm_describes_the_job(describe):
@@ -168,7 +170,7 @@ def test_slurm_numbers_tasks_in_the_order_of_its_nodes(describe):
     # Not alphabetically, which would put node10 before node9.
     nodes = {"SLURM_STEP_NODELIST": "node[9-10],a", "SLURM_STEP_TASKS_PER_NODE": "1,2,1"}
     describe(**SLURM | nodes, SLURMD_NODENAME="node10")
-    expected = ["node9:10123", "node10:10123", "node10:10124", "a:10123"]
+    expected = ["node9:11968", "node10:11968", "node10:11969", "a:11968"]
     assert _cluster.find().addresses == {"worker": expected}
 
 
@@ -178,11 +180,14 @@ def test_a_step_of_one_task_is_not_a_multi_worker_job(describe):
 
 
 def test_jobs_on_one_node_use_different_ports(describe):
-    ports = set()
-    for number in range(20120, 20130):
-        describe(**SLURM | {"SLURM_JOB_ID": str(number)})
-        ports.add(_cluster.find().addresses["worker"][0].split(":")[1])
-    assert len(ports) == 10
+    tasks = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+    ports = []
+    for number, step in itertools.product(range(20120, 20130), range(3)):
+        describe(**SLURM | tasks | {"SLURM_JOB_ID": str(number), "SLURM_STEP_ID": str(step)})
+        addresses = _cluster.find().addresses["worker"]
+        ports += [int(address.split(":")[1]) for address in addresses if "node1:" in address]
+    assert len(set(ports)) == 10 * 3 * 8
+    assert 10_000 <= min(ports) <= max(ports) < 30_000
 
 
 BROKEN = {

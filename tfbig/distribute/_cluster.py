@@ -19,6 +19,9 @@ from tfbig.distribute import _kubernetes
 
 __all__ = ("Cluster", "find", "wait_for_workers")
 
+# On a node.
+_PORTS_OF_A_JOB = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
@@ -168,8 +171,8 @@ def _from_slurm(port: int | None) -> Cluster:
         rank, count = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS"))
         nodes = _slurm.expand_hostlist(os.environ["SLURM_STEP_NODELIST"])
         tasks = _slurm.expand_tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])
-        # Two jobs on one node must not use the same ports.
-        base = port or 10_000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20_000
+        job, step = (int(os.environ.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "STEP_ID"))
+        base = port or _first_port(job, step)
         if len(nodes) != len(tasks) or sum(tasks) != count or not 0 <= rank < count:
             raise ValueError(
                 f"task {rank} of {count} does not fit the nodes {nodes} with {tasks} tasks"
@@ -189,6 +192,15 @@ def _from_slurm(port: int | None) -> Cluster:
     ports = [base + i for number in tasks for i in range(number)]
     addresses = [f"{node}:{p}" for node, p in zip(node_of, ports, strict=True)]
     return Cluster({"worker": addresses}, "worker", rank, "SLURM")
+
+
+def _first_port(job: int, step: int) -> int:
+    """The port of the first task of a node, which jobs and steps of one node must not share.
+
+    There is room for so many tasks of a node that jobs of consecutive numbers do not meet.
+    """
+    slots = 20_000 // _PORTS_OF_A_JOB
+    return 10_000 + (job + 101 * step) % slots * _PORTS_OF_A_JOB
 
 
 def wait_for_workers(cluster: Cluster, timeout: float) -> None:
