@@ -761,8 +761,11 @@ def test_a_preempted_worker_is_not_lost(program):
 )
 def test_independent_workers_get_gpus_in_turn(visible, own, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setenv("TF_CONFIG", "{}")
+    # A task of SLURM, or a pod, may have started the launcher.
+    variables = "TF_CONFIG", "SLURM_STEP_NUM_TASKS", "TFBIG_JOB", "TFBIG_SERVICE", "TFBIG_WORKERS"
+    for name in variables:
+        monkeypatch.setenv(name, "2")
     environments = [_environment.of_independent(i, None) for i in range(3)]
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == own
     assert [e["TFBIG_WORKER"] for e in environments] == ["0", "1", "2"]
-    assert not any("TF_CONFIG" in e for e in environments)
+    assert not any(name in e for e in environments for name in variables)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 __all__ = ("devices_of", "free_ports", "of_independent", "of_job", "visible_devices")
 
+# By these, `get_strategy` would find the job that the launcher itself is part of.
+_OF_JOBS = ("TF_CONFIG", "SLURM_STEP_NUM_TASKS", "TFBIG_JOB", "TFBIG_SERVICE", "TFBIG_WORKERS")
+
 
 def free_ports(count: int) -> list[int]:
     """Returns distinct ports that are free now."""
@@ -38,7 +41,8 @@ def of_job(index: int, addresses: Sequence[str], devices: list[str] | None) -> d
 def of_independent(index: int, devices: list[str] | None) -> dict[str, str]:
     """Returns the environment of a worker that is independent of the others."""
     environment = _environment(devices if devices is not None else _device_in_turn(index))
-    environment.pop("TF_CONFIG", None)
+    for name in _OF_JOBS:
+        environment.pop(name, None)
     # Workers may share a GPU, and by default TensorFlow allocates all of its memory.
     environment.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     return environment | {"TFBIG_WORKER": str(index)}
