@@ -12,7 +12,7 @@ from tfbig import _keras, _types
 from tfbig._update import accumulators
 from tfbig._update.gathered_weights import GatheredWeights, is_divided
 from tfbig._update.micro_batch_loss import MicroBatchLoss
-from tfbig._update.micro_batch_step import MicroBatchStep, Totals
+from tfbig._update.micro_batch_step import MicroBatchStep, Totals, zero_unless
 
 __all__ = ("GatheredStep",)
 
@@ -91,14 +91,21 @@ class GatheredStep(MicroBatchStep):
         self._gathered = GatheredWeights(pieces, self.with_rows, self.trace.narrow_dtypes)
         with _keras.thread.holding("gathering", self._gathered):
             result, loss, gradients, state = super()._differentiate(micro_batch, samples, state)
-        # What does not count may not even be a number.
         result = dataclasses.replace(
             result, values=keras.tree.map_structure(self._if_it_counts, result.values)
         )
         return result, self._if_it_counts(loss), gradients, state
 
     def _if_it_counts(self, value: _types.Tensor) -> _types.Tensor:
-        return tf.where(self._counts, value, tf.zeros_like(value))
+        return zero_unless(self._counts, value)
+
+    def _zero_unless(
+        self, counts: _types.Tensor, gradients: list[_types.Gradient | None]
+    ) -> list[_types.Gradient | None]:
+        own = super()._zero_unless(counts, gradients)
+        # What is scattered is of the micro-batches of all replicas.
+        pairs = zip(self.is_scattered, gradients, own, strict=True)
+        return [whole if is_scattered else mine for is_scattered, whole, mine in pairs]
 
     def _watch(self, tape: tf.GradientTape) -> None:
         self._gathered.watch = tape.watch

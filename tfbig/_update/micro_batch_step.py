@@ -12,11 +12,16 @@ from tfbig._update import accumulators, denominators, noise_scale, table_rows
 from tfbig._update.loss_trace import LossTrace
 from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 
-__all__ = ("MicroBatchStep", "Totals")
+__all__ = ("MicroBatchStep", "Totals", "zero_unless")
 
 # What the loop over micro-batches carries: a dictionary, which `tf.while_loop` takes.
 # Any: tensors, in structures that differ from name to name.
 Totals: TypeAlias = dict[str, Any]
+
+
+def zero_unless(counts: _types.Tensor, value: _types.Tensor) -> _types.Tensor:
+    """A value, or zeros of its shape: what does not count may not even be a number."""
+    return tf.where(counts, value, tf.zeros_like(value))
 
 
 class MicroBatchStep:
@@ -101,6 +106,14 @@ class MicroBatchStep:
         samples = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
         result, loss, gradients, state = self._differentiate(micro_batch, samples, totals["state"])
         weight = self._weight(result, samples)
+        values = result.values
+        if self.trace.has_weight:
+            # A mean over nothing, such as the tokens of empty samples, is no number.
+            counts = tf.not_equal(weight, 0)
+            loss, values = keras.tree.map_structure(
+                lambda value: zero_unless(counts, value), (loss, values)
+            )
+            gradients = self._zero_unless(counts, gradients)
         moments = totals["noise_moments"]
         if self.measures_noise:
             moments += noise_scale.moments(
@@ -112,13 +125,25 @@ class MicroBatchStep:
             "values": keras.tree.map_structure(
                 lambda total, value: total + weight * tf.cast(value, self.dtype),
                 totals["values"],
-                result.values,
+                values,
             ),
             "weight": totals["weight"] + weight,
             "state": state,
             "logs": keras.tree.map_structure(tf.convert_to_tensor, result.logs),
             "noise_moments": moments,
         }
+
+    def _zero_unless(
+        self, counts: _types.Tensor, gradients: list[_types.Gradient | None]
+    ) -> list[_types.Gradient | None]:
+        """The gradients of a micro-batch, or zeros if it does not count."""
+        found = []
+        for variable, gradient in zip(self.variables, gradients, strict=True):
+            with _keras.stages.beside(variable):
+                found.append(
+                    accumulators.map_values(lambda value: zero_unless(counts, value), gradient)
+                )
+        return found
 
     def _add(
         self, totals: Totals, gradients: list[_types.Gradient | None], weight: _types.Tensor
