@@ -19,6 +19,11 @@ def places(x):
     return tf.cast(tf.argmax(x, 2), tf.int32)
 
 
+def positions(x):
+    """A mask that is the same for all samples."""
+    return tf.broadcast_to([1.0, 1.0, 0.0], tf.shape(x)[:2])
+
+
 # Joined along an axis, in the order of the batch.
 JOINED = {
     "entry by entry": lambda x: tf.exp(x) * 2 + tf.where(x > 0, x, -x),
@@ -77,6 +82,7 @@ JOINED = {
 # The same for every batch.
 SAME = {
     "positions": lambda x: tf.range(x.shape[1]),
+    "mean of ones": lambda x: tf.reduce_mean(tf.ones_like(x)) + tf.reduce_mean(positions(x)),
     "rank": lambda x: tf.rank(x) + 1,
     "size of another axis": lambda x: tf.shape(x)[1],
     "mask": lambda x: tf.linalg.band_part(tf.ones((3, 3)), -1, 0),
@@ -87,6 +93,8 @@ SIZES = {
     "shape": tf.shape,
     "number of samples": lambda x: tf.shape(x)[0],
     "number of entries": tf.size,
+    "sum of ones": lambda x: tf.reduce_sum(tf.ones_like(x)),
+    "sums of positions": lambda x: tf.reduce_sum(positions(x), 0),
     "multiple": lambda x: tf.shape(x)[0] * 4,
     "product": lambda x: tf.reduce_prod(tf.shape(x)),
     "packed": lambda x: tf.stack([tf.shape(x)[0], 7]),
@@ -133,6 +141,10 @@ MEANS = {
     "mean over samples": lambda x: tf.reduce_mean(x, 0),
     "sum over their number": lambda x: tf.reduce_sum(x * x) / samples(x),
     "sum over their number, twice": lambda x: tf.reduce_sum(x) / (2 * samples(x)),
+    "weighted mean": lambda x: tf.reduce_sum(x * tf.ones_like(x)) / tf.reduce_sum(tf.ones_like(x)),
+    "mean of some positions": lambda x: (
+        tf.reduce_sum(x[..., 0] * positions(x)) / tf.reduce_sum(positions(x))
+    ),
     "scaled": lambda x: 1 - tf.reduce_mean(tf.exp(x)) * 3 / 2,
     "sum of means": lambda x: tf.reduce_sum([tf.reduce_mean(x), -tf.reduce_mean(x**2), 0.5]),
     "sum of means of entries": lambda x: tf.reduce_sum(tf.reduce_mean(x, 0)[1:]),
@@ -158,6 +170,7 @@ COUPLED = {
     "square root of a mean": lambda x: tf.sqrt(tf.reduce_mean(x**2)),
     "quotient of sums": lambda x: tf.reduce_sum(x**2) / tf.reduce_sum(tf.cast(x > 0, x.dtype)),
     "sum and mean": lambda x: tf.reduce_sum(x) + tf.reduce_mean(x),
+    "mean, divided by their number": lambda x: tf.reduce_mean(x) / samples(x),
     "variance": lambda x: tf.reduce_mean(tf.math.reduce_variance(x, 0)),
     "normalized": lambda x: tf.reduce_mean(tf.nn.relu(x - tf.reduce_mean(x, 0))),
     "normalized by moments": lambda x: tf.reduce_mean(
@@ -186,6 +199,7 @@ UNKNOWN = {
     "sum of what a mean was added to": lambda x: tf.reduce_sum(x - tf.reduce_mean(x)),
     "number of the positive": lambda x: tf.reduce_sum(tf.cast(x > 0, tf.int32)) + 1,
     "integer part": lambda x: tf.cast(tf.reduce_mean(x), tf.int32),
+    "mean that is repeated for each": lambda x: tf.reduce_mean(x) * tf.ones_like(x[:, 0, 0]),
     "zeros": lambda x: tf.raw_ops.ZerosLike(x=tf.reduce_mean(x, 0) ** 2),
     "bounds": lambda x: x[:, : tf.cast(tf.reduce_mean(x) ** 2, tf.int32)],
     "diagonal of all pairs": lambda x: tf.linalg.diag_part(
@@ -284,3 +298,17 @@ def test_random_numbers_for_each_sample_are_joined_if_asked_for():
         return x * tf.random.uniform([])
 
     assert type(found(same_for_all, are_draws_joined=True)[1]) is Mixed
+
+
+def test_one_of_several_results_may_be_known():
+    @tf.function(autograph=False)
+    def function(x):
+        return tf.unstack(x, axis=1)
+
+    concrete = function.get_concrete_function(SPEC)
+    (unstacked,) = [op for op in concrete.graph.get_operations() if op.type == "Unpack"]
+    first, second, _ = unstacked.outputs
+    known = {first.name: CONSTANT}
+    dependences = Dependences(concrete.inputs[0], captured=lambda tensor: True, known=known)
+    assert dependences.of(first) is CONSTANT
+    assert dependences.of(second) == Samples()

@@ -238,6 +238,32 @@ def contrast(y, y_pred):
     return keras.losses.sparse_categorical_crossentropy(own, pairs, from_logits=True)
 
 
+def sum_over_samples(y, y_pred):
+    squares = keras.losses.MeanSquaredError("sum")(y, y_pred)
+    return squares / ops.cast(ops.shape(y_pred)[0], y_pred.dtype)
+
+
+class Scalar(keras.losses.Loss):
+    """Returns a mean, of which there is one for each micro-batch."""
+
+    def __init__(self, reduction):
+        super().__init__(reduction=reduction)
+
+    def call(self, y, y_pred):
+        return ops.mean(ops.square(y - y_pred))
+
+
+def either(y, y_pred):
+    """What is computed in a conditional is in graphs of its own."""
+    losses = [keras.losses.MeanSquaredError(), keras.losses.MeanAbsoluteError()]
+    return tf.cond(tf.reduce_mean(y) > 0, *(lambda loss=loss: loss(y, y_pred) for loss in losses))
+
+
+def unweighted(y, y_pred):
+    weights = tf.ones_like(y_pred)
+    return ops.sum(weights * ops.square(y - y_pred)) / ops.sum(weights)
+
+
 def mean_of_sums(y, y_pred):
     return ops.sum(ops.square(y - y_pred)) / ops.cast(ops.shape(y_pred)[0], y_pred.dtype)
 
@@ -254,6 +280,8 @@ def mean_of_sums(y, y_pred):
         (None, over_positives, "RealDiv"),
         (None, contrast, "MatMul"),
         (None, lambda y, y_pred: ops.sum(ops.square(y - y_pred)), "Sum"),
+        (None, sum_over_samples, "RealDiv"),
+        (None, Scalar("sum"), "Mean"),
     ],
 )
 def test_loss_that_is_no_mean_over_the_samples_is_warned_of(added, loss, operation, strategy):
@@ -273,6 +301,9 @@ def test_loss_that_is_no_mean_over_the_samples_is_warned_of(added, loss, operati
         (lambda x: ops.mean(ops.square(x)), "mse"),
         (lambda x: ops.sum(ops.square(x), (1, 2, 3)), keras.losses.MeanSquaredError("sum")),
         (None, mean_of_sums),
+        (None, unweighted),
+        (None, either),
+        (None, Scalar("sum_over_batch_size")),
         (None, lambda y, y_pred: ops.mean(ops.square(y - y_pred), 0)),
         (None, keras.losses.Dice(axis=(1, 2, 3))),
     ],
@@ -313,6 +344,14 @@ def test_a_loss_that_was_made_outside_of_the_graph_is_not_followed(made):
 
     added = trained(lambda: Adding(lambda x: made)) - trained()
     np.testing.assert_allclose(added, tf.reduce_sum(made), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_loss_of_numpy_for_an_output_without_one_is_not_followed():
+    x = keras.Input((4, 4, 2))
+    model = tfbig.Model(x, [layers.Conv2D(1, 1)(x), layers.Conv2D(1, 1)(x)], **SPLIT)
+    model.compile("sgd", ["mse", lambda y, y_pred: np.zeros(1, "float32")])
+    assert warnings_of(lambda: model.fit(X, [Y, Y], batch_size=6, verbose=0)) == []
 
 
 def test_loss_whose_denominator_is_known_is_not_warned_of():

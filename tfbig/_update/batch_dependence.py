@@ -78,7 +78,9 @@ class Dependences:
                 self._known[leaf.indices.name] = SPARSE_INDICES
                 self._known[leaf.values.name] = Samples()
                 rank = leaf.dense_shape.shape[0]
-                self._known[leaf.dense_shape.name] = Sizes((True,) + (False,) * (rank - 1))
+                self._known[leaf.dense_shape.name] = (
+                    Mixed("Placeholder") if rank is None else Sizes((True,) + (False,) * (rank - 1))
+                )
             elif isinstance(leaf, tf.RaggedTensor):
                 self._known[leaf.flat_values.name] = Samples()
             elif leaf is not None:
@@ -91,7 +93,7 @@ class Dependences:
         while stack:
             op = stack[-1]
             unknown = [t.op for t in op.inputs if t.name not in self._known]
-            if op.outputs[0].name in self._known or op.type == "Placeholder" or not unknown:
+            if not unknown or all(t.name in self._known for t in op.outputs):
                 stack.pop()
                 self._derive(op)
             else:

@@ -39,10 +39,12 @@ class Samples:
         axis: the axis.
         order: what put the samples into another order than that of the batch, in which
             they meet only others of that order; None if they stand in that of the batch.
+        is_same: whether all samples have the same value, as a mask of positions.
     """
 
     axis: int = 0
     order: str | None = None
+    is_same: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

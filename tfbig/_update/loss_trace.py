@@ -212,10 +212,16 @@ class LossTracer:
     def _coupled_by(self, probe: _Probe) -> frozenset[str]:
         if self.is_whole or tf.executing_eagerly() or not self.variables:
             return frozenset()
-        # What was made outside of the graph is the same for all batches.
-        reductions = [r for r in probe.reductions if not any(map(_is_eager, r[1:]))]
+        graph = getattr(probe.result.loss, "graph", None)
+        if graph is None:
+            return frozenset()
+        # What was made outside of the graph is the same for all batches; of what is made in a
+        # conditional, nothing is known.
+        reductions = [
+            r for r in probe.reductions if all(getattr(t, "graph", None) is graph for t in r[1:])
+        ]
         losses = [(kind == "sum", values) for kind, values, _ in reductions]
-        if probe.result.weight is None and not _is_eager(probe.result.loss):
+        if probe.result.weight is None:
             losses.append((False, probe.result.loss))
         dependences = self._dependences(
             probe,
@@ -228,7 +234,7 @@ class LossTracer:
             d.operation
             for is_summed, d in found
             if isinstance(d, batch_dependence.Coupled)
-            or (isinstance(d, batch_dependence.Total) and not d.is_mean and not is_summed)
+            or (isinstance(d, batch_dependence.Total) and d.is_mean == is_summed)
         )
 
     def _dependences(self, probe: _Probe, **options: Any) -> batch_dependence.Dependences:

@@ -1,5 +1,6 @@
 """Rules by type of operation, and what they ask of tensors."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -111,18 +112,18 @@ def broadcast(
 ) -> Dependence | None:
     """Joined along the axis in which all that depend on the batch meet."""
     rank = rank_of(output)
-    samples: set[Samples] = set()
+    samples: list[Samples] = []
     if rank is None:
         return inputs[0] if len(inputs) == 1 else None
     for tensor, dependence in zip(tensors, inputs, strict=True):
         if isinstance(dependence, Samples) and rank_of(tensor) is not None:
             axis = dependence.axis + rank - len(tensor.shape)
-            samples.add(Samples(axis, dependence.order))
+            samples.append(dataclasses.replace(dependence, axis=axis))
         elif dependence is not CONSTANT:
             return None
-    if len(samples) != 1:
+    if len(set(samples)) != 1:
         return None
-    (result,) = samples
+    result = dataclasses.replace(samples[0], is_same=all(s.is_same for s in samples))
     for tensor, dependence in zip(tensors, inputs, strict=True):
         if dependence is CONSTANT and not is_of_size_one(tensor, result.axis - rank):
             return None
@@ -139,4 +140,5 @@ def without_axes(samples: Dependence, axes: Sequence[int]) -> Dependence | None:
     """What is left when axes other than that of the samples are taken out."""
     if not isinstance(samples, Samples) or samples.axis in axes:
         return None
-    return Samples(samples.axis - sum(a < samples.axis for a in axes), samples.order)
+    axis = samples.axis - sum(a < samples.axis for a in axes)
+    return dataclasses.replace(samples, axis=axis)

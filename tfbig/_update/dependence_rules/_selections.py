@@ -1,5 +1,6 @@
 """Operations that take out entries: slices, padding and look-ups."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,11 @@ def _strided_slice(op: Any, inputs: list[Dependence]) -> Dependence | None:
             new += 1
             continue
         if old == inputs[0].axis:
-            return Samples(new, inputs[0].order) if part == slice(None) else None
+            is_whole = part == slice(None)
+            return dataclasses.replace(inputs[0], axis=new) if is_whole else None
         old += 1
         new += not isinstance(part, int)
-    return Samples(new + inputs[0].axis - old, inputs[0].order)
+    return dataclasses.replace(inputs[0], axis=new + inputs[0].axis - old)
 
 
 def _slices(op: Any) -> tuple[Any, ...] | None:

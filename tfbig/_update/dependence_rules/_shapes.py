@@ -1,5 +1,6 @@
 """Operations that tell shapes, lay entries out anew, repeat them or put them together."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -83,7 +84,7 @@ def _fill(op: Any, inputs: list[Dependence]) -> Dependence | None:
     grows = growing_sizes(inputs[0], op.inputs[0])
     if inputs[1] is not CONSTANT or grows is None or np.sum(grows) != 1:
         return None
-    return Samples(int(np.argmax(grows)))
+    return Samples(int(np.argmax(grows)), is_same=True)
 
 
 def of_draws(op: Any, shape: Dependence) -> Dependence:
@@ -115,7 +116,7 @@ def _repeated(op: Any, inputs: list[Dependence]) -> Dependence | None:
     # A constant stands once for each sample; several of its entries, in turn.
     if op.type == "BroadcastTo" and not is_of_size_one(tensor, axis - len(grows)):
         return None
-    return Samples(axis)
+    return Samples(axis, is_same=op.type == "BroadcastTo")
 
 
 @RULES.of("Reshape")
@@ -173,7 +174,7 @@ def _expand_dims(op: Any, inputs: list[Dependence]) -> Dependence | None:
         return as_sizes(np.expand_dims(np.asarray(inputs[0].grows), new))
     if not isinstance(inputs[0], Samples):
         return None
-    return Samples(inputs[0].axis + (new <= inputs[0].axis), inputs[0].order)
+    return dataclasses.replace(inputs[0], axis=inputs[0].axis + (new <= inputs[0].axis))
 
 
 @RULES.of("Squeeze")

@@ -98,9 +98,10 @@ def _per_sample(op: Any, inputs: list[Dependence]) -> Dependence:
     """A sum, divided by the number of samples."""
     total, size = inputs
     is_number = isinstance(size, Sizes) and bool(np.all(size.grows))
-    if isinstance(total, Total) and not total.is_mean and is_number:
-        return Total(op.type, is_mean=True)
-    return Mixed(op.type)
+    if not isinstance(total, Total) or not is_number:
+        return Mixed(op.type)
+    # A mean that is divided by the number of samples once more is not one.
+    return Coupled(op.type) if total.is_mean else Total(op.type, is_mean=True)
 
 
 def _sum(op: Any, inputs: list[Dependence]) -> Dependence:
@@ -119,4 +120,7 @@ def _product(op: Any, inputs: list[Dependence]) -> Dependence:
         return inputs[0]
     if inputs[0] is CONSTANT and isinstance(inputs[1], Mixed) and op.type == "Mul":
         return inputs[1]
+    if any(isinstance(d, Samples) and d.is_same for d in inputs):
+        # Such as a mean that is repeated for each sample.
+        return Mixed(op.type)
     return Coupled(op.type)

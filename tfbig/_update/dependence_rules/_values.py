@@ -1,5 +1,6 @@
 """Operations that compute: entry by entry, row by row, or along axes."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from tfbig._update.dependence import (
     SPARSE_INDICES,
     Coupled,
     Dependence,
+    Mixed,
     Samples,
     Sizes,
     Total,
@@ -60,7 +62,10 @@ def _elementwise(op: Any, inputs: list[Dependence]) -> Dependence | None:
         return inputs[0] if op.type in ("Cast", "Identity", "EnsureShape") else None
     if _pairs_samples(op, inputs):
         return Coupled(op.type)
-    return broadcast(op.outputs[0], op.inputs, inputs)
+    result = broadcast(op.outputs[0], op.inputs, inputs)
+    if op.type in ("OnesLike", "ZerosLike") and isinstance(result, Samples):
+        return dataclasses.replace(result, is_same=True)
+    return result
 
 
 def _pairs_samples(op: Any, inputs: list[Dependence]) -> bool:
@@ -130,9 +135,19 @@ def _reduce(op: Any, inputs: list[Dependence]) -> Dependence | None:
         return as_sizes(grown == 1) if is_product else None
     axes = [axis_of(a, rank) for a in axes]
     if isinstance(inputs[0], Samples) and inputs[0].axis in axes and op.type in ("Mean", "Sum"):
-        return Total(op.type, is_mean=op.type == "Mean")
+        return _over_samples(op, inputs[0])
     left = without_axes(inputs[0], axes)
     return inputs[0] if left is not None and op.get_attr("keep_dims") else left
+
+
+def _over_samples(op: Any, samples: Samples) -> Dependence:
+    if not samples.is_same:
+        return Total(op.type, is_mean=op.type == "Mean")
+    if op.type == "Mean":
+        return CONSTANT
+    # As many times the same as there are samples.
+    shape = op.outputs[0].shape
+    return as_sizes(np.ones(shape, bool)) if shape.is_fully_defined() else Mixed(op.type)
 
 
 @RULES.of("ArgMax", "ArgMin")
