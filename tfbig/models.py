@@ -258,7 +258,7 @@ def _extended_model(model: keras.Model, options: dict[str, Any]) -> train_step.T
         optimizer = optimizer.inner_optimizer
     extended: train_step.TrainStep = _keras.saving.with_class(model, cls)
     step_options.set_options(extended, options)
-    if options.get("pipeline") is not None or options.get("shard") == "weights":
+    if options.get("pipeline") is not None or options.get("shard") is not None:
         # What was traced before the variables moved.
         model.train_function = model.test_function = model.predict_function = None
     _keras.compiling.recompile(extended, optimizer)

@@ -630,6 +630,30 @@ class Counter(keras.layers.Layer):
         return x
 
 
+class Started(keras.layers.Layer):
+    """Remembers that it was trained, as one that is initialized by the first batch."""
+
+    def build(self, shape):
+        self.flags = self.add_weight(
+            shape=(2,), dtype="bool", initializer="zeros", trainable=False, name="flags"
+        )
+
+    def call(self, x, training=False):
+        if training:
+            self.flags.assign([True, False])
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:The forward pass changes variables")
+@pytest.mark.parametrize("name", ["default", "mirrored_2"])
+def test_flags_are_kept(name):
+    with make_strategy(name).scope():
+        model = tfbig.Sequential([keras.Input((4,)), Started(), keras.layers.Dense(1)], **K3)
+        model.compile("sgd", "mse")
+    model.fit(X[:6], X[:6, :1], batch_size=6, verbose=0)
+    np.testing.assert_array_equal(model.layers[0].flags, [True, False])
+
+
 @pytest.mark.filterwarnings("ignore:The forward pass changes variables")
 @in_turn(
     {
@@ -881,6 +905,18 @@ def test_predict_keeps_order(twins, compile_args):
         assert_same_values(got, plain(X[:samples]).numpy())
     dataset = slices(X[:19]).filter(lambda x: True).batch(4)
     assert_same_values(model.predict(dataset, verbose=0), plain(X[:19]).numpy())
+
+
+@pytest.mark.parametrize("name", ["default", "mirrored_2"])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_prediction_of_a_batch_of_two_inputs(name, kind):
+    with make_strategy(name).scope():
+        x = [keras.Input((4,)), keras.Input((4,))]
+        model = tfbig.Model(x, keras.layers.Dense(3)(keras.layers.Concatenate()(x)))
+    batch = kind([X[:5], X[1:6]])
+    found = model.predict_on_batch(batch)
+    np.testing.assert_allclose(found, model.predict(batch, verbose=0), rtol=0, atol=1e-6)
+    assert found.shape == (5, 3)
 
 
 @in_turn({"options": {"k3": K3, "k1": K1, "by2": BY_2}, "name": TWINS})

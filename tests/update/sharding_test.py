@@ -17,6 +17,7 @@ from keras import layers
 import tfbig
 from tests.combinations import in_turn
 from tests.conftest import make_strategy
+from tfbig import errors
 from tfbig._keras.sharded_variable import ShardedVariable, ShardedWeight
 from tfbig._update import sharded_state
 from tfbig.distribute import _sharded_weights
@@ -904,3 +905,16 @@ def test_no_replica_reads_what_another_has_not_written(optimizer, runs, updates,
     for _ in range(runs - 1):
         for a, b in zip(train(), expected, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_model_that_was_extended_does_not_train_with_what_it_traced_before():
+    x = np.ones((8, 3))
+    with make_strategy("mirrored_2").scope():
+        original = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+        original.compile("adam", "mse")
+    original.fit(x, x[:, :1], batch_size=8, verbose=0)
+    extended = tfbig.extend(original, shard="optimizer")
+    extended.fit(x, x[:, :1], batch_size=8, verbose=0)
+    with pytest.raises(errors.UnsupportedModelError, match="Train the model that has `shard`"):
+        original.fit(x, x[:, :1], batch_size=8, verbose=0)
+    assert np.all(np.isfinite(extended.get_weights()[0]))

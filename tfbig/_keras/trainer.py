@@ -257,6 +257,8 @@ class TrainerOverrides(CompileHooks):
     def predict_on_batch(self, x: _types.Structure) -> _types.Structure:
         if self.distribute_strategy.num_replicas_in_sync == 1:
             return super().predict_on_batch(x)
+        # In a dataset, a list would be one tensor.
+        x = keras.tree.lists_to_tuples(x)
         return self.predict(tf.data.Dataset.from_tensors((x,)), verbose=0)
 
     def make_predict_function(self, force: bool = False) -> None:

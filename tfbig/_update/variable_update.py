@@ -17,8 +17,8 @@ class VariableUpdate:
     """What the micro-batches of a replica made of one non-trainable variable.
 
     Moving statistics (floating-point state) become the mean over the replicas that had samples.
-    Counters and seeds (integers) advance as on replica 0. A metric's sum is divided by the
-    replicas, so that every replica knows all of it.
+    Counters and seeds (integers) advance as on replica 0, whose flags (bool) all take over. A
+    metric's sum is divided by the replicas, so that every replica knows all of it.
 
     Attributes:
         variable: the variable.
@@ -51,6 +51,8 @@ class VariableUpdate:
             return tf.cast(self.after, dtype)
         if self._is_float:
             return has_samples * tf.cast(self.after, dtype)
+        if self._is_flag:
+            return is_first * tf.cast(self.after, dtype)
         # The advance is small; the value (a seed) may not fit into a float.
         return is_first * tf.cast(self.after - self.before, dtype)
 
@@ -68,9 +70,15 @@ class VariableUpdate:
             after = tf.cast(total / replicas, self.after.dtype)
         elif self._is_float:
             after = tf.cast(total / active_replicas, self.after.dtype)
+        elif self._is_flag:
+            after = total > 0
         else:
             after = self.before + tf.cast(total, self.before.dtype)
         return dataclasses.replace(self, after=after)
+
+    @property
+    def _is_flag(self) -> bool:
+        return bool(self.variable.dtype == "bool")
 
     @property
     def _is_float(self) -> bool:
