@@ -331,6 +331,12 @@ def test_own_step_is_warned_of_a_loss_that_is_no_mean_over_the_samples():
     assert "Received: Sqrt, which" in message
     assert warnings_of(update(lambda x: tf.reduce_mean(tf.sqrt(x * w)))) == []
 
+    normalization = layers.BatchNormalization()
+    normalization.build((None, 3))
+    messages = warnings_of(update(lambda x: tf.reduce_mean(normalization(x * w, training=True))))
+    assert all("as batch normalization does" in message for message in messages)
+    assert messages
+
 
 @pytest.mark.parametrize("made", [tf.constant(1.0), tf.constant([1.0, 2.0, 3.0])])
 def test_a_loss_that_was_made_outside_of_the_graph_is_not_followed(made):

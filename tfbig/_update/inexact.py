@@ -123,10 +123,10 @@ def _coupled_loss(operations: Iterable[str]) -> str:
         "The loss is not a mean over the samples, so the loss of micro-batches, or of the samples "
         "of one replica, differs from that of the whole batch. Received: "
         f"{', '.join(sorted(operations))}, which adds samples up, computes with sums or means over "
-        "them, or compares them. Instead of a sum, return a mean; or one value for each sample, "
-        "from a loss with reduction='sum' or to `add_loss`. If the loss divides by a number that "
-        "the data alone determines, such as that of valid tokens, return this number from "
-        "`loss_denominator`. Otherwise, use larger micro-batches."
+        "them, as batch normalization does, or compares them. Instead of a sum, return a mean; or "
+        "one value for each sample, from a loss with reduction='sum' or to `add_loss`. If the loss "
+        "divides by a number that the data alone determines, such as that of valid tokens, return "
+        "this number from `loss_denominator`. Otherwise, use larger micro-batches."
     )
 
 
