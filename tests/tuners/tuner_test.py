@@ -231,6 +231,38 @@ def test_the_weights_of_the_best_epoch_are_kept_and_not_those_of_the_last(option
     assert model.evaluate(X, Y, verbose=0) == pytest.approx(trial.score, rel=1e-5)
 
 
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_the_best_epoch_is_one_of_those_that_were_validated(epochs, options):
+    rates = keras.callbacks.LearningRateScheduler(lambda epoch, _: (0.01, 0.05, 0.02, 2.0)[epoch])
+    tuner = tuners.RandomSearch(build, **options | {"max_trials": 2})
+    tuner.search(**DATA, epochs=epochs, validation_freq=2, callbacks=[rates])
+    assert {t.status for t in tuner.oracle.trials.values()} == {"COMPLETED"}
+    (trial,) = tuner.oracle.get_best_trials()
+    frozen = tuner.oracle.study.best_trial
+    assert trial.best_step == 1
+    assert list(frozen.intermediate_values) == [2, 4][: epochs // 2]
+    assert trial.score == frozen.intermediate_values[2]
+
+
+def test_a_search_whose_trials_are_never_validated_ends(options):
+    tuner = tuners.RandomSearch(build, **options | {"max_trials": 2})
+    with pytest.raises(errors.SearchError, match=r"report the objective 'val_loss'.*with loss"):
+        tuner.search(**DATA, epochs=3, validation_freq=4)
+
+
+def test_without_callbacks_it_is_not_known_which_epochs_were_validated(options):
+    class Model(tuners.HyperModel):
+        def build(self, hp):
+            return build(hp)
+
+        def fit(self, hp, model, *args, callbacks, **kwargs):
+            return model.fit(*args, **kwargs)
+
+    tuner = tuners.RandomSearch(Model(), **options | {"max_trials": 2})
+    with pytest.raises(errors.SearchError, match=r"objective val_loss.*Pass `callbacks` on"):
+        tuner.search(**DATA, epochs=4, validation_freq=2)
+
+
 # --- Metrics of several numbers ---------------------------------------------------
 
 

@@ -333,8 +333,15 @@ class BaseTuner(
         epochs = self.oracle.epochs_of(trial.trial_id) if self.oracle.goes_on else None
         if epochs is not None and not isinstance(parts[0], keras.callbacks.History):
             step = epochs - 1
-        if metrics:  # Empty if a resumed trial had already been trained to the end.
+        if metrics:
             self.oracle.update_trial(trial.trial_id, metrics, step=step)
+        elif self._workers.is_chief and self.oracle.best_reported(trial.trial_id) is None:
+            # A resumed trial may have reported it before, which the chief alone knows.
+            raise errors.SearchError(
+                f"A trial must report the objective {self.oracle.objective_names}. Received: no "
+                "epoch with it. Pass `callbacks` on to `fit`, and validate at least once: choose "
+                "`validation_freq` accordingly."
+            )
 
     def on_trial_end(self, trial: _tuner_types.Trial) -> None:
         """Tells the study, and removes weights that are no longer among the best."""

@@ -86,6 +86,7 @@ class ReportObjective(TrialCallback):
         self._reports = reports
         self._is_pruned = self._is_lost = self._is_late = False
         self._epochs = 0
+        self._seen: set[str] = set()
 
     def on_train_batch_end(self, batch: int, logs: _types.Logs | None = None) -> None:
         # Several workers must stop together, at the end of an epoch.
@@ -96,6 +97,7 @@ class ReportObjective(TrialCallback):
         self._epochs += 1
         self._check_objective(logs or {})
         metrics = _trial_results.single_numbers(dict(logs or {}), self._wanted)
+        _trial_results.note_epoch(self.model, epoch, metrics)
         self._oracle.count_epoch(self._trial_id)
         if self._reports:
             self.decide(metrics, epoch + 1)
@@ -137,10 +139,11 @@ class ReportObjective(TrialCallback):
             self._is_pruned, self._is_lost, self._is_late = json.loads(answers[0])
 
     def _check_objective(self, logs: _types.Logs) -> None:
-        for objective in self._wanted:
+        self._seen.update(logs)
+        for objective in set(self._wanted) - self._seen:
             is_late = objective.startswith("val_") and not any(n.startswith("val_") for n in logs)
             is_last = self._epochs == self._last_epoch
-            if objective not in logs and not (is_late and not is_last):
+            if not is_late or is_last:
                 raise errors.SearchError(
                     f"The model must report the objective {objective!r}. Received: logs with "
                     f"{', '.join(sorted(logs))}. Compile the model with this metric, or choose "

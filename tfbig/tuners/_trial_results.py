@@ -1,7 +1,7 @@
 """What the training of one trial returns: a history, a dictionary of metrics, or a number."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
@@ -10,7 +10,10 @@ from keras_tuner.src.engine import tuner_utils
 from tfbig import errors
 from tfbig.tuners import _tuner_types
 
-__all__ = ("best_of", "check", "single_numbers")
+__all__ = ("best_of", "check", "note_epoch", "single_numbers")
+
+# The attribute of a history that has the metrics by epoch.
+_NOTED = "_tfbig_noted"
 
 
 def single_numbers(logs: _tuner_types.Metrics, wanted: Sequence[str]) -> _tuner_types.Metrics:
@@ -61,7 +64,10 @@ def check(results: _tuner_types.Results, objective: _tuner_types.Objective, func
 def best_of(
     results: _tuner_types.Results, objective: _tuner_types.Objective
 ) -> tuple[_tuner_types.Metrics, int]:
-    """Metrics at the best epoch, averaged over executions; and that epoch, from 0."""
+    """Metrics at the best epoch, averaged over executions; and that epoch, from 0.
+
+    There are no metrics if no epoch has the objective.
+    """
     if isinstance(results, list):
         parts = [best_of(r, objective) for r in results]
         names = set.intersection(*(set(metrics) for metrics, _ in parts))
@@ -74,24 +80,48 @@ def best_of(
     return _best_epoch(results, objective)
 
 
+def note_epoch(model: keras.Model, epoch: int, metrics: _tuner_types.Metrics) -> None:
+    """Notes in the history of a model what an epoch has logged, for `best_of`.
+
+    A history has a list for each metric. With `validation_freq`, some lists are shorter, and do
+    not say of which epochs their values are.
+
+    Args:
+        model: The model that is being trained.
+        epoch: From 0.
+        metrics: What Keras has logged.
+    """
+    history = getattr(model, "history", None)
+    if isinstance(history, keras.callbacks.History):
+        vars(history).setdefault(_NOTED, {})[epoch] = metrics
+
+
 def _best_epoch(
     history: keras.callbacks.History, objective: _tuner_types.Objective
 ) -> tuple[_tuner_types.Metrics, int]:
-    """Metrics of the best epoch; of the last one with several objectives."""
+    """Metrics of the best epoch; of the last one with several objectives; none if none has it."""
+    found = {step: logs for step, logs in _epochs(history) if objective.has_value(logs)}
+    if not found:
+        return {}, 0
+    best = max(found)
+    if not hasattr(objective, "objectives"):
+        values = {step: objective.get_value(logs) for step, logs in found.items()}
+        for step in sorted(found, reverse=True):
+            is_finite = math.isfinite(values[step])
+            if is_finite and not objective.better_than(values[best], values[step]):
+                best = step
+    return found[best], best
+
+
+def _epochs(history: keras.callbacks.History) -> Iterator[tuple[int, _tuner_types.Metrics]]:
+    """The epochs of a history, from 0, and the metrics of each."""
+    lists = history.history
     steps = getattr(history, "epoch", None)
     if steps is None:  # The user has filled the history.
-        steps = range(len(next(iter(history.history.values()), ())))
-    if not steps:
-        return {}, 0
-    epochs = [
-        single_numbers(dict(zip(history.history, values, strict=True)), ())
-        for values in zip(*history.history.values(), strict=True)
-    ]
-    best = len(epochs) - 1
-    if not hasattr(objective, "objectives"):
-        values = [objective.get_value(logs) for logs in epochs]
-        for epoch in reversed(range(len(epochs))):
-            is_finite = math.isfinite(values[epoch])
-            if is_finite and not objective.better_than(values[best], values[epoch]):
-                best = epoch
-    return epochs[best], steps[best]
+        steps = range(len(next(iter(lists.values()), ())))
+    noted = vars(history).get(_NOTED, {})
+    # The user may have added a list, or changed one.
+    full = {name: values for name, values in lists.items() if len(values) == len(steps)}
+    for position, step in enumerate(steps):
+        listed = {name: values[position] for name, values in full.items()}
+        yield step, single_numbers(noted.get(step, {}) | listed, ())
