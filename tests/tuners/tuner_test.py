@@ -242,6 +242,9 @@ def test_the_best_epoch_is_one_of_those_that_were_validated(epochs, options):
     assert trial.best_step == 1
     assert list(frozen.intermediate_values) == [2, 4][: epochs // 2]
     assert trial.score == frozen.intermediate_values[2]
+    # Those of epochs that were not validated might be worse, and did not replace them.
+    (model,) = tuner.get_best_models()
+    assert model.evaluate(X, Y, verbose=0) == pytest.approx(trial.score, rel=1e-5)
 
 
 def test_a_search_whose_trials_are_never_validated_ends(options):

@@ -211,6 +211,8 @@ class KeepBestWeights(TrialCallback):
             if math.isnan(value) or not self._is_better(value):
                 return
             self._best = value
+        elif is_single and self._best is not None:
+            return
         # If the process is killed, the old weights or the new ones remain.
         temporary = self._path.with_name(f"new-{os.getpid()}.{CHECKPOINT}")
         try:
