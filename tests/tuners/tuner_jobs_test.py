@@ -216,6 +216,40 @@ def test_a_trial_in_a_process_of_its_own_leaves_no_memory_behind(trials, tmp_pat
     assert message == "The process of the trial was ended by SIGKILL."
 
 
+# Its trials fail, or take longer than the search may.
+LIMITED = """
+    import sys, time
+    import tfbig.tuners
+
+    class Search(tfbig.tuners.RandomSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            trial.hyperparameters.Float("x", 0, 1)
+            print("trial", trial.trial_id, flush=True)
+            if sys.argv[2] == "fails":
+                raise RuntimeError("no luck")
+            time.sleep(4)
+            return 0.0
+
+    limits = {"max_consecutive_failed_trials": 2} if sys.argv[2] == "fails" else {"max_seconds": 4}
+    search = Search(max_trials=4, directory=sys.argv[1], isolate=True, **limits)
+    search.search(verbose=0)
+    print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["fails", "takes long"])
+def test_the_limits_of_a_search_hold_for_all_processes_of_its_trials(kind, tmp_path):
+    program = tmp_path / "search.py"
+    program.write_text(textwrap.dedent(LIMITED))
+    done = job.finish(job.start([sys.executable, program, tmp_path, kind]), 250)
+    lines = done.stdout.splitlines()
+    if kind == "fails":
+        assert lines == ["trial 0000", "trial 0001"]
+        assert "SearchError: 2 trials in a row failed" in done.stderr
+    else:
+        assert lines == ["trial 0000", "ended"], done.stderr
+
+
 # Hangs in its first run, deaf to SIGTERM if it is to be; there is no trial in the third.
 HANGING = """
     import pathlib, signal, sys, time
@@ -251,7 +285,7 @@ def test_a_process_that_hangs_in_its_trial_is_ended_and_the_next_one_runs(
 
     watch = _isolation.Watch(0.05, why_overdue)
     # It died without a trial: that has just ended by itself.
-    _isolation.run_trials("a search", lambda *death: deaths.append(death), watch)
+    _isolation.run_trials("a search", lambda: True, lambda *death: deaths.append(death), watch)
     assert runs.read_text() == "xxx"
     assert [death[1:] for death in deaths] == [("It hangs.", False)]
     assert codes == [-signal.SIGKILL if kind == "deaf" else -signal.SIGTERM]

@@ -530,6 +530,11 @@ def test_a_trial_of_several_workers_is_not_isolated(options, monkeypatch):
         tuners.RandomSearch(build, isolate=True, **options)
 
 
+def test_a_search_in_memory_is_not_isolated(options):
+    with pytest.raises(errors.InvalidOptionError, match=r"`isolate` .*storage='memory'"):
+        tuners.RandomSearch(build, isolate=True, storage="memory", **options)
+
+
 @pytest.mark.parametrize(("index", "removed"), [(0, 1), (1, 0)], ids=["chief", "other"])
 def test_of_several_workers_the_chief_alone_begins_anew(index, removed, options, monkeypatch):
     several = _workers.Workers(("worker 0", "worker 1"), index)

@@ -139,7 +139,7 @@ class BaseTuner(
         self._workers = _workers.Workers.of(strategy)
         self._isolate = bool(isolate)
         if self._isolate:
-            _isolation.check(self._workers)
+            _isolation.check(self._workers, oracle.storage)
         self._is_trial_process = _isolation.is_trial_process(oracle.name)
         if overwrite and self._workers.is_chief and not self._is_trial_process:
             oracle.begin_anew()
@@ -270,7 +270,9 @@ class BaseTuner(
             self.on_search_begin()
             if self._isolate and not self._is_trial_process:
                 watch = _isolation.Watch(self.oracle.watch_interval, self.oracle.why_overdue)
-                _isolation.run_trials(self.oracle.name, self.oracle.on_death, watch)
+                _isolation.run_trials(
+                    self.oracle.name, self.oracle.may_begin, self.oracle.on_death, watch
+                )
             else:
                 is_over = self._run_trials(*fit_args, **fit_kwargs)
         finally:

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from tfbig import errors
 from tfbig.distribute._workers import Workers
+from tfbig.tuners import _study
 
 __all__ = ("Watch", "check", "end_trial_process", "is_trial_process", "run_trials")
 
@@ -59,8 +60,18 @@ def _end(process: subprocess.Popen[bytes]) -> int:
         return process.wait()
 
 
-def check(workers: Workers) -> None:
-    """Raises if there is no program to run again, or only part of one."""
+def check(workers: Workers, storage: str | None) -> None:
+    """Raises if a trial process would not be part of the search.
+
+    Args:
+        workers: Those that train a trial together.
+        storage: That of the search.
+    """
+    if storage == _study.MEMORY:
+        raise errors.InvalidOptionError(
+            "`isolate` needs a storage that several processes share. Received: isolate=True, "
+            "storage='memory'. Leave out `storage`, or use a database URL."
+        )
     if workers.count > 1:
         raise errors.InvalidOptionError(
             "`isolate` needs a single worker: it cannot run the programs of other workers again. "
@@ -85,11 +96,18 @@ def end_trial_process(is_over: bool) -> NoReturn:
     os._exit(_NONE_LEFT if is_over else _ONE_MORE)
 
 
-def run_trials(search: str, on_death: Callable[[int, str, bool], bool], watch: Watch) -> None:
+def run_trials(
+    search: str,
+    may_begin: Callable[[], bool],
+    on_death: Callable[[int, str, bool], bool],
+    watch: Watch,
+) -> None:
     """Runs one process after the other until no trials are left.
 
     Args:
         search: The name of the search.
+        may_begin: Called before each process: whether another trial may begin. A trial process
+            knows neither when the search began nor which trials have failed since.
         on_death: Called with the id of a process that died, a message, and whether it may have
             lacked memory. Returns whether it died in the middle of a trial.
         watch: Ends processes whose trial does not stop by itself.
@@ -97,7 +115,7 @@ def run_trials(search: str, on_death: Callable[[int, str, bool], bool], watch: W
     Raises:
         SearchError: If a process died before its trial began.
     """
-    while True:
+    while may_begin():
         process = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]], env={**os.environ, _VARIABLE: search}
         )

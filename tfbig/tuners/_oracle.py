@@ -162,6 +162,11 @@ class StudyOracle(
         return f"{self._where}|{self._project_name}"
 
     @property
+    def storage(self) -> str | None:
+        """None for a file in the project's directory, "memory", or a database URL."""
+        return self._storage
+
+    @property
     def _where(self) -> str:
         return str(self._project_dir) if self._storage is None else _study.shown(self._storage)
 
@@ -353,12 +358,20 @@ class StudyOracle(
             with lost, search.trials.one_look():
                 return self._next_trial(search, tuner_id)
 
+    def may_begin(self) -> bool:
+        """Whether the limits of the search let another trial begin, in any process.
+
+        Raises:
+            SearchError: If too many trials in a row have failed.
+        """
+        self._search.trials.record_ended()
+        self._search.outcomes.check_failures(self.max_consecutive_failed_trials)
+        return not self._is_spent()
+
     def _next_trial(self, search: Search, tuner_id: str) -> _tuner_types.Trial:
         # Others may have found hyperparameters that this process has not.
         search.space.pull(self.hyperparameters)
-        search.trials.record_ended()
-        search.outcomes.check_failures(self.max_consecutive_failed_trials)
-        found = None if self._is_spent() else search.queue.next(self.max_trials)
+        found = search.queue.next(self.max_trials) if self.may_begin() else None
         if found is None:
             return self._no_trial()
         index, frozen = found
