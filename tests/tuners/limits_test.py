@@ -149,14 +149,20 @@ def test_a_process_must_be_ended_that_goes_on_long_after_the_timeout_of_its_tria
     assert frozen.user_attrs[_trials.WHY] == _trials.INFEASIBLE
 
 
+def let_pass(seconds, oracle, trial):
+    """Has a trial of this process begun earlier."""
+    running = oracle._search.running[trial.trial_id]
+    running.began -= seconds
+    running._started -= seconds
+
+
 def test_a_loop_of_ones_own_is_told_that_its_time_is_over(options):
     class Search(tuners.RandomSearch):
         def run_trial(self, trial, **kwargs):
             trial.hyperparameters.Float("x", 0, 1)
-            running = self.oracle._search.running[trial.trial_id]
             for step in range(1, 4):
                 if step == 2 and trial.trial_id == "0001":
-                    running.began -= 100
+                    let_pass(100, self.oracle, trial)
                 self.report(trial, step, 1.0 / step)
                 if self.should_prune(trial):
                     raise tuners.errors.TrialPruned
@@ -174,14 +180,32 @@ def test_the_time_before_a_pause_counts(make):
     oracle.begin_search(LIMITS(timeout_per_trial=100))
     for _ in range(3):
         trial = oracle.create_trial("a")
-        oracle._search.running[trial.trial_id].began -= 60
+        let_pass(60, oracle, trial)
         assert not oracle.is_late(trial.trial_id)
         end(oracle, trial, -float(trial.trial_id))
     promoted = oracle.create_trial("a")
     assert promoted.trial_id == "0002"
     assert not oracle.is_late("0002")
-    oracle._search.running["0002"].began -= 60
+    let_pass(60, oracle, promoted)
     assert oracle.is_late("0002")
+    assert oracle._search.outcomes.seconds_of_process(os.getpid(), oracle.goes_on) > 60
+
+
+def test_the_time_of_a_run_that_counts_for_nothing_does_not_count(make, monkeypatch):
+    oracle = make(2, line(), max_retries_per_trial=1, storage="memory", grace_period=1e-3)
+    oracle.begin_search(LIMITS(timeout_per_trial=100))
+    trial = oracle.create_trial("a")
+    let_pass(200, oracle, trial)
+    end(oracle, trial, status=INVALID, message="bad luck")
+    again = oracle.create_trial("a")
+    assert again.trial_id == trial.trial_id
+    let_pass(60, oracle, again)
+    assert not oracle.is_late(again.trial_id)
+    assert oracle.why_overdue(os.getpid()) is None
+    # Nor does it matter that the clock is set.
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1000)
+    assert not oracle.is_late(again.trial_id)
 
 
 # --- Memory -----------------------------------------------------------------------------------

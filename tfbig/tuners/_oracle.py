@@ -381,7 +381,7 @@ class StudyOracle(
         if self.goes_on:
             after = self._is_itself_after(index)
             _running.restore_metrics(trial, frozen, self.objective, after)
-        search.running.add(trial, frozen, index, tuner_id)
+        search.running.add(trial, frozen, index, tuner_id, self.goes_on)
         self._display.on_trial_begin(trial)
         return trial
 

@@ -186,11 +186,20 @@ class Outcomes:
             self._trials.end(row.index, TrialState.FAIL, attrs)
         return True
 
-    def seconds_of_process(self, pid: int) -> float | None:
-        """For how long the trial was run that a process of this machine runs; None if none."""
+    def seconds_of_process(self, pid: int, goes_on: bool) -> float | None:
+        """For how long the trial was run that a process of this machine runs; None if none.
+
+        Args:
+            pid: The id of the process.
+            goes_on: Whether a trial that is run again continues where it stopped, so that the time
+                before counts.
+        """
         row = self._of_process(pid)
         frozen = None if row is None else self._trials.read_again(row.index)
-        return None if row is None or frozen is None else _trials.seconds_of(frozen, row.owner)
+        if row is None or frozen is None:
+            return None
+        before = _trials.seconds_before(frozen) if goes_on else 0.0
+        return before + _trials.seconds_now(frozen, row.owner)
 
     def _of_process(self, pid: int) -> _ledger.TrialRow | None:
         rows = self._ledger.trials(state=_ledger.RUNNING)

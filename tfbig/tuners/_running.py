@@ -25,7 +25,7 @@ class RunningTrial:
         is_updated: Whether the user's `run_trial` has reported its metrics.
         run: The attribute of the study's trial that tells when which process ran it.
         began: When this process began to run it, in seconds since the epoch.
-        seconds_before: For how long it was run before.
+        seconds_before: For how long it was run before, if it continues where it stopped then.
         last_step: The last step that it had reported before; 0 if none.
         reported: Values of the objective by step, as this process reported them.
     """
@@ -45,6 +45,8 @@ class RunningTrial:
         self.tuner_id = tuner_id
         self.seconds_before = seconds_before
         self.run, self.began = run, time.time()
+        # The time of day may be set meanwhile.
+        self._started = time.monotonic()
         self.trial = trial
         self.storage_id = storage_id
         self.index = index
@@ -72,7 +74,7 @@ class RunningTrial:
     @property
     def seconds(self) -> float:
         """For how long the trial has been run, here and before."""
-        return self.seconds_before + time.time() - self.began
+        return self.seconds_before + time.monotonic() - self._started
 
     def is_lost_now(self) -> bool:
         """Whether another process has taken it, asked anew: this one may have been stopped."""
@@ -117,10 +119,24 @@ class RunningTrials:
         return {running.tuner_id: running.trial for running in self._by_id.values()}
 
     def add(
-        self, trial: _tuner_types.Trial, frozen: FrozenTrial, index: int, tuner_id: str
+        self,
+        trial: _tuner_types.Trial,
+        frozen: FrozenTrial,
+        index: int,
+        tuner_id: str,
+        goes_on: bool,
     ) -> None:
+        """Adds a trial that this process begins to run.
+
+        Args:
+            trial: The trial.
+            frozen: That of the study.
+            index: Its index in the ledger.
+            tuner_id: The id of the tuner that runs it.
+            goes_on: Whether it continues where it stopped, instead of from the start.
+        """
         run, is_noted = _trials.new_run(frozen, self._ledger.owner)
-        before = _trials.seconds_of(frozen)
+        before = _trials.seconds_before(frozen) if goes_on else 0.0
         last = max(frozen.intermediate_values, default=0)
         running = RunningTrial(
             trial, frozen._trial_id, self._ledger, index, tuner_id, run, before, last

@@ -113,7 +113,7 @@ class TrainingTrials:
         Returns:
             None if it has no trial, or one that may still stop by itself.
         """
-        seconds = self._search.outcomes.seconds_of_process(pid)
+        seconds = self._search.outcomes.seconds_of_process(pid, self.goes_on)
         if seconds is None or not self._budget.is_late(seconds - self._grace):
             return None
         return (

@@ -24,7 +24,7 @@ from tfbig.tuners import (
 )
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("Trials", "as_keras_tuner", "epochs_of", "new_run", "seconds_of")
+__all__ = ("Trials", "as_keras_tuner", "epochs_of", "new_run", "seconds_before", "seconds_now")
 
 # Attributes of the study's trials, under the names that running searches have stored.
 INDEX, VALUES, METRICS, MESSAGE, BEST_STEP, WHY, EPOCHS = (
@@ -68,21 +68,20 @@ def new_run(trial: FrozenTrial, owner: str) -> tuple[str, bool]:
     return f"{RUN}{count}", False
 
 
-def seconds_of(trial: FrozenTrial, owner: str | None = None) -> float:
-    """For how long a trial was run, without runs whose process was killed.
+def seconds_before(trial: FrozenTrial) -> float:
+    """For how long a trial was run, without runs that never said when they ended."""
+    return sum(ended - began for _, began, ended in _runs(trial) if ended is not None)
 
-    Args:
-        trial: The trial.
-        owner: The process that runs it now, whose run counts as well; None if it has not begun.
-    """
-    found = 0.0
-    for name, value in trial.user_attrs.items():
-        if name.startswith(RUN):
-            process, began, ended = value
-            if ended is None and process == owner:
-                ended = time.time()
-            found += 0 if ended is None else ended - began
-    return found
+
+def seconds_now(trial: FrozenTrial, owner: str) -> float:
+    """For how long the process that runs a trial has done so; 0 if it has not begun."""
+    now = time.time()
+    return sum(now - began for who, began, ended in _runs(trial) if ended is None and who == owner)
+
+
+def _runs(trial: FrozenTrial) -> list[tuple[str, float, float | None]]:
+    """The process of each run, when it began, and when it ended; None if it never said."""
+    return [value for name, value in trial.user_attrs.items() if name.startswith(RUN)]
 
 
 class Trials:
