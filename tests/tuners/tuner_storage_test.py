@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from tfbig import errors, tuners
-from tfbig.tuners import HyperParameters, _oracle
+from tfbig.tuners import HyperParameters, _oracle, _read_only
 
 
 def oracle_in(directory, max_trials=4):
@@ -165,6 +165,22 @@ def test_an_emptied_study_is_not_begun_anew(tmp_path, is_removed):
     anew.begin_anew()
     run(anew)
     assert not (tmp_path / "p" / "trial_0000").exists()
+
+
+def test_a_directory_may_have_any_name(tmp_path):
+    directory = tmp_path / "lr?#%20{x}"
+    assert len(run(oracle_in(directory, max_trials=2))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [directory.name]
+    assert (directory / "p" / "study.db").exists()
+    # It is found again, to resume it, to look at it and to start over.
+    resumed = oracle_in(directory)
+    assert len(resumed.trials) == 2
+    assert len(run(resumed)) == 4
+    assert len(_read_only.open_study(str(directory / "p")).study.trials) == 4
+    anew = oracle_in(directory)
+    anew.begin_anew()
+    assert not anew.trials
+    close(anew)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):

@@ -11,7 +11,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -107,11 +106,12 @@ class _File:
         self._stamp = self._now()
         self._is_shared = not self._has_log_header() or self._index.exists()
         if self._is_shared:
-            self.url = _url(path, "mode=ro")
+            # Not SQLite's default, so that a file that was removed meanwhile is not created anew.
+            self.url = _study.file_url(path, mode="ro")
         elif self._log.exists():
-            self.url = _url(self._copied(), "mode=rw")
+            self.url = _study.file_url(self._copied(), mode="rw")
         else:
-            self.url = _url(path, "immutable=1")
+            self.url = _study.file_url(path, immutable="1")
 
     def is_stale(self) -> bool:
         if self._is_shared:
@@ -137,12 +137,6 @@ class _File:
         for path in (self._path, self._log):
             shutil.copyfile(path, copy.with_name(path.name.replace(self._path.name, copy.name)))
         return copy
-
-
-def _url(path: pathlib.Path, option: str) -> str:
-    quoted = urllib.parse.quote(str(path.absolute()))
-    # Not rw by default, so that a file that was removed meanwhile is not created anew.
-    return f"sqlite:///file:{quoted}?{option}&uri=true"
 
 
 def open_if_needed(

@@ -23,6 +23,7 @@ __all__ = (
     "FILE",
     "MEMORY",
     "check_directions",
+    "file_url",
     "make_directory",
     "name_metrics",
     "open_study",
@@ -39,6 +40,9 @@ MEMORY = "memory"
 
 FILE = "study.db"
 
+# With which the name of an SQLite file begins that is quoted.
+_FILE_URI = "file:"
+
 # Seconds that a process waits while another writes to an SQLite file.
 _BUSY_TIMEOUT = 120
 
@@ -47,11 +51,13 @@ _Connection: TypeAlias = Any
 
 
 def shown(storage: str) -> str:
-    """A storage without its passwords, for messages."""
+    """A storage without its passwords, for messages; the path of a file that this has quoted."""
     try:
         url = sa.engine.make_url(storage)
     except sa.exc.ArgumentError:
         return "a text that is not a database URL"
+    if url.get_backend_name() == "sqlite" and (url.database or "").startswith(f"{_FILE_URI}/"):
+        return urllib.parse.unquote(str(url.database).removeprefix(_FILE_URI))
     hidden = {name: "***" for name in url.query if "pass" in name.lower()}
     return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
@@ -165,7 +171,20 @@ def _url(storage: str | None, directory: str | os.PathLike[str]) -> str:
     if storage is not None:
         return storage
     make_directory(directory)
-    return f"sqlite:///{pathlib.Path(directory, FILE).absolute()}"
+    return file_url(pathlib.Path(directory, FILE))
+
+
+def file_url(path: pathlib.Path, **options: str) -> str:
+    """The URL of an SQLite file, whatever characters its path has.
+
+    Args:
+        path: The path of the file.
+        **options: Those of SQLite, such as `mode="ro"`.
+    """
+    database = _FILE_URI + urllib.parse.quote(str(path.absolute()))
+    # Versions of SQLAlchemy differ in whether they quote it once more.
+    url = sa.URL.create("sqlite", database=database, query={**options, "uri": "true"})
+    return url.render_as_string(hide_password=False)
 
 
 def make_directory(directory: str | os.PathLike[str]) -> None:
