@@ -17,6 +17,7 @@ import tfbig
 from tests import job
 from tfbig import errors, tuners
 from tfbig.distribute import _workers
+from tfbig.tuners import _isolation
 
 X = np.random.default_rng(0).normal(size=(16, 3))
 Y = X @ [[1.0], [-1.0], [0.5]] + 0.1
@@ -528,6 +529,21 @@ def test_a_trial_of_several_workers_is_not_isolated(options, monkeypatch):
     monkeypatch.setattr(_workers.Workers, "of", lambda strategy: several)
     with pytest.raises(errors.InvalidOptionError, match="over 2 workers"):
         tuners.RandomSearch(build, isolate=True, **options)
+
+
+@pytest.mark.timeout(60)
+def test_a_search_within_a_trial_of_another_is_not_isolated(options):
+    def search_again(hp):
+        hp.Float("x", 0, 1)
+        within = options | {"project_name": "within", "objective": None, "max_trials": 1}
+        Scored(lambda hp: hp.Float("y", 0, 1), isolate=True, **within).search(verbose=0)
+
+    tuner = Scored(search_again, **options | {"max_consecutive_failed_trials": 1})
+    with pytest.raises(errors.SearchError, match=r"InvalidOptionError: `isolate` "):
+        tuner.search(verbose=0)
+    # After a search, another one may begin.
+    with _isolation.searching(is_isolated=True):
+        pass
 
 
 def test_a_search_in_memory_is_not_isolated(options):

@@ -247,6 +247,7 @@ class BaseTuner(
             **fit_kwargs: Arguments of `run_trial`.
 
         Raises:
+            InvalidOptionError: With `isolate`, if a trial of another search calls this.
             SearchError: If several trials in a row fail, if no trial completes, or if a result
                 lacks the objective.
             StudyError: If a different search created the study.
@@ -257,31 +258,32 @@ class BaseTuner(
         memory = self._memory
         if memory is None and not tf.config.list_physical_devices("GPU"):
             memory = _process_memory.limit()
-        self.oracle.begin_search(self._limits, memory)
-        # Garbage is collected before each trial; objects that exist now need not be visited.
-        gc.freeze()
-        try:
-            # A trial process is started after its parent has done it.
-            is_parent = self._workers.is_chief and not self._is_trial_process
-            if self._transfer_from is not None and is_parent:
-                _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
-            if is_parent:
-                self.oracle.warn_of_random_values()
-            self.on_search_begin()
-            if self._isolate and not self._is_trial_process:
-                watch = _isolation.Watch(self.oracle.watch_interval, self.oracle.why_overdue)
-                _isolation.run_trials(
-                    self.oracle.name, self.oracle.may_begin, self.oracle.on_death, watch
-                )
-            else:
-                is_over = self._run_trials(*fit_args, **fit_kwargs)
-        finally:
-            gc.unfreeze()
-            self.oracle.release()
-        if self._is_trial_process:
-            _isolation.end_trial_process(is_over)
-        self.on_search_end()
-        self.oracle.check_result()
+        with _isolation.searching(self._isolate):
+            self.oracle.begin_search(self._limits, memory)
+            # Garbage is collected before each trial; objects that exist now need not be visited.
+            gc.freeze()
+            try:
+                # A trial process is started after its parent has done it.
+                is_parent = self._workers.is_chief and not self._is_trial_process
+                if self._transfer_from is not None and is_parent:
+                    _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
+                if is_parent:
+                    self.oracle.warn_of_random_values()
+                self.on_search_begin()
+                if self._isolate and not self._is_trial_process:
+                    watch = _isolation.Watch(self.oracle.watch_interval, self.oracle.why_overdue)
+                    _isolation.run_trials(
+                        self.oracle.name, self.oracle.may_begin, self.oracle.on_death, watch
+                    )
+                else:
+                    is_over = self._run_trials(*fit_args, **fit_kwargs)
+            finally:
+                gc.unfreeze()
+                self.oracle.release()
+            if self._is_trial_process:
+                _isolation.end_trial_process(is_over)
+            self.on_search_end()
+            self.oracle.check_result()
 
     def _run_trials(self, *fit_args: Any, **fit_kwargs: Any) -> bool:
         """Runs all trials, or one in a trial process; returns whether none is left."""

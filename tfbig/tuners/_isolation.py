@@ -4,22 +4,27 @@ There it runs one trial, and exits. Nothing needs to be pickled, and nothing tha
 memory remains.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from tfbig import errors
 from tfbig.distribute._workers import Workers
 from tfbig.tuners import _study
 
-__all__ = ("Watch", "check", "end_trial_process", "is_trial_process", "run_trials")
+__all__ = ("Watch", "check", "end_trial_process", "is_trial_process", "run_trials", "searching")
 
 # Tells a trial process to which search it belongs.
 _VARIABLE = "TFBIG_TRIAL_OF"
+
+# Whether a search runs in this thread.
+_is_searching = contextvars.ContextVar("is_searching", default=False)
 
 # Exit codes of a trial process: there may be another trial, or there is none.
 _ONE_MORE, _NONE_LEFT = 75, 76
@@ -82,6 +87,29 @@ def check(workers: Workers, storage: str | None) -> None:
             "`isolate` needs a program that can be run again for each trial. Received: isolate="
             "True in an interactive session. Put the search into a file."
         )
+
+
+@contextlib.contextmanager
+def searching(is_isolated: bool) -> Iterator[None]:
+    """Within, a search runs in this thread.
+
+    Args:
+        is_isolated: Whether its trials run in processes of their own.
+
+    Raises:
+        InvalidOptionError: If an isolated search begins within another one.
+    """
+    if is_isolated and _is_searching.get():
+        raise errors.InvalidOptionError(
+            "`isolate` needs a search that is not part of a trial of another one: the program "
+            "that runs again would begin with the other search. Received: isolate=True within a "
+            "search. Leave `isolate` out here, and give it to the other search."
+        )
+    token = _is_searching.set(True)
+    try:
+        yield
+    finally:
+        _is_searching.reset(token)
 
 
 def is_trial_process(search: str) -> bool:
