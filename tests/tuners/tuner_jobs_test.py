@@ -250,6 +250,41 @@ def test_the_limits_of_a_search_hold_for_all_processes_of_its_trials(kind, tmp_p
         assert lines == ["trial 0000", "ended"], done.stderr
 
 
+# Says its id, and runs on.
+RUNS_ON = """
+    import os, pathlib, sys, time
+    name = pathlib.Path(sys.argv[1], "new")
+    name.write_text(str(os.getpid()))
+    name.rename(name.with_name("child"))
+    time.sleep(100)
+"""
+
+STARTS = """
+    import sys
+    from tfbig.tuners import _isolation
+    sys.orig_argv = sys.orig_argv[:1] + sys.argv[1:]
+    watch = _isolation.Watch(None, lambda pid: None)
+    _isolation.run_trials("a search", lambda: True, lambda *death: True, watch)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses a signal of Linux")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_a_trial_ends_with_the_process_of_its_search(number, tmp_path):
+    parent, child = tmp_path / "parent.py", tmp_path / "child.py"
+    parent.write_text(textwrap.dedent(STARTS))
+    child.write_text(textwrap.dedent(RUNS_ON))
+    process = job.start([sys.executable, parent, child, tmp_path])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "child").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    # It ends when the child no longer holds its output open.
+    assert job.finish(process, 20).returncode == -number
+
+
 # Hangs in its first run, deaf to SIGTERM if it is to be; there is no trial in the third.
 HANGING = """
     import pathlib, signal, sys, time

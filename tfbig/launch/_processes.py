@@ -1,24 +1,20 @@
 """The processes of workers, and their output."""
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from typing import IO
 
+from tfbig import _lifetime
 from tfbig.launch import _private_network
 
 __all__ = ("Printer", "Worker", "start")
-
-# From <linux/prctl.h>: the signal that a process gets when its parent dies.
-_PR_SET_PDEATHSIG = 1
 
 
 def start(
@@ -49,11 +45,7 @@ def _prepare(launcher: int, network: _private_network.PrivateNetwork | None) -> 
     if network is not None:
         # First, because a change of credentials clears the signal that is set below.
         network.join()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        # The launcher may have died before the call.
-        if os.getppid() != launcher:
-            os._exit(128 + signal.SIGKILL)
+    _lifetime.end_with_parent(launcher)
 
 
 @dataclasses.dataclass

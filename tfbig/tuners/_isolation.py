@@ -7,6 +7,7 @@ memory remains.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from tfbig import errors
+from tfbig import _lifetime, errors
 from tfbig.distribute._workers import Workers
 from tfbig.tuners import _study
 
@@ -145,7 +146,9 @@ def run_trials(
     """
     while may_begin():
         process = subprocess.Popen(
-            [sys.executable, *sys.orig_argv[1:]], env={**os.environ, _VARIABLE: search}
+            [sys.executable, *sys.orig_argv[1:]],
+            env={**os.environ, _VARIABLE: search},
+            preexec_fn=functools.partial(_lifetime.end_with_parent, os.getpid()),
         )
         try:
             code, why = watch.wait(process)
