@@ -5,6 +5,7 @@ import time
 
 import keras
 import keras_tuner
+import numpy as np
 import pytest
 
 from tests.tuners.tuner_oracle_test import end, line
@@ -81,6 +82,10 @@ def test_patience_that_would_mean_nothing_is_refused(kind, more, why, options):
         {"patience": True},
         {"timeout_per_trial": 0},
         {"timeout_per_trial": "60"},
+        {"max_seconds": True},
+        {"max_seconds": np.float32("nan")},
+        {"grace_period": True},
+        {"grace_period": float("nan")},
         {"process_memory": 0},
         {"process_memory": 1e9},
     ],
@@ -89,6 +94,23 @@ def test_patience_that_would_mean_nothing_is_refused(kind, more, why, options):
 def test_limits_are_checked(option, options):
     with pytest.raises(errors.InvalidOptionError, match=next(iter(option))):
         tuners.RandomSearch(build, **option, **options)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_numbers(kind, options):
+    names = ("max_seconds", "timeout_per_trial", "grace_period")
+    tuner = tuners.PopulationBasedTraining(
+        build,
+        quantile=np.float32(0.5),
+        resample_probability=kind(1),
+        **options,
+        **dict.fromkeys(names, kind(7)),
+    )
+    limits = tuner._limits
+    found = [limits.max_seconds, limits.timeout_per_trial, tuner.oracle._grace]
+    found += [tuner.oracle.quantile, tuner.oracle._resample_probability]
+    assert found == [7, 7, 7, 0.5, 1]
+    assert {type(number) for number in found} == {float}
 
 
 # --- Time -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from optuna.trial import FrozenTrial, TrialState
 
 from tfbig import _integers, errors
-from tfbig.tuners import _trials
+from tfbig.tuners import _numbers, _trials
 
 __all__ = ("Budget", "Limits")
 
@@ -34,11 +34,14 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("max_seconds", "timeout_per_trial"):
             value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and value > 0):
+            if value is None:
+                continue
+            seconds = _numbers.as_number(value)
+            if seconds is None or not seconds > 0:
                 raise errors.InvalidOptionError(
                     f"`{name}` must be a number of seconds > 0 or None. Received: {name}={value!r}."
                 )
+            object.__setattr__(self, name, seconds)
         for name in ("max_total_epochs", "patience"):
             number = _integers.checked_or_none(name, getattr(self, name))
             object.__setattr__(self, name, number)

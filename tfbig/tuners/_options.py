@@ -9,7 +9,7 @@ import keras_tuner
 
 from tfbig import _integers, _types, errors
 from tfbig._update import step_options
-from tfbig.tuners import _outcomes, _samplers, _tuner_types
+from tfbig.tuners import _numbers, _outcomes, _samplers, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = (
@@ -115,11 +115,12 @@ def split(options: SearchOptions) -> tuple[OracleOptions, TunerOptions]:
 # What the checks receive may be of any type.
 def checked_oracle_options(
     max_trials: Any, seed: Any, grace_period: Any, storage: Any
-) -> tuple[int | None, int | None]:
-    """`max_trials` and `seed`; raises for options of `StudyOracle` that are not valid."""
+) -> tuple[int | None, int | None, float]:
+    """The first three; raises for options of `StudyOracle` that are not valid."""
     max_trials = _integers.checked_or_none("max_trials", max_trials)
     seed = _integers.checked_or_none("seed", seed, least=0)
-    if not isinstance(grace_period, int | float) or grace_period <= 0:
+    seconds = _numbers.as_number(grace_period)
+    if seconds is None or not seconds > 0:
         raise errors.InvalidOptionError(
             "`grace_period` must be a positive number of seconds. Received: "
             f"grace_period={grace_period!r}."
@@ -130,7 +131,7 @@ def checked_oracle_options(
             "`storage` must be None, 'memory' or a database URL. Received: an object of type "
             f"{type(storage).__name__}."
         )
-    return max_trials, seed
+    return max_trials, seed, seconds
 
 
 def checked_tuner_options(

@@ -104,7 +104,9 @@ class StudyOracle(
         grace_period: float = 60.0,
         constraints: _outcomes.Constraints | None = None,
     ) -> None:
-        max_trials, seed = _options.checked_oracle_options(max_trials, seed, grace_period, storage)
+        max_trials, seed, grace_period = _options.checked_oracle_options(
+            max_trials, seed, grace_period, storage
+        )
         super().__init__(
             objective=objective,
             max_trials=max_trials,

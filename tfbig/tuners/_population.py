@@ -24,6 +24,7 @@ from tfbig.tuners import (
     _explore,
     _json,
     _ledger,
+    _numbers,
     _options,
     _proposals,
     _rungs,
@@ -176,6 +177,16 @@ class PopulationQueue(_rungs.RungQueue):
 _FIRST_VALUES = "tfbig:first values"
 
 
+def _checked_share(name: str, value: object, most: float) -> float:
+    """The value of an option as a float; raises unless it is from 0 to `most`."""
+    number = _numbers.as_number(value)
+    if number is None or not 0 <= number <= most:
+        raise errors.InvalidOptionError(
+            f"`{name}` must be a number from 0 to {most:g}. Received: {name}={value!r}."
+        )
+    return number
+
+
 class PopulationOracle(_rungs.RungOracle):
     """Continues trials once all have completed a generation, the worst as copies of the best.
 
@@ -200,14 +211,8 @@ class PopulationOracle(_rungs.RungOracle):
         population_size = _integers.checked("population_size", population_size, least=2)
         max_epochs = _integers.checked("max_epochs", max_epochs)
         epochs_per_generation = _integers.checked("epochs_per_generation", epochs_per_generation)
-        for name, value, most in (
-            ("quantile", quantile, 0.5),
-            ("resample_probability", resample_probability, 1),
-        ):
-            if not isinstance(value, int | float) or not 0 <= value <= most:
-                raise errors.InvalidOptionError(
-                    f"`{name}` must be a number from 0 to {most}. Received: {name}={value!r}."
-                )
+        quantile = _checked_share("quantile", quantile, 0.5)
+        resample_probability = _checked_share("resample_probability", resample_probability, 1.0)
         if population_size * quantile < 1:
             raise errors.InvalidOptionError(
                 "`quantile` of `population_size` must be at least one trial. Received: "
