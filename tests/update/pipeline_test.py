@@ -1064,7 +1064,7 @@ def test_devices_that_make_no_stages(devices, message):
 @pytest.mark.parametrize("name", ["in_flight", "max_parameters"])
 @pytest.mark.parametrize("value", [0, 1.5, True])
 def test_numbers_that_are_none(name, value):
-    with pytest.raises(errors.InvalidOptionError, match=f"`{name}` must be a positive"):
+    with pytest.raises(errors.InvalidOptionError, match=f"`{name}` must be an integer >= 1"):
         Pipeline(["CPU:0", "CPU:1"], **{name: value})
 
 
