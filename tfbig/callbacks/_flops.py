@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 import weakref
 
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _types, errors
+from tfbig import _keras, _numbers, _types, errors
 from tfbig.callbacks import _peak_flops
 from tfbig.callbacks._monitor_file import Row
 
@@ -28,8 +27,8 @@ def check(name: str, value: object) -> float | None:
     """Returns an argument that must be a positive number or None, checked."""
     if value is None:
         return None
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:  # type: ignore[operator]  # It is a number.
+    number = _numbers.as_number(value)
+    if number is None or not 0 < number < math.inf:
         meaning = {
             "tokens": "tokens of a sample",
             "peak_flops": "floating-point operations that a device makes in a second at most",
@@ -38,7 +37,7 @@ def check(name: str, value: object) -> float | None:
             f"`{name}` must be a positive number, {meaning[name]}, or None. Received: "
             f"{name}={value!r}."
         )
-    return float(value)  # type: ignore[arg-type]  # It is a number.
+    return number
 
 
 class Rates:

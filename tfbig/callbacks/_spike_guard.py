@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 
-from tfbig import _integers, _keras, _log, _types, errors
+from tfbig import _integers, _keras, _log, _numbers, _types, errors
 from tfbig.callbacks import _snapshot
 from tfbig.callbacks._backup_and_restore import BackupAndRestore
 from tfbig.callbacks._batch_count import BatchCount
@@ -295,8 +294,8 @@ def _listed(argument: object) -> object:
 
 
 def _check_factor(name: str, value: object) -> None:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 1 < value < math.inf:  # type: ignore[operator]  # It is a number.
+    number = _numbers.as_number(value)
+    if number is None or not 1 < number < math.inf:
         raise errors.InvalidOptionError(
             f"`{name}` must be a finite number > 1, a multiple of the median. Received: "
             f"{name}={value!r}."

@@ -1,14 +1,13 @@
 """`get_strategy`: the `tf.distribute` strategy for the devices and workers at hand."""
 
 import contextlib
-import numbers
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 
-from tfbig import _integers, _keras, _log, _types, errors
+from tfbig import _integers, _keras, _log, _numbers, _types, errors
 from tfbig.distribute import _cluster, _stuck_workers, _tpu, _workers
 
 __all__ = ("get_strategy", "is_chief")
@@ -104,9 +103,9 @@ def _check_kind(kind: str, tpu: str | None, devices: int | str | Sequence[str] |
 
 
 def _check_timeout(timeout: float) -> None:
-    is_number = isinstance(timeout, numbers.Real) and not isinstance(timeout, bool)
+    seconds = _numbers.as_number(timeout)
     # NaN is not >= 0 either.
-    if not is_number or not timeout >= 0:
+    if seconds is None or not seconds >= 0:
         raise errors.InvalidOptionError(
             f"`timeout` must be a number of seconds >= 0. Received: timeout={timeout!r}."
         )

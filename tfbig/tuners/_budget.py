@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tfbig import _integers, errors
-from tfbig.tuners import _numbers, _trials
+from tfbig import _integers, _numbers, errors
+from tfbig.tuners import _trials
 
 __all__ = ("Budget", "Limits")
 

@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast
 import keras
 import keras_tuner
 
-from tfbig import _integers, _types, errors
+from tfbig import _integers, _numbers, _types, errors
 from tfbig._update import step_options
-from tfbig.tuners import _numbers, _outcomes, _samplers, _tuner_types
+from tfbig.tuners import _outcomes, _samplers, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = (

@@ -18,13 +18,12 @@ import keras_tuner
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from tfbig import _integers, _keras, _types, errors
+from tfbig import _integers, _keras, _numbers, _types, errors
 from tfbig.tuners import (
     _budget,
     _explore,
     _json,
     _ledger,
-    _numbers,
     _options,
     _proposals,
     _rungs,
