@@ -337,6 +337,21 @@ def test_it_predicts_with_the_weights_that_it_has_after_a_change(
                 original.predict(x, batch_size=8, verbose=0)
 
 
+def test_another_model_does_not_predict_with_the_weights_of_before(
+    small_weights_are_divided, float64
+):
+    x, _ = data()
+    with make_strategy("mirrored_2").scope():
+        original = dense(keras.Model)
+        original.compile("sgd", "mse")
+    original.predict(x, batch_size=8, verbose=0)
+    model = tfbig.extend(original)
+    model.shard = "weights"
+    assert divided(model)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        original.predict(x, batch_size=8, verbose=0)
+
+
 def test_a_model_inside_predicts_with_the_weights_that_it_has_after_a_change(
     small_weights_are_divided, float64
 ):
