@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfbig import _keras, _types
 from tfbig._update import empty_batch, exchange_message, half_precision_exchange, replicas
 from tfbig._update.accumulated_gradients import AccumulatedGradients
-from tfbig.callbacks._stop import StopRequest
+from tfbig._update.stop_request import StopRequest
 
 __all__ = ("all_reduce_accumulated", "all_reduce_counts")
 

@@ -19,7 +19,7 @@ from tfbig._update import (
 )
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.loss_scale import LossScaleState
-from tfbig.callbacks._stop import StopRequest
+from tfbig._update.stop_request import StopRequest
 
 __all__ = ("apply_gradients", "exchange_and_apply")
 

@@ -27,7 +27,7 @@ from tfbig._update import (
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.loss_scale import LossScaleState
 from tfbig._update.sharded_state import ShardedState
-from tfbig.callbacks._stop import StopRequest
+from tfbig._update.stop_request import StopRequest
 from tfbig.distribute import _rows
 from tfbig.distribute._pieces import Piece
 

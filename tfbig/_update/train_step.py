@@ -43,7 +43,7 @@ from tfbig._update.batch_split import BatchSplit
 from tfbig._update.loss_scale import LossScaleState
 from tfbig._update.micro_batch_loss import LossFunction, MicroBatchLoss
 from tfbig._update.micro_batches import MicroBatches
-from tfbig.callbacks._stop import StopRequest
+from tfbig._update.stop_request import StopRequest
 
 __all__ = ("TrainStep",)
 

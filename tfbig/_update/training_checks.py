@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -23,12 +23,17 @@ from tfbig._update import (
     step_options,
 )
 from tfbig._update.batch_split import BatchSplit
-from tfbig.callbacks._goodput import Goodput
 
 __all__ = ("TrainingChecks", "check_strategy")
 
 # The step of a user or of Keras: takes data, returns logs.
 _Step: TypeAlias = Callable[[_types.Structure], _types.Logs]
+
+
+class _Meter(Protocol):
+    """Measures a `fit`, which tells it that it has ended, also by an exception."""
+
+    def on_end(self) -> object: ...
 
 
 def check_strategy() -> None:
@@ -48,7 +53,7 @@ class TrainingChecks(step_options.StepOptions):
     # What was warned of.
     _inexact_parts: frozenset[str] = frozenset()
     # What measures where the time of the running `fit` goes.
-    goodput_meters: tuple[Goodput, ...] = ()
+    goodput_meters: tuple[_Meter, ...] = ()
 
     def _batch_split(self) -> BatchSplit:
         """Hook: how the batch of an update is split."""

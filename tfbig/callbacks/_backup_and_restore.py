@@ -12,7 +12,8 @@ from typing import Any, Literal
 import keras
 
 from tfbig import _integers, _keras, _types, errors
-from tfbig.callbacks import _backup, _backup_files, _backup_writer, _goodput, _stop
+from tfbig._update.stop_request import StopRequest
+from tfbig.callbacks import _backup, _backup_files, _backup_writer, _goodput
 from tfbig.callbacks._batch_count import BatchCount
 from tfbig.distribute import _workers
 
@@ -134,7 +135,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self.save_on_background = save_on_background
         self.keep = _integers.checked("keep", keep, rule="an integer >= 1, a number of backups")
         # None outside of `fit`.
-        self._request: _stop.StopRequest | None = None
+        self._request: StopRequest | None = None
         self._writer: _backup_writer.BackupWriter | None = None
 
     def set_model(self, model: keras.Model) -> None:
@@ -165,9 +166,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self._is_without_batches = False
         is_shared = self._workers.count > 1
         # With other workers it is part of the step, which must not be traced again.
-        self._request = model.stop_request or _stop.StopRequest(
-            model.distribute_strategy, is_shared
-        )
+        self._request = model.stop_request or StopRequest(model.distribute_strategy, is_shared)
         self._request.reset()
         try:
             with contextlib.ExitStack() as stack:
@@ -195,7 +194,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             writer.end()
 
     @property
-    def _running_request(self) -> _stop.StopRequest:
+    def _running_request(self) -> StopRequest:
         assert self._request is not None
         return self._request
 
