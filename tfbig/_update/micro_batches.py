@@ -133,15 +133,14 @@ class MicroBatches:
         """
         if self.is_whole or not {"sum", "counted"} & set(self.trace.kinds):
             return None
-        counts = [tf.cast(self.samples, self.dtype)]
-
+        found = [tf.cast(self.samples, self.dtype)]
         pieces = {id(v): v.own_piece() for v in self.trace.divided}
 
         def count(
             micro_batch: _types.Structure,
             size: _types.Tensor,
             totals: list[_types.Tensor],
-            counts: _types.Tensor | None = None,
+            is_own: _types.Tensor | None = None,
         ) -> list[_types.Tensor]:
             del size
             counter = denominators.LossCounter()
@@ -156,18 +155,18 @@ class MicroBatches:
                 self.loss_fn(micro_batch)
             pairs = zip(totals, counter.counted, strict=True)
             added = [total + tf.cast(value, self.dtype) for total, value in pairs]
-            if counts is None:
+            if is_own is None:
                 return added
-            return [tf.where(counts, a, b) for a, b in zip(added, totals, strict=True)]
+            return [tf.where(is_own, a, b) for a, b in zip(added, totals, strict=True)]
 
         if number := self.trace.kinds.count("counted"):
             zeros = [tf.zeros((), self.dtype)] * number
             if self.trace.counts_need_weights and not self.unrolled:
-                counts += lockstep_loop.fold(self.split, self.data, count, zeros)
+                found += lockstep_loop.fold(self.split, self.data, count, zeros)
             else:
                 with _keras.stages.following(self.is_staged):
-                    counts += self._for_each(count, zeros)
-        return tf.stack(counts)
+                    found += self._for_each(count, zeros)
+        return tf.stack(found)
 
     def accumulate(
         self, loss_scale: _types.Tensor | None, counts: _types.Tensor | None

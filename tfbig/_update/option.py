@@ -55,7 +55,8 @@ class Option(property, Generic[T]):
         asks: Function of model and value: whether the value asks for anything at all. Defaults to
             whether it is neither None nor False.
         plain: The value with which a model trains as plain Keras does.
-        needs_tfbig_step: Whether Keras's `train_step` cannot do what the option asks for.
+        needs_tfbig_in: Which of Keras's own steps, `train_step` and `test_step`, cannot do what the
+            option asks for.
         passed_on: How a `train_step` of the user's own hands the option to the two halves of an
             update; None if it cannot.
         logs: Names that the option adds to the logs of `fit`.
@@ -75,7 +76,7 @@ class Option(property, Generic[T]):
         changed: Callable[[Any], None] = _rebuild,
         asks: Callable[[Any, Any], bool] = _is_given,
         plain: Any = None,
-        needs_tfbig_step: bool = False,
+        needs_tfbig_in: tuple[str, ...] = (),
         passed_on: str | None = None,
         logs: tuple[str, ...] = (),
     ):
@@ -95,7 +96,7 @@ class Option(property, Generic[T]):
         self.is_none_given = is_none_given
         self.asks = asks
         self.plain = plain
-        self.needs_tfbig_step = needs_tfbig_step
+        self.needs_tfbig_in = needs_tfbig_in
         self.passed_on = passed_on
         self.logs = logs
         self._saved = saved

@@ -86,7 +86,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         check=bool,
         plain=False,
         doc="Whether logs hold the global norm of the gradient, before clipping.",
-        needs_tfbig_step=True,
+        needs_tfbig_in=("train_step",),
         passed_on="log_grad_norm=True to tfbig.apply_gradients",
         logs=("grad_norm",),
     )
@@ -96,7 +96,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         plain=False,
         doc="Whether logs hold the gradient noise scale, in samples.",
         changed=_set_noise_scale,
-        needs_tfbig_step=True,
+        needs_tfbig_in=("train_step",),
         logs=("gradient_noise_scale",),
     )
     # What `recomputation.check` returns.
@@ -108,19 +108,19 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         ),
         fits=recomputation.check_fits,
         saved=recomputation.serialized,
-        needs_tfbig_step=True,
+        needs_tfbig_in=("train_step",),
     )
     head_chunk_size: Option[int | None] = Option(
         default=None,
         check=head_option.checked,
         doc="Tokens for which the last layer and the loss are computed at a time; None for all.",
-        needs_tfbig_step=True,
+        needs_tfbig_in=("train_step", "test_step"),
     )
     attention_chunk_size: Option[int | None] = Option(
         default=None,
         check=attention_option.checked,
         doc="Tokens for which attention is computed at a time; None for all.",
-        needs_tfbig_step=True,
+        needs_tfbig_in=("train_step", "test_step"),
     )
     exchange_dtype: Option[str | None] = Option(
         default=None,
@@ -153,7 +153,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
         # Files hold no devices, and load anywhere.
         saved=lambda _model, _value: None,
         changed=pipeline_option.update,
-        needs_tfbig_step=True,
+        needs_tfbig_in=("train_step", "test_step"),
         passed_on="the model's variables to tfbig.accumulate_gradients",
     )
 
@@ -202,13 +202,12 @@ class StepOptions(_keras.trainer.TrainerOverrides):
             self._update_guard = value
             self._rebuild_step()
 
-    @property
-    def _needs_tfbig_step(self) -> bool:
+    def _needs_tfbig_in(self, step: str) -> bool:
         """Whether an option, or a guard, asks for what Keras's own step does not do."""
+        if step == "train_step" and self.update_guard is not None:
+            return True
         options = declared(type(self)).values()
-        return self.update_guard is not None or any(
-            option.needs_tfbig_step and option.is_asked(self) for option in options
-        )
+        return any(step in option.needs_tfbig_in and option.is_asked(self) for option in options)
 
     def _options(self) -> dict[str, Any]:
         """The options as they are saved and handed on."""

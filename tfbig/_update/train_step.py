@@ -121,7 +121,7 @@ class TrainStep(training_checks.TrainingChecks):
             with tf.init_scope():
                 self.optimizer.build(self.trainable_variables)
         split = self._batch_split()
-        needs_tfbig_step = self.loss_scale_state is not None or self._needs_tfbig_step
+        needs_tfbig_step = self.loss_scale_state is not None or self._needs_tfbig_in("train_step")
         if not needs_tfbig_step and self._is_step_of_keras(split, data):
             return self._run_keras_step(super().train_step, data)
         micro_batches = self._micro_batches(data, split, training=True)
@@ -200,8 +200,7 @@ class TrainStep(training_checks.TrainingChecks):
     def _is_step_of_keras(self, split: BatchSplit, data: _types.Structure = None) -> bool:
         """Whether Keras's own step does it, number for number."""
         is_padded = isinstance(data, _keras.padding.PaddedBatch)
-        options = self.pipeline, self.head_chunk_size, self.attention_chunk_size
-        needs_tfbig = is_padded or any(option is not None for option in options)
+        needs_tfbig = is_padded or self._needs_tfbig_in("test_step")
         return split.is_whole and replicas.count() == 1 and not needs_tfbig
 
     def _run_keras_step(
