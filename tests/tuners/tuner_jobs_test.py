@@ -250,6 +250,58 @@ def test_the_limits_of_a_search_hold_for_all_processes_of_its_trials(kind, tmp_p
         assert lines == ["trial 0000", "ended"], done.stderr
 
 
+# An error that no trial causes ends the search.
+ENDED = """
+    import sys
+    import tfbig.tuners
+
+    class OwnError(tfbig.tuners.errors.FatalError):
+        # It can be pickled, and not be loaded.
+        def __init__(self, one, other):
+            super().__init__(f"{one} and {other}")
+
+    class Search(tfbig.tuners.RandomSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            trial.hyperparameters.Float("x", 0, 1)
+            if sys.argv[2] == "own":
+                raise OwnError("this", "that")
+            if sys.argv[2] == "report":
+                self.report(trial, 1, {"other": 1.0})
+            return super().run_trial(trial, *args, **kwargs)
+
+    objective = tfbig.tuners.Objective("score", "min")
+    search = Search(lambda hp: "no model", objective, directory=sys.argv[1], isolate=True)
+    try:
+        search.search(verbose=0)
+    except tfbig.errors.SearchError as e:
+        print(type(e).__name__, e, sep=": ")
+        print(any("in run_trial" in note for note in e.__notes__))
+    print(*(t.status for t in search.oracle.trials.values()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("report", "SearchError: `logs` must have the objective 'score'. Received: ['other']."),
+        (
+            "model",
+            "NotAModelError: The model-building function must return a Keras model. Received: "
+            "'no model' of type str.",
+        ),
+        ("own", "SearchError: OwnError: this and that"),
+    ],
+)
+def test_an_error_that_ends_the_search_is_raised_in_the_process_of_the_search(
+    kind, message, tmp_path
+):
+    program = tmp_path / "search.py"
+    program.write_text(textwrap.dedent(ENDED))
+    done = job.finish(job.start([sys.executable, program, tmp_path, kind]), 250)
+    # The trial may go on when the program is corrected.
+    assert done.stdout.splitlines() == [message, "True", "RUNNING"], done.stderr
+
+
 # Says its id, and runs on.
 RUNS_ON = """
     import os, pathlib, sys, time

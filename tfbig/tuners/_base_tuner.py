@@ -258,7 +258,7 @@ class BaseTuner(
         memory = self._memory
         if memory is None and not tf.config.list_physical_devices("GPU"):
             memory = _process_memory.limit()
-        with _isolation.searching(self._isolate):
+        with _isolation.searching(self._isolate), _isolation.telling(self._is_trial_process):
             self.oracle.begin_search(self._limits, memory)
             # Garbage is collected before each trial; objects that exist now need not be visited.
             gc.freeze()

@@ -1,7 +1,7 @@
 """Runs each trial in a process of its own: the program starts again, and runs up to `search`.
 
-There it runs one trial, and exits. Nothing needs to be pickled, and nothing that a trial leaves in
-memory remains.
+There it runs one trial, and exits. Nothing needs to be pickled but an error that ends the search,
+and nothing that a trial leaves in memory remains.
 """
 
 import contextlib
@@ -9,9 +9,13 @@ import contextvars
 import dataclasses
 import functools
 import os
+import pathlib
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -19,16 +23,27 @@ from tfbig import _lifetime, errors
 from tfbig.distribute._workers import Workers
 from tfbig.tuners import _study
 
-__all__ = ("Watch", "check", "end_trial_process", "is_trial_process", "run_trials", "searching")
+__all__ = (
+    "Watch",
+    "check",
+    "end_trial_process",
+    "is_trial_process",
+    "run_trials",
+    "searching",
+    "telling",
+)
 
 # Tells a trial process to which search it belongs.
 _VARIABLE = "TFBIG_TRIAL_OF"
+# Tells it the file for an error that ends the search.
+_ERROR_FILE = "TFBIG_TRIAL_ERROR"
 
 # Whether a search runs in this thread.
 _is_searching = contextvars.ContextVar("is_searching", default=False)
 
-# Exit codes of a trial process: there may be another trial, or there is none.
-_ONE_MORE, _NONE_LEFT = 75, 76
+# Exit codes of a trial process: there may be another trial; there is none; an error, which the file
+# has, ends the search.
+_ONE_MORE, _NONE_LEFT, _ERROR = 75, 76, 77
 
 # Seconds after SIGTERM until SIGKILL.
 _SECONDS_TO_END = 10.0
@@ -120,9 +135,38 @@ def is_trial_process(search: str) -> bool:
 
 def end_trial_process(is_over: bool) -> NoReturn:
     """Exits from a trial process, before the program does what follows its search."""
+    _exit(_NONE_LEFT if is_over else _ONE_MORE)
+
+
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(_NONE_LEFT if is_over else _ONE_MORE)
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def telling(is_trial_process: bool) -> Iterator[None]:
+    """Within, an error ends a trial process, and is raised by `run_trials` in its parent."""
+    try:
+        yield
+    except BaseException as e:
+        if is_trial_process:
+            pathlib.Path(os.environ[_ERROR_FILE]).write_bytes(_pickled(e))
+            _exit(_ERROR)
+        raise
+
+
+def _pickled(error: BaseException) -> bytes:
+    """An error with its traceback; one that cannot be pickled becomes a `SearchError`."""
+    error.add_note("In the process of a trial:\n" + traceback.format_exc())
+    with contextlib.suppress(Exception):
+        pickled = pickle.dumps(error)
+        if str(pickle.loads(pickled)) == str(error):
+            return pickled
+    name = type(error).__name__
+    replaced = errors.SearchError(f"{name}: {error}" if str(error) else name)
+    replaced.add_note(error.__notes__[-1])
+    return pickle.dumps(replaced)
 
 
 def run_trials(
@@ -143,11 +187,23 @@ def run_trials(
 
     Raises:
         SearchError: If a process died before its trial began.
+        BaseException: What ended the search in a trial process.
     """
+    with tempfile.TemporaryDirectory(prefix="tfbig-trial-") as directory:
+        _run_trials(search, may_begin, on_death, watch, pathlib.Path(directory, "error"))
+
+
+def _run_trials(
+    search: str,
+    may_begin: Callable[[], bool],
+    on_death: Callable[[int, str, bool], bool],
+    watch: Watch,
+    error: pathlib.Path,
+) -> None:
     while may_begin():
         process = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]],
-            env={**os.environ, _VARIABLE: search},
+            env={**os.environ, _VARIABLE: search, _ERROR_FILE: str(error)},
             preexec_fn=functools.partial(_lifetime.end_with_parent, os.getpid()),
         )
         try:
@@ -165,6 +221,8 @@ def run_trials(
             # Its trial may just have ended by itself.
             on_death(process.pid, why, False)
             continue
+        if code == _ERROR:
+            raise pickle.loads(error.read_bytes())
         if code < 0:
             what = f"was ended by {signal.Signals(-code).name}"
         else:
