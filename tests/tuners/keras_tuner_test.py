@@ -946,6 +946,22 @@ def test_values_that_are_enqueued_are_tried_once_and_first(tmp_path, kind):
         assert len(values) == len({str(v) for v in values}) == 4
 
 
+def test_values_of_numpy_are_enqueued_as_those_of_python(tmp_path):
+    hp = kt.HyperParameters()
+    hp.Int("a", 1, 9)
+    hp.Float("f", 0, 1)
+    hp.Boolean("b")
+    hp.Choice("c", ["x", "y"])
+    given = {"a": np.int64(3), "f": np.float32(0.5), "b": np.bool_(True), "c": np.str_("y")}
+    tuner = enqueuing(tmp_path, hp, max_trials=1)
+    assert tuner.enqueue(given)
+    assert not tuner.enqueue({name: value.item() for name, value in given.items()})
+    tuner.search(verbose=0)
+    values = tuner.oracle.trials["0000"].hyperparameters.values
+    assert values == {"a": 3, "f": 0.5, "b": True, "c": "y"}
+    assert [type(values[name]) for name in "afbc"] == [int, float, bool, str]
+
+
 def test_values_that_two_processes_enqueue_at_once_are_tried_once(tmp_path, monkeypatch):
     hp = kt.HyperParameters()
     hp.Float("a", 0, 1)

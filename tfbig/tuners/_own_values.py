@@ -73,6 +73,7 @@ def enqueue(
     Raises:
         InvalidOptionError: If there is no such hyperparameter, or if it cannot have the value.
     """
+    values = {name: _json.canonical(value) for name, value in values.items()}
     for name, value in values.items():
         kinds = [hp for hp in hyperparameters.space if hp.name == name]
         # Without any, the trials define the space.
@@ -86,7 +87,7 @@ def enqueue(
             raise errors.InvalidOptionError(
                 f"The value of {name!r} must be in its range ({ranges}). Received: {value!r}."
             )
-    given = _json.dumps(dict(values))
+    given = _json.dumps(values)
     if any(t.user_attrs.get(_trials.GIVEN) == given for t in study.get_trials(deepcopy=False)):
         return False
     with _study.quiet():
@@ -96,6 +97,7 @@ def enqueue(
 
 def may_be(hp: _tuner_types.Hyperparameter, value: _tuner_types.Value) -> bool:
     """Whether a hyperparameter may have a value."""
+    value = _json.canonical(value)
     allowed = _space.all_values(hp)
     if allowed is not None:
         return _json.dumps(value) in map(_json.dumps, allowed)
