@@ -531,6 +531,13 @@ def test_a_trial_of_several_workers_is_not_isolated(options, monkeypatch):
         tuners.RandomSearch(build, isolate=True, **options)
 
 
+def test_a_search_of_several_workers_is_not_in_memory(options, monkeypatch):
+    several = _workers.Workers(("worker 0", "worker 1"), 1)
+    monkeypatch.setattr(_workers.Workers, "of", lambda strategy: several)
+    with pytest.raises(errors.InvalidOptionError, match=r"`storage` .*over 2 workers"):
+        tuners.RandomSearch(build, storage="memory", **options)
+
+
 @pytest.mark.timeout(60)
 def test_a_search_within_a_trial_of_another_is_not_isolated(options):
     def search_again(hp):

@@ -137,6 +137,12 @@ class BaseTuner(
         oracle._set_project_dir(*project)
         strategy = kwargs.get("distribution_strategy") or tf.distribute.get_strategy()
         self._workers = _workers.Workers.of(strategy)
+        if self._workers.count > 1 and oracle.storage == _study.MEMORY:
+            raise errors.InvalidOptionError(
+                "`storage` must be one that all workers can read. Received: storage='memory' and a "
+                f"distribution_strategy over {self._workers.count} workers. Leave out `storage`, "
+                "or use a database URL."
+            )
         self._isolate = bool(isolate)
         if self._isolate:
             _isolation.check(self._workers, oracle.storage)

@@ -9,7 +9,7 @@ import keras_tuner
 
 from tfbig import _integers, _numbers, _types, errors
 from tfbig._update import step_options
-from tfbig.tuners import _outcomes, _samplers, _tuner_types
+from tfbig.tuners import _outcomes, _samplers, _study, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = (
@@ -130,6 +130,12 @@ def checked_oracle_options(
         raise errors.InvalidOptionError(
             "`storage` must be None, 'memory' or a database URL. Received: an object of type "
             f"{type(storage).__name__}."
+        )
+    if storage is not None and _study.is_sqlite_in_memory(storage):
+        raise errors.InvalidOptionError(
+            "`storage` must not be an SQLite database in memory, which no other process and no "
+            f"later run can see. Received: storage={_study.shown(storage)!r}. Use 'memory' for a "
+            "search that is not kept."
         )
     return max_trials, seed, seconds
 

@@ -24,6 +24,7 @@ __all__ = (
     "MEMORY",
     "check_directions",
     "file_url",
+    "is_sqlite_in_memory",
     "make_directory",
     "name_metrics",
     "open_study",
@@ -48,6 +49,17 @@ _BUSY_TIMEOUT = 120
 
 # A database driver's connection: each driver has a class of its own.
 _Connection: TypeAlias = Any
+
+
+def is_sqlite_in_memory(storage: str) -> bool:
+    """Whether a URL is that of an SQLite database in memory, which nobody else can see."""
+    try:
+        url = sa.engine.make_url(storage)
+    except sa.exc.ArgumentError:
+        return False
+    database = (url.database or "").removeprefix(_FILE_URI)
+    is_unnamed = not database or database.startswith(":memory:")
+    return url.get_backend_name() == "sqlite" and (is_unnamed or url.query.get("mode") == MEMORY)
 
 
 def shown(storage: str) -> str:
