@@ -18,7 +18,7 @@ from tfbig.tuners import (
     _hyperband,
     _options,
     _oracle,
-    _population,
+    _population_oracle,
     _process_memory,
     _samplers,
     _widths,
@@ -77,8 +77,8 @@ OPTIONS = {
     "hyperband_iterations": lambda v: len(
         _hyperband.HyperbandOracle("loss", max_epochs=1, hyperband_iterations=v)._brackets
     ),
-    **attributes(_population.PopulationOracle, ["population_size", "max_epochs"], "loss"),
-    "epochs_per_generation": lambda v: _population.PopulationOracle(
+    **attributes(_population_oracle.PopulationOracle, ["population_size", "max_epochs"], "loss"),
+    "epochs_per_generation": lambda v: _population_oracle.PopulationOracle(
         "loss", epochs_per_generation=v
     ).generations[0],
     "num_initial_points": lambda v: _samplers.beginning_at_random("tpe", v).make.keywords[

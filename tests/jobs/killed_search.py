@@ -24,7 +24,7 @@ from tfbig.tuners import (
     _grid_search,
     _hyperband,
     _oracle,
-    _population,
+    _population_oracle,
     _trials,
     _tuner,
 )
@@ -71,7 +71,7 @@ def oracle_of(kind, storage, trials):
         return _asha.ASHAOracle(max_trials=trials, max_epochs=9, **arguments)
     if kind == "population":
         sizes = {"population_size": trials, "max_epochs": 4, "epochs_per_generation": 2}
-        return _population.PopulationOracle(**sizes, **arguments)
+        return _population_oracle.PopulationOracle(**sizes, **arguments)
     pruner = "median" if kind == "pruned" else None
     sampler = {"pruned": "tpe"}.get(kind, kind)
     return _oracle.StudyOracle(max_trials=trials, sampler=sampler, pruner=pruner, **arguments)

@@ -3,7 +3,7 @@
 import keras_tuner
 import pytest
 
-from tfbig.tuners import _grid_search, _hyperband, _oracle, _population
+from tfbig.tuners import _grid_search, _hyperband, _oracle, _population_oracle
 
 
 class Silent:
@@ -31,7 +31,7 @@ def make(tmp_path):
             "seed": 0,
             "hyperparameters": hyperparameters,
         } | arguments
-        if kind not in (_hyperband.HyperbandOracle, _population.PopulationOracle):
+        if kind not in (_hyperband.HyperbandOracle, _population_oracle.PopulationOracle):
             arguments["max_trials"] = max_trials
         if kind is _grid_search.GridSearchOracle:
             arguments.pop("sampler", None)

@@ -15,7 +15,8 @@ from tfbig.tuners import (
     HyperParameters,
     _budget,
     _explore,
-    _population,
+    _population_oracle,
+    _set_learning_rate,
     _sql_ledger,
     _trial_callbacks,
     _trials,
@@ -30,7 +31,7 @@ def population(make, size=8, generations=3, **arguments):
         "population_size": size,
         "max_epochs": generations,
     } | arguments
-    return make(None, line(), kind=_population.PopulationOracle, **arguments)
+    return make(None, line(), kind=_population_oracle.PopulationOracle, **arguments)
 
 
 def train(oracle, loss, fails=()):
@@ -220,7 +221,7 @@ def test_a_space_with_fewer_combinations_than_members(make):
     oracle = make(
         None,
         hp,
-        kind=_population.PopulationOracle,
+        kind=_population_oracle.PopulationOracle,
         population_size=8,
         max_epochs=2,
         storage="memory",
@@ -379,7 +380,7 @@ def test_a_copy_goes_on_where_its_original_stopped(options, tmp_path):
             backup = tfbig.callbacks.BackupAndRestore(
                 tmp_path / f"backup {trial.trial_id}", delete_checkpoint=False
             )
-            rate = _population.SetLearningRate(generation.first_epoch)
+            rate = _set_learning_rate.SetLearningRate(generation.first_epoch)
             history = model.fit(
                 **DATA,
                 batch_size=5,
@@ -458,7 +459,7 @@ def test_every_optimizer_of_a_copy_gets_its_own_rate(strategy):
         inputs = keras.Input((3,))
         model = TwoOptimizers(inputs=inputs, outputs=keras.layers.Dense(1)(inputs))
         model.compile(keras.optimizers.Adam(0.5), "mse")
-    callback = _population.SetLearningRate(2)
+    callback = _set_learning_rate.SetLearningRate(2)
     callback.set_model(model)
     # As after a backup of the original.
     model.optimizer.learning_rate = model.other.learning_rate = 1.0

@@ -3,7 +3,7 @@
 from tfbig.tuners._asha import ASHAOracle, PASHAOracle
 from tfbig.tuners._grid_search import GridSearchOracle
 from tfbig.tuners._hyperband import HyperbandOracle
-from tfbig.tuners._population import PopulationOracle
+from tfbig.tuners._population_oracle import PopulationOracle
 from tfbig.tuners._sampling_oracles import BayesianOptimizationOracle, RandomSearchOracle
 
 # As KerasTuner called them before version 1.1.
