@@ -10,8 +10,8 @@ import pytest
 
 from tests.tuners.tuner_oracle_test import end, line
 from tests.tuners.tuner_test import DATA, build
-from tfbig import errors, tuners
-from tfbig.tuners import _budget, _process_memory, _trials
+from tfbig import _keras, errors, tuners
+from tfbig.tuners import _budget, _trials
 
 COMPLETED, RUNNING, STOPPED, IDLE, INVALID = "COMPLETED", "RUNNING", "STOPPED", "IDLE", "INVALID"
 LIMITS = _budget.Limits
@@ -302,5 +302,5 @@ def test_if_the_larger_process_has_left_it_is_infeasible(make):
 
 
 def test_the_memory_of_this_process_is_known():
-    found = _process_memory.limit()
+    found = _keras.memory.limit()
     assert found is None or 2**26 < found < 2**50

@@ -4,13 +4,14 @@ import contextlib
 import math
 import pathlib
 import re
+import resource
 from collections.abc import Callable, Iterable, Sequence
 
 import tensorflow as tf
 
 from tfbig import _types, errors
 
-__all__ = ("Meter", "available", "empty", "readable", "size_of")
+__all__ = ("Meter", "available", "empty", "limit", "readable", "size_of")
 
 
 class Meter:
@@ -50,8 +51,19 @@ class Meter:
 _info = tf.config.experimental.get_memory_info
 
 
-def _kibibytes(path: pathlib.Path, name: str) -> int:
-    """A field of a file in /proc, in bytes; raises OSError if there is none."""
+# The limit of a container, and what it uses; which pair there is depends on the version of cgroups.
+_CONTAINER = tuple(
+    (pathlib.Path("/sys/fs/cgroup", most), pathlib.Path("/sys/fs/cgroup", used))
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+)
+
+
+def _of_host(name: str) -> int:
+    """A field of /proc/meminfo, in bytes; raises OSError if there is none."""
+    path = pathlib.Path("/proc/meminfo")
     found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
     if not found:
         raise OSError(f"there is no {name} in {path}")
@@ -62,18 +74,26 @@ def available() -> int | None:
     """Bytes of memory that this process may still take on the host; None if unknown."""
     found = []
     with contextlib.suppress(OSError):
-        found.append(_kibibytes(pathlib.Path("/proc/meminfo"), "MemAvailable"))
-    # A container has limits of its own.
-    group = pathlib.Path("/sys/fs/cgroup")
-    for limit, used in (
-        (group / "memory.max", group / "memory.current"),
-        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):
-            continue
+        found.append(_of_host("MemAvailable"))
+    for most, used in _CONTAINER:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(most.read_text()) - int(used.read_text()))
     return max(0, min(found)) if found else None
+
+
+def limit() -> int | None:
+    """Bytes of memory that this process may have on the host at most; None if unknown."""
+    found = []
+    with contextlib.suppress(OSError):
+        found.append(_of_host("MemTotal"))
+    for most, _ in _CONTAINER:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(most.read_text()))
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            found.append(soft)
+    return min(found, default=None)
 
 
 def readable(size: float) -> str:

@@ -13,7 +13,7 @@ import keras_tuner
 import tensorflow as tf
 from keras_tuner.src.engine import trial as kt_trial
 
-from tfbig import errors
+from tfbig import _keras, errors
 from tfbig.distribute import _workers
 from tfbig.tuners import (
     _budget,
@@ -263,7 +263,7 @@ class BaseTuner(
             self.oracle.verbose = fit_kwargs["verbose"]
         memory = self._memory
         if memory is None and not tf.config.list_physical_devices("GPU"):
-            memory = _process_memory.limit()
+            memory = _keras.memory.limit()
         with _isolation.searching(self._isolate), _isolation.telling(self._is_trial_process):
             self.oracle.begin_search(self._limits, memory)
             # Garbage is collected before each trial; objects that exist now need not be visited.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import pathlib
-import resource
 import time
 
 from optuna.trial import TrialState
@@ -13,7 +10,7 @@ from optuna.trial import TrialState
 from tfbig import _integers, _keras
 from tfbig.tuners import _ledger, _trials
 
-__all__ = ("ProcessMemory", "checked", "limit")
+__all__ = ("ProcessMemory", "checked")
 
 # In the note of a trial: the bytes of the processes in which it ran out of memory, at most.
 _RAN_OUT = "ran out"
@@ -27,26 +24,6 @@ def checked(value: object) -> int | None:
     """
     rule = "an integer >= 1, a number of bytes, or None"
     return _integers.checked_or_none("process_memory", value, rule=rule)
-
-
-def limit() -> int | None:
-    """The bytes of host memory that this process may have at most; None if unknown."""
-    found = []
-    with contextlib.suppress(OSError, ValueError):
-        (line,) = [
-            line
-            for line in pathlib.Path("/proc/meminfo").read_text().splitlines()
-            if line.startswith("MemTotal:")
-        ]
-        found.append(1024 * int(line.split()[1]))
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))
-    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY:
-            found.append(soft)
-    return min(found, default=None)
 
 
 class ProcessMemory:
