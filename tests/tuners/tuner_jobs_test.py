@@ -250,6 +250,34 @@ def test_the_limits_of_a_search_hold_for_all_processes_of_its_trials(kind, tmp_p
         assert lines == ["trial 0000", "ended"], done.stderr
 
 
+# Two searches, one after the other.
+TWO = """
+    import sys
+    import tfbig.tuners
+
+    class Search(tfbig.tuners.RandomSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            print(self.project_name, trial.trial_id, flush=True)
+            return trial.hyperparameters.Float("x", 0, 1)
+
+    options = {"directory": sys.argv[1], "overwrite": True}
+    first = Search(max_trials=2, project_name="first", **options)
+    first.search(verbose=0)
+    (best,) = first.get_best_hyperparameters()
+    second = Search(max_trials=1, project_name="second", isolate=True, **options)
+    second.search(best.get("x"), verbose=0)
+    print(*(len(s.oracle.trials) for s in (first, second)))
+"""
+
+
+def test_the_process_of_a_trial_runs_no_search_before_its_own_again(tmp_path):
+    program = tmp_path / "search.py"
+    program.write_text(textwrap.dedent(TWO))
+    done = job.finish(job.start([sys.executable, program, tmp_path]), 250)
+    trials = ["first 0000", "first 0001", "second 0000"]
+    assert done.stdout.splitlines() == [*trials, "2 1"], done.stderr
+
+
 # An error that no trial causes ends the search.
 ENDED = """
     import sys

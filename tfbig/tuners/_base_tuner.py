@@ -74,7 +74,7 @@ class BaseTuner(
             the host gives the process, without a GPU; unknown with one.
         isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
             and a trial that is killed for its memory is infeasible. The program is run again for
-            each trial, up to `search`. Defaults to False.
+            each trial, up to `search`, without other searches before it. Defaults to False.
         transfer_from: An earlier search to begin with: the directory of its project, its file, or a
             database URL. Its space may be another: what fits by name and range is taken.
         transfer: "best" to try the values of its best three trials first; or "observations" to
@@ -147,7 +147,12 @@ class BaseTuner(
         if self._isolate:
             _isolation.check(self._workers, oracle.storage)
         self._is_trial_process = _isolation.is_trial_process(oracle.name)
-        if overwrite and self._workers.is_chief and not self._is_trial_process:
+        # Its results are in the storage.
+        self._was_run_before = (
+            _isolation.was_run_before(oracle.name) and oracle.storage != _study.MEMORY
+        )
+        is_first = not (self._is_trial_process or self._was_run_before)
+        if overwrite and self._workers.is_chief and is_first:
             oracle.begin_anew()
         verbose = oracle.verbose
         oracle._display = _progress.Progress(oracle)
@@ -259,6 +264,8 @@ class BaseTuner(
             StudyError: If a different search created the study.
             StorageUnavailableError: If the database cannot be reached.
         """
+        if self._was_run_before:
+            return
         if "verbose" in fit_kwargs:
             self.oracle.verbose = fit_kwargs["verbose"]
         memory = self._memory

@@ -31,6 +31,7 @@ __all__ = (
     "run_trials",
     "searching",
     "telling",
+    "was_run_before",
 )
 
 # Tells a trial process to which search it belongs.
@@ -131,6 +132,12 @@ def searching(is_isolated: bool) -> Iterator[None]:
 def is_trial_process(search: str) -> bool:
     """Whether this process runs one trial of a search."""
     return os.environ.get(_VARIABLE) == search
+
+
+def was_run_before(search: str) -> bool:
+    """Whether this process runs one trial of a later search; then its parent has run this one."""
+    later = os.environ.get(_VARIABLE)
+    return later is not None and later != search and not _is_searching.get()
 
 
 def end_trial_process(is_over: bool) -> NoReturn:

@@ -73,7 +73,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             the host gives the process, without a GPU; unknown with one.
         isolate: Whether each trial runs in a process of its own. Then no memory is carried over,
             and a trial that is killed for its memory is infeasible. The program is run again for
-            each trial, up to `search`. Defaults to False.
+            each trial, up to `search`, without other searches before it. Defaults to False.
         transfer_from: An earlier search to begin with: the directory of its project, its file, or a
             database URL. Its space may be another: what fits by name and range is taken.
         transfer: "best" to try the values of its best three trials first; or "observations" to
