@@ -60,7 +60,8 @@ def nearby(
         target = value * FACTORS[is_larger]
         if all_values is None:
             return min(max(target, hp.min_value), hp.max_value)
-        steps = all_values if isinstance(all_values, range) else list(all_values)
+        # Those of a reversed range fall.
+        steps = all_values if isinstance(all_values, range) else sorted(all_values)
         return _neighbour(steps, value, target, is_larger)
     if isinstance(hp, hps.Choice) and getattr(hp, "ordered", False):
         ordered = sorted(hp.values)
