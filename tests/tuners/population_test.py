@@ -15,6 +15,7 @@ from tfbig.tuners import (
     HyperParameters,
     _budget,
     _explore,
+    _own_values,
     _population_oracle,
     _set_learning_rate,
     _sql_ledger,
@@ -269,9 +270,12 @@ def test_values_nearby(made, value, smaller, larger):
     assert _explore.nearby(hp, value, is_larger=True) == pytest.approx(larger)
 
 
+@pytest.mark.timeout(60)
 def test_a_large_range_is_not_listed():
     hp = hyperparameter("Int", 0, 2**40, 3)
     assert _explore.nearby(hp, 3 * 2**30, is_larger=True) == pytest.approx(3.6 * 2**30, abs=2)
+    assert _own_values.may_be(hp, 3 * 2**30)
+    assert not any(_own_values.may_be(hp, value) for value in (3 * 2**30 + 1, 3.0, True, 2**41))
 
 
 def test_a_value_of_another_condition_is_drawn_anew():

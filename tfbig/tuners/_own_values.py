@@ -99,6 +99,8 @@ def may_be(hp: _tuner_types.Hyperparameter, value: _tuner_types.Value) -> bool:
     """Whether a hyperparameter may have a value."""
     value = _json.canonical(value)
     allowed = _space.all_values(hp)
+    if isinstance(allowed, range):
+        return type(value) is int and value in allowed
     if allowed is not None:
         return _json.dumps(value) in map(_json.dumps, allowed)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
