@@ -1201,6 +1201,29 @@ def test_a_finite_space_is_not_exhausted_where_looking_through_it_was_interrupte
     assert proposals.first_untried() == {"x": 1}
 
 
+@pytest.mark.timeout(60)
+def test_a_trial_in_a_large_space_goes_on_that_was_interrupted_before_its_values_were_stored(
+    make, monkeypatch
+):
+    space = HyperParameters()
+    for name in "abcde":
+        space.Int(name, 0, 99)
+    oracle = make(2, space)
+    end(oracle, oracle.create_trial("a"))
+    claimed = []
+
+    def interrupted(trials, frozen, hyperparameters, values):
+        claimed.append(values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(_trials.Trials, "store", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            oracle.create_trial("a")
+    oracle.release()
+    assert [make(2, space).create_trial("a").hyperparameters.values] == claimed
+
+
 def test_a_way_to_search_of_a_user_may_draw_as_kerastuner_does(make):
     class Mine(_oracle.StudyOracle):
         def populate_space(self, trial_id):

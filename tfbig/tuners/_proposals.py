@@ -1,6 +1,7 @@
 """Values to try next; each combination belongs to one trial alone."""
 
 import enum
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Literal
 
@@ -17,6 +18,10 @@ __all__ = ("EXHAUSTED", "Proposals")
 # After so many suggestions that were tried before, and as many at random, the first untried
 # combination is taken.
 _MAX_COLLISIONS = 20
+
+# So many combinations are looked at for the one that a trial has claimed. In a larger space, the
+# sampler suggests it again, or another one.
+_MAX_LOOKED_AT = 100_000
 
 
 class Exhausted(enum.Enum):
@@ -154,11 +159,12 @@ class Proposals:
         return True
 
     def claimed(self, index: int) -> _tuner_types.Values | None:
-        """The combination that a trial has claimed in a finite space; None if there is none."""
+        """The combination that a trial has claimed in a finite space; None if none is found."""
         own = set() if self._is_infinite() else self._ledger.claims(index=index)
         if not own:
             return None
-        return next((v for v in self._combinations() if _json.name_of(v) in own), None)
+        combinations = itertools.islice(self._combinations(), _MAX_LOOKED_AT)
+        return next((v for v in combinations if _json.name_of(v) in own), None)
 
     def first_untried(self) -> _tuner_types.Values | Literal[Exhausted.EXHAUSTED] | None:
         """The first combination that no trial has, or `EXHAUSTED`; None in an infinite space."""
