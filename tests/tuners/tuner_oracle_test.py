@@ -854,6 +854,17 @@ def test_a_score_may_be_the_users(make):
     assert [t.score for t in oracle.get_best_trials(2)] == [-2.0, -1.0]
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_one_objective_in_a_list_is_that_objective(kind, make):
+    oracle = make(3, line(), objective=kind(["accuracy"]), pruner="median")
+    for accuracy in (0.5, 0.75, 0.25):
+        trial = oracle.create_trial("a")
+        oracle.report(trial.trial_id, {"accuracy": accuracy}, 1)
+        end(oracle, trial, accuracy=accuracy)
+    (best,) = oracle.get_best_trials()
+    assert (best.score, oracle.directions) == (0.75, ["maximize"])
+
+
 def test_several_objectives_have_a_pareto_front(make):
     objectives = [keras_tuner.Objective("loss", "min"), keras_tuner.Objective("accuracy", "max")]
     oracle = make(6, line(), objective=objectives, sampler="nsga2")
@@ -1447,6 +1458,8 @@ def test_a_storage_that_cannot_be_reached_is_named_without_its_password(make, ur
         {"seed": -1},
         {"grace_period": 0},
         {"grace_period": "1"},
+        {"objective": keras_tuner.Objective("val_accuracy", "auto")},
+        {"objective": ["val_loss", keras_tuner.Objective("val_accuracy", "maximize")]},
         {"storage": object()},
         {"storage": "sqlite://"},
         {"storage": "sqlite:///"},

@@ -21,6 +21,7 @@ __all__ = (
     "SearchOptions",
     "StudyOptions",
     "TunerOptions",
+    "checked_objective",
     "checked_oracle_options",
     "checked_tuner_options",
     "split",
@@ -110,6 +111,24 @@ def split(options: SearchOptions) -> tuple[OracleOptions, TunerOptions]:
     of_oracle = {k: v for k, v in options.items() if k in OracleOptions.__optional_keys__}
     of_tuner = {k: v for k, v in options.items() if k not in of_oracle}
     return cast(OracleOptions, of_oracle), cast(TunerOptions, of_tuner)
+
+
+def checked_objective(objective: ObjectiveOption) -> ObjectiveOption:
+    """The option `objective` as KerasTuner takes it; a list of one is that one.
+
+    Raises:
+        InvalidOptionError: If a direction is not valid.
+    """
+    given = list(objective) if isinstance(objective, list | tuple) else [objective]
+    for one in given:
+        direction = getattr(one, "direction", "min")
+        if direction not in ("min", "max"):
+            raise errors.InvalidOptionError(
+                "The direction of an `objective` must be 'min' or 'max'. Received: "
+                f"{direction!r} for {getattr(one, 'name', one)!r}. For a metric of Keras, its name "
+                "is enough."
+            )
+    return given[0] if len(given) == 1 else given
 
 
 # What the checks receive may be of any type.

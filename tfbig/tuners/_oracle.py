@@ -108,7 +108,7 @@ class StudyOracle(
             max_trials, seed, grace_period, storage
         )
         super().__init__(
-            objective=objective,
+            objective=_options.checked_objective(objective),
             max_trials=max_trials,
             hyperparameters=hyperparameters and HyperParameters.of(hyperparameters),
             allow_new_entries=allow_new_entries,
