@@ -644,6 +644,20 @@ def test_what_search_is_given_has_precedence(options):
     assert (seen.notes[0]["epochs"], seen.notes[0]["steps"]) == (2, 1)
 
 
+def test_arguments_of_fit_may_be_given_by_position(options):
+    def searched(hp):
+        hp.Choice("batch_size", [4])
+        return build(hp)
+
+    seen = Seen()
+    tuner = tuners.RandomSearch(searched, **options | {"max_trials": 1})
+    validation = DATA["validation_data"]
+    tuner.search(DATA["x"], DATA["y"], 16, 2, 0, [seen], validation_data=validation)
+    assert (seen.notes[0]["epochs"], seen.notes[0]["steps"]) == (2, 1)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'epochs'"):
+        tuner.search(DATA["x"], DATA["y"], 16, 2, epochs=2)
+
+
 def test_plain_models_get_the_options_of_tfbig(options):
     kinds = []
 

@@ -251,8 +251,9 @@ class RungTuner(_tuner.Tuner):
         Raises:
             InvalidOptionError: If there are `epochs`, unless this tuner ignores them.
         """
-        if not type(self).run_trial.__module__.startswith("tfbig.tuners."):
+        if self._has_own_run_trial:
             return args, kwargs  # In a user's `run_trial` they may have an effect.
+        args, kwargs = super()._arguments_of_fit(args, kwargs)
         names = _positional_names(self.hypermodel.fit)
         if "epochs" in names[: len(args)]:
             # By name, so that what comes after them does not move.

@@ -1,6 +1,7 @@
 """What all tuners of Keras models have in common: how a trial builds and trains its model."""
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -122,7 +123,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
                 "`folds`, or another pruner."
             )
         # `Hyperband` has a `run_trial` of its own, which needs a model as well.
-        if hypermodel is None and type(self).run_trial.__module__.startswith("tfbig.tuners."):
+        if hypermodel is None and not self._has_own_run_trial:
             raise errors.InvalidOptionError(
                 "`hypermodel` may be left out only if `run_trial` is overridden. Received: "
                 "hypermodel=None."
@@ -199,7 +200,19 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: the arguments of `search` that `run_trial` gets."""
-        return args, kwargs
+        if self._has_own_run_trial or not self._uses_keras_fit():
+            return args, kwargs
+        _, *names = inspect.signature(keras.Model.fit).parameters
+        if len(args) > len(names):
+            return args, kwargs  # `fit` says what is wrong.
+        # All but the data by name, as the tuner passes some of them itself.
+        by_name = dict(zip(names[2:], args[2:], strict=False))
+        return args[:2], dict(**by_name, **kwargs)
+
+    @property
+    def _has_own_run_trial(self) -> bool:
+        """Whether `run_trial` is the user's."""
+        return not type(self).run_trial.__module__.startswith("tfbig.tuners.")
 
     def run_trial(
         self, trial: _tuner_types.Trial, *args: Any, **kwargs: Any
