@@ -9,7 +9,6 @@ import contextvars
 import dataclasses
 import functools
 import os
-import pathlib
 import pickle
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from tfbig import _lifetime, errors
 from tfbig.distribute._workers import Workers
@@ -36,7 +35,7 @@ __all__ = (
 
 # Tells a trial process to which search it belongs.
 _VARIABLE = "TFBIG_TRIAL_OF"
-# Tells it the file for an error that ends the search.
+# Tells it the open file, by its descriptor, for an error that ends the search.
 _ERROR_FILE = "TFBIG_TRIAL_ERROR"
 
 # Whether a search runs in this thread.
@@ -158,7 +157,8 @@ def telling(is_trial_process: bool) -> Iterator[None]:
         yield
     except BaseException as e:
         if is_trial_process:
-            pathlib.Path(os.environ[_ERROR_FILE]).write_bytes(_pickled(e))
+            with open(int(os.environ[_ERROR_FILE]), "wb") as file:
+                file.write(_pickled(e))
             _exit(_ERROR)
         raise
 
@@ -196,8 +196,8 @@ def run_trials(
         SearchError: If a process died before its trial began.
         BaseException: What ended the search in a trial process.
     """
-    with tempfile.TemporaryDirectory(prefix="tfbig-trial-") as directory:
-        _run_trials(search, may_begin, on_death, watch, pathlib.Path(directory, "error"))
+    with tempfile.TemporaryFile() as error:
+        _run_trials(search, may_begin, on_death, watch, error)
 
 
 def _run_trials(
@@ -205,12 +205,13 @@ def _run_trials(
     may_begin: Callable[[], bool],
     on_death: Callable[[int, str, bool], bool],
     watch: Watch,
-    error: pathlib.Path,
+    error: IO[bytes],
 ) -> None:
     while may_begin():
         process = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]],
-            env={**os.environ, _VARIABLE: search, _ERROR_FILE: str(error)},
+            env={**os.environ, _VARIABLE: search, _ERROR_FILE: str(error.fileno())},
+            pass_fds=[error.fileno()],
             preexec_fn=functools.partial(_lifetime.end_with_parent, os.getpid()),
         )
         try:
@@ -229,7 +230,8 @@ def _run_trials(
             on_death(process.pid, why, False)
             continue
         if code == _ERROR:
-            raise pickle.loads(error.read_bytes())
+            error.seek(0)
+            raise pickle.load(error)
         if code < 0:
             what = f"was ended by {signal.Signals(-code).name}"
         else:
