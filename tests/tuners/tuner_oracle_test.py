@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import logging
 import math
+import re
 import time
 import warnings
 
@@ -895,6 +896,13 @@ def test_a_trial_that_breaks_a_constraint_is_never_the_best(make):
         end(oracle, oracle.create_trial("a"), loss, size=size)
     assert [t.score for t in oracle.get_best_trials(5)] == [2.0, 3.0]
     assert [t.score for t in make(3, line()).get_best_trials(5)] == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("found", [[1.0], None, {"size": "large"}])
+def test_constraints_that_are_no_numbers_end_the_search(make, found):
+    oracle = make(1, line(), constraints=lambda metrics: found)
+    with pytest.raises(errors.SearchError, match=re.escape(f"numbers. Received: {found!r}")):
+        end(oracle, oracle.create_trial("a"), 1.0)
 
 
 def test_constraints_bound_the_pareto_front(make):

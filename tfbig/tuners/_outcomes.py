@@ -164,7 +164,13 @@ class Outcomes:
         if self._constraints is None:
             return None
         metrics = {name: h.get_last_value() for name, h in trial.metrics.metrics.items()}
-        return {k: float(v) for k, v in self._constraints(metrics).items()}
+        found = self._constraints(metrics)
+        try:
+            return {k: float(v) for k, v in found.items()}
+        except (AttributeError, TypeError, ValueError) as e:
+            raise errors.SearchError(
+                f"`constraints` must return a dictionary of numbers. Received: {found!r}."
+            ) from e
 
     def is_feasible(self, trial: _tuner_types.Trial) -> bool:
         """Whether the metrics of a trial violate no constraint."""
