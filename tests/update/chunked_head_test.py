@@ -233,6 +233,29 @@ def test_trains_as_plain_keras(program, way, monkeypatch):
     assert_same(found, trained(program, keras.Model, optimizer))
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_probabilities_that_round_to_zero_have_the_gradient_of_their_logits(activation):
+    sparse = activation == "softmax"
+    loss = "sparse_categorical_crossentropy" if sparse else "binary_crossentropy"
+    y = NEXT if sparse else keras.utils.to_categorical(NEXT, VOCABULARY)
+
+    def train(cls, **options):
+        x = keras.Input((LENGTH,), dtype="int32")
+        model = cls(x, layers.Dense(VOCABULARY, activation)(body(x)), **options)
+        rng = np.random.default_rng(1)
+        model.set_weights([10 * rng.normal(size=w.shape) for w in model.get_weights()])
+        model.compile(OPTIMIZERS["adamw"](), loss, metrics=[loss, "accuracy"], jit_compile=False)
+        data = {"x": TOKENS, "y": y, "batch_size": 8, "verbose": 0}
+        history = model.fit(**data, shuffle=False).history
+        return model, history, model.evaluate(**data, return_dict=True)
+
+    expected = train(keras.Model)
+    assert np.any(expected[0].predict(TOKENS, verbose=0) < keras.config.epsilon())
+    for options in ({}, {"micro_batch_size": 3, "recompute": True}):
+        assert_same(train(tfbig.Model, head_chunk_size=4, **options), expected)
+
+
 # --- Other floating-point numbers -----------------------------------------------------------
 
 

@@ -171,6 +171,48 @@ def test_training_is_the_same(build, name, compile_kwargs):
     assert_same(train(build, name, recompute=True, **options), train(build, name, **options))
 
 
+@keras.saving.register_keras_serializable("recomputation_test")
+class Probabilities(layers.Layer):
+    """Ends in a softmax of Keras, or of TensorFlow."""
+
+    def __init__(self, softmax, **kwargs):
+        super().__init__(**kwargs)
+        self.softmax = softmax
+        self.dense = layers.Dense(11)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.softmax(self.dense(x))
+
+
+@pytest.mark.parametrize(
+    ("softmax", "is_eager"),
+    # Keras knows that of TensorFlow by its operation, which is not known eagerly.
+    [(keras.ops.softmax, False), (keras.ops.softmax, True), (tf.nn.softmax, False)],
+    ids=["Keras", "eager", "TensorFlow"],
+)
+def test_probabilities_that_round_to_zero_have_the_gradient_of_their_logits(softmax, is_eager):
+    def trained(cls, **options):
+        x = keras.Input((5,), dtype="int32")
+        h = layers.Dense(4, "sigmoid")(layers.Embedding(11, 4)(x))
+        model = cls(x, Probabilities(softmax)(h), **options)
+        rng = np.random.default_rng(1)
+        model.set_weights([30 * rng.normal(size=w.shape) for w in model.get_weights()])
+        optimizer = keras.optimizers.Adam(0.1)
+        loss = "sparse_categorical_crossentropy"
+        model.compile(optimizer, loss, metrics=[loss], run_eagerly=is_eager)
+        history = model.fit(TOKENS, TARGETS, batch_size=11, shuffle=False, verbose=0).history
+        return model.get_weights(), history
+
+    found = trained(tfbig.Model, micro_batch_size=3, recompute=True)
+    expected = trained(keras.Model)
+    # Clipped to the epsilon of Keras, no loss is larger than 16.
+    assert expected[1]["loss"][0] > 17
+    assert_same(found, expected)
+
+
 def test_generator_that_layers_share():
     names = ["first", "second"]
     split = {"micro_batch_size": 3}

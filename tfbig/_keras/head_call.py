@@ -14,7 +14,7 @@ from keras.src.backend.common.variables import AutocastScope
 from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
-from tfbig._keras import matrix_product, recomputation, stages
+from tfbig._keras import logits, matrix_product, recomputation, stages
 from tfbig._keras.gradients import custom_gradient
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
 from tfbig._keras.thread import current, holding
@@ -189,7 +189,7 @@ class HeadCall:
         # tensor, and comes when those that metrics make are gone.
         for number in reversed(range(len(functions))):
             with tf.control_dependencies(values):
-                predictions = tf.identity(predictions)
+                predictions = logits.copied(predictions)
             compute = _values if number == 0 else _values_in_pieces
             values.append(compute(functions[number], targets[number], predictions))
         return values[::-1]
@@ -351,7 +351,7 @@ def _values_in_pieces(
         if isinstance(length, int) and begin >= length > 0:
             break
         with tf.control_dependencies(values):
-            piece = tf.identity(predictions[begin : begin + size])
+            piece = logits.copied(predictions, slice(begin, begin + size))
         values.append(_values(function, targets[begin : begin + size], piece))
     whole = tf.concat(values, 0)
     masks = [masking.get_keras_mask(v) for v in values]

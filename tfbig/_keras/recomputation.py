@@ -9,6 +9,7 @@ second pass computes the same as the first.
 import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops as _xla_ops
 from tensorflow.python.eager import record as _record
 
 from tfbig import _types, errors
-from tfbig._keras import stages
+from tfbig._keras import logits, stages
 from tfbig._keras.devices import is_on_cpu
 from tfbig._keras.gradients import custom_gradient
 from tfbig._keras.sharded_variable import Gathering, ShardedWeight
@@ -133,7 +134,7 @@ class _RepeatableCall:
 
             return _differentiable(outputs, scope), gradient
 
-        passed = list(function(*values, *self.inputs))
+        passed = iter(function(*values, *self.inputs))
         outputs, scope = first
         for variable in scope.assigned:
             value = scope.get_current_value(variable)
@@ -142,7 +143,7 @@ class _RepeatableCall:
         def result(output: _types.Tensor) -> _types.Tensor:
             if not _is_differentiable(output):
                 return output
-            mask, output = masking.get_keras_mask(output), passed.pop(0)
+            mask, output = masking.get_keras_mask(output), logits.joined(output, passed)
             if mask is not None:
                 masking.set_keras_mask(output, mask)
             return output
@@ -309,9 +310,10 @@ def _is_differentiable(tensor: _types.Tensor) -> bool:
 
 
 def _differentiable(outputs: _types.Structure, scope: VariableValues) -> list[_types.Tensor]:
-    """The floating-point outputs, then the losses that were added."""
+    """The parts of the floating-point outputs, then the losses that were added."""
     leaves = tf.nest.flatten(outputs, expand_composites=True)
-    return [x for x in leaves if _is_differentiable(x)] + list(scope.losses)
+    parts = (logits.parts_of(x) for x in leaves if _is_differentiable(x))
+    return [*itertools.chain.from_iterable(parts), *scope.losses]
 
 
 def _after(
