@@ -1,5 +1,7 @@
 """`TrainingMonitor` says what training costs, and which part of what devices could do it gets."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from keras import layers
 
 import tfbig
 from tests.conftest import make_strategy
+from tfbig._keras import work
 from tfbig.callbacks import _flops, _peak_flops
 
 LENGTH, VOCABULARY, WIDTH, BLOCKS = 24, 50, 32, 2
@@ -209,3 +212,41 @@ def test_the_peak_of_the_gpu_is_used(tmp_path, monkeypatch):
 def test_numbers_that_are_none(name, value, tmp_path):
     with pytest.raises(tfbig.errors.InvalidOptionError, match=f"`{name}` must be a positive"):
         tfbig.callbacks.TrainingMonitor(tmp_path, **{name: value})
+
+
+# --- Layers counted by hand -------------------------------------------------------------------
+
+# A layer, the shape of a sample, and the multiplications of a forward pass.
+COUNTED = {
+    "transposed": (layers.Conv2DTranspose(8, 3, 2, "same"), (6, 5, 4), 6 * 5 * 4 * 3 * 3 * 8),
+    "transposed_1d": (layers.Conv1DTranspose(8, 3, 2), (6, 4), 6 * 4 * 3 * 8),
+    "transposed_3d": (layers.Conv3DTranspose(8, 3), (2, 3, 4, 5), 2 * 3 * 4 * 5 * 3**3 * 8),
+    "grouped": (layers.Conv2D(8, 3, padding="same", groups=2), (6, 5, 4), 6 * 5 * 9 * 2 * 8),
+    "lstm": (layers.LSTM(5), (7, 3), 7 * (3 + 5) * 4 * 5),
+    "gru": (layers.Bidirectional(layers.GRU(5)), (7, 3), 2 * 7 * (3 + 5) * 3 * 5),
+    "cells": (layers.RNN([layers.LSTMCell(5), layers.GRUCell(4)]), (7, 3), 7 * (8 * 20 + 9 * 12)),
+    "unrolled": (layers.SimpleRNN(5, unroll=True), (7, 3), 7 * (3 + 5) * 5),
+    "pictures": (layers.ConvLSTM2D(2, 3, padding="same"), (4, 6, 5, 3), 4 * 30 * 9 * (3 + 2) * 8),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_layers_are_counted_as_by_hand(name, tmp_path):
+    layer, shape, products = COUNTED[name]
+    layer = type(layer).from_config(layer.get_config())
+    model = tfbig.Sequential([keras.Input(shape), layer], recompute=[layer.name])
+    model.compile("sgd", "mse")
+    y = np.zeros((16, *model.output_shape[1:]), "float32")
+    _, row = fit(model, tmp_path, np.ones((16, *shape), "float32"), y, peak_flops=1e9)
+    assert row["flops_per_sample"] == 3 * 2 * products
+    assert row["hfu"] / row["mfu"] == pytest.approx(4 / 3)
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(layers.LSTM, 4), (layers.GRU, 3)])
+def test_recurrent_layers_of_a_gpu_are_counted(layer, gates, monkeypatch):
+    # It is traced, and nothing runs.
+    module = sys.modules["keras.src.backend.tensorflow.rnn"]
+    monkeypatch.setattr(module, "_is_gpu_available", lambda: True)
+    model = keras.Sequential([keras.Input((7, 3)), layer(5, return_sequences=True), layer(4)])
+    found, _ = work.products_of_forward_pass(model, tf.TensorSpec([1, 7, 3]))
+    assert found == 2 * 7 * gates * ((3 + 5) * 5 + (5 + 4) * 4)

@@ -73,8 +73,7 @@ def floating_point_operations(model: keras.Model, calls: Iterable[Operation]) ->
             packed = keras.tree.pack_sequence_as(functional._inputs_struct, list(inputs))
             return model(packed, training=False)
 
-    tf.function(forward, autograph=False).get_concrete_function(*specs)
-    return meter.work
+    return meter.work(tf.function(forward, autograph=False).get_concrete_function(*specs).graph)
 
 
 def products_of_forward_pass(
@@ -91,12 +90,12 @@ def products_of_forward_pass(
     meter = _Meter({id(layer) for layer in layers}, are_all_counted=False)
 
     def forward(inputs: _types.Structure) -> _types.Structure:
-        with VariableValues(), holding("work", meter):
-            return model(inputs, training=False)
+        with VariableValues() as scope, holding("work", meter):
+            return model(inputs, training=False), list(scope.losses)
 
     graph = tf.function(forward, autograph=False).get_concrete_function(specs).graph
-    whole = sum(_work_of(operation, False) for operation in graph.get_operations())
-    return whole, sum(meter.work.values())
+    whole = sum(_work_of(operation, False) for operation in _running(graph))
+    return whole, sum(meter.work(graph).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +140,13 @@ class _Meter:
 
     def __init__(self, wanted: set[int], are_all_counted: bool = True) -> None:
         self._are_all_counted = are_all_counted
-        self.work = dict.fromkeys(wanted, 0.0)
+        self._made: dict[int, list[tf.Operation]] = {identity: [] for identity in wanted}
         self._is_within = False
 
     @contextlib.contextmanager
     def measuring(self, operation: Operation) -> Iterator[None]:
         """Within it, what is added to the graph is work of a layer."""
-        if self._is_within or id(operation) not in self.work:
+        if self._is_within or id(operation) not in self._made:
             yield
             return
         graph = tf.compat.v1.get_default_graph()
@@ -157,9 +156,23 @@ class _Meter:
             yield
         finally:
             self._is_within = False
-        self.work[id(operation)] += sum(
-            _work_of(new, self._are_all_counted) for new in graph.get_operations()[before:]
-        )
+        self._made[id(operation)] += graph.get_operations()[before:]
+
+    def work(self, graph: tf.Graph) -> dict[int, float]:
+        """The work of each layer, by its identity.
+
+        Args:
+            graph: what was traced.
+        """
+        running = {operation.name for operation in _running(graph)}
+        return {
+            identity: sum(
+                _work_of(o, self._are_all_counted)
+                for o in made
+                if o.graph is not graph or o.name in running
+            )
+            for identity, made in self._made.items()
+        }
 
 
 _call_of_operation = Operation.__call__
@@ -180,7 +193,7 @@ def _work_of(operation: tf.Operation, are_all_counted: bool) -> float:
     """Multiplications and additions of an operation; of most, one for each element of a result."""
     kind = operation.type
     inner = [
-        sum(_work_of(o, are_all_counted) for o in graph.get_operations())
+        sum(_work_of(o, are_all_counted) for o in _running(graph))
         for graph in _graphs_within(operation)
     ]
     if kind in ("StatelessWhile", "While"):
@@ -203,9 +216,38 @@ def _work_of(operation: tf.Operation, are_all_counted: bool) -> float:
     if kind in ("Conv2D", "Conv3D"):
         *window, channels, _ = _dimensions(operation.inputs[1])
         return 2 * results * math.prod(window) * channels
+    if kind in ("Conv2DBackpropInput", "Conv3DBackpropInputV2"):
+        # A transposed convolution, of the third input.
+        *window, channels, _ = _dimensions(operation.inputs[1])
+        return 2.0 * _size(operation.inputs[2]) * math.prod(window) * channels
+    if kind == "CudnnRNNV3":
+        return _work_of_recurrent_layer(operation)
     if kind == "DepthwiseConv2dNative":
         return 2 * results * math.prod(_dimensions(operation.inputs[1])[:2])
     return 0.0 if kind in _FREE or not are_all_counted else results
+
+
+def _work_of_recurrent_layer(operation: tf.Operation) -> float:
+    """The products of what an LSTM or a GRU is on a GPU: one layer, in one direction."""
+    features, units = (_dimensions(t)[-1] for t in operation.inputs[:2])
+    gates = {b"lstm": 4, b"gru": 3}[operation.get_attr("rnn_mode")]
+    steps = _size(operation.inputs[0]) // features
+    return 2.0 * steps * gates * units * (features + units)
+
+
+def _running(graph: tf.Graph) -> list[tf.Operation]:
+    """The operations on which the results of a graph depend: TensorFlow leaves out others.
+
+    Keras calls the cell of a recurrent layer once more, to see what it returns.
+    """
+    found: dict[str, tf.Operation] = {}
+    waiting = [tensor.op for tensor in graph.outputs] + list(graph.control_outputs)
+    while waiting:
+        operation = waiting.pop()
+        if operation.name not in found:
+            found[operation.name] = operation
+            waiting += [t.op for t in operation.inputs] + list(operation.control_inputs)
+    return list(found.values())
 
 
 def _graphs_within(operation: tf.Operation) -> list[tf.Graph]:
