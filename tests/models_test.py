@@ -978,7 +978,7 @@ def test_export(kind, tmp_path):
 
 @in_turn(
     {
-        "kind": ["functional", "sequential", "extended_functional"],
+        "kind": ["functional", "sequential", "extended_functional", "extended_subclassed"],
         "duplicate": {"copy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))},
     }
 )
@@ -991,6 +991,14 @@ def test_copies_are_models_of_their_own(kind, duplicate):
     assert_same(other.get_weights(), model.get_weights(), atol=0)
     fit(other)
     assert abs(other.get_weights()[0] - model.get_weights()[0]).max() > 1e-3
+
+
+def test_a_class_that_becomes_functional_can_be_pickled():
+    model = Graph(units=3, micro_batch_size=2)
+    other = pickle.loads(pickle.dumps(model))
+    assert type(other) is type(model)
+    assert (other.units, other.micro_batch_size) == (3, 2)
+    assert_same(other.get_weights(), model.get_weights(), atol=0)
 
 
 def run_python(code, *args):

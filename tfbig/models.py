@@ -77,6 +77,7 @@ def _functional_class(cls: type[Model]) -> type[Model]:
                 "__module__": cls.__module__,
                 "__qualname__": cls.__qualname__,
                 "__doc__": cls.__doc__,
+                "__reduce__": _keras.saving.pickled_as(cls),
             },
         )
         _keras.saving.register_as(made, _keras.saving.registered_name(cls))
@@ -188,7 +189,12 @@ def _extended_class(cls: type[keras.Model]) -> type[train_step.TrainStep]:
         extended = type(
             f"Extended{cls.__name__}",
             (Extended, *mixins, cls),
-            {"__module__": __name__, "__doc__": cls.__doc__, "_extends": cls},
+            {
+                "__module__": __name__,
+                "__doc__": cls.__doc__,
+                "__reduce__": _keras.saving.pickled_as(cls),
+                "_extends": cls,
+            },
         )
         _keras.saving.register_as(extended, "tfbig>Extended")
         _EXTENDED[cls] = extended

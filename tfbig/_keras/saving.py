@@ -217,6 +217,23 @@ def register_as(cls: type, name: str) -> None:
     object_registration.GLOBAL_CUSTOM_NAMES[cls] = name
 
 
+def pickled_as(cls: type[keras.Model]) -> _types.AnyFunction:
+    """A `__reduce__` for a class made while the program runs, which `pickle` does not find.
+
+    Keras pickles a model as a `.keras` file, which names the class of the model, and the name of
+    a class, which only says how to read it.
+
+    Args:
+        cls: a class that `pickle` finds by its name.
+    """
+
+    def reduced(self: keras.Model) -> tuple[_types.AnyFunction, tuple[object, ...]]:
+        _, file = KerasSaveable.__reduce__(self)
+        return cls._unpickle_model, file
+
+    return reduced
+
+
 def registered_name(cls: type) -> str:
     """The name under which Keras saves objects of `cls`."""
     return str(object_registration.get_registered_name(cls))
