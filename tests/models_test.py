@@ -1050,15 +1050,21 @@ def test_loads_in_a_process_that_only_imports_tfbig(tmp_path):
         assert_same([loaded[f"arr_{k}"] for k in range(len(weights))], weights, atol=1e-7)
 
 
-def test_an_unknown_extended_class_is_named(tmp_path):
+@pytest.mark.parametrize("module", ["tfbig", "no_such_module"])
+@pytest.mark.parametrize("is_registered", [False, True])
+def test_an_unknown_extended_class_is_named(module, is_registered, tmp_path):
     class Local(PlainNet):
         pass
 
-    Local.__module__ = "tfbig"  # A module without such a class.
+    Local.__module__ = module  # Where there is no such class.
+    if is_registered:
+        keras.saving.register_keras_serializable("tests")(Local)
     model = tfbig.extend(Local(units=3))
     model(X)
     model.save(tmp_path / "model.keras")
-    with pytest.raises((errors.InvalidOptionError, TypeError), match=r"Local"):
+    # As in another process.
+    keras.saving.get_custom_objects().pop("tests>Local", None)
+    with pytest.raises(errors.InvalidOptionError, match=rf"{module}\.Local\. Import its module"):
         keras.saving.load_model(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Local": Local})
     assert_same(loaded.get_weights(), model.get_weights(), atol=0)

@@ -1,5 +1,6 @@
 """Keras saves, clones and wraps models without the state and options of tfbig; here both stay."""
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -241,9 +242,13 @@ def registered_name(cls: type) -> str:
 
 def registered_class(name: str, module: str, class_name: str) -> type | None:
     """The class that was saved under these names, or None."""
-    found: type | None = object_registration.get_registered_object(name)
+    found: type | None = None
+    # By either name, users may pass it in `custom_objects`.
+    for key in (name, class_name):
+        found = found or object_registration.get_registered_object(key)
     if found is None:
-        found = getattr(importlib.import_module(module), class_name, None)
+        with contextlib.suppress(ImportError):
+            found = getattr(importlib.import_module(module), class_name, None)
     return found
 
 
