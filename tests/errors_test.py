@@ -451,6 +451,57 @@ def test_evaluation_of_an_empty_batch_is_refused(name, steps):
         model.test_on_batch(X[:0], Y[:0])
 
 
+# --- Parts of a batch of different sizes -------------------------------------
+
+
+def with_sizes(*sizes, is_static=False):
+    """A batch of inputs, targets and weights, each of its own number of samples."""
+    batch = tuple(a[:n] for a, n in zip((X, Y, np.ones(len(X))), sizes, strict=True))
+    if is_static:
+        return batch
+    specs = tuple(tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in batch)
+    return tf.data.Dataset.from_generator(lambda: iter([batch]), output_signature=specs)
+
+
+def resized(model, sizes):
+    schedule = tfbig.callbacks.BatchSizeSchedule({0: 4})
+    model.fit(with_sizes(*sizes), verbose=0, shuffle=False, callbacks=[schedule])
+
+
+OF_SIZES = {
+    "fit": lambda m, sizes: m.fit(with_sizes(*sizes), verbose=0, shuffle=False),
+    "train_on_batch": lambda m, sizes: m.train_on_batch(*with_sizes(*sizes, is_static=True)),
+    "evaluate": lambda m, sizes: m.evaluate(with_sizes(*sizes), verbose=0),
+    "resized": resized,
+}
+
+
+@in_turn(
+    {
+        "name": ["default", "mirrored_2"],
+        "run": list(OF_SIZES),
+        "sizes": {
+            "long_targets": (6, 9, 6),
+            "short_targets": (6, 5, 6),
+            "long_weights": (6, 6, 12),
+            "one_target": (6, 1, 6),
+        },
+        "options": {"graph": {}, "eager": {"run_eagerly": True}, "xla": {"jit_compile": True}},
+    }
+)
+def test_parts_of_a_batch_must_hold_as_many_samples(name, run, sizes, options):
+    with make_strategy(name).scope():
+        model = sequential(micro_batch_size=2)
+        model.compile(SGD(), "mse", **options)
+    with (
+        untrained(model),
+        refused(
+            errors.InvalidOptionError, ValueError, "All parts of a batch must hold as many samples"
+        ),
+    ):
+        OF_SIZES[run](model, sizes)
+
+
 # --- Classes and `extend` ----------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _types
+from tfbig._keras import graph_errors
 
 
 def batch_size(data: _types.Structure) -> int | _types.Tensor:
@@ -18,6 +19,31 @@ def batch_size(data: _types.Structure) -> int | _types.Tensor:
     if isinstance(first, tf.RaggedTensor):
         return tf.cast(first.nrows(), tf.int32)
     return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
+
+
+def of_one_size(data: _types.Structure) -> _types.Structure:
+    """The (nested) batch, refused unless all parts hold as many samples.
+
+    A part that holds more would be cut like the others, and what is left of it would be lost.
+    """
+    parts = [v for v in keras.tree.flatten(data) if v is not None]
+    has_scalar = any(v.shape == () for v in parts)
+    sizes = [0 if v.shape == () else batch_size(v) for v in parts]
+    if tf.executing_eagerly():
+        sizes = [int(s) for s in sizes]
+    known = [s for s in sizes if isinstance(s, int)]
+    if len(set(known)) > 1 or has_scalar:
+        raise graph_errors.sizes_differ([s if isinstance(s, int) else "?" for s in sizes])
+    if len(known) == len(sizes):
+        return data
+    numbers = tf.stack(sizes)
+    is_one = tf.reduce_all(tf.equal(numbers, numbers[0]))
+    assertion = tf.debugging.Assert(is_one, [graph_errors.SIZES_DIFFER, numbers], len(sizes))
+    # Without the dependency, the update could run before the assertion fails.
+    with tf.control_dependencies([assertion]):
+        return tf.nest.map_structure(
+            lambda v: v if v is None else tf.identity(v), data, expand_composites=True
+        )
 
 
 def slice_samples(

@@ -1,11 +1,15 @@
 """TensorFlow raises one error for all assertions; here its text tells which error is meant."""
 
+import re
+from collections.abc import Iterable
+
 import keras
 
 from tfbig import errors
 
 # The messages of assertions in a graph.
 NO_SAMPLES = "A batch must hold at least one sample. Received: a batch of 0 samples."
+SIZES_DIFFER = "All parts of a batch must hold as many samples as the first."
 TOO_MANY_SKIPS = "tfbig: too many skipped updates in a row."
 LENGTHS_DIFFER = "tfbig: replicas looked up a table at positions that differ."
 OVERFLOW = "tfbig: gradients are not finite after their exchange in half precision."
@@ -23,6 +27,9 @@ def error_of(message: str, model: keras.Model) -> Exception | None:
     """
     if NO_SAMPLES in message:
         return errors.InvalidOptionError(NO_SAMPLES)
+    if SIZES_DIFFER in message:
+        numbers = re.search(r"\[([\d ]+)\]", message.partition(SIZES_DIFFER)[2])
+        return sizes_differ(numbers[1].split() if numbers else [])
     if _NO_SPARSE_SAMPLES in message:
         return errors.UnsupportedStrategyError(
             "tf.data cannot give a worker a sparse batch without samples. Received: a batch of "
@@ -52,3 +59,11 @@ def error_of(message: str, model: keras.Model) -> Exception | None:
         error: Exception = model.loss_scale_state.error(model.trainable_variables)
         return error
     return None
+
+
+def sizes_differ(sizes: Iterable[object]) -> errors.InvalidOptionError:
+    """The error for a batch whose parts hold different numbers of samples."""
+    return errors.InvalidOptionError(
+        f"{SIZES_DIFFER} Received: {', '.join(map(str, sizes))} samples in inputs, targets and "
+        "sample weights. What is not one row for each sample cannot be cut."
+    )

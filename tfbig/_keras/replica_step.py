@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfbig import _types
-from tfbig._keras.batches import batch_size, is_distributed, slice_samples
+from tfbig._keras.batches import batch_size, is_distributed, of_one_size, slice_samples
 from tfbig._keras.thread import holding
 from tfbig._keras.variables import is_summed
 
@@ -33,6 +33,7 @@ def share_of_replica(data: _types.Structure) -> _types.Structure:
     replicas = context.num_replicas_in_sync
     if replicas == 1:
         return data
+    data = of_one_size(data)
     size = batch_size(data)
     index = tf.cast(context.replica_id_in_sync_group, tf.int32)
     if isinstance(size, int) and size % replicas == 0:

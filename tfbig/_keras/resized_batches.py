@@ -22,7 +22,13 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 
 from tfbig import _types, errors
 from tfbig._keras import graph_errors
-from tfbig._keras.batches import batch_size, slice_samples, spec_of_any_size, without_optionals
+from tfbig._keras.batches import (
+    batch_size,
+    of_one_size,
+    slice_samples,
+    spec_of_any_size,
+    without_optionals,
+)
 from tfbig._keras.shuffling import samples_at
 
 __all__ = ("ResizedBatches", "ResizedData", "Sizes", "of", "resize")
@@ -282,7 +288,7 @@ class ResizedBatches:
             piece = next(self._pieces, None)
             if piece is None:
                 return True
-            piece = without_optionals(piece)
+            piece = of_one_size(without_optionals(piece))
             if samples := int(batch_size(piece)):
                 self._left = piece, 0, samples
         return False

@@ -75,7 +75,11 @@ class MicroBatches:
         in_flight: int | None = None,
     ) -> None:
         self.loss_fn = loss_fn
-        self.data = empty_batch.refuse_empty_data(data)
+        # One micro-batch on one replica: Keras's own reductions are those of
+        # the whole batch.
+        self.is_whole = split.is_whole and replicas.count() == 1 and valid_samples is None
+        data = empty_batch.refuse_empty_data(data)
+        self.data = data if self.is_whole else _keras.batches.of_one_size(data)
         self.split = split
         self.variables = list(variables)
         self.metric_ids = {id(v) for v in metric_variables}
@@ -88,9 +92,6 @@ class MicroBatches:
         samples = _keras.batches.batch_size(data) if valid_samples is None else valid_samples
         self.samples = tf.convert_to_tensor(samples, tf.int32)
         self.dtype = accumulators.widest(keras.config.floatx(), self.variables)
-        # One micro-batch on one replica: Keras's own reductions are those of
-        # the whole batch.
-        self.is_whole = split.is_whole and replicas.count() == 1 and valid_samples is None
         if unrolled:
             self._check_can_unroll()
         self.trace = loss_trace.LossTracer(
