@@ -710,6 +710,27 @@ def test_frozen_layers_then_recompiled(name, options):
 
 
 @on_strategies
+@pytest.mark.parametrize("run_eagerly", [False, True], ids=["graph", "eager"])
+@pytest.mark.parametrize(
+    "options",
+    [BY_2, K3 | {"loss_scale": "dynamic"}, BY_2 | {"log_grad_norm": True, "shard": "optimizer"}],
+    ids=["by2", "scaled", "sharded"],
+)
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+def test_without_trainable_weights(name, options, run_eagerly):
+    def compile_frozen(model):
+        for layer in model.layers:
+            layer.trainable = False
+        model.compile(keras.optimizers.Adam(0.1), "mse", metrics=["mae"], run_eagerly=run_eagerly)
+
+    _, expected = train(PLAIN, "default", functional, compile_frozen, arrays(12, 6))
+    model, history = train(big(**options), name, functional, compile_frozen, arrays(12, 6))
+    for key, values in expected.history.items():
+        np.testing.assert_allclose(history.history[key], values, rtol=TOLERANCE)
+    assert model.optimizer.iterations == 0
+
+
+@on_strategies
 def test_recompiled_with_another_optimizer_and_loss(name):
     def feed(model):
         arrays(15, 7)(model)

@@ -204,12 +204,12 @@ def _divide(gradient: _types.Gradient | None, divisor: _types.Tensor) -> _types.
 
 
 def _finite_flags(gradients: list[_types.Gradient | None]) -> _types.Tensor:
-    """Vector of booleans: for each gradient, whether all its values are finite."""
+    """Vector of booleans: for each gradient, whether all its values are finite. True of none."""
     flags = [
         tf.constant(True) if g is None else tf.reduce_all(tf.math.is_finite(accumulators.values(g)))
         for g in gradients
     ]
-    return tf.stack(flags)
+    return tf.stack(flags or [tf.constant(True)])
 
 
 def _apply(
@@ -217,6 +217,8 @@ def _apply(
     gradients: list[_types.Gradient | None],
     variables: list[keras.Variable],
 ) -> None:
+    if not variables:
+        return  # Keras leaves the optimizer out, too.
     # Under a strategy, a thread of its own runs it, in no context of another.
     is_staged = _keras.stages.in_flight_of(variables) is not None
     with _keras.optimizer.without_exchange(), _keras.stages.following(is_staged):

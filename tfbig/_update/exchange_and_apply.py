@@ -110,7 +110,7 @@ def exchange_and_apply(
     """
     needs_norm = needs_norm or (guard is not None and guard.needs_norm)
     state = sharded_state.state_of(optimizer)
-    if state is not None:
+    if state is not None and local.variables:
         return sharded_update.exchange_and_apply(
             state,
             local,

@@ -124,6 +124,8 @@ class TrainStep(training_checks.TrainingChecks):
         needs_tfbig_step = self.loss_scale_state is not None or self._needs_tfbig_in("train_step")
         if not needs_tfbig_step and self._is_step_of_keras(split, data):
             return self._run_keras_step(super().train_step, data)
+        if not self.trainable_variables:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
         micro_batches = self._micro_batches(data, split, training=True)
         local_gradients = self._accumulate(micro_batches, micro_batches.exchanged_counts())
         return self._exchange_and_apply(local_gradients)
