@@ -118,6 +118,23 @@ def test_built_in_accumulation_shows_micro_steps_to_the_schedule():
     assert float(model.optimizer.learning_rate) == 0.0
 
 
+def test_a_frozen_weight_hands_its_moving_average_to_the_next_weight():
+    # In a process of its own, since tfbig replaces the function in any model.
+    status, output = run("""
+import keras
+def first():
+    return keras.layers.Dense(1, use_bias=False, kernel_initializer=lambda *_, **__: [[3.0]])
+for name in ("default", "mirrored_2"):
+    model = linear(name, lambda: keras.optimizers.SGD(0.0, use_ema=True), layers=[first])
+    x = np.ones((4, 1), "float32")
+    assert weight_after(model, x) == 1.0
+    model.layers[0].trainable = False
+    model.compile(model.optimizer, "mse")
+    print(weight_after(model, x))
+""")
+    assert (status, output.split()[-2:]) == (0, ["3.0", "3.0"]), output
+
+
 def test_uneven_last_batch_gives_other_weights_than_one_device():
     x = column(0, 0, 0, 0, 0.5, 0.5, 1)
     # The gradient is (0.5 + 0.5 + 2) / 3; the replicas' means are 0.5 and 2, their halves

@@ -769,6 +769,23 @@ def test_optimizer_settings_count_updates(name, settings):
     both(name, BY_2, functional, compile_model, arrays(21, 7))
 
 
+@on_strategies
+def test_each_weight_ends_as_its_own_average_though_others_are_frozen(name):
+    with make_strategy(name).scope():
+        inner = [keras.layers.Dense(4, use_bias=False) for _ in range(3)]
+        model = tfbig.Sequential([keras.Input((4,)), *inner], gradient_accumulation_steps=2)
+        model.compile(keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5), "mse")
+        model.fit(X[:12, :4], X[:12, :4], batch_size=6, verbose=0)
+        inner[0].trainable = False
+        frozen = inner[0].get_weights()[0]
+        model.compile(model.optimizer, "mse")
+    model.fit(X[:12, :4], X[:12, :4], batch_size=6, verbose=0)
+    np.testing.assert_array_equal(inner[0].get_weights()[0], frozen)
+    averages = model.optimizer._model_variables_moving_average
+    for layer, average in zip(inner[1:], averages[1:], strict=True):
+        np.testing.assert_array_equal(layer.get_weights()[0], average.numpy())
+
+
 class Recorder(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()

@@ -39,25 +39,29 @@ def _all_reduce_sum_gradients(
 TFOptimizer._all_reduce_sum_gradients = _all_reduce_sum_gradients
 
 
-_overwrite_in_cross_replica_context = TFOptimizer._overwrite_model_variables_with_average_value
-
-
 def _overwrite_with_average(
     self: TFOptimizer, trainable_variables: Sequence[_types.KerasVariable]
 ) -> None:
-    # With `ema_overwrite_frequency`, tfbig calls it in replica context, where Keras's own
-    # raises; every replica writes its own copy there.
-    averages = self._model_variables_moving_average
-    if any(isinstance(v, ShardedVariable) for v in trainable_variables):
-        for variable, average in zip(trainable_variables, averages, strict=True):
-            if average is not None:
-                assign_all([variable], values_of([average]))
-        return
-    if tf.distribute.in_cross_replica_context():
-        _overwrite_in_cross_replica_context(self, trainable_variables)
-        return
-    for variable, average in zip(trainable_variables, averages, strict=True):
-        native(variable).assign(native(average))
+    strategy = self._distribution_strategy
+    for variable in trainable_variables:
+        # Keras takes the averages in their order, and gives a weight that of another one if some
+        # have been frozen since the optimizer was built.
+        index = self._trainable_variables_indices.get(self._var_key(variable))
+        average = None if index is None else self._model_variables_moving_average[index]
+        if average is None:
+            continue
+        if isinstance(variable, ShardedVariable):
+            assign_all([variable], values_of([average]))
+        elif tf.distribute.in_cross_replica_context():
+            strategy.extended.update(native(variable), _assign, args=(average,))
+        else:
+            # With `ema_overwrite_frequency`, tfbig calls it in replica context, where Keras's own
+            # raises; every replica writes its own copy there.
+            native(variable).assign(native(average))
+
+
+def _assign(variable: _types.Variable, value: _types.Tensor) -> None:
+    variable.assign(value)
 
 
 TFOptimizer._overwrite_model_variables_with_average_value = _overwrite_with_average
