@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 import keras
 
-from tfbig import _keras
+from tfbig import _keras, errors
 from tfbig._update import (
     acceptance,
     attention_option,
@@ -59,6 +59,36 @@ def set_options(model: keras.Model, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value is not None or known[name].is_none_given:
             setattr(model, name, value)
+
+
+# Modules of classes whose constructors take no arguments of a user's own.
+_LIBRARIES = ("tfbig.", "keras.", "tensorflow.", "builtins")
+
+# Keyword arguments that the constructors of Keras's models and layers have.
+_ARGUMENTS_OF_KERAS = frozenset(
+    ("inputs", "outputs", "name", "trainable", "dtype", "autocast", "activity_regularizer")
+)
+
+
+def _refuse_unknown(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises for arguments that no constructor knows.
+
+    Keras does itself, but ignores them where a model is made from inputs and outputs, as it would a
+    misspelled option.
+
+    Args:
+        cls: the class of the model.
+        args: what is left of the arguments for the constructors after that of `StepOptions`.
+        kwargs: the same.
+    """
+    after = cls.__mro__[cls.__mro__.index(StepOptions) + 1 :]
+    others = [c for c in after if "__init__" in vars(c) and not c.__module__.startswith(_LIBRARIES)]
+    unknown = kwargs.keys() - _ARGUMENTS_OF_KERAS
+    if unknown and not others and _keras.saving.are_functional_arguments(args, kwargs):
+        raise errors.InvalidOptionError(
+            f"Unknown options for `{cls.__name__}`: {sorted(unknown)}. Known are "
+            f"{sorted(declared(cls))}."
+        )
 
 
 def make_plain(model: keras.Model) -> None:
@@ -167,6 +197,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     def __init__(self, *args: Any, **kwargs: Any):
         options = declared(type(self))
         given = {name: v.check(kwargs.pop(name)) for name, v in options.items() if name in kwargs}
+        _refuse_unknown(type(self), args, kwargs)
         # Before Keras's constructor, which may compile, as those of KerasHub do.
         self._keep_options(given)
         super().__init__(*args, **kwargs)
