@@ -239,3 +239,25 @@ def test_model_with_a_step_of_its_own_or_no_size_yet_is_refused():
 def test_model_without_mixins_or_compile_is_refused(make):
     with pytest.raises(tfbig.errors.InvalidOptionError, match="compiled model with tfbig's mixins"):
         tfbig.check_equivalence(make(), X, Y)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "1e-4"])
+def test_tolerance_must_be_a_positive_number(value):
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=r"`tolerance` must .* Received: tol"):
+        tfbig.check_equivalence(_model("default"), X, Y, tolerance=value)
+
+
+def test_data_that_cannot_be_compared():
+    model = _model("default", gradient_accumulation_steps=3)
+    x = X.copy()
+    x[1, 2] = np.nan
+    report = tfbig.check_equivalence(model, x, Y)
+    assert not report.is_equivalent
+    (cause,) = report.causes
+    assert "not finite" in cause
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=f"Received: {len(X)}, 3 samples"):
+        tfbig.check_equivalence(model, X, Y[:3])
+    model.trainable = False
+    model.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.InvalidOptionError, match="must have trainable weights"):
+        tfbig.check_equivalence(model, X, Y)

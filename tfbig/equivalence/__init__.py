@@ -1,8 +1,10 @@
 """`check_equivalence`: does cutting the batch change the update of a user's model?"""
 
+import math
+
 import keras
 
-from tfbig import _keras, _types, errors
+from tfbig import _keras, _numbers, _types, errors
 from tfbig._update import train_step
 from tfbig.equivalence import _causes
 from tfbig.equivalence._report import Deviation, EquivalenceReport
@@ -57,7 +59,8 @@ def check_equivalence(
 
     Raises:
         InvalidOptionError: If the model is not compiled, has none of tfbig's mixins, has a
-            `train_step` of its own, or has not found its micro-batch size yet.
+            `train_step` of its own, has no trainable weights, or has not found its micro-batch
+            size yet; or if the parts of the batch hold different numbers of samples.
         LossScaleError: If no loss scale yields finite gradients.
         UnsupportedModelError: If the model has divided weights.
 
@@ -75,13 +78,21 @@ def check_equivalence(
     BatchNormalization ('batch_normalization') normalizes each micro-batch with its own statistics.
     """
     _check_model(model)
+    if tolerance is not None:
+        tolerance = _checked_tolerance(tolerance)
     data = keras.tree.map_structure(_keras.batches.as_tensor, (x, y, sample_weight))
+    data = _keras.batches.of_one_size(data)
     model._maybe_symbolic_build(data_batch=data)
     if any(isinstance(v, _keras.sharded_variable.ShardedWeight) for v in model.weights):
         raise errors.UnsupportedModelError(
             "`check_equivalence` needs weights that every replica has all of. Received: a model "
             "with divided weights. Check it with shard='optimizer' or None; dividing weights "
             "changes no number."
+        )
+    if not model.trainable_variables:
+        raise errors.InvalidOptionError(
+            "`model` must have trainable weights, whose updates are compared. Received: "
+            f"{model.name}, which has none. Set `trainable` to True, and compile it."
         )
     with model.distribute_strategy.scope():
         model.optimizer.build(model.trainable_variables)
@@ -98,7 +109,12 @@ def _report(
 ) -> EquivalenceReport:
     is_exact = all(d.is_rounding for d in deviations)
     suspects = _causes.in_layers(trainings.model, trainings.state)
-    if not is_exact:
+    if any(not math.isfinite(d.relative) for d in deviations):
+        suspects = [
+            "Losses, gradients or weights are not finite, and cannot be compared. Look for NaN or "
+            "inf in the data and the weights, and for a learning rate that is too high."
+        ]
+    elif not is_exact:
         suspects += _causes.in_loss(trainings, deviations, tolerance)
     if not is_exact and not suspects:
         suspects = [
@@ -139,6 +155,15 @@ def _check_model(model: keras.Model) -> None:
             "`micro_batch_size='auto'` is found in the first update of `fit`. Received: a model "
             "that has not been fitted. Call fit first, or pass a number of samples."
         )
+
+
+def _checked_tolerance(value: object) -> float:
+    tolerance = _numbers.as_number(value)
+    if tolerance is None or not 0 < tolerance < math.inf:
+        raise errors.InvalidOptionError(
+            f"`tolerance` must be a number > 0 or None. Received: tolerance={value!r}."
+        )
+    return tolerance
 
 
 def _compute_dtypes(model: keras.Model) -> set[str]:

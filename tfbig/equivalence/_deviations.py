@@ -23,6 +23,8 @@ def root_mean_square(array: npt.NDArray[np.float64]) -> float:
 
 
 def _relative(deviation: float, reference: float) -> float:
+    if not np.isfinite(deviation):
+        return float("inf")  # Numbers that are not finite cannot be compared.
     return deviation / reference if reference > 0 else float(deviation > 0)
 
 
