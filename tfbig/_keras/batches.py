@@ -38,7 +38,11 @@ def of_one_size(data: _types.Structure) -> _types.Structure:
         return data
     numbers = tf.stack(sizes)
     is_one = tf.reduce_all(tf.equal(numbers, numbers[0]))
-    assertion = tf.debugging.Assert(is_one, [graph_errors.SIZES_DIFFER, numbers], len(sizes))
+    assertion = tf.raw_ops.Assert(
+        condition=is_one, data=[graph_errors.SIZES_DIFFER, numbers], summarize=len(sizes)
+    )
+    # TensorFlow would have that of a replica wait for what the replicas before it do.
+    assertion.graph.experimental_acd_manager.run_independently(assertion)
     # Without the dependency, the update could run before the assertion fails.
     with tf.control_dependencies([assertion]):
         return tf.nest.map_structure(
