@@ -117,8 +117,9 @@ def test_exchanges_in_a_loop_over_updates(small_parts):
 
 def test_functions_that_run_at_once_do_not_meet(small_parts):
     """Functions with the same exchanges, which nothing orders, called by one; again and again."""
+    # More than there are keys.
     with make_strategy(STRATEGY).scope():
-        factors = [tf.Variable(float(10**k)) for k in range(4)]
+        factors = [tf.Variable(1.0 + k) for k in range(20)]
 
     def function(factor):
         def exchanged(value):
@@ -134,7 +135,7 @@ def test_functions_that_run_at_once_do_not_meet(small_parts):
     run = on_replicas(at_once)
     for _ in range(20):
         for result in run():
-            np.testing.assert_array_equal([r[0] for r in result], [3, 30, 300, 3000])
+            np.testing.assert_array_equal([r[0] for r in result], 3 * np.arange(1, 21))
             assert all((r == r[0]).all() for r in result)
 
 
@@ -159,6 +160,20 @@ def test_a_function_that_is_called_twice_by_another(small_parts):
             np.testing.assert_array_equal(first, np.full(40, 3 * expected))
             np.testing.assert_array_equal(second, np.full(40, 8 * expected))
         expected *= 12
+
+
+def test_a_function_without_weights_that_another_calls_several_times(small_parts):
+    """Its calls have the same keys, and nothing in them tells which is first."""
+    summed = tf.function(lambda value: replicas.all_reduce_sum([value])[0], autograph=False)
+
+    def several(replica):
+        return [summed(tf.fill([40], (1.0 + replica) * 10**k)) for k in range(4)]
+
+    run = on_replicas(several)
+    for _ in range(20):
+        for result in run():
+            np.testing.assert_array_equal([r[0] for r in result], [3, 30, 300, 3000])
+            assert all((r == r[0]).all() for r in result)
 
 
 def test_functions_of_other_shapes_take_turns(small_parts):

@@ -31,10 +31,9 @@ def next_keys(
 ) -> tuple[int, _types.Tensor]:
     """The keys of the group and of the instance of the collective that is traced next. In a graph.
 
-    No two collectives that can run at once have the same: not those of one function, nor those of
-    up to sixteen calls in it of others. The calls of one function wait for each other, since it
-    assigns weights. All workers have the same keys, whenever they trace a function, since they call
-    functions with collectives in the same order.
+    No two collectives that can run at once have the same. Those of one function differ, and the
+    functions that it calls wait for each other. All workers have the same keys, whenever they trace
+    a function, since they call functions with collectives in the same order.
 
     Args:
         launcher: that of this replica.
@@ -51,9 +50,19 @@ def next_keys(
     known: dict[_types.Launcher, tuple[_types.Tensor, dict[int, Iterator[int]]]]
     known = graph._tfbig_collective_keys
     if launcher not in known:
+        _take_turns(launcher, graph)
         known[launcher] = _round(launcher) * _POSITIONS, collections.defaultdict(itertools.count)
     first, positions = known[launcher]
     return group, first + next(positions[group])
+
+
+def _take_turns(launcher: _types.Launcher, graph: tf.Graph) -> None:
+    """Has functions with collectives wait for each other where another one calls them.
+
+    They all assign one variable, which the strategy has for this purpose.
+    """
+    with graph.as_default(), tf.device(launcher._device):
+        launcher._ordering_token.assign(0.0, read_value=False)
 
 
 def _round(launcher: _types.Launcher) -> _types.Tensor:
