@@ -308,6 +308,58 @@ def test_training_resumed_at_any_batch_has_the_logs_and_weights_of_an_uninterrup
         np.testing.assert_allclose(resumed.history[name], values[at[0] :], rtol=1e-6)
 
 
+class Batches(keras.utils.PyDataset):
+    """More batches than Keras's threads read ahead, of samples that change after each epoch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.x, self.y = samples()
+        self.rng = np.random.default_rng(0)
+        self.order = self.rng.permutation(len(self.x))
+
+    @property
+    def num_batches(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        i = self.order[index]
+        return self.x[i : i + 1], self.y[i : i + 1]
+
+    def on_epoch_end(self):
+        self.order = self.rng.permutation(len(self.x))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_batches_of_a_py_dataset_keep_their_order(workers, shuffle, tmp_path):
+    def run(directory, *others, seed=1, **kwargs):
+        model = compiled()
+        # What Keras shuffles by; a program that starts again has another.
+        random.seed(seed)
+        backup = tfbig.callbacks.BackupAndRestore(directory, 1, delete_checkpoint=False)
+        data, arguments = Batches(workers=workers), {"verbose": 0, "shuffle": shuffle}
+        model.fit(data, callbacks=[backup, *others], **{"epochs": 3} | arguments | kwargs)
+        return model
+
+    whole = run(tmp_path / "whole")
+    keras.utils.set_random_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", Interrupt(1, 5))
+    keras.utils.set_random_seed(1)
+    assert_same_weights(run(tmp_path / "run", seed=2), whole)
+    # They are shuffled if they shall be.
+    keras.utils.set_random_seed(1)
+    in_order = run(tmp_path / "in order", shuffle=False)
+    is_same = all(map(np.array_equal, in_order.get_weights(), whole.get_weights()))
+    assert is_same != shuffle
+
+
+def test_an_order_of_batches_that_cannot_be_repeated_is_warned_of(tmp_path):
+    backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+    with pytest.warns(UserWarning, match="shuffles the batches of a PyDataset in an order that"):
+        compiled().fit(Batches(), steps_per_epoch=5, epochs=2, verbose=0, callbacks=[backup])
+
+
 def in_executions_of_two():
     model = compiled()
     model.compile("adam", "mse", steps_per_execution=2)

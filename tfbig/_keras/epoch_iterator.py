@@ -82,18 +82,24 @@ def resume(iterator: EpochIterator, epochs: int, batches: int, num_batches: int 
         batches: how many batches of the next epoch are consumed.
         num_batches: what `batches_per_epoch` returned in the earlier `fit`.
     """
-    enumerate_epoch = iterator._enumerate_iterator
+    enumerate_epoch, adapter = iterator._enumerate_iterator, iterator.data_adapter
     # Make the iterators that the epochs made, which advances the seeds; nothing is read.
-    if iterator._num_batches is None and not iterator.steps_per_epoch:
+    if isinstance(adapter, PyDatasetAdapter) and not iterator.steps_per_epoch:
+        # No iterators: Keras's threads would read batches, and hand them over in the next epoch.
         for _ in range(epochs):
-            iterator.data_adapter.on_epoch_begin()
+            adapter.py_dataset.on_epoch_begin()
+            adapter.py_dataset.on_epoch_end()
+    elif iterator._num_batches is None and not iterator.steps_per_epoch:
+        for _ in range(epochs):
+            adapter.on_epoch_begin()
             iter(iterator._get_iterator())
-            iterator.data_adapter.on_epoch_end()
-        # Keras itself sets it once the data have ended.
-        iterator._num_batches = num_batches
+            adapter.on_epoch_end()
     else:
         for _ in range(epochs):
             collections.deque(enumerate_epoch(), maxlen=0)
+    if iterator._num_batches is None and not iterator.steps_per_epoch:
+        # Keras itself sets it once the data have ended.
+        iterator._num_batches = num_batches
 
     def rest_of_epoch() -> Iterator[_Execution]:
         iterator._enumerate_iterator = enumerate_epoch

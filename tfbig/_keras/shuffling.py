@@ -2,11 +2,15 @@
 
 import contextlib
 import random
+import warnings
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.epoch_iterator import EpochIterator
 from tensorflow.python.eager import context as tf_context
 
 from tfbig import _types
@@ -29,7 +33,7 @@ def reseeded_shuffling(seed: int) -> contextlib.AbstractContextManager[None]:
     """A context in which `fit` on arrays shuffles by this seed, differently in each epoch.
 
     Keras uses the same order in every epoch once a seed is set, and an order that cannot be
-    repeated if none is.
+    repeated if none is. `reseed` does the same for a `PyDataset`.
     """
     return holding("shuffle_seed", seed)
 
@@ -86,3 +90,62 @@ def samples_at(indices: _types.Tensor, arrays: _types.Structure) -> _types.Struc
 
 
 ArrayDataAdapter.get_tf_dataset = _reseeded_tf_dataset
+
+
+class _InOrder:
+    """The batches of a `PyDataset`, in an order of its own for each epoch.
+
+    Args:
+        dataset: the `PyDataset`, of a known number of batches.
+        seed: what it is shuffled by.
+    """
+
+    def __init__(self, dataset: keras.utils.PyDataset, seed: int) -> None:
+        self._dataset, self._seed, self._epoch = dataset, seed, 0
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        # A global seed may be negative.
+        generator = np.random.default_rng([self._seed % 2**64, self._epoch])
+        self._order = generator.permutation(self.num_batches)
+
+    @property
+    def num_batches(self) -> int:
+        number: int = self._dataset.num_batches
+        return number
+
+    def __getitem__(self, index: int) -> _types.Structure:
+        return self._dataset[int(self._order[index])]
+
+    def on_epoch_begin(self) -> None:
+        self._dataset.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._dataset.on_epoch_end()
+        # Not when the next epoch begins: Keras's threads may read before that.
+        self._epoch += 1
+        self._shuffle()
+
+
+def reseed(iterator: EpochIterator) -> None:
+    """Has the epoch iterator of a `fit` shuffle the batches of a `PyDataset` by the seed.
+
+    Args:
+        iterator: the epoch iterator, before its first epoch.
+    """
+    seed, adapter = current("shuffle_seed"), iterator.data_adapter
+    if seed is None or not isinstance(adapter, PyDatasetAdapter) or not adapter.shuffle:
+        return
+    if adapter.num_batches is None:
+        return  # Keras does not shuffle it.
+    if iterator.steps_per_epoch:
+        warnings.warn(
+            "With `steps_per_epoch`, `fit` shuffles the batches of a PyDataset in an order that "
+            "cannot be repeated, when training resumes or on another worker. Leave "
+            "`steps_per_epoch` out, or pass shuffle=False.",
+            stacklevel=2,
+        )
+        return
+    adapter.py_dataset, adapter.shuffle = _InOrder(adapter.py_dataset, seed), False
+    if adapter.enqueuer is not None:
+        adapter.enqueuer.py_dataset, adapter.enqueuer.shuffle = adapter.py_dataset, False

@@ -12,7 +12,7 @@ from keras.src.trainers import trainer as _trainer
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from tfbig import _types, errors
-from tfbig._keras import building, graph_errors, resized_batches
+from tfbig._keras import building, graph_errors, resized_batches, shuffling
 from tfbig._keras.batches import (
     as_tensor,
     batch_size,
@@ -122,6 +122,7 @@ class TrainerOverrides(CompileHooks):
         """The number of samples of an iterator's batches, and the specification of their data."""
         strategy = self.distribute_strategy
         self._epoch_iterator = iterator
+        shuffling.reseed(iterator)
         specs = data_of(specs_of_one_replica(iterator._distributed_dataset))
         sizes = self.sizes_of_updates
         size: int | None

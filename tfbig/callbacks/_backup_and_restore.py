@@ -29,10 +29,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     Training that is interrupted and resumed ends with the same weights as without the interruption:
     model, optimizer (and others that the model holds), loss scale, metrics and the states of random
-    generators are restored, and the epoch resumes at the next batch. Arrays are shuffled
-    differently in each epoch, by a seed that is part of the backup; a `tf.data.Dataset` of your own
-    must shuffle by a seed, as after `keras.utils.set_random_seed`. Not restored are the counts of
-    other callbacks, such as the patience of `EarlyStopping` and `ReduceLROnPlateau`, and random
+    generators are restored, and the epoch resumes at the next batch. Arrays, and the batches of a
+    `PyDataset`, are shuffled differently in each epoch, by a seed that is part of the backup. A
+    `tf.data.Dataset` of your own must shuffle by a seed, as after `keras.utils.set_random_seed`,
+    and so must a `PyDataset` that changes between epochs. Not restored are the counts of other
+    callbacks, such as the patience of `EarlyStopping` and `ReduceLROnPlateau`, and random
     generators that the model does not hold.
 
     Restores before the other callbacks of `fit` act, and backs up after them.
