@@ -164,7 +164,11 @@ def test_clone_without_weights():
 
 
 def test_coordinate_check():
-    with refused(errors.InvalidOptionError, "`widths` must have at least two"):
-        tfbig.mup.coordinate_check(mlp, *batch(), widths=(8,))
+    for widths in ((8,), 8, (8, 8)):
+        with refused(errors.InvalidOptionError, "`widths` must be at least two different integers"):
+            tfbig.mup.coordinate_check(mlp, *batch(), widths=widths)
+    for bad in ({"widths": (8, "a")}, {"widths": (0, 8)}, {"updates": 1.5}, {"repeats": 0}):
+        with refused(errors.InvalidOptionError, f"`{next(iter(bad))}` must be an integer >= 1"):
+            tfbig.mup.coordinate_check(mlp, *batch(), **bad)
     with refused(errors.InvalidOptionError, "must return a compiled model"):
         tfbig.mup.coordinate_check(mlp, *batch(), widths=(8, 16))

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfbig import _keras, _types, errors
+from tfbig import _integers, _keras, _types, errors
 from tfbig.mup import _coordinate_plot
 from tfbig.mup._parametrize import parametrize, widths_of
 from tfbig.mup._width import width_of
@@ -167,7 +167,8 @@ def coordinate_check(
         A `CoordinateCheck`; `print` shows a table and what is wrong.
 
     Raises:
-        InvalidOptionError: If a model is not compiled, or the widths are fewer than two.
+        InvalidOptionError: If a model is not compiled, the widths are fewer than two, or a number
+            is not an integer of at least 1.
 
     Example:
 
@@ -186,12 +187,9 @@ def coordinate_check(
     Reference:
         [Yang et al., Tensor Programs V, 2022](https://arxiv.org/abs/2203.03466), appendix D.1.
     """
-    widths = sorted(set(widths))
-    if len(widths) < 2 or updates < 1 or repeats < 1:
-        raise errors.InvalidOptionError(
-            "`widths` must have at least two values, and `updates` and `repeats` be at least 1. "
-            f"Received: widths={tuple(widths)}, updates={updates}, repeats={repeats}."
-        )
+    widths = _checked_widths(widths)
+    updates = _integers.checked("updates", updates)
+    repeats = _integers.checked("repeats", repeats)
     least = widths[0] if base_width is None else base_width
     other = 2 * least if delta_width is None else delta_width
     names: list[str] = []
@@ -208,6 +206,18 @@ def coordinate_check(
         rows += _mean_rows(names, width, runs)
     rows.sort(key=lambda r: (names.index(r.layer), r.update, r.width))
     return CoordinateCheck(tuple(rows), tolerance)
+
+
+def _checked_widths(widths: Sequence[int]) -> list[int]:
+    try:
+        found = sorted({_integers.checked("widths", width) for width in widths})
+    except TypeError:
+        found = []
+    if len(found) < 2:
+        raise errors.InvalidOptionError(
+            f"`widths` must be at least two different integers. Received: widths={widths!r}."
+        )
+    return found
 
 
 def _prepare(
