@@ -34,7 +34,9 @@ _LAYERS = flags.DEFINE_integer("layers", 6, "Layers of 16.8 million parameters."
 _BATCH = flags.DEFINE_integer("batch_size", 512, "Samples of an update.", lower_bound=1)
 _UPDATES = flags.DEFINE_integer("updates", 24, "Updates of a block.", lower_bound=4)
 _BLOCKS = flags.DEFINE_integer("blocks", 5, "Blocks of each kind.", lower_bound=1)
-_SECONDS = flags.DEFINE_integer("every", 60, "Seconds between backups, for the ratio.")
+_SECONDS = flags.DEFINE_integer(
+    "every", 60, "Seconds between backups, for the ratio.", lower_bound=1
+)
 
 WIDTH = 4096
 

@@ -25,7 +25,10 @@ _SHARD = flags.DEFINE_enum(
 )
 _PLAIN = flags.DEFINE_bool("plain", False, "Whether to train with plain Keras.")
 _LIMIT = flags.DEFINE_integer(
-    "limit", 1900, "MiB that a worker may take beyond what imports take; 0 for no limit."
+    "limit",
+    1900,
+    "MiB that a worker may take beyond what imports take; 0 for no limit.",
+    lower_bound=0,
 )
 _BLOCKS = flags.DEFINE_integer("blocks", 8, "Blocks of the decoder.", lower_bound=1)
 _UPDATES = flags.DEFINE_integer("updates", 4, "Updates to train.", lower_bound=1)

@@ -135,6 +135,15 @@ def test_a_bad_flag_gets_one_line_and_exit_code_2(arguments, tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("command", ["large_model.py --limit=-1", "backup_time.py --every=0"])
+def test_other_programs_refuse_numbers_that_are_too_small(command):
+    script, argument = command.split()
+    done = run(SCRIPTS / script, argument, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: flag {argument}: ")
+
+
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "model.keras").write_text("precious")
     done = run(TRAIN, f"--output_dir={tmp_path}")
