@@ -418,3 +418,23 @@ def test_jit_compile_is_warned_of():
     model.compile("sgd", jit_compile=True)
     with pytest.warns(UserWarning, match="jit_compile=True has no effect"):
         model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+
+def test_gradients_in_a_graph_that_orders_nothing():
+    """As `wrap_function` makes it, and other frameworks that build graphs."""
+    weight = tf.Variable([[2.0]])
+
+    def loss(data):
+        x, y = data
+        return tf.reduce_mean((x @ weight - y) ** 2)
+
+    def gradient(x, y):
+        return tfbig.accumulate_gradients(loss, [weight], (x, y), micro_batch_size=2).loss
+
+    spec = tf.TensorSpec([None, 1])
+    program = tf.compat.v1.wrap_function(gradient, [spec, spec])
+    x = tf.reshape(tf.range(5.0), (5, 1))
+    # The sum of the losses of five samples.
+    assert float(program(x, x)) == pytest.approx(30.0)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="as many samples"):
+        program(x, x[:3])

@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from tfbig import _types
 from tfbig._keras import graph_errors
+from tfbig._keras.independence import run_independently
 
 
 def batch_size(data: _types.Structure) -> int | _types.Tensor:
@@ -41,8 +42,8 @@ def of_one_size(data: _types.Structure) -> _types.Structure:
     assertion = tf.raw_ops.Assert(
         condition=is_one, data=[graph_errors.SIZES_DIFFER, numbers], summarize=len(sizes)
     )
-    # TensorFlow would have that of a replica wait for what the replicas before it do.
-    assertion.graph.experimental_acd_manager.run_independently(assertion)
+    # That of a replica would wait for what the replicas before it do.
+    run_independently(assertion)
     # Without the dependency, the update could run before the assertion fails.
     with tf.control_dependencies([assertion]):
         return tf.nest.map_structure(

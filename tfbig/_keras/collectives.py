@@ -21,6 +21,7 @@ from tfbig._keras.collective_keys import next_keys
 from tfbig._keras.devices import STRATEGIES, devices_of
 from tfbig._keras.gradients import let_go_with_graph
 from tfbig._keras.graph_errors import EXCHANGES_DIFFER
+from tfbig._keras.independence import run_independently
 
 __all__ = (
     "UnderWay",
@@ -82,7 +83,7 @@ def check_same(exchange: str, tensors: Sequence[_types.Gradient]) -> None:
         own = tf.constant([zlib.crc32(exchange.encode()) - 2**31])
     received = _run(_launcher(), _collective_ops.collective_gather_v2, own, is_part=True)
     is_same = tf.reduce_all(tf.equal(received, own))
-    _run_independently(tf.raw_ops.Assert(condition=is_same, data=[EXCHANGES_DIFFER]))
+    run_independently(tf.raw_ops.Assert(condition=is_same, data=[EXCHANGES_DIFFER]))
 
 
 class UnderWay:
@@ -383,13 +384,6 @@ def _run(
             **options,
         )
     if is_part:
-        _run_independently(received.op)
+        # All replicas run it, whether they use what it returns or not.
+        run_independently(received.op)
     return received
-
-
-def _run_independently(operation: tf.Operation) -> None:
-    """Has an operation run whether its result is used or not, as on all replicas.
-
-    TensorFlow would also have it wait for all stateful operations before it.
-    """
-    operation.graph.experimental_acd_manager.run_independently(operation)
