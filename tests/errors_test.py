@@ -98,6 +98,14 @@ def test_a_split_must_be_a_positive_integer(enter, name, value):
         ENTRANCES[enter](**{name: value})
 
 
+@pytest.mark.parametrize("option", ["log_grad_norm", "log_gradient_noise_scale"])
+def test_what_is_true_or_false_is_no_text(option):
+    with refused(errors.InvalidOptionError, ValueError, f"`{option}` must be True", "'no'"):
+        sequential(**{option: "no"})
+    model = sequential(**{option: np.True_})
+    assert getattr(model, option) is True
+
+
 @pytest.mark.parametrize("value", [0, True, 2.0, "auto"], ids=repr)
 @pytest.mark.parametrize("option", ["head_chunk_size", "attention_chunk_size"])
 def test_a_chunk_must_be_a_positive_integer(option, value):

@@ -1,10 +1,11 @@
 """Options of the step: how the gradient is computed, exchanged and looked at."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import keras
+import numpy as np
 
 from tfbig import _keras, errors
 from tfbig._update import (
@@ -105,6 +106,18 @@ def _set_noise_scale(model: Any) -> None:
     model._rebuild_step()
 
 
+def _flag(name: str) -> Callable[[object], bool]:
+    """The check of an option that is True or False."""
+
+    def checked(value: object) -> bool:
+        # None, as elsewhere, for what is not given.
+        if isinstance(value, bool | np.bool_ | None):
+            return bool(value)
+        raise errors.InvalidOptionError(f"`{name}` must be True or False. Received: {value!r}.")
+
+    return checked
+
+
 class StepOptions(_keras.trainer.TrainerOverrides):
     """The options of both mixins, and how they are kept.
 
@@ -113,7 +126,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
 
     log_grad_norm: Option[bool] = Option(
         default=False,
-        check=bool,
+        check=_flag("log_grad_norm"),
         plain=False,
         doc="Whether logs hold the global norm of the gradient, before clipping.",
         needs_tfbig_in=("train_step",),
@@ -122,7 +135,7 @@ class StepOptions(_keras.trainer.TrainerOverrides):
     )
     log_gradient_noise_scale: Option[bool] = Option(
         default=False,
-        check=bool,
+        check=_flag("log_gradient_noise_scale"),
         plain=False,
         doc="Whether logs hold the gradient noise scale, in samples.",
         changed=_set_noise_scale,
