@@ -491,6 +491,43 @@ def test_extend_moves_a_model_and_its_optimizer(float64):
         np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+def several_optimizers(_):
+    optimizers = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.01))
+    optimizers["dense_[23].*"] = keras.optimizers.SGD(0.1, momentum=0.9)
+    return keras.optimizers.MultiOptimizer(optimizers)
+
+
+def excluding(dense):
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.5)
+    excluded = {"var_list": [dense[3].kernel, dense[0].bias], "var_names": ["dense_2/kernel"]}
+    optimizer.exclude_from_weight_decay(**excluded)
+    return optimizer
+
+
+@pytest.mark.parametrize("make_optimizer", [several_optimizers, excluding])
+def test_an_optimizer_knows_the_weights_that_are_moved(make_optimizer, float64):
+    def trained(cls, *pipelines):
+        keras.utils.set_random_seed(1)
+        dense = [layers.Dense(8, name=f"dense_{i}") for i in range(4)]
+        model = cls([keras.Input((16,)), *dense])
+        model.compile(make_optimizer(dense), "mse")
+        for pipeline in pipelines:
+            model.pipeline = pipeline
+            for v in model.optimizer.variables if pipeline else ():
+                # The number of the layer is in its name.
+                number = re.search(r"dense_(\d)", v.path)
+                assert number is None or v.value.device[-1] == str(int(number[1]) // 2)
+            model.fit(X, X[:, :8], batch_size=16, shuffle=False, verbose=0)
+        everything = [*model.variables, *model.optimizer.variables]
+        assert {v.value.device[-1] for v in everything} == {"0"}
+        return variables.values_of(everything)
+
+    expected = trained(keras.Sequential, None, None, None, None)
+    found = trained(tfbig.Sequential, on_cpus(), None, on_cpus(), None)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_a_model_for_which_every_device_is_too_small_is_made_on_the_host(monkeypatch):
     """The host is CPU:3 here; that variables move one at a time is counted."""
     with tf.device("CPU:3"):

@@ -468,6 +468,32 @@ def test_check_equivalence_compares_with_an_optimizer_that_is_not_divided(float6
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("is_later", [False, True])
+def test_what_is_excluded_from_weight_decay_stays_excluded(is_later, float64):
+    def train(cls, **options):
+        keras.utils.set_random_seed(2)
+        dense = [layers.Dense(4, name=f"dense_{i}") for i in range(4)]
+        model = cls([keras.Input((3,)), *dense], **{} if is_later else options)
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.5)
+        excluded = {"var_list": [dense[3].kernel, dense[0].bias], "var_names": ["dense_2/kernel"]}
+        optimizer.exclude_from_weight_decay(**excluded)
+        if is_later:
+            # The model does not know the optimizer yet.
+            for name, value in options.items():
+                setattr(model, name, value)
+        model.compile(optimizer, "mse")
+        model.fit(np.ones((20, 3)), np.ones((20, 4)), batch_size=10, verbose=0)
+        model.shard = None
+        model.fit(np.ones((20, 3)), np.ones((20, 4)), batch_size=10, verbose=0)
+        return state(model)
+
+    expected = train(keras.Sequential)
+    with make_strategy("mirrored_2").scope():
+        found = train(tfbig.Sequential, shard="weights")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
 # --- Files, and state that is divided or put together later ------------------------
 
 

@@ -31,7 +31,6 @@ __all__ = (
     "index_of",
     "is_elementwise",
     "is_overwritten",
-    "know_weights",
     "refuse_state_in_no_list",
     "refuse_unsupported",
     "state_of",
@@ -105,14 +104,6 @@ def weights_of(optimizer: _types.Optimizer) -> list[_types.KerasVariable]:
 def index_of(optimizer: _types.Optimizer, variable: _types.KerasVariable) -> int:
     """The index of a weight among those of `weights_of`."""
     return int(optimizer._get_variable_index(variable))
-
-
-def know_weights(optimizer: _types.Optimizer) -> None:
-    """Has an optimizer know its weights again, some of which were divided or put together."""
-    if optimizer.built:
-        optimizer._trainable_variables_indices = {
-            optimizer._var_key(v): i for i, v in enumerate(optimizer._trainable_variables)
-        }
 
 
 def is_overwritten(optimizer: _types.Optimizer, variable: _types.KerasVariable) -> bool:
@@ -391,14 +382,11 @@ def _apply_weight_decay(self: TFOptimizer, variables: Sequence[_types.KerasVaria
         return
     for variable in variables:
         # By its TensorFlow name, as without pieces.
-        if self._use_weight_decay(_named(variable)):
+        is_divided = isinstance(variable, ShardedVariable)
+        if self._use_weight_decay(_variables.own_copy(variable) if is_divided else variable._value):
             rate = tf.cast(self.learning_rate, variable.dtype)
             decay = tf.cast(self.weight_decay, variable.dtype)
             self.assign_sub(variable, variable * decay * rate)
-
-
-def _named(variable: _types.KerasVariable) -> object:
-    return variable if isinstance(variable, ShardedVariable) else variable._value
 
 
 @_replaced_for_pieces("_backend_update_step")

@@ -17,6 +17,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable, Uninit
 from tfbig import _types
 from tfbig._keras import collectives, memory, workers_together
 from tfbig._keras.thread import current, holding
+from tfbig._keras.variable_identity import VariableIdentity
 from tfbig._keras.workers_together import Span
 
 __all__ = (
@@ -43,13 +44,18 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
 
     _spans: Sequence[Span | None]
     _strategy: _types.Strategy
+    _identity: VariableIdentity
     # By the number of the replica, for those of this process.
     _parts: dict[int, _types.Variable]
 
     def _give_pieces(
-        self, spans: Sequence[Span | None], strategy: _types.Strategy, value: _types.Array
+        self,
+        spans: Sequence[Span | None],
+        strategy: _types.Strategy,
+        value: _types.Array,
+        identity: VariableIdentity,
     ) -> None:
-        self._spans, self._strategy = spans, strategy
+        self._spans, self._strategy, self._identity = spans, strategy, identity
         flat = np.reshape(value, [-1])
         self._parts = {}
         for replica, device in collectives.local_replicas(strategy).items():
@@ -57,10 +63,11 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
             if span is not None:
                 piece = flat[span.begin : span.end].reshape(span.shape)
                 # Past the strategy, which would make a copy for each replica.
-                with tf.init_scope(), tf.device(device):
+                with tf.init_scope(), tf.device(device), identity.named():
                     self._parts[replica] = ResourceVariable(
                         piece, trainable=self.trainable, name=self.name, dtype=self._dtype
                     )
+        identity.give(self._parts.values())
 
     @property
     def strategy(self) -> _types.Strategy:
@@ -75,7 +82,7 @@ class ShardedVariable(keras.Variable):  # type: ignore[misc]  # Keras has no typ
     @property
     def key(self) -> str:
         """What optimizers know the variable by."""
-        return f"sharded_{id(self)}"
+        return self._identity.key
 
     @property
     def pieces(self) -> dict[int, _types.Variable]:
@@ -343,11 +350,14 @@ def divide(
     # Its copies go before the pieces are made.
     whole = getattr(variable, "_value", None)
     variable._value = None
-    if whole is not None:
+    if whole is None:
+        identity = VariableIdentity(f"sharded_{id(variable)}", tf.get_current_name_scope())
+    else:
+        identity = VariableIdentity.of(whole)
         is_copied = isinstance(whole, tf.distribute.DistributedValues)
         memory.empty(whole.values if is_copied else (whole,))
     variable.__class__ = ShardedWeight if is_weight else ShardedVariable
-    variable._give_pieces(spans, strategy, value)
+    variable._give_pieces(spans, strategy, value, identity)
 
 
 @contextlib.contextmanager
@@ -407,12 +417,14 @@ def initializer_of(variable: _types.KerasVariable) -> keras.initializers.Initial
 
 def make_whole(variable: ShardedVariable) -> None:
     """Takes `divide` back: every replica gets all of the variable."""
-    value, strategy = variable.numpy(), variable._strategy
+    value, strategy, identity = variable.numpy(), variable._strategy, variable._identity
     memory.empty(variable.pieces.values())
-    del variable._spans, variable._strategy, variable._parts
+    del variable._spans, variable._strategy, variable._identity, variable._parts
     variable.__class__ = keras.Variable
-    with strategy.scope():
+    with strategy.scope(), identity.named():
         variable._initialize(tf.constant(value))
+    whole = variable._value
+    identity.give(whole.values if isinstance(whole, tf.distribute.DistributedValues) else (whole,))
 
 
 def _filled_up(vector: _types.Tensor, length: int) -> _types.Tensor:

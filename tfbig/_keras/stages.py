@@ -21,6 +21,7 @@ from tensorflow.python.distribute import numpy_dataset as _numpy_dataset
 from tfbig import _types
 from tfbig._keras import collectives, memory, variables
 from tfbig._keras.thread import current, holding
+from tfbig._keras.variable_identity import VariableIdentity
 
 __all__ = (
     "Stage",
@@ -129,11 +130,12 @@ def being_made_on(stage: Stage) -> Iterator[None]:
 def move(variable: _types.KerasVariable, stage: Stage | None, strategy: _types.Strategy) -> None:
     """Makes a variable anew on a stage's devices, or on the replicas', with its present value."""
     (value,) = variables.values_of([variable])
-    old = variables.copies_of(variable)
-    with strategy.scope(), contextlib.ExitStack() as stack:
+    old, identity = variables.copies_of(variable), VariableIdentity.of(variables.native(variable))
+    with strategy.scope(), identity.named(), contextlib.ExitStack() as stack:
         if stage is not None:
             stack.enter_context(being_made_on(stage))
         variable._initialize(value)
+    identity.give(variables.copies_of(variable))
     if stage is None:
         forget(variable)
     else:

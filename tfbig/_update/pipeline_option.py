@@ -189,20 +189,22 @@ def _place(model: Any) -> bool:  # Any: as above.
     if _is_replicated(model):
         for stage in stages:
             _keras.collectives.exchange_on(stage.devices, strategy)
-    for _, optimizer in _keras.optimizer.optimizers_of(model):
-        if optimizer.built:
-            has_moved += _place_state(optimizer, strategy)
-            _keras.sharded_optimizer.know_weights(optimizer)
+    has_moved += [_move(v, stage, strategy) for v, stage in _states_on_stages(model)]
     return any(has_moved)
 
 
-def _place_state(optimizer: _types.Optimizer, strategy: _types.Strategy) -> list[bool]:
-    weights = _keras.sharded_optimizer.weights_of(optimizer)
-    return [
-        _move(variable, stage, strategy)
-        for index, variable in _keras.sharded_optimizer.state_of(optimizer)
-        if (stage := _keras.stages.stage_of(weights[index])) is not None
-    ]
+def _states_on_stages(model: Any) -> list[tuple[_types.KerasVariable, Stage]]:  # Any: as above.
+    """The parts of optimizers' state that belong to a weight on a stage, and that stage."""
+    found = []
+    for _, outer in _keras.optimizer.optimizers_of(model):
+        # A `MultiOptimizer` has others for some of the weights.
+        for optimizer in (outer, *getattr(outer, "optimizers", ())):
+            weights = _keras.sharded_optimizer.weights_of(optimizer)
+            for index, variable in _keras.sharded_optimizer.state_of(optimizer):
+                stage = _keras.stages.stage_of(weights[index])
+                if stage is not None:
+                    found.append((variable, stage))
+    return found
 
 
 def _move(variable: _types.KerasVariable, stage: Stage, strategy: _types.Strategy) -> bool:
@@ -219,16 +221,9 @@ def _unplace(model: Any) -> None:  # Any: as above.
     strategy = model.distribute_strategy
     for operation in _operations(model):
         _keras.stages.forget(operation)
-    states = [
-        variable
-        for _, optimizer in _keras.optimizer.optimizers_of(model)
-        for variable in optimizer.variables
-    ]
-    for variable in (*model.variables, *states):
-        if _keras.stages.stage_of(variable) is not None:
-            _keras.stages.move(variable, None, strategy)
-    for _, optimizer in _keras.optimizer.optimizers_of(model):
-        _keras.sharded_optimizer.know_weights(optimizer)
+    weights = [v for v in model.variables if _keras.stages.stage_of(v) is not None]
+    for variable in (*(v for v, _ in _states_on_stages(model)), *weights):
+        _keras.stages.move(variable, None, strategy)
 
 
 def _operations(model: keras.Model) -> list[Any]:  # Any: layers and operations of Keras.

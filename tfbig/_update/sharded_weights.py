@@ -60,12 +60,10 @@ def _refuse_synchronized(layer: _types.Layer) -> None:
 
 
 def _tell(model: keras.Model) -> None:
-    """Tells optimizers, and the models inside, that the weights are others."""
+    """Tells the models inside that the weights are others."""
     for inner in _keras.layers.all_layers(model):
         if isinstance(inner, keras.Model):
             inner.train_function = inner.test_function = inner.predict_function = None
-    for _, optimizer in _keras.optimizer.optimizers_of(model):
-        _keras.sharded_optimizer.know_weights(optimizer)
 
 
 def layers_to_recompute(model: keras.Model) -> list[_types.Layer]:
