@@ -233,6 +233,45 @@ def test_half_precision(precision):
     assert_same(train(dense, recompute=True, **kwargs), train(dense, **kwargs), tolerance=0)
 
 
+class Mixed(layers.Layer):
+    """Computes in half precision, and a layer inside in float32."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.half = layers.Dense(6, "tanh")
+        self.whole = layers.Dense(6, "tanh", dtype="float32")
+
+    def call(self, x):
+        return self.whole(self.half(x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.Dense(6, "tanh", dtype="bfloat16"),
+        lambda: layers.Dense(6, "tanh", dtype="float64"),
+        lambda: Mixed(dtype="mixed_bfloat16"),
+    ],
+    ids=["half", "double", "mixed"],
+)
+def test_layers_of_other_dtypes_than_the_model(make):
+    keras.config.set_floatx("float32")
+
+    def trained(recompute):
+        keras.utils.set_random_seed(1)
+        inner = [make(), make(), layers.Dense(3, dtype="float64")]
+        model = tfbig.Sequential(
+            [keras.Input((6,)), *inner], micro_batch_size=3, recompute=recompute
+        )
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        x = np.random.default_rng(0).normal(size=(12, 6))
+        model.fit(x, x[:, :3], batch_size=6, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    for a, b in zip(trained(True), trained(None), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_layers_run_twice_only_where_they_are_meant():
     calls = collections.Counter()
 

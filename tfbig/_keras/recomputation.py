@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import tensorflow as tf
 from keras.src.backend.common import global_state, masking
 from keras.src.backend.common.stateless_scope import get_stateless_scope
-from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
+from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.ops.operation import Operation
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops as _xla_ops
 from tensorflow.python.eager import record as _record
@@ -108,8 +108,9 @@ class _RepeatableCall:
         # What the layers inside take from the layers around them.
         self.call_context = copy.copy(global_state.get_global_attribute("current_call_ctx"))
         self.attention: object = current("chunked_attention")
-        autocast = get_autocast_scope()
-        self.autocast = None if autocast is None else autocast.dtype
+        # None outside of mixed precision, which is not the same as a scope without a dtype: in
+        # that, Keras takes all variables to be of `floatx`.
+        self.autocast: object = get_autocast_scope()
 
     def __call__(self) -> _types.Structure:
         if self.gathering is not None:
@@ -181,11 +182,15 @@ class _RepeatableCall:
         ]
         args, kwargs = tf.nest.pack_sequence_as(self.arguments, leaves, expand_composites=True)
         with (
-            VariableValues(zip(self.variables, values, strict=True)) as scope,
+            VariableValues() as scope,
             holding("recomputation", None),
             holding("reducer", self._refuse_loss),
         ):
-            scope.state_mapping = state | scope.state_mapping
+            # Past the constructor, which casts to what the layer computes in. A layer inside may
+            # compute in something else.
+            scope.state_mapping = state | {
+                id(v): value for v, value in zip(self.variables, values, strict=True)
+            }
             outputs = keras_call(self.layer, *args, **kwargs)
         return outputs, scope
 
@@ -237,14 +242,19 @@ class _RepeatableCall:
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
         """What surrounded the layer in the forward pass."""
-        name = "current_call_ctx"
-        previous = global_state.get_global_attribute(name)
-        global_state.set_global_attribute(name, copy.copy(self.call_context))
+        surroundings = {
+            "current_call_ctx": copy.copy(self.call_context),
+            "autocast_scope": self.autocast,
+        }
+        previous = {name: global_state.get_global_attribute(name) for name in surroundings}
         try:
-            with AutocastScope(self.autocast), holding("chunked_attention", self.attention):
+            for name, value in surroundings.items():
+                global_state.set_global_attribute(name, value)
+            with holding("chunked_attention", self.attention):
                 yield
         finally:
-            global_state.set_global_attribute(name, previous)
+            for name, value in previous.items():
+                global_state.set_global_attribute(name, value)
 
     def _replace_loss(self, old: _types.Tensor, new: _types.Tensor) -> None:
         """Puts another tensor in place of a loss, which `add_loss` knows by its identity."""
