@@ -301,6 +301,17 @@ def test_file_that_cannot_be_read_is_kept(tmp_path, text, updates):
     assert [path.name for path in tmp_path.iterdir()] == ["training.csv"]
 
 
+def test_the_learning_rate_of_several_optimizers_is_that_of_the_first(tmp_path):
+    optimizers = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.02))
+    optimizers[".*/bias"] = keras.optimizers.SGD(0.1)
+    model = tfbig.Sequential([keras.Input((4,)), layers.Dense(1)], gradient_accumulation_steps=2)
+    model.compile(keras.optimizers.MultiOptimizer(optimizers), "mse")
+    fit(model, monitor(tmp_path))
+    rates = [float(row["learning_rate"]) for row in written(tmp_path)]
+    # Keras has the default one last.
+    assert rates == pytest.approx([0.1] * len(rates))
+
+
 def test_optimizer_that_the_model_does_not_hold(tmp_path):
     optimizer = keras.optimizers.SGD(0.01)
 

@@ -269,6 +269,21 @@ def test_after_patience_training_goes_back_and_leaves_batches_out(strategy, opti
     assert model.left_out_updates == 12 - int(model.optimizer.iterations.numpy())
 
 
+def several():
+    """Optimizers for some of the weights each; together they have no learning rate."""
+    optimizers = keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.02))
+    optimizers[".*/bias"] = keras.optimizers.SGD(0.1, momentum=0.9)
+    return keras.optimizers.MultiOptimizer(optimizers)
+
+
+def test_training_goes_back_with_several_optimizers(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "several", several)
+    x, y = batches("ggggggsssggg")
+    model = net(optimizer="several")
+    fit(model, x, y, SpikeGuard(factor=20, window=3, patience=3, snapshot_every=2))
+    assert_same_state(model, plain(x, y, [0, 1, 2, 3, 9, 10, 11], "several"))
+
+
 def test_training_goes_back_when_the_loss_has_risen():
     # The spike is accepted, and the weights are bad after it.
     x, y = batches("ggggsgggg")

@@ -12,6 +12,7 @@ import keras
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 
 from tfbig import _types
+from tfbig._keras.optimizer import parts_of
 from tfbig._keras.variables import assign_all
 
 __all__ = ("LearningRateFactor", "factor_of", "factors_of", "is_new")
@@ -51,28 +52,18 @@ class LearningRateFactor:
 
 def is_new(optimizer: _types.Optimizer) -> bool:
     """Whether an optimizer has no factor yet, so that no trace knows of it."""
-    return any(_NAME not in vars(o) for o in _parts(optimizer))
+    return any(_NAME not in vars(o) for o in parts_of(optimizer))
 
 
 def factors_of(optimizer: _types.Optimizer) -> list[LearningRateFactor]:
     """The factors of an optimizer and of those that it consists of; made if there are none."""
-    return [vars(o).get(_NAME) or LearningRateFactor(o) for o in _parts(optimizer)]
+    return [vars(o).get(_NAME) or LearningRateFactor(o) for o in parts_of(optimizer)]
 
 
 def factor_of(optimizer: _types.Optimizer) -> float:
     """What the learning rate of an optimizer is multiplied by now."""
-    factor: LearningRateFactor | None = vars(_parts(optimizer)[0]).get(_NAME)
+    factor: LearningRateFactor | None = vars(parts_of(optimizer)[0]).get(_NAME)
     return 1.0 if factor is None else factor.value
-
-
-def _parts(optimizer: _types.Optimizer) -> Sequence[_types.Optimizer]:
-    """The optimizers that apply gradients."""
-    inner = getattr(optimizer, "inner_optimizer", None)
-    if inner is not None:
-        return _parts(inner)
-    # `MultiOptimizer` hands each variable to one of several.
-    several = getattr(optimizer, "optimizers", None)
-    return [optimizer] if several is None else [p for o in several for p in _parts(o)]
 
 
 _rate_of_keras = TFOptimizer._get_current_learning_rate

@@ -92,6 +92,16 @@ def optimizers_of(model: keras.Model) -> list[tuple[str, _types.Optimizer]]:
     return list(found.values())
 
 
+def parts_of(optimizer: _types.Optimizer) -> Sequence[_types.Optimizer]:
+    """The optimizers that apply gradients."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        return parts_of(inner)
+    # `MultiOptimizer` hands each variable to one of several.
+    several = getattr(optimizer, "optimizers", None)
+    return [optimizer] if several is None else [p for o in several for p in parts_of(o)]
+
+
 @contextlib.contextmanager
 def temporary_optimizer(model: keras.Model, optimizer: _types.Optimizer | None) -> Iterator[None]:
     """Within it, a model has another optimizer, which is neither tracked nor saved."""

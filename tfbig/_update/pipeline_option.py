@@ -197,8 +197,7 @@ def _states_on_stages(model: Any) -> list[tuple[_types.KerasVariable, Stage]]:  
     """The parts of optimizers' state that belong to a weight on a stage, and that stage."""
     found = []
     for _, outer in _keras.optimizer.optimizers_of(model):
-        # A `MultiOptimizer` has others for some of the weights.
-        for optimizer in (outer, *getattr(outer, "optimizers", ())):
+        for optimizer in _keras.optimizer.parts_of(outer):
             weights = _keras.sharded_optimizer.weights_of(optimizer)
             for index, variable in _keras.sharded_optimizer.state_of(optimizer):
                 stage = _keras.stages.stage_of(weights[index])

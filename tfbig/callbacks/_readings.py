@@ -24,8 +24,12 @@ def numbers(logs: _types.Logs) -> Row:
 
 
 def learning_rate(optimizer: _types.Optimizer) -> float:
-    """The learning rate of the next update, with the factor of a `BatchSizeSchedule`."""
-    rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    """The learning rate of the next update, with the factor of a `BatchSizeSchedule`.
+
+    Of a `MultiOptimizer`, that of the first of its `optimizers`.
+    """
+    first, *_ = _keras.optimizer.parts_of(optimizer)
+    rate = float(keras.ops.convert_to_numpy(first.learning_rate))
     return rate * _keras.learning_rate_factor.factor_of(optimizer)
 
 

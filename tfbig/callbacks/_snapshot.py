@@ -128,5 +128,9 @@ def _left_alone(
     Metrics go on counting. A learning rate that callbacks set is theirs: a schedule follows from
     `iterations`, which goes back.
     """
-    rates = [optimizer.learning_rate for _, optimizer in _keras.optimizer.optimizers_of(model)]
+    rates = [
+        part.learning_rate
+        for _, optimizer in _keras.optimizer.optimizers_of(model)
+        for part in _keras.optimizer.parts_of(optimizer)
+    ]
     return [*state.metrics, *kept, *rates]
