@@ -16,7 +16,7 @@ import multiprocessing
 
 import command_line
 from absl import flags
-from benchmarks import markdown, models, process, provenance
+from benchmarks import markdown, models, process, provenance, rows
 
 PROGRAM = "peak_memory.py"
 
@@ -25,7 +25,7 @@ _MODELS = flags.DEFINE_multi_enum(
     "measured_model", ["gpt", "vit", "cnn"], sorted(models.MODELS), "Models to measure."
 )
 
-ROWS = {"plain": "plain, micro-batch", "no_jit": "tfbig, jit_compile=False", "tfbig": "tfbig"}
+ROWS = {row: rows.ROWS[row] for row in ("micro", "no_jit", "tfbig")}
 STEPS, SAMPLES, UPDATES = 8, 16, 4
 
 
@@ -56,20 +56,16 @@ def _measure(name: str, row: str) -> tuple[float, float, float, float]:
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: object = None) -> None:
             if batch == 0:
-                if row == "plain":
+                if row == "micro":
                     given_back()
                 kept.append(process.resident_mib() - before - tensors())
 
     keras.utils.set_random_seed(0)
-    model = with_keras.make_model(
-        "tfbig" if row != "plain" else "micro", STEPS, *models.MODELS[name]()
-    )
-    if row == "no_jit":
-        model.jit_compile = False
+    model = with_keras.make_model(row, STEPS, *models.MODELS[name]())
     x, y = models.data(name, STEPS * SAMPLES)
     model.fit(
         tf.data.Dataset.from_tensors(
-            (x, y) if row != "plain" else (x[:SAMPLES], y[:SAMPLES])
+            (x, y) if row != "micro" else (x[:SAMPLES], y[:SAMPLES])
         ).repeat(UPDATES),
         shuffle=False,
         verbose=0,

@@ -17,7 +17,7 @@ from benchmarks import floor, models, rows, with_keras
 from benchmarks.markdown import Table
 from benchmarks.process import Task
 
-ROWS = ("built_in", "micro", "tfbig", "jit", "recompute", "pipeline")
+ROWS = ("built_in", "micro", "tfbig", "jit", "no_jit", "recompute", "pipeline")
 
 
 def _updates(task: Task) -> Callable[[], None]:

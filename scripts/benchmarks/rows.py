@@ -22,12 +22,15 @@ ROWS = {
     "micro": "plain, micro-batch",
     "tfbig": "tfbig",
     "jit": "tfbig, jit_compile",
+    "no_jit": "tfbig, jit_compile=False",
     "recompute": "tfbig, recompute",
     "pipeline": "tfbig, pipeline",
     "torch": "PyTorch, Accelerate",
     "jax": "Keras on JAX, built-in accumulation",
 }
-OF_TFBIG = ("tfbig", "jit", "recompute", "pipeline")
+OF_TFBIG = ("tfbig", "jit", "no_jit", "recompute", "pipeline")
+# Measured only where they are named.
+ON_REQUEST = ("no_jit", "pipeline")
 # With one micro-batch these equal "whole".
 _OF_SEVERAL = ("built_in", "built_in_jit", "micro")
 _SKIPPED = {("cnn", "jit"): "XLA on CPU runs convolutions in a loop very slowly"}

@@ -86,7 +86,7 @@ def make_model(
         model = keras.Model(inputs, outputs)
     built_in = row in ("built_in", "built_in_jit", "jax")
     # Of plain Keras, "auto" means False on a CPU.
-    jit_compile: bool | str = "auto" if row in rows.OF_TFBIG else False
+    jit_compile: bool | str = "auto" if row in rows.OF_TFBIG and row != "no_jit" else False
     if row in ("jit", "built_in_jit", "jax"):
         jit_compile = True
     model.compile(

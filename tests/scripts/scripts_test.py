@@ -233,14 +233,14 @@ ROWS = {
     "jit": "tfbig, jit_compile",
     "recompute": "tfbig, recompute",
 }
-MORE_ROWS = {"pipeline": "tfbig, pipeline"}
+MORE_ROWS = {"pipeline": "tfbig, pipeline", "no_jit": "tfbig, jit_compile=False"}
 
 
 # Each row is a process. Without --rows it is all but those that must be asked for.
 @pytest.mark.parametrize(
     "names",
     [
-        ("built_in_jit", "micro", "tfbig", "recompute", "pipeline"),
+        ("built_in_jit", "micro", "tfbig", "no_jit", "recompute", "pipeline"),
         pytest.param(None, marks=pytest.mark.slow),
     ],
     ids=["some", "all"],
