@@ -167,19 +167,25 @@ def test_divided_state_changes_nothing(name, shard, mirrored):
     assert_same([np.asarray(v) for v in trained(model)], plain)
 
 
-def test_rows_of_a_table():
-    """The gradient of an embedding is rows, which are multiplied, too."""
+def with_a_table(optimizer, cls=keras.Model, **options):
+    """A parametrized model with an embedding, whose gradient is rows; and its data."""
 
-    def build(width, optimizer=None):
+    def build(width):
         inputs = keras.Input((4,), dtype="int32")
         hidden = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(9, width)(inputs))
-        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
-        model.compile(optimizer or OPTIMIZERS.SGD(0.1), "mse", jit_compile=False)
+        model = cls(inputs, keras.layers.Dense(1)(hidden), **options)
+        model.compile(optimizer if width == 16 else "sgd", "mse", jit_compile=False)
         return model
 
+    keras.utils.set_random_seed(7)
     model = tfbig.mup.parametrize(build(16), base=build(4), delta=build(8))
     rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 9, (8, 4)), rng.normal(size=(8, 1))
+    return model, rng.integers(0, 9, (8, 4)), rng.normal(size=(8, 1))
+
+
+def test_rows_of_a_table():
+    """Rows are multiplied, too."""
+    model, x, y = with_a_table(OPTIMIZERS.SGD(0.1))
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean(tf.square(model(x) - y))
     found = tape.gradient(loss, [v.value for v in model.trainable_variables])
@@ -187,6 +193,18 @@ def test_rows_of_a_table():
     expected = [v - 0.1 * scale * tf.convert_to_tensor(g).numpy() for v, g, scale in pairs]
     model.train_on_batch(x, y)
     assert_same(weights_of(model), expected)
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+def test_rows_of_a_table_are_clipped_where_the_state_is_divided(clip, mirrored):
+    plain, x, y = with_a_table(OPTIMIZERS.SGD(0.1, **{clip: 0.01}))
+    plain.train_on_batch(x, y)
+    with mirrored.scope():
+        divided, *_ = with_a_table(
+            OPTIMIZERS.SGD(0.1, **{clip: 0.01}), tfbig.Model, shard="optimizer"
+        )
+    divided.train_on_batch(x, y)
+    assert_same(weights_of(divided), weights_of(plain))
 
 
 @pytest.mark.parametrize("cls", [keras.Model, tfbig.Model])

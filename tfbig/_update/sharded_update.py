@@ -245,8 +245,8 @@ class _ShardedUpdate:
             squares = list(self._squares.values())
             # As Keras does, which takes the rows of a table one by one.
             squares += [
-                tf.cast(keras.ops.sum(keras.ops.square(rows)), self.local.loss.dtype)
-                for rows in self.rows.values()
+                tf.cast(keras.ops.sum(keras.ops.square(self.gradients[i])), self.local.loss.dtype)
+                for i in self.rows
             ]
             norm = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros((), self.local.loss.dtype)
             # Not finite if the norm is not.
