@@ -9,11 +9,13 @@ import ast
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 import urllib.parse
 
 import pytest
@@ -203,6 +205,42 @@ def test_every_canary_is_listed():
     ]
     assert all(covered)
     assert set().union(*covered) == set(tests)
+
+
+def replaced_functions():
+    """Names of the functions in Keras and TensorFlow that are tfbig's, and the files of these."""
+    importlib.import_module("tfbig")
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(("keras.src.", "tensorflow.python.")):
+            continue
+        classes = [v for v in list(vars(module).values()) if inspect.isclass(v)]
+        for owner in (module, *(c for c in classes if c.__module__ == name)):
+            for attribute, value in list(vars(owner).items()):
+                function = value.func if isinstance(value, functools.partial) else value
+                if isinstance(function, types.FunctionType):
+                    file = pathlib.Path(function.__code__.co_filename)
+                    if ROOT / "tfbig" in file.parents:
+                        yield attribute, file.name
+
+
+def test_replaced_functions_are_listed():
+    _, section = (ROOT / "docs/keras.md").read_text().split("## Functions that tfbig replaces")
+    rows = re.findall(r"^\| (.*`.*) \| (.*`.*) \|$", section, flags=re.MULTILINE)
+    listed = {
+        (name.split(".")[-1], file)
+        for functions, files in rows
+        for name in re.findall(r"`([\w.]+)`", functions)
+        for file in re.findall(r"`(\w+\.py)`", files)
+        # The names of classes only say whose function it is.
+        if "." in name or not name[0].isupper()
+    }
+    # Of several that replace one function, each calls the next: only the last is seen.
+    replaced = set(replaced_functions())
+    assert len(replaced) > 30
+    assert sorted(replaced - listed) == []
+    assert {name for name, _ in listed} == {name for name, _ in replaced}
+    for name, file in listed:
+        assert name in (ROOT / "tfbig" / "_keras" / file).read_text()
 
 
 def test_names_in_the_source_exist():
