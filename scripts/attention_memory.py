@@ -63,18 +63,10 @@ def _run() -> int:
     for length in map(int, _LENGTHS.value):
         updates = [_updates_of(length, chunk) for chunk in (None, _CHUNK.value)]
         whole, chunked = peaks.measure(updates, _UPDATES.value)
-        rows.append(
-            (
-                f"{length:,}",
-                f"{whole[0]:.0f}",
-                f"{chunked[0]:.0f}",
-                f"{chunked[0] / whole[0]:.2f}",
-                f"{chunked[1] / whole[1]:.2f}",
-            )
-        )
+        rows.append((f"{length:,}", *peaks.in_columns(whole, chunked, digits=2)))
         print(" ".join(rows[-1]), flush=True)
     if _MARKDOWN.value is not None:
-        names = ("tokens", "at once, MiB", "in chunks, MiB", "ratio", "ratio of time")
+        names = ("tokens", *peaks.COLUMNS)
         title = f"Peak of an update of one sequence; attention of {_CHUNK.value} tokens at a time"
         markdown.write(_MARKDOWN.value, origin, [markdown.Table(title, names, rows)], [])
     return 0

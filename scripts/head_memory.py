@@ -68,13 +68,13 @@ def _updates_of(vocabulary: int, chunk: int | None) -> Callable[[], object]:
     return update
 
 
-def _measured(vocabulary: int, chunk: int, repetitions: int) -> list[tuple[float, float]]:
+def _measured(vocabulary: int, chunk: int, repetitions: int) -> list[peaks.Measured]:
     with command_line.quiet_start():
         updates = [_updates_of(vocabulary, size) for size in (None, chunk)]
     return peaks.measure(updates, repetitions)
 
 
-def _measure(vocabulary: int) -> list[tuple[float, float]]:
+def _measure(vocabulary: int) -> list[peaks.Measured]:
     """MiB at the peak and seconds of an update, with all logits at once and in chunks."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as executor:
@@ -126,19 +126,11 @@ def _run() -> int:
             for (peak, seconds), (before, _) in zip(_measure(vocabulary), body, strict=True)
         )
         found.append((whole[0], chunked[0]))
-        rows.append(
-            (
-                f"{vocabulary:,}",
-                f"{whole[0]:.0f}",
-                f"{chunked[0]:.0f}",
-                f"{chunked[0] / whole[0]:.3f}",
-                f"{chunked[1] / whole[1]:.2f}",
-            )
-        )
+        rows.append((f"{vocabulary:,}", *peaks.in_columns(whole, chunked, digits=3)))
         print(" ".join(rows[-1]), flush=True)
     _draw(vocabularies, found)
     if _MARKDOWN.value is not None:
-        names = ("vocabulary", "at once, MiB", "in chunks, MiB", "ratio", "ratio of time")
+        names = ("vocabulary", *peaks.COLUMNS)
         title = f"Peak of the last layer and the loss; chunks of {_CHUNK.value} tokens"
         markdown.write(_MARKDOWN.value, origin, [markdown.Table(title, names, rows)], [])
     return 0

@@ -5,11 +5,34 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeAlias
 
-__all__ = ("measure",)
+__all__ = ("COLUMNS", "Measured", "in_columns", "measure")
+
+# MiB at the peak of an update, and its seconds.
+Measured: TypeAlias = tuple[float, float]
+
+# The names of what `in_columns` returns.
+COLUMNS = ("at once, MiB", "in chunks, MiB", "ratio", "ratio of time")
 
 
-def measure(updates: list[Callable[[], object]], repetitions: int) -> list[tuple[float, float]]:
+def in_columns(whole: Measured, chunked: Measured, digits: int) -> tuple[str, ...]:
+    """The cells of a row that compares an update made at once with one in chunks.
+
+    Args:
+        whole: of the first.
+        chunked: of the second.
+        digits: of the ratio of the peaks, after the point.
+    """
+    return (
+        f"{whole[0]:.0f}",
+        f"{chunked[0]:.0f}",
+        f"{chunked[0] / whole[0]:.{digits}f}",
+        f"{chunked[1] / whole[1]:.2f}",
+    )
+
+
+def measure(updates: list[Callable[[], object]], repetitions: int) -> list[Measured]:
     """MiB at the peak and median seconds of updates, made in turn.
 
     Args:
