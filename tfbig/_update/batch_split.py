@@ -85,7 +85,7 @@ class BatchSplit:
         return f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
 
     @property
-    def is_whole(self) -> bool:
+    def never_splits(self) -> bool:
         """Whether a share is never split."""
         return self.gradient_accumulation_steps == 1
 
@@ -95,7 +95,7 @@ class BatchSplit:
         Args:
             batch_size: samples of the batch; None if not known.
         """
-        if self.is_whole or batch_size == 1:
+        if self.never_splits or batch_size == 1:
             return False
         size = self.micro_batch_size
         return size is None or batch_size is None or size < batch_size

@@ -88,7 +88,7 @@ class LossTracer:
         data: structure of tensors `(samples, ...)`: the replica's share of the batch.
         samples: int32 scalar, samples of the share.
         variables: trainable variables whose gradients are wanted.
-        is_whole: whether the share is the whole batch, in one micro-batch.
+        is_whole_batch: whether the share is the whole batch, in one micro-batch.
         compiled: whether XLA compiles the micro-batches.
         scope: makes the context in which the loss function is traced.
     """
@@ -100,7 +100,7 @@ class LossTracer:
         samples: _types.Tensor,
         variables: list[keras.Variable],
         *,
-        is_whole: bool,
+        is_whole_batch: bool,
         compiled: bool,
         scope: Callable[[], AbstractContextManager[Any]],  # Any: what it yields is not used.
     ) -> None:
@@ -108,7 +108,7 @@ class LossTracer:
         self.data = data
         self.samples = samples
         self.variables = variables
-        self.is_whole = is_whole
+        self.is_whole_batch = is_whole_batch
         self.compiled = compiled
         self.scope = scope
         self._probes: list[_Probe] = []
@@ -124,7 +124,7 @@ class LossTracer:
         has_rows = [isinstance(g, tf.IndexedSlices) for g in probe.gradients]
         # The rows of one micro-batch on one replica are those of the whole batch.
         rows: list[tuple[Rows, ...]] = [(Rows.KEPT,) if has else () for has in has_rows]
-        if any(has_rows) and not self.is_whole:
+        if any(has_rows) and not self.is_whole_batch:
             rows = self._rows()
         return LossTrace(
             kinds=probe.kinds,
@@ -134,7 +134,7 @@ class LossTracer:
             connected={i for i, g in enumerate(probe.gradients) if g is not None},
             values=keras.tree.map_structure(_spec, probe.result.values),
             logs=keras.tree.map_structure(_spec, probe.result.logs),
-            has_weight=probe.result.weight is not None and not self.is_whole,
+            has_weight=probe.result.weight is not None and not self.is_whole_batch,
             divided=probe.divided,
             narrow_dtypes=probe.narrow_dtypes,
             counts_need_weights=probe.counts_need_weights,
@@ -192,7 +192,7 @@ class LossTracer:
 
     def _check(self, probe: _Probe) -> None:
         _keras.losses.check_is_scalar(probe.result.loss)
-        if self.is_whole:
+        if self.is_whole_batch:
             return
         if probe.result.weight is not None and any(k != "scalar" for k in probe.kinds):
             raise errors.UnsupportedModelError(
@@ -210,7 +210,7 @@ class LossTracer:
                 )
 
     def _coupled_by(self, probe: _Probe) -> frozenset[str]:
-        if self.is_whole or tf.executing_eagerly() or not self.variables:
+        if self.is_whole_batch or tf.executing_eagerly() or not self.variables:
             return frozenset()
         graph = getattr(probe.result.loss, "graph", None)
         if graph is None:

@@ -32,7 +32,7 @@ class MicroBatchStep:
         variables: trainable variables whose gradients are wanted.
         trace: what is known of the loss function.
         dtype: dtype of the totals other than gradients.
-        is_whole: whether the micro-batch is the whole batch.
+        is_whole_batch: whether the micro-batch is the whole batch.
         whole_batch: denominators of the effective batch; None where they are not needed.
         loss_scale: float32 scalar, or None.
         is_uniform: bool scalar, whether all micro-batches are of one size; None if nobody asks.
@@ -50,7 +50,7 @@ class MicroBatchStep:
         trace: LossTrace,
         dtype: _types.DType,
         *,
-        is_whole: bool,
+        is_whole_batch: bool,
         whole_batch: denominators.Denominators | None,
         loss_scale: _types.Tensor | None,
         is_uniform: _types.Tensor | None,
@@ -61,7 +61,7 @@ class MicroBatchStep:
         self.variables = variables
         self.trace = trace
         self.dtype = dtype
-        self.is_whole = is_whole
+        self.is_whole_batch = is_whole_batch
         self.whole_batch = whole_batch
         self.loss_scale = loss_scale
         self.is_uniform = is_uniform
@@ -103,7 +103,7 @@ class MicroBatchStep:
     ) -> Totals:
         """The totals with a micro-batch of `size` samples added."""
         # What the losses of the micro-batch are means over.
-        samples = tf.ones((), self.dtype) if self.is_whole else tf.cast(size, self.dtype)
+        samples = tf.ones((), self.dtype) if self.is_whole_batch else tf.cast(size, self.dtype)
         result, loss, gradients, state = self._differentiate(micro_batch, samples, totals["state"])
         weight = self._weight(result, samples)
         values = result.values
@@ -183,7 +183,7 @@ class MicroBatchStep:
         return gradients
 
     def _reducer(self, samples: _types.Tensor) -> denominators.LossReducer | None:
-        if self.is_whole:
+        if self.is_whole_batch:
             return None
         return denominators.LossReducer(self.whole_batch, samples, self.trace.kinds)
 

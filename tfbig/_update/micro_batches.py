@@ -77,9 +77,9 @@ class MicroBatches:
         self.loss_fn = loss_fn
         # One micro-batch on one replica: Keras's own reductions are those of
         # the whole batch.
-        self.is_whole = split.is_whole and replicas.count() == 1 and valid_samples is None
+        self.is_whole_batch = split.never_splits and replicas.count() == 1 and valid_samples is None
         data = empty_batch.refuse_empty_data(data)
-        self.data = data if self.is_whole else _keras.batches.of_one_size(data)
+        self.data = data if self.is_whole_batch else _keras.batches.of_one_size(data)
         self.split = split
         self.variables = list(variables)
         self.metric_ids = {id(v) for v in metric_variables}
@@ -99,13 +99,13 @@ class MicroBatches:
             self.data,
             self.samples,
             self.variables,
-            is_whole=self.is_whole,
+            is_whole_batch=self.is_whole_batch,
             compiled=self.compiled,
             scope=trace_scope,
         ).trace()
         self.compiles_each = (
             may_compile_each
-            and not (self.is_whole or self.compiled)
+            and not (self.is_whole_batch or self.compiled)
             # The parts of a gradient are told apart in the graph that made them.
             and all(len(rows) <= 1 for rows in self.trace.rows)
             and self.trace.is_faster_compiled
@@ -132,7 +132,7 @@ class MicroBatches:
         the micro-batches, forward only; TensorFlow prunes from it all that the
         denominators do not depend on.
         """
-        if self.is_whole or not {"sum", "counted"} & set(self.trace.kinds):
+        if self.is_whole_batch or not {"sum", "counted"} & set(self.trace.kinds):
             return None
         found = [tf.cast(self.samples, self.dtype)]
         pieces = {id(v): v.own_piece() for v in self.trace.divided}
@@ -186,7 +186,7 @@ class MicroBatches:
             self.variables,
             self.trace,
             self.dtype,
-            is_whole=self.is_whole,
+            is_whole_batch=self.is_whole_batch,
             whole_batch=None if counts is None else denominators.Denominators(counts),
             loss_scale=loss_scale,
             is_uniform=is_uniform,
@@ -248,7 +248,7 @@ class MicroBatches:
         """What `step` makes of `start`, micro-batch by micro-batch; compiled if asked for."""
 
         def run() -> _types.Structure:
-            if self.is_whole:
+            if self.is_whole_batch:
                 return step(self.data, self.samples, start)
             return micro_batch_loop.fold(
                 self.split,
@@ -278,7 +278,7 @@ class MicroBatches:
         adds in one pass.
         """
         if (
-            self.is_whole
+            self.is_whole_batch
             or self.compiled
             or self.is_gathered
             or self.valid_samples is not None

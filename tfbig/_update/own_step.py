@@ -38,7 +38,7 @@ def accumulates(split: BatchSplit, loss_scale: object, is_staged: bool) -> None:
     """Records what the step passes to `accumulate_gradients`."""
     _use(
         *(("pipeline",) if is_staged else ()),
-        *(() if split.is_whole else _SPLITS),
+        *(() if split.never_splits else _SPLITS),
         *(() if loss_scale is None else ("scaled",)),
     )
 

@@ -82,14 +82,14 @@ class ShardedState:
         number = self.strategy.num_replicas_in_sync
         # A constraint looks at all of its variable, and Keras assigns all of one whose gradient
         # is its new value.
-        is_whole = [
+        stay_whole = [
             not self._is_elementwise
             or v.constraint is not None
             or _keras.sharded_optimizer.is_overwritten(self.optimizer, v)
             for v in variables
         ]
         sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables]
-        owned = [i for i, whole in enumerate(is_whole) if whole]
+        owned = [i for i, whole in enumerate(stay_whole) if whole]
         owners = dict(
             zip(owned, _pieces.balanced_owners([sizes[i] for i in owned], number), strict=True)
         )

@@ -182,7 +182,7 @@ class TrainStep(training_checks.TrainingChecks):
         # A model that is built now must not be built in a trace that tells of its outputs.
         if self.pipeline is not None and self.built:
             split = self._evaluation_split()
-            if split.is_whole:
+            if split.never_splits:
                 # So many that the stages are busy most of the time.
                 split = BatchSplit(gradient_accumulation_steps=4 * len(self.pipeline.devices))
             return staged_prediction.predict(step, data, split, self.pipeline.in_flight)
@@ -203,7 +203,7 @@ class TrainStep(training_checks.TrainingChecks):
         """Whether Keras's own step does it, number for number."""
         is_padded = isinstance(data, _keras.padding.PaddedBatch)
         needs_tfbig = is_padded or self._needs_tfbig_in("test_step")
-        return split.is_whole and replicas.count() == 1 and not needs_tfbig
+        return split.never_splits and replicas.count() == 1 and not needs_tfbig
 
     def _run_keras_step(
         self, step: Callable[[_types.Structure], _types.Logs], data: _types.Structure
@@ -254,7 +254,7 @@ class TrainStep(training_checks.TrainingChecks):
             valid_samples=valid_samples,
             in_flight=None if self.pipeline is None else self.pipeline.in_flight,
         )
-        if training and not micro_batches.is_whole:
+        if training and not micro_batches.is_whole_batch:
             self._inexact_parts = inexact.warn_of_what_the_trace_shows(
                 self, micro_batches.trace, self._inexact_parts
             )
