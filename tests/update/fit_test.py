@@ -462,7 +462,8 @@ def ragged_net(base):
 
 
 @on_strategies
-def test_ragged_inputs(name):
+@pytest.mark.parametrize("run_eagerly", [False, True], ids=["graph", "eager"])
+def test_ragged_inputs(name, run_eagerly):
     rows = tf.RaggedTensor.from_row_lengths(RNG.integers(0, 6, 45), [1, 2, 3, 4, 5] * 3)
     data = tf.data.Dataset.from_tensor_slices((rows, Y[:15])).batch(7)
 
@@ -475,7 +476,7 @@ def test_ragged_inputs(name):
             model(rows)
         return model
 
-    (model, _), (plain, _) = both(name, BY_2, build, compile_mse, feed)
+    (model, _), (plain, _) = both(name, BY_2, build, compile_mse, feed, run_eagerly=run_eagerly)
     assert_same_values(model.evaluate(data, verbose=0), plain.evaluate(data, verbose=0))
 
 

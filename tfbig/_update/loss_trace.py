@@ -186,9 +186,7 @@ class LossTracer:
         # Two, so that a size of one counts no samples.
         if self.samples > 0:
             return _keras.batches.slice_samples(self.data, 0, tf.minimum(self.samples, 2))
-        return keras.tree.map_structure(
-            lambda v: v if v is None else tf.zeros([2, *v.shape[1:]], v.dtype), self.data
-        )
+        return keras.tree.map_structure(_two_samples_like, self.data)
 
     def _check(self, probe: _Probe) -> None:
         _keras.losses.check_is_scalar(probe.result.loss)
@@ -324,6 +322,18 @@ def _spec_of_batch(value: object) -> tf.TypeSpec | None:
     if isinstance(value, tf.Tensor):
         return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
     return _spec(value)
+
+
+def _two_samples_like(value: _types.Structure) -> _types.Structure:
+    """Two samples in place of none: of zeros, or of no values."""
+    if value is None:
+        return None
+    if isinstance(value, tf.RaggedTensor):
+        return tf.RaggedTensor.from_row_splits(value.values, tf.zeros([3], value.row_splits.dtype))
+    if isinstance(value, tf.SparseTensor):
+        shape = tf.concat([[2], value.dense_shape[1:]], 0)
+        return tf.SparseTensor(value.indices, value.values, shape)
+    return tf.zeros([2, *value.shape[1:]], value.dtype)
 
 
 def _is_number(value: object) -> bool:
