@@ -16,6 +16,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable, Uninit
 
 from tfbig import _types
 from tfbig._keras import collectives, memory, workers_together
+from tfbig._keras.copies import copies_of
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variable_identity import VariableIdentity
 from tfbig._keras.workers_together import Span
@@ -354,8 +355,7 @@ def divide(
         identity = VariableIdentity(f"sharded_{id(variable)}", tf.get_current_name_scope())
     else:
         identity = VariableIdentity.of(whole)
-        is_copied = isinstance(whole, tf.distribute.DistributedValues)
-        memory.empty(whole.values if is_copied else (whole,))
+        memory.empty(copies_of(whole))
     variable.__class__ = ShardedWeight if is_weight else ShardedVariable
     variable._give_pieces(spans, strategy, value, identity)
 
@@ -423,8 +423,7 @@ def make_whole(variable: ShardedVariable) -> None:
     variable.__class__ = keras.Variable
     with strategy.scope(), identity.named():
         variable._initialize(tf.constant(value))
-    whole = variable._value
-    identity.give(whole.values if isinstance(whole, tf.distribute.DistributedValues) else (whole,))
+    identity.give(copies_of(variable))
 
 
 def _filled_up(vector: _types.Tensor, length: int) -> _types.Tensor:

@@ -10,13 +10,27 @@ from keras.src.backend.common import global_state
 
 from tfbig import _types
 from tfbig._keras.collectives import replica_id
+from tfbig._keras.copies import copies_of, native
 from tfbig._keras.devices import is_tpu
 from tfbig._keras.sharded_variable import ShardedVariable, ShardedWeight
 
-
-def native(variable: _types.KerasVariable | _types.Variable) -> _types.Variable:
-    """The `tf.Variable` behind a Keras variable."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
+__all__ = (
+    "VariableValues",
+    "assign_all",
+    "assign_held",
+    "assigned_locally",
+    "copies_of",
+    "devices_of",
+    "held_values_of",
+    "is_over_workers",
+    "is_summed",
+    "native",
+    "own_copy",
+    "own_pieces_of",
+    "updated",
+    "values_of",
+    "view_of",
+)
 
 
 class VariableValues(keras.StatelessScope):  # type: ignore[misc]  # Keras has no types.
@@ -209,15 +223,6 @@ def assign_all(
             continue
         for copy in copies_of(variable):
             copy.assign(value / _parts(variable) if _parts(variable) > 1 else value)
-
-
-def copies_of(variable: _types.KerasVariable | _types.Variable) -> Sequence[_types.Variable]:
-    """The `tf.Variable` of each replica of this process."""
-    variable = native(variable)
-    if isinstance(variable, tf.distribute.DistributedValues):
-        copies: Sequence[_types.Variable] = variable.values
-        return copies
-    return (variable,)
 
 
 def _parts(variable: _types.KerasVariable | _types.Variable) -> int:
