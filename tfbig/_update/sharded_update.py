@@ -65,23 +65,16 @@ def exchange_and_apply(
         local, gradients=[None if _is_dense(g) else g for g in local.gradients]
     )
     batch = exchange.all_reduce_accumulated(rest, exchange_dtype, stop_request, bucket_bytes)
-    update = _ShardedUpdate(state, local, batch)
-    update.scatter(exchange_dtype, bucket_bytes)
-    optimizer = state.optimizer
-    is_checked = loss_scale is None and exchange_dtype is not None
-    if needs_norm or loss_scale is not None or is_checked or _clips_norms(optimizer):
-        update.exchange_facts()
+    update = _ShardedUpdate(state, local, batch, exchange_dtype, bucket_bytes)
     norm = update.global_norm() if needs_norm else None
-    update.clip(optimizer)
+    gradients = update.clipped()
     flags = None if loss_scale is None else update.finite_flags()
     decision = acceptance.decide(batch, flags, norm, loss_scale, guard)
-    if is_checked:
+    if loss_scale is None and exchange_dtype is not None:
         assertion = half_precision_exchange.assertion_of(tf.reduce_all(update.finite_flags()))
         with tf.control_dependencies([assertion]):
-            update.gradients = {
-                i: accumulators.map_values(tf.identity, g) for i, g in update.gradients.items()
-            }
-    update.apply(decision.is_applied, bucket_bytes)
+            gradients = {i: accumulators.map_values(tf.identity, g) for i, g in gradients.items()}
+    update.apply(gradients, decision.is_applied)
     if loss_scale is not None:
         apply.tell_loss_scale(loss_scale, flags)
     return apply.finish(batch, decision, norm)
@@ -89,10 +82,6 @@ def exchange_and_apply(
 
 def _is_dense(gradient: _types.Gradient | None) -> bool:
     return gradient is not None and not isinstance(gradient, tf.IndexedSlices)
-
-
-def _clips_norms(optimizer: _types.Optimizer) -> bool:
-    return bool(optimizer.clipnorm or optimizer.global_clipnorm)
 
 
 def _averaged(
@@ -106,6 +95,19 @@ def _averaged(
     return [v for v in weights if id(v) not in updated]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What all replicas know of dense gradients, by the index of the variable.
+
+    Attributes:
+        squares: the square of the norm of the gradient, before clipping.
+        non_finite: how many of its values are not finite.
+    """
+
+    squares: dict[int, _types.Tensor]
+    non_finite: dict[int, _types.Tensor]
+
+
 class _ShardedUpdate:
     """One update of this replica's pieces.
 
@@ -113,16 +115,24 @@ class _ShardedUpdate:
         state: how the optimizer's state is divided.
         local: what this replica accumulated.
         batch: what all replicas accumulated, without dense gradients.
+        exchange_dtype: see `exchange_and_apply.apply_gradients`.
+        bucket_bytes: see `exchange_and_apply.apply_gradients`.
 
     Attributes:
         gradients: this replica's pieces of dense gradients of the loss, and all rows of the
-            others, by the index of the variable.
+            others, by the index of the variable; not clipped.
     """
 
     def __init__(
-        self, state: ShardedState, local: AccumulatedGradients, batch: AccumulatedGradients
+        self,
+        state: ShardedState,
+        local: AccumulatedGradients,
+        batch: AccumulatedGradients,
+        exchange_dtype: str | None,
+        bucket_bytes: int,
     ) -> None:
         self.state = state
+        self.bucket_bytes = bucket_bytes
         self.updated = len(local.variables)
         self.variables = [*local.variables, *_averaged(state.optimizer, local.variables)]
         self.local = local
@@ -134,17 +144,18 @@ class _ShardedUpdate:
         self.own: list[Piece | None] = [pieces[own] for pieces in self.pieces]
         self.dense = [i for i, g in enumerate(local.gradients) if _is_dense(g)]
         self.rows = {i: g for i, g in enumerate(apply.gradients_of_loss(batch)) if g is not None}
-        self.gradients: dict[int, _types.Gradient] = {}
         # Where divided weights lie, whose optimizer may need all of them in one place.
         self.divided = {
             i: v.spans for i, v in enumerate(self.variables) if gathered_weights.is_divided(v)
         }
         self.moved = [i for i, spans in self.divided.items() if list(spans) != self.pieces[i]]
+        self.gradients = self._scattered(exchange_dtype) | self.rows
+        self._exchanged_facts: _Facts | None = None
 
     # --- Exchange -------------------------------------------------------------------
 
-    def scatter(self, exchange_dtype: str | None, bucket_bytes: int) -> None:
-        """Sums the dense gradients over the replicas, each piece where it belongs.
+    def _scattered(self, exchange_dtype: str | None) -> dict[int, _types.Gradient]:
+        """This replica's pieces of the dense gradients, summed over the replicas.
 
         Those of divided weights are summed and in pieces already.
         """
@@ -159,24 +170,31 @@ class _ShardedUpdate:
             return half_precision_exchange.narrowed(values, weight, exchange_dtype)
 
         sent_as = tf.as_dtype(exchange_dtype or dtype)
-        scattered = rows.scatter(tensors, bucket_bytes, sent, sent_as, dtype)
+        scattered = rows.scatter(tensors, self.bucket_bytes, sent, sent_as, dtype)
         sums = {whole[k]: piece for k, piece in scattered.items()}
         dtypes = {i: tensor.dtype for i, tensor in zip(whole, tensors, strict=True)}
         for i in self.dense:
             if i in self.divided:
                 sums[i] = tf.convert_to_tensor(self.local.gradients[i])
                 dtypes[i] = sums[i].dtype
+        gradients: dict[int, _types.Gradient] = {}
         for i, piece in sums.items():
             piece = tf.cast(piece, dtype)
             if exchange_dtype is None or i in self.divided:
                 piece = tf.math.divide_no_nan(piece, weight)
             if self.batch.loss_scale is not None:
                 piece = tf.math.divide_no_nan(piece, tf.cast(self.batch.loss_scale, dtype))
-            self.gradients[i] = tf.cast(piece, dtypes[i])
-        self.gradients |= self.rows
+            gradients[i] = tf.cast(piece, dtypes[i])
+        return gradients
 
-    def exchange_facts(self) -> None:
-        """Tells all replicas the norms of dense gradients, and whether they are finite."""
+    def _facts(self) -> _Facts:
+        """What all replicas know of the dense gradients; exchanged when first asked for."""
+        # No `cached_property`: in Python 3.11, one replica would lock the others out.
+        if self._exchanged_facts is None:
+            self._exchanged_facts = self._exchange_facts()
+        return self._exchanged_facts
+
+    def _exchange_facts(self) -> _Facts:
         dtype = self.local.loss.dtype
         squares, non_finite = [], []
         for i in self.dense:
@@ -189,15 +207,17 @@ class _ShardedUpdate:
         if self.dense:
             facts = replicas.all_reduce_sum([tf.stack([*squares, *non_finite])])[0]
         number = len(self.dense)
-        self._squares = dict(zip(self.dense, tf.unstack(facts[:number]), strict=True))
-        self._non_finite = dict(zip(self.dense, tf.unstack(facts[number:]), strict=True))
+        return _Facts(
+            squares=dict(zip(self.dense, tf.unstack(facts[:number]), strict=True)),
+            non_finite=dict(zip(self.dense, tf.unstack(facts[number:]), strict=True)),
+        )
 
     # --- What is known of whole gradients ----------------------------------------------
 
     def global_norm(self) -> _types.Tensor:
         """The global norm of the gradient, before clipping."""
         dtype = self.local.loss.dtype
-        squares = list(self._squares.values())
+        squares = list(self._facts().squares.values())
         for rows in self.rows.values():
             # Rows of one index are one row of the gradient.
             squares.append(tf.cast(tf.reduce_sum(tf.square(tf.convert_to_tensor(rows))), dtype))
@@ -207,72 +227,76 @@ class _ShardedUpdate:
         """Vector of booleans: for each gradient, whether all its values are finite."""
 
         def flag(i: int) -> _types.Tensor:
-            if i in self._non_finite:
-                return tf.equal(self._non_finite[i], 0)
+            if i in self._facts().non_finite:
+                return tf.equal(self._facts().non_finite[i], 0)
             if i in self.rows:
                 return tf.reduce_all(tf.math.is_finite(accumulators.values(self.rows[i])))
             return tf.constant(True)
 
         return tf.stack([flag(i) for i in range(self.updated)])
 
-    def clip(self, optimizer: _types.Optimizer) -> None:
-        """Clips as the optimizer does, by the norms of whole gradients."""
+    def clipped(self) -> dict[int, _types.Gradient]:
+        """The gradients, clipped as the optimizer does, by the norms of whole gradients."""
+        optimizer = self.state.optimizer
         if not (optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue):
-            return
+            return self.gradients
         units = _keras.scaled_updates.clipping_units(optimizer, self.variables)
-        self._multiply(units)
-        self._clip(optimizer)
-        self._multiply([1 / unit for unit in units])
+        multiplied = _keras.scaled_updates.multiplied
+        measured = {i: multiplied(g, units[i]) for i, g in self.gradients.items()}
+        clipped = self._clipped(measured, units)
+        return {i: multiplied(g, 1 / units[i]) for i, g in clipped.items()}
 
-    def _multiply(self, factors: list[float]) -> None:
-        """Multiplies gradients, and what is known of their norms."""
-        for i, gradient in self.gradients.items():
-            self.gradients[i] = _keras.scaled_updates.multiplied(gradient, factors[i])
-        if hasattr(self, "_squares"):
-            self._squares = {i: x * factors[i] ** 2 for i, x in self._squares.items()}
+    def _clipped(
+        self, gradients: dict[int, _types.Gradient], units: list[float]
+    ) -> dict[int, _types.Gradient]:
+        """Clips gradients that are measured in these units."""
+        optimizer, dtype = self.state.optimizer, self.local.loss.dtype
 
-    def _clip(self, optimizer: _types.Optimizer) -> None:
+        def squares() -> dict[int, _types.Tensor]:
+            return {i: x * units[i] ** 2 for i, x in self._facts().squares.items()}
+
         if optimizer.clipnorm and optimizer.clipnorm > 0:
-            limit = optimizer.clipnorm
-            for i, gradient in self.gradients.items():
+            limit, known = optimizer.clipnorm, squares()
+
+            def by_norm(i: int, gradient: _types.Gradient) -> _types.Gradient:
                 if i in self.rows:
-                    self.gradients[i] = _keras.sharded_optimizer.clip_by_norm(optimizer, gradient)
-                else:
-                    norm = tf.cast(tf.sqrt(self._squares[i]), gradient.dtype)
-                    self.gradients[i] = gradient * limit / tf.maximum(norm, limit)
-        elif optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
+                    return _keras.sharded_optimizer.clip_by_norm(optimizer, gradient)
+                norm = tf.cast(tf.sqrt(known[i]), gradient.dtype)
+                return gradient * limit / tf.maximum(norm, limit)
+
+            return {i: by_norm(i, g) for i, g in gradients.items()}
+        if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
             limit = optimizer.global_clipnorm
-            squares = list(self._squares.values())
             # As Keras does, which takes the rows of a table one by one.
-            squares += [
-                tf.cast(keras.ops.sum(keras.ops.square(self.gradients[i])), self.local.loss.dtype)
-                for i in self.rows
-            ]
-            norm = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros((), self.local.loss.dtype)
+            of_rows = [keras.ops.sum(keras.ops.square(gradients[i])) for i in self.rows]
+            total = [*squares().values(), *(tf.cast(x, dtype) for x in of_rows)]
+            norm = tf.sqrt(tf.add_n(total)) if total else tf.zeros((), dtype)
             # Not finite if the norm is not.
             scale = limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)
-            self.gradients = {i: g * tf.cast(scale, g.dtype) for i, g in self.gradients.items()}
-        elif optimizer.clipvalue and optimizer.clipvalue > 0:
-            gradients = list(self.gradients.values())
-            clipped = _keras.sharded_optimizer.clip_by_value(optimizer, gradients)
-            self.gradients = dict(zip(self.gradients, clipped, strict=True))
+            return {i: g * tf.cast(scale, g.dtype) for i, g in gradients.items()}
+        if optimizer.clipvalue and optimizer.clipvalue > 0:
+            clipped = _keras.sharded_optimizer.clip_by_value(optimizer, list(gradients.values()))
+            return dict(zip(gradients, clipped, strict=True))
+        return gradients
 
     # --- Update --------------------------------------------------------------------------
 
-    def apply(self, is_applied: _types.Tensor | None, bucket_bytes: int) -> None:
+    def apply(
+        self, gradients: dict[int, _types.Gradient], is_applied: _types.Tensor | None
+    ) -> None:
         """Updates this replica's pieces, and hands them to all replicas.
 
         Args:
+            gradients: what `clipped` returned.
             is_applied: whether the update is made at all; None if it is in any case.
-            bucket_bytes: bytes that are gathered at a time.
         """
-        whole = self._bring(bucket_bytes)
+        whole, gradients = self._bring(gradients)
         own = [i for i, piece in enumerate(self.own) if piece is not None]
-        gradients = [self._own_gradient(i) for i in own if i < self.updated]
+        own_gradients = [self._own_gradient(i, gradients.get(i)) for i in own if i < self.updated]
         variables = [self.variables[i] for i in own]
         with tf.control_dependencies([self.batch.weight]):
             # What is only averaged comes last, and has no gradient.
-            pairs = itertools.zip_longest(own, gradients)
+            pairs = itertools.zip_longest(own, own_gradients)
             values = [
                 whole.get(i) if i in self.divided else self._own_value(i, g) for i, g in pairs
             ]
@@ -285,19 +309,22 @@ class _ShardedUpdate:
             # The optimizer's counter would not depend on the gradients otherwise.
             with tf.control_dependencies([self.batch.weight]):
                 return _keras.sharded_optimizer.apply_to_pieces(
-                    self.state.optimizer, gradients, variables, values
+                    self.state.optimizer, own_gradients, variables, values
                 )
 
         new = updated() if is_applied is None else tf.cond(is_applied, updated, unchanged)
         new_of = dict(zip(own, new, strict=True))
-        self._send_back(new_of, is_applied, bucket_bytes)
-        self._gather(new_of, bucket_bytes)
+        self._send_back(new_of, is_applied)
+        self._gather(new_of)
 
-    def _bring(self, bucket_bytes: int) -> dict[int, _types.Tensor]:
+    def _bring(
+        self, gradients: dict[int, _types.Gradient]
+    ) -> tuple[dict[int, _types.Tensor], dict[int, _types.Gradient]]:
         """Brings divided weights, and their gradients, to where they are updated as a whole.
 
         Returns:
-            By the index of the variable, the weights that this replica updates.
+            By the index of the variable, the weights that this replica updates; and the gradients,
+            of which those that it was brought are whole.
         """
         weights: dict[int, _types.Tensor] = {}
         for group, dtype, rows in self._moved_rows():
@@ -306,28 +333,24 @@ class _ShardedUpdate:
                 for k, i in enumerate(group)
                 if self.divided[i][_keras.collectives.replica_id()] is not None
             }
-            for k, value in rows.gather(pieces, bucket_bytes, dtype):
+            for k, value in rows.gather(pieces, self.bucket_bytes, dtype):
                 if self.own[group[k]] is not None:
                     weights[group[k]] = value
-        with_dense = set(self.gradients) - set(self.rows)
+        brought = dict(gradients)
+        with_dense = set(gradients) - set(self.rows)
         for group, dtype, rows in self._moved_rows(with_dense.__contains__):
-            gradients = {k: self.gradients[i] for k, i in enumerate(group)}
-            for k, value in rows.gather(gradients, bucket_bytes, dtype):
-                self.gradients[group[k]] = value
-        return weights
+            pieces = {k: gradients[i] for k, i in enumerate(group)}
+            for k, value in rows.gather(pieces, self.bucket_bytes, dtype):
+                brought[group[k]] = value
+        return weights, brought
 
-    def _send_back(
-        self,
-        new: dict[int, _types.Tensor],
-        is_applied: _types.Tensor | None,
-        bucket_bytes: int,
-    ) -> None:
+    def _send_back(self, new: dict[int, _types.Tensor], is_applied: _types.Tensor | None) -> None:
         """Sends the new values of what `_bring` brought to where the pieces lie."""
         for group, dtype, rows in self._moved_rows():
             tensors = [
                 new[i] if i in new else tf.zeros(self.variables[i].shape, dtype) for i in group
             ]
-            scattered = rows.scatter(tensors, bucket_bytes, tf.identity, dtype, dtype)
+            scattered = rows.scatter(tensors, self.bucket_bytes, tf.identity, dtype, dtype)
             for k, piece in scattered.items():
                 if is_applied is not None:
                     piece = tf.where(is_applied, piece, self._piece_of_divided(group[k]))
@@ -350,9 +373,9 @@ class _ShardedUpdate:
             shapes = [self.variables[i].shape for i in group]
             yield group, dtype, _rows.Rows([self.divided[i] for i in group], shapes)
 
-    def _own_gradient(self, i: int) -> _types.Gradient | None:
+    def _own_gradient(self, i: int, gradient: _types.Gradient | None) -> _types.Gradient | None:
         """This replica's piece of a gradient; None if the loss does not depend on the variable."""
-        gradient, piece = self.gradients.get(i), self.own[i]
+        piece = self.own[i]
         assert piece is not None
         if i not in self.rows:
             return gradient
@@ -372,7 +395,7 @@ class _ShardedUpdate:
         with tf.control_dependencies([] if tf.executing_eagerly() else after):
             return piece.of(_keras.variables.own_copy(self.variables[i]).read_value())
 
-    def _gather(self, new: dict[int, _types.Tensor], bucket_bytes: int) -> None:
+    def _gather(self, new: dict[int, _types.Tensor]) -> None:
         """Gives all replicas the new values of the weights."""
         overwrites = self.state.optimizer.use_ema and self.state.optimizer.ema_overwrite_frequency
         changed = [
@@ -388,5 +411,5 @@ class _ShardedUpdate:
                 [self.pieces[i] for i in group], [self.variables[i].shape for i in group]
             )
             own = {k: new[i] for k, i in enumerate(group) if i in new}
-            for k, value in rows.gather(own, bucket_bytes, dtype):
+            for k, value in rows.gather(own, self.bucket_bytes, dtype):
                 _keras.variables.own_copy(self.variables[group[k]]).assign(value)
