@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import keras
 
-from tfbig import errors
+from tfbig import _keras, errors
 
 __all__ = ("Option", "declared", "refuse_compile_settings", "signature")
 
@@ -19,7 +19,7 @@ def _is_given(_model: keras.Model, value: Any) -> bool:
     return value not in (None, False)
 
 
-def _rebuild(model: Any) -> None:
+def _rebuild(model: _keras.trainer.TrainerOverrides) -> None:
     model._rebuild_step()
 
 
@@ -147,6 +147,7 @@ class Option(property, Generic[T]):
         """Whether a model asks for anything with this option."""
         return self.asks(model, self.value(model))
 
+    # Any: a `StepOptions`, which is not known here; hints of properties are read at run time.
     def _set(self, model: Any, value: Any) -> None:
         value = self.check(value)
         if model.built:
@@ -155,7 +156,7 @@ class Option(property, Generic[T]):
         self._changed(model)
 
 
-def refuse_compile_settings(model: Any, option: str, **reasons: str) -> None:
+def refuse_compile_settings(model: keras.Model, option: str, **reasons: str) -> None:
     """Raises for settings of `compile` that do not go with an option.
 
     Args:

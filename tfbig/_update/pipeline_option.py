@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -10,6 +11,9 @@ from tfbig import _keras, _log, _types, errors
 from tfbig._keras.stages import Stage
 from tfbig._update import gathered_weights, option, stage_cut
 from tfbig.distribute._pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from tfbig._update.step_options import StepOptions
 
 __all__ = ("apply", "check_before_run", "checked", "measure", "say_bubble", "update")
 
@@ -23,7 +27,7 @@ def checked(value: object) -> Pipeline | None:
     return value
 
 
-def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
+def apply(model: StepOptions) -> None:
     """Puts what a built model has on its stages: layers, variables, and the state of optimizers.
 
     Raises:
@@ -32,27 +36,28 @@ def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
         UnsupportedModelError: If the model has no stages, and cannot be cut.
         UnsupportedStrategyError: If the strategy does not support them.
     """
-    if model.pipeline is None or not model.built:
+    pipeline = model.pipeline
+    if pipeline is None or not model.built:
         return
-    model.pipeline.check_strategy(model.distribute_strategy)
+    pipeline.check_strategy(model.distribute_strategy)
     _refuse_others(model)
     found = {_keras.stages.stage_of(layer) for layer in model._flatten_layers()}
-    if found.isdisjoint(model.pipeline.stages):
+    if found.isdisjoint(pipeline.stages):
         # No stages, or those of a pipeline before this one.
         for operation in _operations(model):
             _keras.stages.forget(operation)
-        chosen = _chosen(model)
+        chosen = _chosen(model, pipeline.stages)
         if chosen:
             for operation, stage in chosen:
                 _keras.stages.put(operation, stage)
         else:
-            _cut(model)
-    if _place(model):
+            _cut(model, pipeline)
+    if _place(model, pipeline.stages):
         model._rebuild_step()
-    vars(model)["_pipeline_in_effect"] = model.pipeline
+    model.__dict__["_pipeline_in_effect"] = pipeline
 
 
-def update(model: Any) -> None:  # Any: as above.
+def update(model: StepOptions) -> None:
     """Has a change of `pipeline` take effect on a model that is there already.
 
     If it cannot, the pipeline is the one before again.
@@ -62,19 +67,19 @@ def update(model: Any) -> None:  # Any: as above.
     try:
         if model.built and model.pipeline is None:
             _unplace(model)
-            vars(model)["_pipeline_in_effect"] = None
+            model.__dict__["_pipeline_in_effect"] = None
         apply(model)
     except errors.TfbigError:
         for operation, stage in before:
             _keras.stages.forget(operation)
             if stage is not None:
                 _keras.stages.put(operation, stage)
-        model._keep_options({"pipeline": vars(model).get("_pipeline_in_effect")})
+        model._keep_options({"pipeline": model.__dict__.get("_pipeline_in_effect")})
         raise
     model._rebuild_step()
 
 
-def _check_is_given(model: Any) -> None:  # Any: as above.
+def _check_is_given(model: StepOptions) -> None:
     """Raises if layers were made on stages, but the model was not told of them."""
     if model.pipeline is not None:
         return
@@ -88,7 +93,7 @@ def _check_is_given(model: Any) -> None:  # Any: as above.
             )
 
 
-def _refuse_others(model: Any) -> None:  # Any: as above.
+def _refuse_others(model: StepOptions) -> None:
     """Raises for options that do not go with stages."""
     option.refuse_compile_settings(
         model,
@@ -125,9 +130,10 @@ def _refuse_others(model: Any) -> None:  # Any: as above.
 # --- Stages that are found ----------------------------------------------------------------
 
 
-def _chosen(model: Any) -> list[tuple[Any, Stage]]:  # Any: as above; layers and operations.
+def _chosen(
+    model: StepOptions, stages: Sequence[Stage]
+) -> list[tuple[Any, Stage]]:  # Any: layers and operations.
     """The layers that were made within stages, with these."""
-    stages = model.pipeline.stages
     found = [(x, _keras.stages.chosen_index(x)) for x in _operations(model)]
     most = max((index for _, index in found if index is not None), default=0)
     if most >= len(stages):
@@ -138,9 +144,8 @@ def _chosen(model: Any) -> list[tuple[Any, Stage]]:  # Any: as above; layers and
     return [(x, stages[index]) for x, index in found if index is not None]
 
 
-def _cut(model: Any) -> None:  # Any: as above.
+def _cut(model: StepOptions, pipeline: Pipeline) -> None:
     """Finds the stages of a model, and puts its layers on them."""
-    pipeline: Pipeline = model.pipeline
     parts = stage_cut.parts_of(model)
     found = stage_cut.cut(parts, len(pipeline.stages), pipeline.max_parameters)
     for stage, part in zip(pipeline.stages, found, strict=True):
@@ -167,16 +172,15 @@ def _table(parts: list[stage_cut.Part]) -> str:
 # --- Where variables lie --------------------------------------------------------------------
 
 
-def _place(model: Any) -> bool:  # Any: as above.
+def _place(model: StepOptions, stages: Sequence[Stage]) -> bool:
     """Moves all variables of a model to their stages, one at a time; returns whether any moved.
 
     Raises:
         InvalidOptionError: If a layer with variables is on no stage, on one of another pipeline, or
             uses variables of another stage, or if a stage has no layers.
     """
-    wanted = _stages_of_variables(model)
+    wanted = _stages_of_variables(model, stages)
     strategy = model.distribute_strategy
-    stages = model.pipeline.stages
     used = {stage.index for _, stage in wanted.values()}
     for stage in stages:
         if stage.index not in used:
@@ -193,7 +197,7 @@ def _place(model: Any) -> bool:  # Any: as above.
     return any(has_moved)
 
 
-def _states_on_stages(model: Any) -> list[tuple[_types.KerasVariable, Stage]]:  # Any: as above.
+def _states_on_stages(model: StepOptions) -> list[tuple[_types.KerasVariable, Stage]]:
     """The parts of optimizers' state that belong to a weight on a stage, and that stage."""
     found = []
     for _, outer in _keras.optimizer.optimizers_of(model):
@@ -215,7 +219,7 @@ def _move(variable: _types.KerasVariable, stage: Stage, strategy: _types.Strateg
     return True
 
 
-def _unplace(model: Any) -> None:  # Any: as above.
+def _unplace(model: StepOptions) -> None:
     """Takes layers off their stages, and brings variables back to the replicas' devices."""
     strategy = model.distribute_strategy
     for operation in _operations(model):
@@ -233,10 +237,9 @@ def _operations(model: keras.Model) -> list[Any]:  # Any: layers and operations 
 
 
 def _stages_of_variables(
-    model: Any,  # Any: as above.
+    model: StepOptions, known: Sequence[Stage]
 ) -> dict[int, tuple[_types.KerasVariable, Stage]]:
     """The variables of a model's layers, by identity, with the stage of each."""
-    known = model.pipeline.stages
     found: dict[int, tuple[_types.KerasVariable, Stage]] = {}
 
     def visit(layer: _types.Layer, outer: Stage | None) -> None:
@@ -277,7 +280,7 @@ def _stages_of_variables(
 # --- What is said before training --------------------------------------------------------------
 
 
-def check_before_run(model: Any) -> None:  # Any: as above.
+def check_before_run(model: StepOptions) -> None:
     """Checks what is known when `fit` or `evaluate` begins, and puts on stages what was built."""
     _check_is_given(model)
     apply(model)
@@ -290,11 +293,11 @@ def check_before_run(model: Any) -> None:  # Any: as above.
         )
 
 
-def _is_replicated(model: Any) -> bool:  # Any: as above.
+def _is_replicated(model: StepOptions) -> bool:
     return bool(model.distribute_strategy.num_replicas_in_sync > 1)
 
 
-def measure(model: Any, is_wanted: bool) -> None:  # Any: as above.
+def measure(model: StepOptions, is_wanted: bool) -> None:
     """Has the stages timed from now on, or no longer; the step is traced anew if that changes.
 
     They are not timed where TensorFlow has no clock, or several machines may have clocks of their
@@ -309,7 +312,7 @@ def measure(model: Any, is_wanted: bool) -> None:  # Any: as above.
         model._rebuild_step()
 
 
-def say_bubble(model: Any, micro_batches: int | None) -> None:  # Any: as above.
+def say_bubble(model: StepOptions, micro_batches: int | None) -> None:
     """Says how long stages wait, where few micro-batches keep them waiting.
 
     Args:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tfbig import _keras, _log, errors
 from tfbig._update import option, replicas, sharded_state, sharded_weights
+
+if TYPE_CHECKING:
+    from tfbig._update.step_options import StepOptions
 
 __all__ = ("apply", "checked", "say_if_nothing_is_divided", "update")
 
@@ -21,7 +24,7 @@ def checked(value: object) -> str | None:
     return value
 
 
-def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
+def apply(model: StepOptions) -> None:
     """Divides what a model has, if `shard` says so: weights, and the state of all its optimizers.
 
     Raises:
@@ -44,7 +47,7 @@ def apply(model: Any) -> None:  # Any: a tfbig model, which imports this.
         sharded_state.divide(optimizer, model.distribute_strategy)
 
 
-def _refuse_others(model: Any) -> None:  # Any: as above.
+def _refuse_others(model: StepOptions) -> None:
     """Raises for options that do not go with divided weights."""
     refused = {
         "log_gradient_noise_scale": "no replica has the gradient of its samples alone",
@@ -65,7 +68,7 @@ def _refuse_others(model: Any) -> None:  # Any: as above.
     )
 
 
-def update(model: Any) -> None:
+def update(model: StepOptions) -> None:
     """Has a change of `shard` take effect on a model that is there already."""
     if model.shard != "weights":
         sharded_weights.make_whole(model)
@@ -77,11 +80,11 @@ def update(model: Any) -> None:
     model._rebuild_step()
 
 
-def say_if_nothing_is_divided(model: Any) -> None:  # Any: as above.
+def say_if_nothing_is_divided(model: StepOptions) -> None:
     """Says once in a log line that `shard` has nothing to divide."""
-    is_said = vars(model).get("_has_said_nothing_is_divided")
+    is_said = model.__dict__.get("_has_said_nothing_is_divided")
     if model.shard is not None and replicas.count_of(model) == 1 and not is_said:
-        vars(model)["_has_said_nothing_is_divided"] = True
+        model.__dict__["_has_said_nothing_is_divided"] = True
         _log.logger().info(
             "tfbig: shard=%r has nothing to divide, since there is one replica", model.shard
         )

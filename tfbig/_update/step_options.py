@@ -100,7 +100,7 @@ def make_plain(model: keras.Model) -> None:
             setattr(model, name, option.plain)
 
 
-def _set_noise_scale(model: Any) -> None:
+def _set_noise_scale(model: "StepOptions") -> None:
     if model.compiled:
         model._reset_noise_scale()
     model._rebuild_step()
