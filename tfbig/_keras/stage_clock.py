@@ -17,6 +17,7 @@ from tensorflow.python.framework import config
 
 from tfbig import _types
 from tfbig._keras.devices import full_name
+from tfbig._keras.independence import run_independently
 from tfbig._keras.stages import Stage
 from tfbig._keras.thread import current, holding
 
@@ -214,9 +215,7 @@ def _now(stage: Stage, after: Iterable[_types.Tensor]) -> _types.Tensor:
                 after = [tf.identity(t) for t in after]
         with tf.device(host), tf.control_dependencies(after):
             now = tf.timestamp()
-    dependencies = now.graph.experimental_acd_manager
-    if dependencies is not None:
-        dependencies.run_independently(now.op)
+    run_independently(now.op)
     return now
 
 
