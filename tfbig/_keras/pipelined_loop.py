@@ -61,7 +61,7 @@ def while_loop(
             (tf.zeros(()), *start),
             parallel_iterations=in_flight,
         )
-    if loop.waited_for and in_flight > 1:
+    if loop.waited_for:
         names = sorted({f"{_path(op)} ({op.type})" for op in loop.waited_for})
         warnings.warn(
             "Operations with side effects run one micro-batch after another, so stages may wait "

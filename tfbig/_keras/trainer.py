@@ -17,16 +17,15 @@ from tfbig._keras.batches import (
     as_tensor,
     batch_size,
     spec_of_any_size,
-    specs_of_one_replica,
     without_optionals,
 )
 from tfbig._keras.compiling import CompileHooks
 from tfbig._keras.devices import is_on_cpu, is_tpu
-from tfbig._keras.epoch_iterator import effective_batch_size
+from tfbig._keras.epoch_iterator import effective_batch_size, specs_of
 from tfbig._keras.finished_iterators import released
 from tfbig._keras.input_clock import InputClock
 from tfbig._keras.losses import added_loss, check_is_scalar
-from tfbig._keras.padding import check_divides, data_of, fix_batch_size
+from tfbig._keras.padding import check_divides, fix_batch_size
 from tfbig._keras.stage_clock import StageClock
 from tfbig._keras.step_function import StepFunction
 
@@ -123,7 +122,7 @@ class TrainerOverrides(CompileHooks):
         strategy = self.distribute_strategy
         self._epoch_iterator = iterator
         shuffling.reseed(iterator)
-        specs = data_of(specs_of_one_replica(iterator._distributed_dataset))
+        specs = specs_of(iterator)
         sizes = self.sizes_of_updates
         size: int | None
         if iterator.num_batches == 0:
@@ -135,7 +134,7 @@ class TrainerOverrides(CompileHooks):
             size = effective_batch_size(iterator)
         if is_tpu(strategy) and fix_batch_size(iterator, size, strategy):
             self._warn_of_single_samples()
-            specs = data_of(specs_of_one_replica(iterator._distributed_dataset))
+            specs = specs_of(iterator)
         if strategy.num_replicas_in_sync > 1 and None in keras.tree.flatten(specs):
             raise errors.UnsupportedStrategyError(
                 "None among the inputs is not supported with several replicas: "
