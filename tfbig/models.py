@@ -247,20 +247,14 @@ def _extended_model(model: keras.Model, options: dict[str, Any]) -> train_step.T
     if options.get("gradient_accumulation_steps") and options.get("micro_batch_size"):
         BatchSplit(options["gradient_accumulation_steps"], options["micro_batch_size"])
     optimizer = getattr(model, "optimizer", None)
-    reached = None
     cls = _extended_class(type(model))
+    wrapper = None
     # A step of the class's own goes on to be scaled by Keras.
     is_own = cls._owner_of_extended_train_step() is not None
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and not is_own:
-        if optimizer.built and "loss_scale" not in options:
-            reached = optimizer
-        initial = optimizer.initial_scale
-        scale = DynamicLossScale(
-            initial_scale=initial,
-            growth_interval=optimizer.dynamic_growth_steps,
-            max_scale=max(initial, DynamicLossScale().max_scale),
-        )
-        options = {"loss_scale": scale, **options}
+        if "loss_scale" not in options:
+            wrapper = optimizer
+            options = {"loss_scale": _settings_of(wrapper), **options}
         optimizer = optimizer.inner_optimizer
     extended: train_step.TrainStep = _keras.saving.with_class(model, cls)
     step_options.set_options(extended, options)
@@ -269,10 +263,19 @@ def _extended_model(model: keras.Model, options: dict[str, Any]) -> train_step.T
         model.train_function = model.test_function = model.predict_function = None
     _keras.compiling.recompile(extended, optimizer)
     state = extended.loss_scale_state
-    if reached is not None and state is not None:
-        state.loss_scale.assign(reached.dynamic_scale)
-        state.finite_updates.assign(reached.step_counter)
+    if wrapper is not None and wrapper.built and state is not None:
+        state.loss_scale.assign(wrapper.dynamic_scale)
+        state.finite_updates.assign(wrapper.step_counter)
     return extended
+
+
+def _settings_of(wrapper: keras.optimizers.LossScaleOptimizer) -> DynamicLossScale:
+    """The loss scale that does what Keras's wrapper of an optimizer does."""
+    return DynamicLossScale(
+        initial_scale=wrapper.initial_scale,
+        growth_interval=wrapper.dynamic_growth_steps,
+        max_scale=max(wrapper.initial_scale, DynamicLossScale().max_scale),
+    )
 
 
 def _keep_options(original: keras.Model, clone: keras.Model) -> keras.Model:
