@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import keras
 
-from tfbig import _keras, errors
-from tfbig._update import batch_split
+from tfbig import _integers, _keras, errors
 
 __all__ = ("checked", "in_chunks")
 
@@ -18,7 +17,7 @@ def checked(size: object) -> int | None:
     if size is None:
         return None
     remedy = "Pass the tokens for which attention is computed at a time, or None for all."
-    return batch_split.positive_integer("attention_chunk_size", size, remedy)
+    return _integers.checked("attention_chunk_size", size, remedy)
 
 
 @contextlib.contextmanager

@@ -10,18 +10,13 @@ import tensorflow as tf
 
 from tfbig import _integers, _types, errors
 
-__all__ = ("BatchSplit", "Segments", "Size", "bounds", "positive_integer")
+__all__ = ("BatchSplit", "Segments", "Size", "bounds")
 
 # A number of samples or micro-batches: an int where shapes are static, else an int32 scalar.
 Size: TypeAlias = int | _types.Tensor
 
 # Two runs of micro-batches, each of a size and so many.
 Segments: TypeAlias = tuple[tuple[Size, Size], tuple[Size, Size]]
-
-
-def positive_integer(name: str, value: object, remedy: str) -> int:
-    """Returns `value` as an int, or raises if it is not an integer >= 1."""
-    return _integers.checked(name, value, remedy)
 
 
 def bounds(segments: Segments, k: _types.Tensor) -> tuple[_types.Tensor, Size]:
@@ -64,7 +59,7 @@ class BatchSplit:
                 f"micro_batch_size={size!r}."
             )
         if steps is not None:
-            steps = positive_integer(
+            steps = _integers.checked(
                 "gradient_accumulation_steps", steps, "Use 1 to turn accumulation off."
             )
             object.__setattr__(self, "gradient_accumulation_steps", steps)
@@ -74,7 +69,7 @@ class BatchSplit:
                 "Received: micro_batch_size='auto'. Pass `model.micro_batch_size`, for example."
             )
         else:
-            size = positive_integer(
+            size = _integers.checked(
                 "micro_batch_size", size, "Pass the samples that fit into memory."
             )
             object.__setattr__(self, "micro_batch_size", size)

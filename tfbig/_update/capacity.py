@@ -10,9 +10,9 @@ from typing import TypeAlias
 import keras
 import tensorflow as tf
 
-from tfbig import errors
+from tfbig import _integers, errors
 from tfbig._keras import memory, sharded_variable
-from tfbig._update import accumulators, batch_split
+from tfbig._update import accumulators
 
 __all__ = (
     "RUN_ERRORS",
@@ -48,7 +48,7 @@ def checked_budget(value: object) -> int | None:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return batch_split.positive_integer(
+    return _integers.checked(
         "memory_budget", value, "Pass the bytes that a replica may take, such as 8 * 2**30."
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import keras
 
-from tfbig import _keras, _types
-from tfbig._update import batch_split, option
+from tfbig import _integers, _keras, _types
+from tfbig._update import option
 
 __all__ = ("checked", "context_of")
 
@@ -19,7 +19,7 @@ def checked(size: object) -> int | None:
     if size is None:
         return None
     remedy = "Pass the tokens that the last layer and the loss compute at a time, or None for all."
-    return batch_split.positive_integer("head_chunk_size", size, remedy)
+    return _integers.checked("head_chunk_size", size, remedy)
 
 
 # Any: what the context yields is not used.

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _types
-from tfbig._update.batch_split import positive_integer
+from tfbig import _integers, _keras, _types
 
 __all__ = ("BUCKET_BYTES", "all_reduce_sum", "checked_bucket_bytes", "count", "count_of")
 
@@ -19,7 +18,7 @@ BUCKET_BYTES = 32 * 2**20
 
 def checked_bucket_bytes(value: object) -> int:
     """Returns the option `exchange_bucket_bytes`, checked."""
-    return positive_integer(
+    return _integers.checked(
         "exchange_bucket_bytes", value, "Pass the bytes of a bucket, such as 32 * 2**20."
     )
 
