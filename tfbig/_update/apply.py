@@ -69,7 +69,7 @@ def apply_to_weights(
     Args:
         optimizer: the optimizer.
         batch: what all replicas accumulated, after the exchange.
-        loss_scale: see `apply_gradients`.
+        loss_scale: see `exchange_and_apply.apply_gradients`.
         needs_norm: whether the global norm of the gradient is wanted.
         guard: what may leave the update out, or None.
     """
@@ -104,15 +104,15 @@ def finish(
     with _keras.variables.assigned_locally([u.variable for u in batch.state]):
         _assign_state(batch.state, decision, loss)
     return Update(
-        loss,
-        values,
-        decision.is_finite,
-        decision.is_applied,
-        decision.is_repeated,
-        norm,
-        batch.samples,
-        batch.logs,
-        batch.noise_moments,
+        loss=loss,
+        values=values,
+        is_finite=decision.is_finite,
+        is_applied=decision.is_applied,
+        is_repeated=decision.is_repeated,
+        gradient_norm=norm,
+        samples=batch.samples,
+        logs=batch.logs,
+        noise_moments=batch.noise_moments,
     )
 
 

@@ -36,8 +36,8 @@ class LossTrace:
         rows: for each trainable variable the `Rows` of the parts of its gradient; none
             where it is added up densely.
         has_rows: for each of them, whether its gradient was seen to have rows.
-        connected: indices of trainable variables that have a gradient, as far as
-            known: without eager execution, tracing the loop adds to them.
+        connected: indices of trainable variables that have a gradient, as far as known: in a
+            graph, `MicroBatchStep` finds the others.
         values: structure of specs of the further values.
         logs: structure of specs of the logs.
         has_weight: whether the loss function says the weight of a micro-batch.
@@ -164,16 +164,16 @@ class LossTracer:
             gradients = tape.gradient(result.loss, weights.gradient_sources(self.variables))
         self._probes.append(
             _Probe(
-                data,
-                result,
-                counter.kinds,
-                counter.reductions,
-                values.assigned,
-                gradients,
-                weights.read,
-                weights.narrow_dtypes(),
-                weights.are_needed_for(counter.counted),
-                operations,
+                data=data,
+                result=result,
+                kinds=counter.kinds,
+                reductions=counter.reductions,
+                assigned=values.assigned,
+                gradients=gradients,
+                divided=weights.read,
+                narrow_dtypes=weights.narrow_dtypes(),
+                counts_need_weights=weights.are_needed_for(counter.counted),
+                operations=operations,
             )
         )
 
