@@ -207,6 +207,18 @@ def test_every_canary_is_listed():
     assert set().union(*covered) == set(tests)
 
 
+def test_the_architecture_names_modules_that_exist_and_all_of_the_update():
+    text = (ROOT / "docs/architecture.md").read_text()
+    # Without patterns, such as tests/*_test.py.
+    named = set(re.findall(r"(?<![*\w])\w+\.py\b", text))
+    files = [*ROOT.glob("tfbig/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    assert named <= {file.name for file in files}
+    modules = {file.stem: file.read_text() for file in ROOT.glob("tfbig/_update/*.py")}
+    assert {f"{module}.py" for module in modules} - named == {"__init__.py"}
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", text):
+        assert name == "py" or module not in modules or name in modules[module]
+
+
 def replaced_functions():
     """Names of the functions in Keras and TensorFlow that are tfbig's, and the files of these."""
     importlib.import_module("tfbig")
