@@ -280,6 +280,17 @@ def test_optimizers_that_do_it_themselves(kind, policy):
     assert not model.compiled
 
 
+@pytest.mark.parametrize("in_map", [True, False], ids=["map", "function"])
+def test_one_of_several_optimizers_that_accumulates(in_map):
+    one = SGD(gradient_accumulation_steps=4)
+    which = keras.optimizers.OptimizerMap(one) if in_map else lambda _: one
+    model = sequential()
+    with refused(errors.InvalidOptionError, ValueError, "gradient_accumulation_steps=4"):
+        model.compile(keras.optimizers.MultiOptimizer(which), "mse")
+        # A function is not asked before there are weights.
+        fit(model)
+
+
 def test_extend_refuses_an_accumulating_optimizer():
     plain = sequential(keras.Sequential)
     plain.compile(SGD(gradient_accumulation_steps=4), "mse")

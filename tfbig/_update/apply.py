@@ -164,13 +164,14 @@ def check_optimizer(optimizer: _types.Optimizer) -> None:
         "gradient_accumulation_steps": "Give it to the model instead",
         "loss_scale_factor": "Give `loss_scale` to the model instead",
     }
-    for name, remedy in remedies.items():
-        value = getattr(optimizer, name, None)
-        if value is not None:
-            raise errors.InvalidOptionError(
-                f"`optimizer.{name}` must be None: tfbig does it once per update of the whole "
-                f"effective batch. Received: {name}={value}. {remedy}."
-            )
+    for part in (optimizer, *_keras.optimizer.parts_of(optimizer)):
+        for name, remedy in remedies.items():
+            value = getattr(part, name, None)
+            if value is not None:
+                raise errors.InvalidOptionError(
+                    f"`optimizer.{name}` must be None: tfbig does it once per update of the whole "
+                    f"effective batch. Received: {name}={value}. {remedy}."
+                )
 
 
 def global_norm(gradients: list[_types.Gradient | None]) -> _types.Tensor:
