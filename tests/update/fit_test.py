@@ -480,6 +480,27 @@ def test_ragged_inputs(name, run_eagerly):
     assert_same_values(model.evaluate(data, verbose=0), plain.evaluate(data, verbose=0))
 
 
+@pytest.mark.parametrize("samples", [2, 3])
+def test_added_loss_of_one_value_where_a_replica_has_one_sample(samples, mirrored, float64):
+    """Eagerly, it has as many values as the replica has samples, and is none of theirs."""
+
+    class Penalty(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.reshape(keras.ops.mean(x**2), (1,)))
+            return x
+
+    def trained(base):
+        inputs = keras.Input((3,))
+        model = base(inputs, Penalty()(dense(2, 1)(inputs)))
+        model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+        model.fit(X[:samples, :3], Y[:samples, :2], batch_size=samples, verbose=0)
+        return model.get_weights()
+
+    with mirrored.scope():
+        found = trained(tfbig.Model)
+    assert_same_values(found, trained(keras.Model))
+
+
 # --- Models ------------------------------------------------------------------
 
 

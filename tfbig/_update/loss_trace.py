@@ -184,9 +184,10 @@ class LossTracer:
 
     def _few_samples(self) -> _types.Structure:
         # Two, so that a size of one counts no samples.
-        if self.samples > 0:
-            return _keras.batches.slice_samples(self.data, 0, tf.minimum(self.samples, 2))
-        return keras.tree.map_structure(_two_samples_like, self.data)
+        if self.samples > 1:
+            return _keras.batches.slice_samples(self.data, 0, 2)
+        two_of = _twice if self.samples > 0 else _two_samples_like
+        return keras.tree.map_structure(two_of, self.data)
 
     def _check(self, probe: _Probe) -> None:
         _keras.losses.check_is_scalar(probe.result.loss)
@@ -322,6 +323,15 @@ def _spec_of_batch(value: object) -> tf.TypeSpec | None:
     if isinstance(value, tf.Tensor):
         return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
     return _spec(value)
+
+
+def _twice(value: _types.Structure) -> _types.Structure:
+    """Two samples that are the same one."""
+    if value is None:
+        return None
+    if isinstance(value, tf.SparseTensor):
+        return tf.sparse.concat(0, [value, value])
+    return tf.concat([value, value], 0)
 
 
 def _two_samples_like(value: _types.Structure) -> _types.Structure:
