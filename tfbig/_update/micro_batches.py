@@ -55,6 +55,11 @@ class MicroBatches:
             in a program that is compiled as a whole. None for all.
         in_flight: How many micro-batches may run at the same time, if layers lie on stages. None
             for what the variables' stages say.
+
+    Attributes:
+        is_whole_batch: Whether the share is the whole batch, in one micro-batch.
+        trace: What the loss function does.
+        compiles_each: Whether XLA compiles each micro-batch.
     """
 
     def __init__(
@@ -75,8 +80,7 @@ class MicroBatches:
         in_flight: int | None = None,
     ) -> None:
         self.loss_fn = loss_fn
-        # One micro-batch on one replica: Keras's own reductions are those of
-        # the whole batch.
+        # Then Keras's own reductions are those of the whole batch.
         self.is_whole_batch = split.never_splits and replicas.count() == 1 and valid_samples is None
         data = empty_batch.refuse_empty_data(data)
         self.data = data if self.is_whole_batch else _keras.batches.of_one_size(data)
@@ -92,8 +96,11 @@ class MicroBatches:
         samples = _keras.batches.batch_size(data) if valid_samples is None else valid_samples
         self.samples = tf.convert_to_tensor(samples, tf.int32)
         self.dtype = accumulators.widest(keras.config.floatx(), self.variables)
-        if unrolled:
-            self._check_can_unroll()
+        in_flight = in_flight or _keras.stages.in_flight_of(self.variables)
+        # Eagerly, devices take turns.
+        self.is_staged = in_flight is not None and not tf.executing_eagerly()
+        self.in_flight = (in_flight or 1) if self.is_staged else 1
+        self._check_can_unroll()
         self.trace = loss_trace.LossTracer(
             loss_fn,
             self.data,
@@ -103,23 +110,8 @@ class MicroBatches:
             compiled=self.compiled,
             scope=trace_scope,
         ).trace()
-        self.compiles_each = (
-            may_compile_each
-            and not (self.is_whole_batch or self.compiled)
-            # The parts of a gradient are told apart in the graph that made them.
-            and all(len(rows) <= 1 for rows in self.trace.rows)
-            and self.trace.is_faster_compiled
-        )
-        self.in_flight = in_flight or _keras.stages.in_flight_of(self.variables)
-        # Eagerly, devices take turns.
-        self.is_staged = self.in_flight is not None and not tf.executing_eagerly()
-        self.is_gathered = bool(self.trace.divided)
-        if self.is_gathered and (self.compiled or tf.executing_eagerly()):
-            raise errors.UnsupportedModelError(
-                "Divided weights are gathered from other replicas in a graph, not in an XLA "
-                "program and not eagerly. Received: shard='weights' and "
-                f"{'compiled=True' if self.compiled else 'eager execution'}. Use one of them."
-            )
+        self._check_can_gather()
+        self.compiles_each = may_compile_each and self._is_each_worth_compiling()
 
     def exchanged_counts(self) -> _types.Tensor | None:
         """The denominators of the whole batch, see `counts`."""
@@ -195,20 +187,20 @@ class MicroBatches:
         )
         with _keras.stages.following(self.is_staged):
             start = step.start()
-            accumulated = self._gathered(step, start, step.finish(self._run(step, start)))
+            accumulated = self._accumulated(step, start, step.finish(self._run(step, start)))
             # On one replica, it does not matter in what the weights are counted.
             if size is None or replicas.count() == 1:
                 return accumulated
             return accumulated.times(size)
 
     def _kind_of_step(self) -> type[MicroBatchStep]:
-        if self.is_gathered:
+        if self.trace.divided:
             return gathered_step.GatheredStep
         if self.is_staged:
             return staged_step.StagedStep
         return compiled_step.CompiledStep if self.compiles_each else MicroBatchStep
 
-    def _gathered(
+    def _accumulated(
         self, step: MicroBatchStep, start: Totals, totals: Totals
     ) -> AccumulatedGradients:
         """The totals of all micro-batches, with what they belong to."""
@@ -258,7 +250,7 @@ class MicroBatches:
                 static_sizes=self.compiled,
                 unrolled=self.unrolled,
                 valid_samples=self.valid_samples,
-                in_flight=self.in_flight if self.in_flight and self.is_staged else 1,
+                in_flight=self.in_flight,
             )
 
         if not self.compiled or self.is_inline:
@@ -280,7 +272,7 @@ class MicroBatches:
         if (
             self.is_whole_batch
             or self.compiled
-            or self.is_gathered
+            or self.trace.divided
             or self.valid_samples is not None
             or self.trace.has_weight
         ):
@@ -291,7 +283,27 @@ class MicroBatches:
         is_uniform = tf.equal(larges, 0) | tf.equal(smalls, 0)
         return is_uniform, tf.where(is_uniform, tf.where(tf.equal(larges, 0), small, large), 1)
 
+    # --- What goes together -----------------------------------------------------
+
+    def _is_each_worth_compiling(self) -> bool:
+        return (
+            not (self.is_whole_batch or self.compiled)
+            # The parts of a gradient are told apart in the graph that made them.
+            and all(len(rows) <= 1 for rows in self.trace.rows)
+            and self.trace.is_faster_compiled
+        )
+
+    def _check_can_gather(self) -> None:
+        if self.trace.divided and (self.compiled or tf.executing_eagerly()):
+            raise errors.UnsupportedModelError(
+                "Divided weights are gathered from other replicas in a graph, not in an XLA "
+                "program and not eagerly. Received: shard='weights' and "
+                f"{'compiled=True' if self.compiled else 'eager execution'}. Use one of them."
+            )
+
     def _check_can_unroll(self) -> None:
+        if not self.unrolled:
+            return
         if self.split.gradient_accumulation_steps is None:
             raise errors.UnsupportedModelError(
                 "A model with synchronized layers, whose micro-batches exchange with other "
