@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import keras
 
 from tfbig import _keras, errors
-from tfbig._update import loss_trace
+from tfbig._update import loss_trace, replicas
 
 __all__ = (
     "not_warned_of",
@@ -36,7 +36,7 @@ def refuse_stateful_layers(model: keras.Model, split: object) -> None:
         raise errors.UnsupportedModelError(
             "A layer that continues from the state of the previous batch (stateful=True) has one "
             "state for each sample of the whole batch, so the batch must not be split. Received: "
-            f"{', '.join(names)} with {split} on {model.distribute_strategy.num_replicas_in_sync} "
+            f"{', '.join(names)} with {split} on {replicas.count_of(model)} "
             "replica(s). Use gradient_accumulation_steps=1 on one replica, or stateful=False."
         )
 

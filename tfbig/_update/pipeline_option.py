@@ -9,7 +9,7 @@ import keras
 
 from tfbig import _keras, _log, _types, errors
 from tfbig._keras.stages import Stage
-from tfbig._update import gathered_weights, option, stage_cut
+from tfbig._update import gathered_weights, option, replicas, stage_cut
 from tfbig.distribute._pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _refuse_others(model: StepOptions) -> None:
         run_eagerly="without a graph, stages would run one after another",
     )
     is_automatic = getattr(model, "_automatic_size", None) is not None
-    if model.exchange_dtype is not None and _is_replicated(model):
+    if model.exchange_dtype is not None and replicas.count_of(model) > 1:
         raise errors.InvalidOptionError(
             "`exchange_dtype` does not go with `pipeline`: each stage exchanges the gradients of "
             f"its variables as they are. Received: exchange_dtype={model.exchange_dtype!r}."
@@ -190,7 +190,7 @@ def _place(model: StepOptions, stages: Sequence[Stage]) -> bool:
                 f"pipeline.stage({stage.index}):`, or use fewer devices."
             )
     has_moved = [_move(variable, stage, strategy) for variable, stage in wanted.values()]
-    if _is_replicated(model):
+    if replicas.count_of(model) > 1:
         for stage in stages:
             _keras.collectives.exchange_on(stage.devices, strategy)
     has_moved += [_move(v, stage, strategy) for v, stage in _states_on_stages(model)]
@@ -286,15 +286,11 @@ def check_before_run(model: StepOptions) -> None:
     apply(model)
     if model.pipeline is None:
         return
-    if _keras.layers.has_synchronized_layers(model) and _is_replicated(model):
+    if _keras.layers.has_synchronized_layers(model) and replicas.count_of(model) > 1:
         raise errors.UnsupportedModelError(
             "Layers that exchange with other replicas do not go with `pipeline`: micro-batches "
             "would meet in them. Received: a layer with synchronized=True. Use synchronized=False."
         )
-
-
-def _is_replicated(model: StepOptions) -> bool:
-    return bool(model.distribute_strategy.num_replicas_in_sync > 1)
 
 
 def measure(model: StepOptions, is_wanted: bool) -> None:

@@ -264,13 +264,12 @@ class TrainStep(training_checks.TrainingChecks):
 
     def _may_compile_each_micro_batch(self) -> bool:
         """Whether `jit_compile="auto"` is left to tfbig, which knows a CPU and one replica."""
-        strategy = self.distribute_strategy
         return (
             self._compile_config is not None
             and self._compile_config.config["jit_compile"] == "auto"
-            and strategy.num_replicas_in_sync == 1
+            and replicas.count_of(self) == 1
             and self.pipeline is None
-            and _keras.devices.is_on_cpu(strategy)
+            and _keras.devices.is_on_cpu(self.distribute_strategy)
             # Every size is a program of its own.
             and self.sizes_of_updates is None
             # On a CPU, XLA removes its barriers, and computes nothing twice.
@@ -287,7 +286,6 @@ class TrainStep(training_checks.TrainingChecks):
         recomputed = (
             self._recomputed_layers() if training else sharded_weights.layers_to_recompute(self)
         )
-
         in_chunks = head_option.context_of(self, self.head_chunk_size, is_xla)
 
         def loss_fn(micro_batch: _types.Structure) -> MicroBatchLoss:
