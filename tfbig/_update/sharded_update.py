@@ -133,7 +133,7 @@ class _ShardedUpdate:
     ) -> None:
         self.state = state
         self.bucket_bytes = bucket_bytes
-        self.updated = len(local.variables)
+        self.number_updated = len(local.variables)
         self.variables = [*local.variables, *_averaged(state.optimizer, local.variables)]
         self.local = local
         self.batch = batch
@@ -233,7 +233,7 @@ class _ShardedUpdate:
                 return tf.reduce_all(tf.math.is_finite(accumulators.values(self.rows[i])))
             return tf.constant(True)
 
-        return tf.stack([flag(i) for i in range(self.updated)])
+        return tf.stack([flag(i) for i in range(self.number_updated)])
 
     def clipped(self) -> dict[int, _types.Gradient]:
         """The gradients, clipped as the optimizer does, by the norms of whole gradients."""
@@ -292,7 +292,9 @@ class _ShardedUpdate:
         """
         whole, gradients = self._bring(gradients)
         own = [i for i, piece in enumerate(self.own) if piece is not None]
-        own_gradients = [self._own_gradient(i, gradients.get(i)) for i in own if i < self.updated]
+        own_gradients = [
+            self._own_gradient(i, gradients.get(i)) for i in own if i < self.number_updated
+        ]
         variables = [self.variables[i] for i in own]
         with tf.control_dependencies([self.batch.weight]):
             # What is only averaged comes last, and has no gradient.
@@ -402,7 +404,7 @@ class _ShardedUpdate:
             i
             for i in range(len(self.variables))
             if i not in self.divided
-            and (overwrites or (i < self.updated and self.local.gradients[i] is not None))
+            and (overwrites or (i < self.number_updated and self.local.gradients[i] is not None))
         ]
         dtypes = {tf.as_dtype(v.dtype) for v in self.variables}
         for dtype in sorted(dtypes, key=lambda dtype: dtype.name):
