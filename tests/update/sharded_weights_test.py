@@ -238,6 +238,42 @@ def test_replicas_of_fewer_micro_batches_wait_for_the_others(
     assert_trains_as_plain(dense, x, y, {"micro_batch_size": 1})
 
 
+def test_a_replica_without_ragged_samples_knows_their_inner_shape(
+    small_weights_are_divided, float64
+):
+    class Points(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = layers.Dense(3)
+
+        def call(self, points):
+            differences = points.values[:, 0] - points.values[:, 1]
+            rows = tf.RaggedTensor.from_row_splits(differences, points.row_splits)
+            return self.head(tf.reduce_sum(rows, 1)[:, tf.newaxis])
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 4, size=9)
+    points = tf.RaggedTensor.from_row_lengths(rng.normal(size=(lengths.sum(), 2)), lengths)
+    # The last batch has one sample.
+    dataset = tf.data.Dataset.from_tensor_slices((points, rng.normal(size=(9, 3)))).batch(8)
+    found = []
+    for strategy, options in (
+        ("default", None),
+        ("mirrored_2", {"shard": "weights", "micro_batch_size": 2}),
+    ):
+        with make_strategy(strategy).scope():
+            keras.utils.set_random_seed(1)
+            model = Points()
+            model(points[:2])
+            if options is not None:
+                model = tfbig.extend(model, **options)
+            model.compile("adam", "mse")
+        model.fit(dataset, epochs=2, shuffle=False, verbose=0)
+        found.append(model.get_weights())
+    assert divided(model)
+    assert_same(*found)
+
+
 def test_what_does_not_count_may_be_no_number(small_weights_are_divided, float64):
     """A replica without samples computes with zeros, whose logarithm is infinite."""
 

@@ -68,10 +68,19 @@ def _with_a_sample(data: _types.Structure, samples: _types.Tensor) -> _types.Str
         if isinstance(value, tf.RaggedTensor):
             splits = value.row_splits
             splits = tf.cond(samples > 0, lambda: splits, lambda: tf.zeros([2], splits.dtype))
-            return tf.RaggedTensor.from_row_splits(value.values, splits)
+            return tf.RaggedTensor.from_row_splits(_of_known_shape(value.values, samples), splits)
         sample = tf.zeros(tf.concat([[1], tf.shape(value)[1:]], 0), value.dtype)
         return tf.ensure_shape(
             tf.cond(samples > 0, lambda: value, lambda: sample), [None, *value.shape[1:]]
         )
 
     return tf.nest.map_structure(filled, data)
+
+
+def _of_known_shape(values: _types.Tensor, samples: _types.Tensor) -> _types.Tensor:
+    """The values of a ragged tensor, of which tf.data drops the inner shape if there are none."""
+    if isinstance(values, tf.RaggedTensor):
+        return values.with_flat_values(_of_known_shape(values.flat_values, samples))
+    shape = [0, *(size or 0 for size in values.shape[1:])]
+    kept = tf.cond(samples > 0, lambda: values, lambda: tf.zeros(shape, values.dtype))
+    return tf.ensure_shape(kept, values.shape)
