@@ -641,3 +641,27 @@ def test_a_weight_that_is_read_in_a_branch_outside_of_layers_is_refused(
     # TensorFlow makes another error of it.
     with pytest.raises(ValueError, match=r"scale, read in one"):
         model.fit(x, y, verbose=0)
+
+
+def test_a_gradient_inside_of_the_loss_is_refused(small_weights_are_divided):
+    class Penalized(tfbig.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.head = layers.Dense(3)
+
+        def call(self, x):
+            return self.head(x)
+
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                score = self(x)
+            return tf.reduce_mean(tf.square(tape.gradient(score, x)))
+
+    x, y = data()
+    with make_strategy("mirrored_2").scope():
+        model = Penalized(shard="weights")
+        model(x[:2])
+        model.compile("sgd", "mse")
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"inside of the loss.*dense/"):
+        model.fit(x, y, verbose=0)

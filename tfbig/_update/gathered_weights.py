@@ -245,7 +245,12 @@ class GatheredWeights:
 
     def _scattered(self, weight: ShardedWeight, gradient: _types.Gradient) -> _types.Tensor:
         """This replica's piece of the gradient of all replicas' micro-batches."""
-        assert self.weight is not None
+        if self.weight is None:
+            raise errors.UnsupportedModelError(
+                "With divided weights, gradients must not be computed inside of the loss, such as "
+                "for a gradient penalty: those of weights would be added up over the replicas. "
+                f"Received: a gradient through {weight.path}. Use shard='optimizer'."
+            )
         dtype = accumulators.dtype_for(weight.dtype)
         gradient = tf.ensure_shape(tf.cast(tf.convert_to_tensor(gradient), dtype), weight.shape)
         # Not before: a float16 gradient would overflow sooner. A weight of zero is that of a
