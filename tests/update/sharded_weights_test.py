@@ -665,3 +665,15 @@ def test_a_gradient_inside_of_the_loss_is_refused(small_weights_are_divided):
         model.compile("sgd", "mse")
     with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"inside of the loss.*dense/"):
         model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate"])
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_a_table_of_another_device_is_refused(name, steps_per_execution, small_weights_are_divided):
+    with make_strategy("mirrored_2").scope():
+        x = keras.Input((1,), dtype="int64")
+        h = layers.IntegerLookup(vocabulary=[1, 2], output_mode="one_hot")(x)
+        model = tfbig.Model(x, layers.Dense(1)(h), shard="weights", micro_batch_size=2)
+        model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"IntegerLookup.*CPU:1"):
+        getattr(model, name)(np.ones((8, 1), int), np.ones((8, 1)), batch_size=4, verbose=0)

@@ -16,7 +16,7 @@ from tensorflow.python.distribute import collective_util as _collective_util
 from tensorflow.python.distribute import cross_device_ops as _cross_device_ops
 from tensorflow.python.ops import gen_collective_ops as _collective_ops
 
-from tfbig import _types
+from tfbig import _types, errors
 from tfbig._keras.collective_keys import next_keys
 from tfbig._keras.devices import STRATEGIES, devices_of
 from tfbig._keras.gradients import let_go_with_graph
@@ -154,9 +154,42 @@ def while_loop(
     if len(local_replicas(tf.distribute.get_strategy())) > 1:
         for operation in graph.get_operations()[before:]:
             if operation.type in ("StatelessWhile", "While"):
+                _check_device(operation)
                 is_lowered = tf.compat.v1.AttrValue(b=False)
                 operation._set_attr("_lower_using_switch_merge", is_lowered)
     return results
+
+
+def _check_device(loop: tf.Operation) -> None:
+    """Raises if a loop that stays a function reads what lies on another device.
+
+    TensorFlow would fail to place it. Variables have a copy on each device, look-up tables none.
+    """
+    own = tf.DeviceSpec.from_string(_launcher()._device)
+    for tensor in loop.inputs:
+        device = tensor.dtype == tf.resource and _device_of_captured(tensor)
+        if device and not _is_same_device(tf.DeviceSpec.from_string(device), own):
+            raise errors.UnsupportedModelError(
+                "Where several replicas of one process exchange in each micro-batch, a layer can "
+                "only read what lies on the device of its replica. Received: a resource on "
+                f"{device}, such as the table of StringLookup, IntegerLookup or "
+                f"TextVectorization, read on {own.to_string()}. Look up in the dataset, "
+                "`dataset.map(lambda x, y: (layer(x), y))`, or use shard='optimizer'."
+            )
+
+
+def _is_same_device(a: tf.DeviceSpec, b: tf.DeviceSpec) -> bool:
+    return (a.device_type, a.device_index) == (b.device_type, b.device_index)
+
+
+def _device_of_captured(tensor: _types.Tensor) -> str | None:
+    """The device of what a function captures from outside, as far as that is known."""
+    while hasattr(tensor, "graph") and not hasattr(tensor, "numpy"):
+        captures = {id(inner): outer for outer, inner in getattr(tensor.graph, "captures", [])}
+        if id(tensor) not in captures:
+            return None
+        tensor = captures[id(tensor)]
+    return str(tensor.device)
 
 
 def reduce_scatter(
