@@ -24,6 +24,14 @@ def positions(x):
     return tf.broadcast_to([1.0, 1.0, 0.0], tf.shape(x)[:2])
 
 
+def words(x):
+    return tf.strings.split(tf.strings.as_string(x[:, 0, 0]), ".")
+
+
+def numbered(text):
+    return tf.strings.to_hash_bucket_fast(text, 99)
+
+
 # Joined along an axis, in the order of the batch.
 JOINED = {
     "entry by entry": lambda x: tf.exp(x) * 2 + tf.where(x > 0, x, -x),
@@ -74,6 +82,8 @@ JOINED = {
     "flat": lambda x: tf.reshape(x, [-1]),
     "transposed": lambda x: tf.transpose(x, [2, 0, 1]),
     "axes of size one": lambda x: tf.squeeze(tf.expand_dims(x, 0), [0]),
+    "words": lambda x: numbered(words(x).flat_values),
+    "words of each sample": lambda x: numbered(words(x).to_tensor(shape=[None, 3])),
     "unstacked": lambda x: tf.unstack(x, axis=1)[2],
     "split": lambda x: tf.split(x, 2, axis=2)[1],
     "split unevenly": lambda x: tf.split(x, [1, 2], axis=1)[1],

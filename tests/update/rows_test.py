@@ -181,6 +181,11 @@ def test_ragged_tokens_are_kept(ragged_rank):
     assert classified(lambda t, x: take(t, x.to_tensor()), spec) == KEPT
 
 
+def test_words_are_kept():
+    vectorize = keras.layers.TextVectorization(vocabulary=["a", "b"], output_sequence_length=4)
+    assert classified(lambda t, x: take(t, vectorize(x)), tf.TensorSpec([None], tf.string)) == KEPT
+
+
 def test_columns_of_a_sparse_batch():
     spec = tf.SparseTensorSpec([None, 11], tf.float32)
     assert classified(lambda t, x: ops.matmul(x, tf.convert_to_tensor(t)), spec) == DISTINCT

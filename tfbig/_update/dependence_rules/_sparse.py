@@ -1,4 +1,4 @@
-"""Operations on sparse and ragged batches."""
+"""Operations on sparse and ragged batches, and on those of text that is split."""
 
 from typing import Any
 
@@ -45,6 +45,14 @@ def _sparse_to_dense(op: Any, inputs: list[Dependence]) -> Dependence | None:
     return (
         Samples() if is_batch and grows is not None and list(np.nonzero(grows)[0]) == [0] else None
     )
+
+
+@RULES.of("StringSplitV2")
+def _split(op: Any, inputs: list[Dependence]) -> list[Dependence] | None:
+    if not isinstance(inputs[0], Samples) or inputs[1] is not CONSTANT:
+        return None
+    # The length of the longest sample is part of the shape.
+    return [SPARSE_INDICES, inputs[0], Mixed(op.type)]
 
 
 @RULES.of("RaggedTensorToTensor")
