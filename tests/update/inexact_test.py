@@ -145,11 +145,22 @@ def test_loss_of_each_sample_alone_is_exact(loss):
     assert tfbig.check_equivalence(model, X, Y).is_equivalent
 
 
-def test_rows_of_embeddings_under_xla_are_warned_of():
+class Table(layers.Layer):
+    """Looks up rows as an embedding does."""
+
+    def build(self, shape):
+        self.rows = self.add_weight(shape=(5, 2), name="rows")
+
+    def call(self, x):
+        return keras.ops.take(self.rows, x, axis=0)
+
+
+@pytest.mark.parametrize("kind", [lambda **options: layers.Embedding(5, 2, **options), Table])
+def test_rows_of_tables_under_xla_are_warned_of(kind):
     model = tfbig.Sequential(
         [
             keras.Input((3,), dtype="int32"),
-            layers.Embedding(5, 2, name="words"),
+            kind(name="words"),
             layers.Flatten(),
             layers.Dense(1),
         ],
@@ -157,9 +168,23 @@ def test_rows_of_embeddings_under_xla_are_warned_of():
     )
     model.compile("adam", "mse", jit_compile=True)
     x, y = np.ones((6, 3), "int32"), np.ones((6, 1))
-    (message,) = warnings_of(lambda: model.fit(x, y, batch_size=6, verbose=0))
-    assert message.startswith("With jit_compile=True, the rows")
-    assert "words" in message
+    (message,) = warnings_of(lambda: model.fit(x, y, batch_size=6, epochs=2, verbose=0))
+    assert message.startswith("In an XLA program")
+    assert "Received: sequential/words/" in message
+
+
+def test_rows_of_tables_in_a_compiled_loop_of_a_users_own_are_warned_of():
+    table = keras.Variable(np.ones((5, 2)))
+
+    @tf.function
+    def step(x):
+        loss_fn = lambda x: tf.reduce_mean(tf.gather(table, x) ** 2)  # noqa: E731
+        return tfbig.accumulate_gradients(
+            loss_fn, [table], x, micro_batch_size=2, compiled=True
+        ).loss
+
+    (message,) = warnings_of(lambda: step(tf.constant([0, 1, 1])))
+    assert "compiled=True" in message
 
 
 def recurrent(strategy="default", **options):

@@ -13,8 +13,8 @@ __all__ = (
     "not_warned_of",
     "refuse_divided_loss",
     "refuse_stateful_layers",
-    "warn_of_coupled_loss",
     "warn_of_what_is_not_exact",
+    "warn_of_what_the_trace_of_a_loss_shows",
     "warn_of_what_the_trace_shows",
 )
 
@@ -81,7 +81,7 @@ def warn_of_what_the_trace_shows(
     Returns:
         All that has been warned of.
     """
-    messages = _changed_state(model, trace.state)
+    messages = [*_changed_state(model, trace.state), *_added_rows(trace)]
     # What couples samples by its name is warned of with its name.
     is_known = _keras.losses.losses_that_couple_samples(model) or _trained_normalizations(model)
     if trace.coupled_by and not is_known:
@@ -89,10 +89,10 @@ def warn_of_what_the_trace_shows(
     return _warn(messages, known)
 
 
-def warn_of_coupled_loss(trace: loss_trace.LossTrace) -> None:
-    """Warns if the loss of a user's own step changes with the split of the batch."""
-    if trace.coupled_by:
-        _warn([_coupled_loss(trace.coupled_by)], frozenset())
+def warn_of_what_the_trace_of_a_loss_shows(trace: loss_trace.LossTrace) -> None:
+    """Warns of what changes with the split of the batch in a user's own step."""
+    coupled = [_coupled_loss(trace.coupled_by)] if trace.coupled_by else []
+    _warn([*coupled, *_added_rows(trace)], frozenset())
 
 
 def _changed_state(model: keras.Model, assigned: Iterable[keras.Variable]) -> list[str]:
@@ -115,6 +115,18 @@ def _changed_state(model: keras.Model, assigned: Iterable[keras.Variable]) -> li
         "from its samples alone; of several replicas, floats become the mean and integers are "
         f"those of the first. Received: {', '.join(paths)}. What counts updates belongs in a "
         "callback, or after `super().train_step(data)`."
+    ]
+
+
+def _added_rows(trace: loss_trace.LossTrace) -> list[str]:
+    """What to say of tables that an XLA program looks up."""
+    if not trace.added_rows:
+        return []
+    return [
+        "In an XLA program (jit_compile=True, or compiled=True), the rows of an embedding's "
+        "gradient that share an index are added up before the optimizer squares them; Keras "
+        "squares each row. Only SGD without clipping makes the same update either way. Received: "
+        f"{', '.join(trace.added_rows)}. Use jit_compile=False."
     ]
 
 
@@ -160,15 +172,6 @@ def _messages(model: keras.Model) -> list[str]:
             "A loss couples the samples of a batch, so the loss of micro-batches differs from "
             f"that of the whole batch. Received: {', '.join(losses)}. Use larger "
             "micro-batches, or Dice and Tversky with the axes of a sample, such as axis=(1, 2, 3)."
-        )
-    layers = _keras.layers.all_layers(model)
-    tables = [x.name for x in layers if isinstance(x, keras.layers.Embedding) and x.trainable]
-    if tables and model.jit_compile:
-        found.append(
-            "With jit_compile=True, the rows of an embedding's gradient that share an index are "
-            "added up before the optimizer squares them; Keras squares each row. Only SGD without "
-            f"clipping makes the same update either way. Received: {', '.join(tables)}. Use "
-            "jit_compile=False."
         )
     return found
 

@@ -36,6 +36,7 @@ class LossTrace:
         rows: for each trainable variable the `Rows` of the parts of its gradient; none
             where it is added up densely.
         has_rows: for each of them, whether its gradient was seen to have rows.
+        added_rows: paths of those whose gradient has rows that XLA adds up.
         connected: indices of trainable variables that have a gradient, as far as known: in a
             graph, `MicroBatchStep` finds the others.
         values: structure of specs of the further values.
@@ -53,6 +54,7 @@ class LossTrace:
     state: list[keras.Variable]
     rows: list[tuple[Rows, ...]]
     has_rows: list[bool]
+    added_rows: list[str]
     connected: set[int]
     values: _types.Structure
     logs: _types.Structure
@@ -122,6 +124,11 @@ class LossTracer:
         probe = self._probes[-1]
         self._check(probe)
         has_rows = [isinstance(g, tf.IndexedSlices) for g in probe.gradients]
+        added_rows = []
+        if self.compiled and not tf.executing_eagerly():
+            pairs = zip(self.variables, has_rows, strict=True)
+            added_rows = [variable.path for variable, has in pairs if has]
+            has_rows = [False] * len(has_rows)
         # The rows of one micro-batch on one replica are those of the whole batch.
         rows: list[tuple[Rows, ...]] = [(Rows.KEPT,) if has else () for has in has_rows]
         if any(has_rows) and not self.is_whole_batch:
@@ -131,6 +138,7 @@ class LossTracer:
             state=probe.assigned,
             rows=rows,
             has_rows=has_rows,
+            added_rows=added_rows,
             connected={i for i, g in enumerate(probe.gradients) if g is not None},
             values=keras.tree.map_structure(_spec, probe.result.values),
             logs=keras.tree.map_structure(_spec, probe.result.logs),
@@ -159,7 +167,8 @@ class LossTracer:
         operations = [] if tf.executing_eagerly() else _operations()
         gradients: list[_types.Gradient | None] = [None] * len(self.variables)
         if tf.executing_eagerly() or (
-            not self.compiled and (weights.read or _look_up_rows(operations))
+            not _keras.devices.is_compiled_as_a_whole()
+            and (weights.read or _look_up_rows(operations))
         ):
             gradients = tape.gradient(result.loss, weights.gradient_sources(self.variables))
         self._probes.append(
