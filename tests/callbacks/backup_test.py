@@ -396,6 +396,42 @@ def test_a_backup_is_not_early_where_an_execution_ends_with_the_data(tmp_path):
     assert batches == [(1, 2)] * 4 + [(2, 4)]
 
 
+@pytest.mark.parametrize("where", ["after an epoch", "in a validation"])
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_weights_that_are_swapped_for_their_averages_are_backed_up_as_themselves(
+    where, optimizers, tmp_path
+):
+    def trained(directory, *others):
+        keras.utils.set_random_seed(1)
+        optimizer = keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.9)
+        if optimizers == 2:
+            parts = keras.optimizers.OptimizerMap(optimizer)
+            parts[".*/bias"] = keras.optimizers.SGD(0.1)
+            optimizer = keras.optimizers.MultiOptimizer(parts)
+        model = compiled(optimizer=optimizer)
+        backup = tfbig.callbacks.BackupAndRestore(directory)
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        fit(model, swap, *others, backup, validation_data=samples())
+        return model
+
+    whole = trained(tmp_path / "whole")
+    hook = "on_epoch_begin" if where == "after an epoch" else "on_test_batch_end"
+    seen = []
+
+    def end(*_, **__):
+        seen.append(hook)
+        if len(seen) == 2:
+            # With a backup that was made after the first epoch, or is made in the validation.
+            terminate() if hook == "on_test_batch_end" else sys.exit(1)
+
+    with pytest.raises(SystemExit):
+        trained(tmp_path / "run", keras.callbacks.LambdaCallback(**{hook: end}))
+    resumed = trained(tmp_path / "run")
+    # Keras swaps by additions.
+    for a, b in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("signal_in_validation", [False, True])
 def test_an_epoch_resumed_after_its_last_batch_has_the_logs_of_that_batch(
     signal_in_validation, tmp_path

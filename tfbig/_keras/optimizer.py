@@ -67,6 +67,40 @@ def _assign(variable: _types.Variable, value: _types.Tensor) -> None:
 TFOptimizer._overwrite_model_variables_with_average_value = _overwrite_with_average
 
 
+def swapped_averages(
+    model: keras.Model, callbacks: Iterable[_types.Callback]
+) -> list[tuple[_types.KerasVariable, _types.KerasVariable]]:
+    """Pairs of a weight and its moving average that have each other's values now.
+
+    Args:
+        model: the model that is trained.
+        callbacks: those of its `fit`. A `SwapEMAWeights` swaps during validation, and after an
+            epoch.
+    """
+    if not any(_holds_averages(callback) for callback in callbacks):
+        return []
+    return [
+        (weight, average)
+        for part in parts_of(model.optimizer)
+        if getattr(part, "use_ema", False)
+        for weight, average in zip(
+            part._trainable_variables, part._model_variables_moving_average, strict=True
+        )
+        if average is not None
+    ]
+
+
+def _holds_averages(callback: _types.Callback) -> bool:
+    return isinstance(callback, keras.callbacks.SwapEMAWeights) and callback._ema_weights_in_model
+
+
+def forget_swap(callbacks: Iterable[_types.Callback]) -> None:
+    """Tells callbacks that weights and averages have their own values."""
+    for callback in callbacks:
+        if _holds_averages(callback):
+            callback._ema_weights_in_model = False
+
+
 def updates_in_replica_context() -> bool:
     """Whether the strategy updates variables in replica context, as TPUStrategy does."""
     return bool(tf.__internal__.distribute.strategy_supports_no_merge_call())

@@ -17,7 +17,7 @@ import tensorflow as tf
 from tfbig import _keras, _types, errors
 from tfbig.distribute import _workers
 
-__all__ = ("arguments_of", "described", "measures_stages", "prepare_fit")
+__all__ = ("arguments_of", "callbacks_of", "described", "measures_stages", "prepare_fit")
 
 
 # Any: what users pass to `fit`.
@@ -69,7 +69,7 @@ def prepare_fit(
                 # Workers that shuffle in different orders would not share a batch.
                 seed = workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0]
                 stack.enter_context(_keras.shuffling.reseeded_shuffling(int(seed)))
-        callbacks = _callbacks(arguments.get("callbacks"))
+        callbacks = callbacks_of(arguments.get("callbacks"))
         around = [c for c in callbacks if hasattr(c, "around_fit")]
         restoring = [c for c in around if hasattr(c, "before_others")]
         if len(restoring) > 1:
@@ -93,11 +93,11 @@ def prepare_fit(
 
 def measures_stages(arguments: Mapping[str, Any]) -> bool:
     """Whether a callback of `fit` asks how long the stages of a pipeline wait."""
-    callbacks = _callbacks(arguments.get("callbacks"))
+    callbacks = callbacks_of(arguments.get("callbacks"))
     return any(getattr(c, "measures_stages", False) for c in callbacks)
 
 
-def _callbacks(argument: object) -> list[_types.Callback]:
+def callbacks_of(argument: object) -> list[_types.Callback]:
     """The callbacks that `fit` was given, one by one."""
     if isinstance(argument, keras.callbacks.CallbackList):
         return list(argument.callbacks)
@@ -127,7 +127,7 @@ def _fingerprint(
     for name, value in arguments.items():
         if name == "callbacks":
             # Others may differ: what only writes files is often left to the chief.
-            texts = [_described_callback(c, model) for c in _callbacks(value)]
+            texts = [_described_callback(c, model) for c in callbacks_of(value)]
             value = [text for text in texts if text is not None]
         if name != "verbose":
             found[f"argument {name}"] = keras.tree.map_structure(_described, value)

@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -79,8 +79,13 @@ class Backup:
 class State:
     """All variables that are needed to resume training.
 
+    Args:
+        model: the model.
+        swapped: pairs of variables that have each other's values.
+
     Attributes:
-        variables: the variables; those of metrics are the last.
+        variables: the variables; those of metrics are the last. Of a swapped pair, each is where
+            the other belongs.
         metrics: the variables of metrics.
         described: a line for each variable.
         guard: the variables of a `SpikeGuard`.
@@ -90,7 +95,11 @@ class State:
         BackupError: If an optimizer that the model holds is not built.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        swapped: Iterable[tuple[_types.KerasVariable, _types.KerasVariable]] = (),
+    ) -> None:
         scale, noise = model.loss_scale_state, model.noise_scale_state
         optimizers = {}
         for name, optimizer in _keras.optimizer.optimizers_of(model):
@@ -112,8 +121,9 @@ class State:
             "metric": model.metrics_variables,
         }
         self.metrics: list[_types.KerasVariable] = list(groups["metric"])
+        other = {id(a): b for pair in swapped for a, b in (pair, pair[::-1])}
         self.variables: list[_types.KerasVariable] = [
-            v for variables in groups.values() for v in variables
+            other.get(id(v), v) for variables in groups.values() for v in variables
         ]
         # Without names, since those of layers count up in a process.
         self.described = [

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import keras
 
 from tfbig import _integers, _keras, _types, errors
+from tfbig._update import fit_context
 from tfbig._update.stop_request import StopRequest
 from tfbig.callbacks import _backup, _backup_files, _backup_writer, _goodput
 from tfbig.callbacks._batch_count import BatchCount
@@ -153,6 +154,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     def around_fit(self, model: keras.Model, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Entered by `fit` of a tfbig model; the callback works only within it."""
         self._first_epoch = arguments.get("initial_epoch") or 0
+        self._callbacks = fit_context.callbacks_of(arguments.get("callbacks"))
         self._workers = _workers.Workers.of(model.distribute_strategy)
         self._saved = self._read()
         self._writer = self._new_writer()
@@ -192,6 +194,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 self._saved.close()
             writer, self._writer = self._writer, None
             self._request = self._data = self._saved = None
+            self._callbacks = []
             writer.end()
 
     @property
@@ -284,6 +287,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 f"scale: {_backup.first_difference(state, saved)}. The file is kept. "
                 "Use another directory, or the model that the backup was made from."
             )
+        _keras.optimizer.forget_swap(self._callbacks)
         self._epoch, self._batches.done = backup.epoch, backup.batch
         self._first_epoch = backup.first_epoch
         if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
@@ -378,7 +382,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         """
         with _goodput.backing_up(self.model.goodput_meters):
             self._since_backup = 0
-            state = _backup.State(self.model)
+            swapped = _keras.optimizer.swapped_averages(self.model, self._callbacks)
+            state = _backup.State(self.model, swapped)
             is_on_background = self.save_on_background and not at_once
             return self._running_writer.write(
                 self._described(state, ended), state, self._metrics_of_training, is_on_background

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from tfbig import _integers, _keras, _log, _numbers, _types, errors
+from tfbig._update import fit_context
 from tfbig.callbacks import _snapshot
 from tfbig.callbacks._backup_and_restore import BackupAndRestore
 from tfbig.callbacks._batch_count import BatchCount
@@ -168,7 +169,7 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
             )
         backups = [
             callback
-            for callback in keras.tree.flatten(_listed(arguments.get("callbacks")))
+            for callback in fit_context.callbacks_of(arguments.get("callbacks"))
             if isinstance(callback, BackupAndRestore)
         ]
         if self.snapshot_every is None and not backups:
@@ -286,11 +287,6 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         """Updates of the optimizer that has most, as `TrainingMonitor` counts them."""
         optimizers = [optimizer for _, optimizer in _keras.optimizer.optimizers_of(self.model)]
         return max((int(o.iterations.numpy()) for o in optimizers), default=0)
-
-
-def _listed(argument: object) -> object:
-    """The callbacks that `fit` was given."""
-    return argument.callbacks if isinstance(argument, keras.callbacks.CallbackList) else argument
 
 
 def _check_factor(name: str, value: object) -> None:
