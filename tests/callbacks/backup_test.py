@@ -396,6 +396,19 @@ def test_a_backup_is_not_early_where_an_execution_ends_with_the_data(tmp_path):
     assert batches == [(1, 2)] * 4 + [(2, 4)]
 
 
+@pytest.mark.parametrize("at", [(0, 1), (1, 3), (1, 5)])
+def test_a_learning_rate_that_callbacks_multiply_is_not_multiplied_twice(at, tmp_path):
+    def rates():
+        return [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)]
+
+    whole = compiled()
+    history = fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"), *rates())
+    keras.utils.set_random_seed(1)
+    model, resumed = interrupted_and_resumed(tmp_path / "run", at, others=rates)
+    assert_same_weights(model, whole)
+    assert resumed.history["learning_rate"] == history.history["learning_rate"][at[0] :]
+
+
 @pytest.mark.parametrize("where", ["after an epoch", "in a validation"])
 @pytest.mark.parametrize("optimizers", [1, 2])
 def test_weights_that_are_swapped_for_their_averages_are_backed_up_as_themselves(

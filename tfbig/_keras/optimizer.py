@@ -67,6 +67,14 @@ def _assign(variable: _types.Variable, value: _types.Tensor) -> None:
 TFOptimizer._overwrite_model_variables_with_average_value = _overwrite_with_average
 
 
+def learning_rates_of(model: keras.Model) -> list[_types.KerasVariable]:
+    """The learning rates of all optimizers that the model holds, but for those of a schedule."""
+    rates = [
+        part.learning_rate for _, optimizer in optimizers_of(model) for part in parts_of(optimizer)
+    ]
+    return [rate for rate in rates if isinstance(rate, keras.Variable)]
+
+
 def swapped_averages(
     model: keras.Model, callbacks: Iterable[_types.Callback]
 ) -> list[tuple[_types.KerasVariable, _types.KerasVariable]]:

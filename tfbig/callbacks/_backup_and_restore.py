@@ -35,7 +35,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     `tf.data.Dataset` of your own must shuffle by a seed, as after `keras.utils.set_random_seed`,
     and so must a `PyDataset` that changes between epochs. Not restored are the counts of other
     callbacks, such as the patience of `EarlyStopping` and `ReduceLROnPlateau`, and random
-    generators that the model does not hold.
+    generators that the model does not hold. An epoch that resumes keeps its learning rate, whatever
+    callbacks set when it begins once more.
 
     Restores before the other callbacks of `fit` act, and backs up after them.
 
@@ -164,6 +165,9 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         # The metrics to restore at the start of the epoch, and those that a validation resets.
         self._metrics: list[_types.Array] = []
         self._metrics_of_training: list[_types.Array] = []
+        # The learning rates of an epoch that resumes, and their values.
+        self._rates: list[_types.KerasVariable] = []
+        self._values_of_rates: list[_types.Array] = []
         # Those of the last batch of the epoch, which may have been another program's.
         self._logs: _types.Logs = {}
         self._is_without_batches = False
@@ -295,6 +299,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             return
         self._logs, self._is_without_batches = dict(backup.logs), True
         self._metrics = list(saved.arrays(len(backup.described) - len(state.metrics)))
+        self._rates = _keras.optimizer.learning_rates_of(self.model)
+        self._values_of_rates = _keras.variables.values_of(self._rates)
         _keras.epoch_iterator.set_initial_epoch(self.model, self._epoch)
         complete = backup.epoch - backup.first_epoch
         resized = _keras.resized_batches.of(self._data)
@@ -310,7 +316,11 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         if self._batches.done:
             # Keras has just reset them.
             _keras.variables.assign_all(_backup.State(self.model).metrics, self._metrics)
+            # Callbacks have set them for this epoch before, and again now: twice, if what they set
+            # follows from what they find.
+            _keras.variables.assign_all(self._rates, self._values_of_rates)
         self._metrics = []
+        self._rates, self._values_of_rates = [], []
 
     def on_train_batch_begin(self, batch: int, logs: _types.Logs | None = None) -> None:
         self._batches.begin(batch)

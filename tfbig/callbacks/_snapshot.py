@@ -128,9 +128,4 @@ def _left_alone(
     Metrics go on counting. A learning rate that callbacks set is theirs: a schedule follows from
     `iterations`, which goes back.
     """
-    rates = [
-        part.learning_rate
-        for _, optimizer in _keras.optimizer.optimizers_of(model)
-        for part in _keras.optimizer.parts_of(optimizer)
-    ]
-    return [*state.metrics, *kept, *rates]
+    return [*state.metrics, *kept, *_keras.optimizer.learning_rates_of(model)]
