@@ -360,10 +360,37 @@ def test_an_order_of_batches_that_cannot_be_repeated_is_warned_of(tmp_path):
         compiled().fit(Batches(), steps_per_epoch=5, epochs=2, verbose=0, callbacks=[backup])
 
 
-def in_executions_of_two():
+def in_executions_of(steps):
     model = compiled()
-    model.compile("adam", "mse", steps_per_execution=2)
+    model.compile("adam", "mse", metrics=["mae"], steps_per_execution=steps)
     return model
+
+
+def test_executions_that_do_not_end_where_the_backup_was_taken_are_refused(tmp_path):
+    before = backed_up(tmp_path)
+    with pytest.raises(errors.BackupError, match=r"(?s)after batch 2 of .*_execution=3.* 2, such"):
+        fit(in_executions_of(3), tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
+    model = in_executions_of(2)
+    fit(model, tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert model.optimizer.iterations.numpy() == 15
+    # The end of an epoch is the end of an execution.
+    with pytest.raises(KeyboardInterrupt):
+        fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path, 1), Interrupt(1, 5))
+    model = in_executions_of(3)
+    fit(model, tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert model.optimizer.iterations.numpy() == 15
+
+
+@pytest.mark.parametrize("batch_size", [2, 10])
+def test_batches_of_another_size_are_warned_of(batch_size, tmp_path):
+    backed_up(tmp_path)
+    with pytest.warns(UserWarning, match=rf"of 5 batches. .* of {20 // batch_size} batches"):
+        fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path), batch_size=batch_size)
+    # Between epochs they may change.
+    with pytest.raises(KeyboardInterrupt):
+        fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path), Interrupt(1, 1))
+    fit(compiled(), tfbig.callbacks.BackupAndRestore(tmp_path), batch_size=batch_size)
 
 
 def test_a_preemption_names_a_batch_that_there_is(tmp_path, capsys):
@@ -371,9 +398,9 @@ def test_a_preemption_names_a_batch_that_there_is(tmp_path, capsys):
         on_train_batch_end=lambda batch, logs: terminate() if batch == 5 else None
     )
     with pytest.raises(SystemExit):
-        fit(in_executions_of_two(), preempt, tfbig.callbacks.BackupAndRestore(tmp_path))
+        fit(in_executions_of(2), preempt, tfbig.callbacks.BackupAndRestore(tmp_path))
     assert "preempted after batch 5 of epoch 1" in capsys.readouterr().err
-    assert fit(in_executions_of_two(), tfbig.callbacks.BackupAndRestore(tmp_path)).epoch == [
+    assert fit(in_executions_of(2), tfbig.callbacks.BackupAndRestore(tmp_path)).epoch == [
         0,
         1,
         2,
@@ -391,7 +418,7 @@ def test_a_backup_is_not_early_where_an_execution_ends_with_the_data(tmp_path):
 
     # Before the backup of the same batch.
     before = keras.callbacks.LambdaCallback(on_train_batch_end=note)
-    fit(in_executions_of_two(), before, tfbig.callbacks.BackupAndRestore(tmp_path, 6))
+    fit(in_executions_of(2), before, tfbig.callbacks.BackupAndRestore(tmp_path, 6))
     # After seven updates, and seven more.
     assert batches == [(1, 2)] * 4 + [(2, 4)]
 

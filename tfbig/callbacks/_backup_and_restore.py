@@ -285,6 +285,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 f"data stand elsewhere. Received: a `fit` {have[is_resized]}. The file is kept. "
                 "Use another directory, or the callbacks that training began with."
             )
+        if not is_resized:
+            self._check_place(backup)
         if not _backup.assign(state, saved):
             raise errors.BackupError(
                 f"The backup in {self.backup_dir} belongs to another model, optimizer or loss "
@@ -309,6 +311,25 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             resized.resume(backup.batch, backup.resized)
         else:
             _keras.epoch_iterator.resume(self._data, complete, backup.batch, backup.num_batches)
+
+    def _check_place(self, backup: _backup.Backup) -> None:
+        """Checks that the data have the batch after which the backup was taken."""
+        steps, batches = self.model.steps_per_execution, backup.batch
+        if batches % steps and batches != backup.num_batches:
+            raise errors.BackupError(
+                f"The backup in {self.backup_dir} was taken after batch {batches} of an epoch, "
+                f"where no execution ends. Received: steps_per_execution={steps}. The file is "
+                f"kept. Use one that divides {batches}, such as 1, until that epoch has ended."
+            )
+        there = _keras.epoch_iterator.batches_per_epoch(self._data)
+        if batches and None not in (there, backup.num_batches) and there != backup.num_batches:
+            warnings.warn(
+                f"The backup in {self.backup_dir} was taken after batch {batches} of an epoch of "
+                f"{backup.num_batches} batches. Received: data of {there} batches. As many batches "
+                "are left out, so this epoch does not use each sample once. Pass the data and the "
+                "`batch_size` that training began with.",
+                stacklevel=2,
+            )
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if self._epoch != epoch:  # With initial_epoch.
