@@ -765,12 +765,19 @@ def test_a_backup_of_another_format_is_refused_and_kept(tmp_path, monkeypatch):
     assert _backup_files.path_in(tmp_path).read_bytes() == before
 
 
+def flipped(data, index):
+    return data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :]
+
+
 DAMAGES = {
     "empty": lambda before: b"",
     "text": lambda before: b"no archive",
     "cut": lambda before: before[: len(before) // 2],
     # In the values of the first array, behind its name and its header.
-    "a bit": lambda before: before[:220] + bytes([before[220] ^ 1]) + before[221:],
+    "a bit": lambda before: flipped(before, 220),
+    # In the directory at the end, which has flags and the method of compression of each array.
+    "encrypted": lambda before: flipped(before, before.index(b"PK\1\2") + 8),
+    "compressed": lambda before: flipped(before, before.index(b"PK\1\2") + 10),
 }
 
 

@@ -48,6 +48,10 @@ _ABOUT = "about"
 
 _GUARD = "spike guard"
 
+# What reading a damaged archive raises. RuntimeError: it seems to be encrypted, or compressed by a
+# method that there is not.
+_DAMAGE = (OSError, KeyError, TypeError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile)
+
 
 @dataclasses.dataclass
 class Backup:
@@ -276,7 +280,7 @@ class SavedBackup:
             yield
         except (errors.BackupError, FileNotFoundError):
             raise
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        except _DAMAGE as e:
             raise self._unreadable(str(e)) from None
 
     def _unreadable(self, reason: str) -> errors.BackupError:
@@ -310,7 +314,7 @@ def parts_of(directory: str | os.PathLike[str]) -> list[pathlib.Path] | None:
             with np.load(path, allow_pickle=False) as archive:
                 files = _parts_in(_read_about(archive).get("parts")).files
             found += [path.parent / name for name in files]
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
+    except _DAMAGE:
         return None
     return found
 
