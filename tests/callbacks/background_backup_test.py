@@ -194,6 +194,25 @@ def test_a_full_disk_is_said_at_the_next_batch_and_the_last_backup_stays(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == [_backup_files.FILE]
 
 
+@pytest.mark.parametrize("on_background", [False, True])
+def test_a_program_may_change_its_directory(on_background, tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    elsewhere = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: os.chdir(tmp_path / "second")
+    )
+    fit(
+        compiled(),
+        elsewhere,
+        backup("backup", 2, save_on_background=on_background, delete_checkpoint=False),
+        tfbig.callbacks.TrainingMonitor("monitor", tensorboard=False),
+    )
+    assert names_in(tmp_path / "first/backup") == ["backup.npz"]
+    assert "training.csv" in names_in(tmp_path / "first/monitor")
+    assert names_in(tmp_path / "second") == []
+
+
 def test_another_error_of_the_thread_is_raised(tmp_path, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError

@@ -155,6 +155,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     def around_fit(self, model: keras.Model, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Entered by `fit` of a tfbig model; the callback works only within it."""
         self._first_epoch = arguments.get("initial_epoch") or 0
+        # The program may change into another directory meanwhile.
+        self._directory = os.path.abspath(self.backup_dir)
         self._callbacks = fit_context.callbacks_of(arguments.get("callbacks"))
         self._workers = _workers.Workers.of(model.distribute_strategy)
         self._saved = self._read()
@@ -213,7 +215,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     def _read(self) -> _backup.SavedBackup | None:
         """The backup, which must be the same on all workers."""
-        saved = _backup.read(self.backup_dir)
+        saved = _backup.read(self._directory)
         backup = saved.backup if saved is not None else None
         seen = f"epoch {backup.epoch}, batch {backup.batch}" if backup else "none"
         is_function = callable(self.on_preemption)
@@ -235,7 +237,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     def _new_writer(self) -> _backup_writer.BackupWriter:
         # Not of the seeds of the program, which are the same when it starts again.
         fit = self._workers.exchange("a name for backups", uuid.uuid4().hex)[0]
-        return _backup_writer.BackupWriter(self.backup_dir, self._workers, self.keep, fit)
+        return _backup_writer.BackupWriter(self._directory, self._workers, self.keep, fit)
 
     def _new_seed(self) -> int:
         return int(self._workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0])
@@ -392,7 +394,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             with _goodput.spending_on_backups(self.model.goodput_meters):
                 self._running_writer.settle()
             if self._workers.is_chief:
-                _backup_files.remove(self.backup_dir)
+                _backup_files.remove(self._directory)
 
     def wait_until_finished(self) -> None:
         """Waits until the backup that is being written, if there is one, is the newest.

@@ -142,7 +142,8 @@ class TrainingMonitor(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
                 "`directory` must be a directory of a file system; mount other storage. Received: "
                 f"directory={str(directory)!r}."
             )
-        self.directory = pathlib.Path(directory)
+        # The program may change into another directory.
+        self.directory = pathlib.Path(directory).absolute()
         rule = "an integer >= 1, a number of updates, or None"
         self.frequency = _integers.checked_or_none("frequency", frequency, rule=rule)
         self.tensorboard = _is_wanted("tensorboard", tensorboard, "tensorboard")

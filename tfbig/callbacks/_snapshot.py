@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -88,6 +89,8 @@ class BackupSource:
         self._model = model
         self._kept = list(kept)
         self._backup = backup
+        # The program may change into another directory.
+        self._directory = os.path.abspath(backup.backup_dir)
 
     def passed(self, updates: int, is_calm: bool) -> None:
         del updates, is_calm
@@ -96,7 +99,7 @@ class BackupSource:
         workers = _workers.Workers.of(self._model.distribute_strategy)
         # It must be the same on all workers.
         self._backup.wait_until_finished()
-        directory = self._backup.backup_dir
+        directory = self._directory
         saved = _backup.read(directory)
         seen = f"epoch {saved.backup.epoch}, batch {saved.backup.batch}" if saved else "none"
         try:
