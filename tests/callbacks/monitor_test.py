@@ -17,7 +17,7 @@ from tensorflow.python.framework import config
 
 import tfbig
 from tests.conftest import make_strategy
-from tfbig.callbacks import _monitor
+from tfbig.callbacks import _monitor, _monitor_file
 
 X, Y = np.ones((32, 4), "float32"), np.ones((32, 1), "float32")
 
@@ -282,6 +282,38 @@ def test_files_of_another_training_are_kept(tmp_path):
     with pytest.warns(UserWarning, match=r"are kept as training\.4\.csv"):
         fit(build(), monitor(tmp_path))
     assert (tmp_path / "training.3.png").read_text() == "3"
+
+
+@pytest.mark.parametrize("name", ["training.csv", "goodput.csv"])
+def test_a_line_that_was_cut_is_left_out(name, tmp_path):
+    model = build()
+    fit(model, monitor(tmp_path))
+    path = tmp_path / name
+    file, text = _monitor_file.RowsFile(tmp_path, (), name), path.read_bytes()
+    *whole, _ = file.read()
+    # Of the last number a digit is missing, then all of it, then others.
+    for length in (len(text) - 3, text.rindex(b",") + 1, text.rindex(b",") - 3):
+        path.write_bytes(text[:length])
+        assert file.read() == whole
+    fit(model, monitor(tmp_path))
+    assert file.read()[: len(whole)] == whole
+
+
+@pytest.mark.parametrize("change", ["gap", "column"])
+def test_goodput_of_other_columns_is_kept(change, tmp_path):
+    model = build()
+    fit(model, monitor(tmp_path))
+    path = tmp_path / "goodput.csv"
+    head, *lines = path.read_text().splitlines()
+    if change == "gap":
+        lines[-1] = lines[-1][: lines[-1].rindex(",") + 1]
+    else:
+        head = head.replace("other", "others")
+    path.write_text("".join(f"{line}\n" for line in (head, *lines)))
+    before = path.read_text()
+    with pytest.raises(tfbig.errors.InvalidOptionError, match=r"goodput\.csv must .* column other"):
+        fit(model, monitor(tmp_path))
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize("updates", [0, 8])

@@ -34,7 +34,8 @@ class GoodputFile:
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
-        self.file = RowsFile(directory, (*_COLUMNS, *SHARES), "goodput.csv")
+        columns = (*_COLUMNS, *SHARES)
+        self.file = RowsFile(directory, columns, "goodput.csv", needed=columns)
         self.rows: list[Row] = []
 
     def begin(self, model: keras.Model, updates: int, meter: Goodput) -> None:

@@ -1,6 +1,7 @@
 """Rows of a `TrainingMonitor`, in a CSV file that a resumed training run continues."""
 
 import csv
+import io
 import itertools
 import os
 import pathlib
@@ -23,15 +24,21 @@ class RowsFile:
         directory: the directory, which need not exist yet.
         columns: names of the columns that come first.
         name: name of the file.
+        needed: names of the columns in which each row has a number.
 
     Attributes:
         path: path of the file.
     """
 
     def __init__(
-        self, directory: pathlib.Path, columns: Sequence[str], name: str = "training.csv"
+        self,
+        directory: pathlib.Path,
+        columns: Sequence[str],
+        name: str = "training.csv",
+        needed: Sequence[str] = ("update", "seconds"),
     ) -> None:
         self.path = directory / name
+        self._needed = needed
         self._columns = columns
         self._names: tuple[str, ...] = ()
 
@@ -45,12 +52,14 @@ class RowsFile:
             return []
         try:
             with open(self.path, newline="") as file:
-                lines = list(csv.DictReader(file))
-            if lines and None in lines[-1].values():
+                text = file.read()
+            lines = list(csv.DictReader(io.StringIO(text, newline="")))
+            if lines and not text.endswith("\n"):
                 del lines[-1]  # The program was killed while it wrote the line.
             rows = [{k: _value(k, v) for k, v in line.items()} for line in lines]
-            if rows and not {"update", "seconds"} <= rows[0].keys():
-                raise ValueError("it has other columns")
+            for name in self._needed:
+                if any(row.get(name) is None for row in rows):
+                    raise ValueError(f"its column {name} is missing, or has gaps")
             return rows
         except (OSError, ValueError, TypeError, csv.Error) as e:
             raise errors.InvalidOptionError(
