@@ -13,6 +13,7 @@ import pytest
 from tests import job
 from tests.jobs.chief import WithMetric
 from tests.jobs.modes import MODES
+from tests.jobs.shuffled import BATCHES
 from tests.update import exactness_test as suite
 from tfbig.launch import _environment
 
@@ -155,6 +156,20 @@ def test_workers_that_build_different_models_say_which_variable_differs(what, tm
         assert re.search(
             rf"variable number \d+ is .+ on worker {i}, and .+ on worker {1 - i}", message
         )
+
+
+@pytest.mark.parametrize(
+    "seeded", ["tensorflow", *(pytest.param(s, marks=pytest.mark.slow) for s in ("keras", "none"))]
+)
+def test_the_batches_of_a_py_dataset_are_shared_whatever_is_seeded(seeded, tmp_path):
+    done = job.run("shuffled", tmp_path, seeded, timeout=60)
+    assert done.returncode == 0, done.stderr
+    of_first, of_second = job.results(tmp_path)
+    assert of_first == of_second
+    epochs = of_first[:BATCHES], of_first[BATCHES:]
+    # Each worker has its half of the same batch.
+    assert [sorted(epoch) for epoch in epochs] == [[i**2 for i in range(BATCHES)]] * 2
+    assert epochs[0] != epochs[1]
 
 
 def test_workers_whose_gradients_differ_do_not_hang(tmp_path):

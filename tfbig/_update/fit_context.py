@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
+import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -65,7 +67,7 @@ def prepare_fit(
             _warn_of_same_samples(arguments.get("x"))
             if not workers.is_chief and arguments.get("verbose", "auto") == "auto":
                 arguments["verbose"] = 0
-            if _keras.shuffling.global_seed() is None:
+            if _shuffles_apart(workers, arguments.get("x")):
                 # Workers that shuffle in different orders would not share a batch.
                 seed = workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0]
                 stack.enter_context(_keras.shuffling.reseeded_shuffling(int(seed)))
@@ -89,6 +91,17 @@ def prepare_fit(
             before = [c.before_others() for c in restoring]
             arguments["callbacks"] = [*before, *first, *others, *restoring]
         yield arguments
+
+
+def _shuffles_apart(workers: _workers.Workers, data: object) -> bool:
+    """Whether Keras would shuffle data of this kind in another order on each worker."""
+    if _keras.shuffling.global_seed() is None:
+        return True
+    if not isinstance(data, keras.utils.PyDataset):
+        return False
+    # Keras shuffles its batches by Python's generator, which `tf.random.set_seed` leaves alone.
+    state = hashlib.sha256(repr(random.getstate()).encode()).hexdigest()
+    return len(set(workers.exchange("the state of `random`", state))) > 1
 
 
 def measures_stages(arguments: Mapping[str, Any]) -> bool:
