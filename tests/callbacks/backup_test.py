@@ -360,6 +360,18 @@ def test_an_order_of_batches_that_cannot_be_repeated_is_warned_of(tmp_path):
         compiled().fit(Batches(), steps_per_epoch=5, epochs=2, verbose=0, callbacks=[backup])
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+def test_batches_that_are_read_ahead_are_warned_of(steps, tmp_path):
+    def run(**options):
+        arguments = {"steps_per_epoch": steps, "epochs": 2, "shuffle": False, "verbose": 0}
+        backup = tfbig.callbacks.BackupAndRestore(tmp_path)
+        compiled().fit(Batches(**options), callbacks=[backup], **arguments)
+
+    with pytest.warns(UserWarning, match="threads of a PyDataset with workers > 1 read ahead"):
+        run(workers=2)
+    run(workers=1)
+
+
 def in_executions_of(steps):
     model = compiled()
     model.compile("adam", "mse", metrics=["mae"], steps_per_execution=steps)

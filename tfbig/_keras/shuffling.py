@@ -134,10 +134,19 @@ def reseed(iterator: EpochIterator) -> None:
         iterator: the epoch iterator, before its first epoch.
     """
     seed, adapter = current("shuffle_seed"), iterator.data_adapter
-    if seed is None or not isinstance(adapter, PyDatasetAdapter) or not adapter.shuffle:
+    if seed is None or not isinstance(adapter, PyDatasetAdapter) or adapter.num_batches is None:
+        return  # What has no end, Keras does not shuffle.
+    if iterator.steps_per_epoch and not adapter.shuffle and adapter.enqueuer is not None:
+        warnings.warn(
+            "With `steps_per_epoch`, the threads of a PyDataset with workers > 1 read ahead, and "
+            "what they have read comes first in the next epoch: when training resumes, or on "
+            "another worker, other batches may follow. Leave `steps_per_epoch` out, or pass "
+            "workers=1 to the PyDataset.",
+            stacklevel=2,
+        )
         return
-    if adapter.num_batches is None:
-        return  # Keras does not shuffle it.
+    if not adapter.shuffle:
+        return
     if iterator.steps_per_epoch:
         warnings.warn(
             "With `steps_per_epoch`, `fit` shuffles the batches of a PyDataset in an order that "
