@@ -166,9 +166,20 @@ def _run_all(
         resume = ["--resume"] if index and (directory / "run.json").exists() else []
         lines.append((directory.name, *_train(session, [*arguments, *resume], directory)))
         print(f"{PROGRAM}: {' | '.join(lines[-1])}", flush=True)
+        _check_measure(directory / "history.csv")
         if lines[-1][-1] == "ended":
             break
     return lines
+
+
+def _check_measure(path: pathlib.Path) -> None:
+    """Checks, after the first epoch and not after all, that the history has what is compared."""
+    rows = _rows(path)
+    if rows and _MEASURE.value not in rows[0]:
+        raise command_line.UsageError(
+            f"--measure must be a column of {path}: {', '.join(rows[0])}. Received: "
+            f"{_MEASURE.value}."
+        )
 
 
 def _epochs(directories: list[pathlib.Path]) -> list[tuple[str, ...]]:

@@ -35,6 +35,15 @@ def test_a_run_that_is_killed_ends_like_the_other(sessions, tmp_path):
     assert "already holds a run" in again.stderr
 
 
+def test_a_measure_that_there_is_not_is_refused_after_the_first_session(tmp_path):
+    options = ("--train=--task=digits --epochs=1 --verbose=0", "--sessions=1", "--measure=loss_val")
+    done = run(LONG_RUN, *options, f"--output_dir={tmp_path}")
+    assert done.returncode == 2
+    assert "--measure must be a column of" in done.stderr
+    assert "val_loss" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["disturbed"]
+
+
 def test_a_table_that_cannot_be_written_is_refused_before_training(tmp_path):
     done = run(LONG_RUN, "--markdown=/proc/table.md", f"--output_dir={tmp_path / 'runs'}")
     assert done.returncode == 2
