@@ -17,9 +17,10 @@ _MORE_RESULTS = ("samples.txt", "samples.png")
 # Where `tfbig.callbacks.TrainingMonitor` writes, in the output directory.
 MONITOR = "monitor"
 
-# The file of `tfbig.callbacks.BackupAndRestore`. A program that is killed while it writes leaves
-# others beside it.
-_BACKUP = "backup.npz"
+# The backups of `tfbig.callbacks.BackupAndRestore`: the newest, which is missing after a kill or if
+# it was damaged and moved away, and older ones. A program that is killed while it writes leaves
+# other files beside them.
+_BACKUP = re.compile(r"backup(-\d+)?\.npz")
 
 _ABOUT = "run.json"
 
@@ -100,7 +101,7 @@ class RunDirectory:
 
     def holds_backup(self) -> bool:
         """Whether there is a backup to resume from."""
-        return (self.backup / _BACKUP).exists()
+        return any(_BACKUP.fullmatch(path.name) for path in self.backup.glob("backup*.npz"))
 
     def _check_writable(self, path: pathlib.Path, flag: str) -> None:
         if re.match(r"\w+:/", str(path)):  # pathlib has collapsed two slashes.

@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from training.directory import RunDirectory
 from training.history import Recorder
 
 import tfbig
@@ -556,6 +557,26 @@ def test_a_damaged_backup_is_named(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "run.json" in line
+
+
+def test_a_run_resumes_from_an_older_backup_where_the_newest_is_gone(tmp_path):
+    # Moved away, as the error about a damaged one says; or training was killed as they got their
+    # names.
+    run = RunDirectory(tmp_path, {"task": "digits"}, None)
+    (tmp_path / "run.json").write_text('{"task": "digits", "complete": false}')
+    run.backup.mkdir()
+    for name, resumes in {
+        ".backup-0-7.tmp": False,
+        "backup-part-0f-1-1.npz": False,
+        "backup-1.npz": True,
+    }.items():
+        path = run.backup / name
+        path.write_bytes(b"a backup")
+        run.prepare(resume=True, overwrite=False)
+        assert run.resumes == resumes
+        run.begin()
+        assert path.exists() == resumes
+        run.backup.mkdir(exist_ok=True)
 
 
 WAYS = {
