@@ -187,3 +187,44 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.StorageUnavailableError, match=r"file/p cannot be made: "):
         tuners.RandomSearch(build, "loss", directory=tmp_path / "file", project_name="p")
+
+
+class Within(tuners.RandomSearch):
+    """Its trial leaves a file, and runs something."""
+
+    def __init__(self, directory, run=lambda: None, **options):
+        self.run = run
+        super().__init__(max_trials=1, directory=directory, project_name="p", **options)
+
+    def run_trial(self, trial, *args, **kwargs):
+        path = pathlib.Path(self.get_trial_dir(trial.trial_id))
+        path.mkdir(exist_ok=True)
+        (path / "file").touch()
+        self.run()
+        return trial.hyperparameters.Float("x", 0, 1)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("running", "other"), [("memory", "memory"), ("memory", None), (None, "memory")]
+)
+def test_a_search_in_memory_uses_its_directory_alone(tmp_path, running, other, overwrite):
+    def search_as_well():
+        with pytest.raises(errors.StudyError, match="p, and one of the two has storage='memory'"):
+            Within(tmp_path, storage=other, overwrite=overwrite).search(verbose=0)
+        # Nothing is lost.
+        assert (tmp_path / "p" / "trial_0000" / "file").exists()
+
+    tuner = Within(tmp_path, search_as_well, storage=running)
+    tuner.search(verbose=0)
+    assert [t.score for t in tuner.oracle.trials.values()] == [0]
+    Within(tmp_path, storage=running).search(verbose=0)
+
+
+def test_a_search_in_memory_does_not_overwrite_one_that_is_stored(tmp_path):
+    Within(tmp_path).search(verbose=0)
+    with pytest.raises(errors.StudyError, match="p has a stored search"):
+        Within(tmp_path, storage="memory").search(verbose=0)
+    assert len(Within(tmp_path).oracle.trials) == 1
+    for overwrite in (True, False):
+        Within(tmp_path, storage="memory", overwrite=overwrite).search(verbose=0)

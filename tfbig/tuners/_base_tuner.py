@@ -17,6 +17,7 @@ from tfbig import _keras, errors
 from tfbig.distribute import _workers
 from tfbig.tuners import (
     _budget,
+    _directory,
     _isolation,
     _options,
     _oracle,
@@ -133,7 +134,7 @@ class BaseTuner(
         self._memory = _process_memory.checked(process_memory)
         project = directory or ".", project_name or "untitled_project"
         # KerasTuner makes it, too, but leaves errors to TensorFlow.
-        _study.make_directory(os.path.join(*project))
+        _directory.make(os.path.join(*project))
         oracle._set_project_dir(*project)
         strategy = kwargs.get("distribution_strategy") or tf.distribute.get_strategy()
         self._workers = _workers.Workers.of(strategy)
@@ -261,7 +262,7 @@ class BaseTuner(
             InvalidOptionError: With `isolate`, if a trial of another search calls this.
             SearchError: If several trials in a row fail, if no trial completes, or if a result
                 lacks the objective.
-            StudyError: If a different search created the study.
+            StudyError: If a different search created the study, or uses the directory in memory.
             StorageUnavailableError: If the database cannot be reached.
         """
         if self._was_run_before:
@@ -271,7 +272,12 @@ class BaseTuner(
         memory = self._memory
         if memory is None and not tf.config.list_physical_devices("GPU"):
             memory = _keras.memory.limit()
-        with _isolation.searching(self._isolate), _isolation.telling(self._is_trial_process):
+        is_in_memory = self.oracle.storage == _study.MEMORY
+        with (
+            _isolation.searching(self._isolate),
+            _isolation.telling(self._is_trial_process),
+            _directory.in_use(self.project_dir, alone=is_in_memory),
+        ):
             self.oracle.begin_search(self._limits, memory)
             # Garbage is collected before each trial; objects that exist now need not be visited.
             gc.freeze()

@@ -14,10 +14,10 @@ from typing import Any, Unpack
 
 from tfbig import _types, errors
 from tfbig.tuners import (
+    _directory,
     _options,
     _rungs,
     _samplers,
-    _study,
     _trial_callbacks,
     _tuner_types,
 )
@@ -109,7 +109,7 @@ class PopulationBasedTraining(_rungs.RungTuner):
 
     @property
     def _generations(self) -> pathlib.Path:
-        return pathlib.Path(self.project_dir, _study.GENERATIONS)
+        return pathlib.Path(self.project_dir, _directory.GENERATIONS)
 
     def _state_of(self, generation: int, trial_id: str) -> pathlib.Path:
         return self._generations / str(generation) / trial_id

@@ -1,10 +1,10 @@
 """Opens the study of a search, and the ledger beside it."""
 
 import contextlib
+import math
 import os
 import pathlib
 import random
-import shutil
 import sqlite3
 import time
 import urllib.parse
@@ -17,7 +17,7 @@ import optuna.storages._rdb.models
 import sqlalchemy as sa
 
 from tfbig import errors
-from tfbig.tuners import _ledger, _memory_ledger, _objectives, _sql_ledger
+from tfbig.tuners import _directory, _ledger, _memory_ledger, _objectives, _sql_ledger
 
 __all__ = (
     "FILE",
@@ -25,16 +25,12 @@ __all__ = (
     "check_directions",
     "file_url",
     "is_sqlite_in_memory",
-    "make_directory",
     "name_metrics",
     "open_study",
     "remove_unless_used",
     "shown",
     "without_secrets",
 )
-
-# Where a population keeps its states, in the project's directory.
-GENERATIONS = "generations"
 
 # The storage of a search that is not kept.
 MEMORY = "memory"
@@ -127,6 +123,7 @@ def open_study(
         StudyError: If the study has different directions.
     """
     if storage == MEMORY:
+        _check_not_stored(directory, name)
         with quiet():
             study = optuna.create_study(directions=directions, study_name=name)
         return study, _memory_ledger.MemoryLedger(grace)
@@ -155,20 +152,26 @@ def check_directions(
         )
 
 
-def _files_of_trials(directory: str | os.PathLike[str]) -> list[pathlib.Path]:
-    directory = pathlib.Path(directory)
-    return [*directory.glob("trial_*"), *directory.glob(GENERATIONS)]
-
-
 def _check_not_emptied(
     ledger: _ledger.Ledger, directory: str | os.PathLike[str], name: str
 ) -> None:
     """Raises if a study knows of no trial, and files of trials are there."""
-    if _files_of_trials(directory) and not ledger.trials():
+    if _directory.has_trials(directory) and not ledger.trials():
         raise errors.StudyError(
             f"The study {name!r} is empty, but {os.fspath(directory)} has files of its trials, "
             "which a new search would overwrite: its database was removed or emptied. Restore it, "
             "use a different `project_name`, or `overwrite=True` to start over."
+        )
+
+
+def _check_not_stored(directory: str | os.PathLike[str], name: str) -> None:
+    """Raises if a directory has a stored search, whose models one in memory would overwrite."""
+    has_file = pathlib.Path(directory, FILE).exists()
+    if has_file and _directory.has_trials(directory) and _existing(None, directory, name):
+        raise errors.StudyError(
+            f"{os.fspath(directory)} has a stored search, and one with storage='memory' would "
+            "overwrite the files of its trials. Leave out `storage` to resume it, use a different "
+            "`project_name`, or `overwrite=True` to remove it."
         )
 
 
@@ -182,7 +185,7 @@ def name_metrics(study: optuna.Study, names: list[str]) -> None:
 def _url(storage: str | None, directory: str | os.PathLike[str]) -> str:
     if storage is not None:
         return storage
-    make_directory(directory)
+    _directory.make(directory)
     return file_url(pathlib.Path(directory, FILE))
 
 
@@ -199,23 +202,8 @@ def file_url(path: pathlib.Path, **options: str) -> str:
     return url.render_as_string(hide_password=False)
 
 
-def make_directory(directory: str | os.PathLike[str]) -> None:
-    """Makes the directory of a project, unless there is one.
-
-    Raises:
-        StorageUnavailableError: If that is not possible.
-    """
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as e:
-        raise errors.StorageUnavailableError(
-            f"The directory {os.fspath(directory)} cannot be made: {e.strerror}. Choose another "
-            "`directory`."
-        ) from None
-
-
 def _existing(
-    storage: str | None, directory: str | os.PathLike[str], name: str, grace: float
+    storage: str | None, directory: str | os.PathLike[str], name: str, grace: float = math.inf
 ) -> tuple[_ledger.Ledger, optuna.storages.RDBStorage] | None:
     """The ledger of a study and Optuna's storage; None if there is no such study."""
     url = _url(storage, directory)
@@ -234,24 +222,27 @@ def remove_unless_used(
     """Removes a study, its ledger and the files of its trials.
 
     Raises:
-        StudyError: If other processes work on it. Nothing is removed then.
+        StudyError: If other processes work on it, or in its directory. Nothing is removed then.
     """
-    has_storage = storage not in (None, MEMORY) or pathlib.Path(directory, FILE).exists()
-    found = _existing(storage, directory, name, grace) if has_storage else None
-    if found is not None:
-        ledger, backend = found
-        if ledger.has_others():
-            where = directory if storage is None else shown(storage)
-            raise errors.StudyError(
-                f"overwrite=True would remove the study {name!r} in {where}, but other processes "
-                "work on it. Nothing is removed. End them first, or leave out `overwrite` to join "
-                "them."
-            )
-        with quiet():
-            ledger.clear()
-            optuna.delete_study(study_name=name, storage=backend)
-    for path in _files_of_trials(directory):
-        shutil.rmtree(path, ignore_errors=True)
+    is_in_memory = storage == MEMORY
+    if is_in_memory:
+        storage = None  # An earlier search may have been stored.
+    with _directory.in_use(directory, alone=is_in_memory):
+        has_storage = storage is not None or pathlib.Path(directory, FILE).exists()
+        found = _existing(storage, directory, name, grace) if has_storage else None
+        if found is not None:
+            ledger, backend = found
+            if ledger.has_others():
+                where = directory if storage is None else shown(storage)
+                raise errors.StudyError(
+                    f"overwrite=True would remove the study {name!r} in {where}, but other "
+                    "processes work on it. Nothing is removed. End them first, or leave out "
+                    "`overwrite` to join them."
+                )
+            with quiet():
+                ledger.clear()
+                optuna.delete_study(study_name=name, storage=backend)
+        _directory.remove_trials(directory)
 
 
 # What a database says if it cannot be used, rather than if it was used in a wrong way.
