@@ -539,7 +539,9 @@ def test_a_search_of_several_workers_is_not_in_memory(options, monkeypatch):
 
 
 @pytest.mark.timeout(60)
-def test_a_search_within_a_trial_of_another_is_not_isolated(options):
+def test_a_search_within_a_trial_of_another_is_not_isolated(options, monkeypatch):
+    monkeypatch.setattr(_isolation, "_in_memory", [])
+
     def search_again(hp):
         hp.Float("x", 0, 1)
         within = options | {"project_name": "within", "objective": None, "max_trials": 1}
@@ -549,13 +551,31 @@ def test_a_search_within_a_trial_of_another_is_not_isolated(options):
     with pytest.raises(errors.SearchError, match=r"InvalidOptionError: `isolate` "):
         tuner.search(verbose=0)
     # After a search, another one may begin.
-    with _isolation.searching(is_isolated=True):
+    with _isolation.searching("p", is_isolated=True):
         pass
 
 
 def test_a_search_in_memory_is_not_isolated(options):
     with pytest.raises(errors.InvalidOptionError, match=r"`isolate` .*storage='memory'"):
         tuners.RandomSearch(build, isolate=True, storage="memory", **options)
+
+
+def test_a_search_after_one_in_memory_is_not_isolated(options, monkeypatch):
+    monkeypatch.setattr(_isolation, "_in_memory", [])
+
+    def search_in_memory(hp):
+        within = options | {"project_name": "within", "max_trials": 1, "storage": "memory"}
+        Scored(lambda hp: hp.Float("y", 0, 1), **within).search(verbose=0)
+        return hp.Float("x", 0, 1)
+
+    options |= {"objective": None, "max_trials": 1}
+    Scored(search_in_memory, **options).search(verbose=0)
+    # The process of a trial does not run it again.
+    with _isolation.searching("p", is_isolated=True):
+        pass
+    search_in_memory(tuners.HyperParameters())
+    with pytest.raises(errors.InvalidOptionError, match="within with storage='memory'"):
+        Scored(search_in_memory, isolate=True, **options).search(verbose=0)
 
 
 @pytest.mark.parametrize(("index", "removed"), [(0, 1), (1, 0)], ids=["chief", "other"])

@@ -259,7 +259,8 @@ class BaseTuner(
             **fit_kwargs: Arguments of `run_trial`.
 
         Raises:
-            InvalidOptionError: With `isolate`, if a trial of another search calls this.
+            InvalidOptionError: With `isolate`, if a trial of another search calls this, or if the
+                program has run a search in memory before.
             SearchError: If several trials in a row fail, if no trial completes, or if a result
                 lacks the objective.
             StudyError: If a different search created the study, or uses the directory in memory.
@@ -274,7 +275,7 @@ class BaseTuner(
             memory = _keras.memory.limit()
         is_in_memory = self.oracle.storage == _study.MEMORY
         with (
-            _isolation.searching(self._isolate),
+            _isolation.searching(self.project_dir, self._isolate, is_in_memory),
             _isolation.telling(self._is_trial_process),
             _directory.in_use(self.project_dir, alone=is_in_memory),
         ):

@@ -41,6 +41,9 @@ _ERROR_FILE = "TFBIG_TRIAL_ERROR"
 # Whether a search runs in this thread.
 _is_searching = contextvars.ContextVar("is_searching", default=False)
 
+# The projects of searches in memory that this process has begun, but for those within others.
+_in_memory: list[str] = []
+
 # Exit codes of a trial process: there may be another trial; there is none; an error, which the file
 # has, ends the search.
 _ONE_MORE, _NONE_LEFT, _ERROR = 75, 76, 77
@@ -106,21 +109,32 @@ def check(workers: Workers, storage: str | None) -> None:
 
 
 @contextlib.contextmanager
-def searching(is_isolated: bool) -> Iterator[None]:
+def searching(project: str, is_isolated: bool, is_in_memory: bool = False) -> Iterator[None]:
     """Within, a search runs in this thread.
 
     Args:
+        project: The directory of its project.
         is_isolated: Whether its trials run in processes of their own.
+        is_in_memory: Whether no other process can see its results.
 
     Raises:
-        InvalidOptionError: If an isolated search begins within another one.
+        InvalidOptionError: If an isolated search begins within another one, or after one in memory.
     """
-    if is_isolated and _is_searching.get():
+    is_within = _is_searching.get()
+    if is_isolated and is_within:
         raise errors.InvalidOptionError(
             "`isolate` needs a search that is not part of a trial of another one: the program "
             "that runs again would begin with the other search. Received: isolate=True within a "
             "search. Leave `isolate` out here, and give it to the other search."
         )
+    if is_isolated and _in_memory:
+        raise errors.InvalidOptionError(
+            "`isolate` needs all searches before it to be stored: the program that runs again for "
+            "each trial would run them again. Received: isolate=True after the search in "
+            f"{_in_memory[0]} with storage='memory'. Leave out its `storage`."
+        )
+    if is_in_memory and not is_within:
+        _in_memory.append(project)
     token = _is_searching.set(True)
     try:
         yield
