@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tfbig import errors
 from tfbig import tuners as kt
+from tfbig.tuners import _own_values
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(24, 4)).astype("float32"), RNG.normal(size=(24, 1)).astype("float32")
@@ -1040,6 +1041,63 @@ def test_values_that_cannot_be_are_not_enqueued(tmp_path, values, words):
     with pytest.raises(errors.InvalidOptionError, match=words):
         tuner.enqueue(values)
     assert not tuner.oracle.study.get_trials()
+
+
+def branches():
+    """Hyperparameters of which some depend on another one."""
+    hp = kt.HyperParameters()
+    hp.Choice("kind", ["a", "b"])
+    for kind, low in (("a", 1), ("b", 20)):
+        with hp.conditional_scope("kind", [kind]):
+            hp.Int("units", low, low + 9)
+    hp.Float("rate", 0, 1, parent_name="kind", parent_values=["b"])
+    return hp
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rate": 0.5}, r"value 0.5 of 'rate' needs kind=\"b\" in `values`"),
+        ({"kind": "a", "rate": 0.5}, "of 'rate' needs"),
+        ({"kind": "a", "units": 20}, "value 20 of 'units' needs"),
+        ({"units": 5}, "value 5 of 'units' needs kind=\"a\""),
+        ({"kind": "a", "units": 15}, r"range \(1 to 10 or 20 to 29\)"),
+    ],
+)
+def test_a_value_is_enqueued_with_what_it_depends_on(tmp_path, values, words):
+    tuner = enqueuing(tmp_path, branches())
+    with pytest.raises(errors.InvalidOptionError, match=words):
+        tuner.enqueue(values)
+    assert not tuner.oracle.study.get_trials()
+
+
+@pytest.mark.parametrize("in_study", [False, True])
+def test_what_is_left_out_is_chosen_to_suit_what_was_enqueued(tmp_path, in_study):
+    hp, kinds = branches(), ["a", "b"] * 4
+    oracle = kt.oracles.RandomSearchOracle(
+        kt.Objective("default_objective", "min"), 8, hyperparameters=hp, seed=0
+    )
+    oracle._set_project_dir(str(tmp_path), "p")
+    oracle.verbose = 0
+    rates = []
+    for number, kind in enumerate(kinds):
+        given = {"kind": kind} | ({"units": 20 + number} if kind == "b" else {})
+        if in_study:
+            names = {"kind": "kind", "units": f'units [kind: "{kind}"]'}
+            oracle.study.enqueue_trial({names[name]: value for name, value in given.items()})
+        else:
+            _own_values.enqueue(oracle.study, given)
+        values = oracle.create_trial(str(number)).hyperparameters.values
+        assert values.items() >= given.items()
+        if kind == "a":
+            assert values.keys() == {"kind", "units"}
+            assert 1 <= values["units"] <= 10
+        else:
+            assert values.keys() == {"kind", "units", "rate"}
+            rates.append(values["rate"])
+    # Chosen, too, rather than the default.
+    assert len(set(rates)) == len(rates)
+    oracle.release()
 
 
 def test_oracles_take_keras_tuners_arguments_in_its_order():

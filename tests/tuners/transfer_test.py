@@ -72,6 +72,15 @@ def test_what_does_not_fit_is_left_to_the_sampler(tmp_path, earlier):
     assert all(v["x"] >= x for v in values_of(tuner))
 
 
+def test_a_value_fits_if_it_may_have_what_it_depends_on(tmp_path, earlier):
+    hp = space(kind=["p", "q"])
+    hp.Float("x", 0, 0.1, parent_name="kind", parent_values=["p"])
+    hp.Float("x", 0, 1, parent_name="kind", parent_values=["q"])
+    hp.Float("y", 0, 1)
+    for values in values_of(searched(tmp_path, hp, transfer_from=tmp_path / "earlier")):
+        assert values["kind"] == "q" or values["x"] <= 0.1
+
+
 def test_a_space_that_has_nothing_in_common_is_warned_of(tmp_path, earlier):
     with pytest.warns(UserWarning, match="none of the 3 best trials has a value in the space"):
         searched(tmp_path, space(other=(0, 1)), transfer_from=tmp_path / "earlier")

@@ -237,17 +237,20 @@ class BaseTuner(
         started again may enqueue the same values again, which has no effect.
 
         Args:
-            values: Values of hyperparameters by name. The tuner chooses those that are left out.
+            values: Values of hyperparameters by name. The tuner chooses those that are left out,
+                but not one that another one depends on.
 
         Returns:
             Whether the values were not enqueued before; False on workers that are not the chief.
 
         Raises:
-            InvalidOptionError: If there is no such hyperparameter, or if it cannot have the value.
+            InvalidOptionError: If there is no such hyperparameter, if it cannot have the value, or
+                if what it depends on has another value or none.
         """
         if not self._workers.is_chief:
             return False
-        return _own_values.enqueue(self.oracle.study, self.oracle.get_space(), values)
+        _own_values.check(self.oracle.get_space(), values)
+        return _own_values.enqueue(self.oracle.study, values)
 
     # --- The search ---
 

@@ -11,7 +11,7 @@ from tfbig import errors
 from tfbig.tuners import _json, _proposals, _queue, _space, _study, _trials, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("OwnValuesQueue", "enqueue", "enqueued", "may_be")
+__all__ = ("OwnValuesQueue", "check", "enqueue", "enqueued", "may_be")
 
 _STATUS = kt_trial.TrialStatus
 
@@ -57,37 +57,47 @@ class OwnValuesQueue(_queue.TrialQueue):
         return None
 
 
-def enqueue(
-    study: optuna.Study, hyperparameters: HyperParameters, values: Mapping[str, _tuner_types.Value]
-) -> bool:
-    """Has a trial try some values, before others; once, however often this is called.
+def check(hyperparameters: HyperParameters, values: Mapping[str, _tuner_types.Value]) -> None:
+    """Raises for values that a trial could not have, or only if the sampler chooses others to suit.
 
     Args:
-        study: The study.
-        hyperparameters: Those known so far.
-        values: By name; the sampler chooses what is left out.
-
-    Returns:
-        Whether the values were not enqueued before.
-
-    Raises:
-        InvalidOptionError: If there is no such hyperparameter, or if it cannot have the value.
+        hyperparameters: Those known so far. Without any, the trials define the space.
+        values: By name.
     """
-    values = {name: _json.canonical(value) for name, value in values.items()}
-    for name, value in values.items():
+    given = HyperParameters()
+    given.values = {name: _json.canonical(value) for name, value in values.items()}
+    for name, value in given.values.items() if hyperparameters.space else ():
         kinds = [hp for hp in hyperparameters.space if hp.name == name]
-        # Without any, the trials define the space.
-        if hyperparameters.space and not kinds:
+        if not kinds:
             known = ", ".join(dict.fromkeys(hp.name for hp in hyperparameters.space))
             raise errors.InvalidOptionError(
                 f"`values` must have names of hyperparameters ({known}). Received: {name!r}."
             )
-        if kinds and not any(may_be(hp, value) for hp in kinds):
+        fitting = [hp for hp in kinds if may_be(hp, value)]
+        if not fitting:
             ranges = " or ".join(_space.range_of(hp) for hp in kinds)
             raise errors.InvalidOptionError(
                 f"The value of {name!r} must be in its range ({ranges}). Received: {value!r}."
             )
-    given = _json.dumps(values)
+        if not any(given._conditions_are_active(hp.conditions) for hp in fitting):
+            needed = " or ".join(_space.condition_of(hp) for hp in fitting)
+            raise errors.InvalidOptionError(
+                f"A value {value!r} of {name!r} needs {needed} in `values`. Received: "
+                f"{given.values!r}."
+            )
+
+
+def enqueue(study: optuna.Study, values: Mapping[str, _tuner_types.Value]) -> bool:
+    """Has a trial try some values, before others; once, however often this is called.
+
+    Args:
+        study: The study.
+        values: By name; the sampler chooses what is left out.
+
+    Returns:
+        Whether the values were not enqueued before.
+    """
+    given = _json.dumps({name: _json.canonical(value) for name, value in values.items()})
     if any(t.user_attrs.get(_trials.GIVEN) == given for t in study.get_trials(deepcopy=False)):
         return False
     with _study.quiet():
@@ -126,13 +136,12 @@ def enqueued(
     frozen = trials.with_enqueued(index)
     if frozen is None:
         return None
-    given: _tuner_types.Values = dict(frozen.system_attrs[_trials.ENQUEUED])
-    given |= _json.loads(frozen.user_attrs.get(_trials.GIVEN, "{}"))
-    values = proposals.suggestion(index, seed)
+    fixed: _tuner_types.Values = dict(frozen.system_attrs[_trials.ENQUEUED])
+    given: _tuner_types.Values = _json.loads(frozen.user_attrs.get(_trials.GIVEN, "{}"))
     known = trials.known_distributions()
     for hp in hyperparameters.space:
         # A user of Optuna may have taken the name from the study.
         parameter = _space.parameter_of(hp, known)
-        if parameter is not None and parameter.name in given and hp.name not in given:
-            values[hp.name] = parameter.decode(given[parameter.name])
-    return values | given
+        if parameter is not None and parameter.name in fixed and hp.name not in fixed:
+            given.setdefault(hp.name, parameter.decode(fixed.pop(parameter.name)))
+    return proposals.suggestion(index, seed, fixed | given)

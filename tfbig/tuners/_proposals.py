@@ -108,14 +108,19 @@ class Proposals:
         # Also if the sampler repeats itself in an infinite space.
         return None
 
-    def suggestion(self, index: int, seed: int) -> _tuner_types.Values:
-        """What the sampler suggests for a trial, with a seed; nothing is stored."""
+    def suggestion(self, index: int, seed: int, given: _tuner_types.Values) -> _tuner_types.Values:
+        """Values of which some are given, and the sampler suggests the others; nothing is stored.
+
+        Args:
+            index: The index of the trial.
+            seed: The seed of the sampler.
+            given: By name.
+        """
         frozen = self._trials.of(index)
         with _study.quiet():
             self._trials.seed(seed)
-            return self._suggestion(
-                self._trials.study.sampler, self._as_samplers_see(frozen), frozen
-            )
+            seen = self._as_samplers_see(frozen)
+            return self._suggestion(self._trials.study.sampler, seen, frozen, given)
 
     def _as_samplers_see(self, frozen: FrozenTrial) -> _learning_study.LearningStudy:
         """The study that the sampler of a trial learns from."""
@@ -130,6 +135,7 @@ class Proposals:
         sampler: optuna.samplers.BaseSampler,
         filtered: optuna.Study,
         frozen: FrozenTrial,
+        given: _tuner_types.Values | None = None,
     ) -> _tuner_types.Values:
         self._spaces.give(sampler)
         sampler.before_trial(filtered, frozen)
@@ -146,7 +152,7 @@ class Proposals:
             return sampler.sample_independent(filtered, frozen, name, distribution)
 
         known = self._trials.known_distributions()
-        return _space.suggested(value, self._hyperparameters(), known)
+        return _space.suggested(value, self._hyperparameters(), known, given)
 
     def claim(self, index: int, values: _tuner_types.Values) -> bool:
         """Claims a combination for a trial; returns whether the trial has it now."""

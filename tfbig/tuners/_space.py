@@ -13,6 +13,7 @@ from tfbig.tuners import _json, _tuner_types
 __all__ = (
     "all_values",
     "combinations",
+    "condition_of",
     "contains",
     "default_values",
     "grid_values",
@@ -167,6 +168,7 @@ def suggested(
     value_of: Callable[[str, distributions.BaseDistribution], _tuner_types.Value],
     hyperparameters: hps.HyperParameters,
     known: Mapping[str, distributions.BaseDistribution],
+    given: _tuner_types.Values | None = None,
 ) -> _tuner_types.Values:
     """Values for all active hyperparameters.
 
@@ -174,8 +176,10 @@ def suggested(
         value_of: Suggests the value of a parameter, by its name and distribution.
         hyperparameters: The space.
         known: As for `parameter_of`.
+        given: Values by name that are not suggested.
     """
     found = hps.HyperParameters()
+    found.values = dict(given or {})
     for hp in hyperparameters.space:
         if hp.name in found.values or not found._conditions_are_active(hp.conditions):
             continue
@@ -289,6 +293,13 @@ def range_of(hp: _tuner_types.Hyperparameter) -> str:
     if isinstance(hp, hps.Fixed):
         return _json.dumps(hp.value)
     return ", ".join(sorted(map(_json.dumps, hp.values)))
+
+
+def condition_of(hp: _tuner_types.Hyperparameter) -> str:
+    """What the condition of a hyperparameter demands, as `name=value`."""
+    return " and ".join(
+        f"{c.name}={' or '.join(map(_json.dumps, c.values))}" for c in hp.conditions
+    )
 
 
 def _is_stepped(hp: _tuner_types.Hyperparameter) -> bool:

@@ -67,7 +67,7 @@ def _try_again(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
     space = oracle.get_space()
     found = [_fitting(space, row.values) for row in earlier.best[:_BEST]]
     for values in filter(None, found):
-        _own_values.enqueue(oracle.study, space, values)
+        _own_values.enqueue(oracle.study, values)
     if not any(found):
         _warn(earlier, f"none of the {len(found)} best trials has a value in the space")
 
@@ -76,11 +76,12 @@ def _fitting(space: HyperParameters, values: _tuner_types.Values) -> _tuner_type
     """The values that hyperparameters of the same name may have; all if the space is not known."""
     if not space.space:
         return values
-    return {
-        name: value
-        for name, value in values.items()
-        if any(hp.name == name and _own_values.may_be(hp, value) for hp in space.space)
-    }
+    fitting = HyperParameters()
+    for hp in space.space:
+        is_active = fitting._conditions_are_active(hp.conditions)
+        if hp.name in values and is_active and _own_values.may_be(hp, values[hp.name]):
+            fitting.values[hp.name] = values[hp.name]
+    return fitting.values
 
 
 def _observe(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
