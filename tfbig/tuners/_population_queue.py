@@ -85,17 +85,17 @@ class PopulationQueue(_rungs.RungQueue):
         if row.index in [other.index for other in ranked[len(ranked) - count :]]:
             best = ranked[int(rng.integers(count))]
             values = self._oracle.explored(self.values_in(best, rung), rng)
-            note["copied"] |= {str(rung + 1): best.index}
-            note["values"] |= {str(rung + 1): _json.dumps(values)}
+            note["copied"][rung + 1] = best.index
+            note["values"][rung + 1] = _json.dumps(values)
         return self.promote(row, note)
 
     def values_in(self, row: _ledger.TrialRow, rung: int) -> _tuner_types.Values:
         """The values of a trial in a generation."""
         changed = _rungs.note_of(row)["values"]
-        last = max((int(r) for r in changed if int(r) <= rung), default=None)
+        last = max((r for r in changed if r <= rung), default=None)
         attrs = self._trials.by_index()[row.index].user_attrs
         first: str = attrs.get(_FIRST_VALUES, attrs[_trials.VALUES])
-        values: _tuner_types.Values = _json.loads(first if last is None else changed[str(last)])
+        values: _tuner_types.Values = _json.loads(first if last is None else changed[last])
         return values
 
     def begin(self, index: int) -> FrozenTrial | None:
@@ -117,13 +117,12 @@ class PopulationQueue(_rungs.RungQueue):
         rung = _rungs.rung_of(row)
         if rung == 0:
             return None
-        return rung - 1, _rungs.note_of(row)["copied"].get(str(rung), index)
+        return rung - 1, _rungs.note_of(row)["copied"].get(rung, index)
 
     def copied_after(self, index: int) -> int:
         """The epochs after which a trial was last copied; 0 if it never was."""
         (row,) = self._ledger.trials(index=index)
-        rungs = map(int, _rungs.note_of(row)["copied"])
-        return (0, *self._oracle.generations)[max(rungs, default=0)]
+        return (0, *self._oracle.generations)[max(_rungs.note_of(row)["copied"], default=0)]
 
     def lineage(self, index: int) -> list[Generation]:
         """How the model of a trial was trained, in all generations so far."""
@@ -133,5 +132,5 @@ class PopulationQueue(_rungs.RungQueue):
         for rung in reversed(range(_rungs.rung_of(rows[index]) + 1)):
             values = self.values_in(rows[index], rung)
             found.append(Generation(begins[rung], _views.trial_id_of(index), values))
-            index = _rungs.note_of(rows[index])["copied"].get(str(rung), index)
+            index = _rungs.note_of(rows[index])["copied"].get(rung, index)
         return found[::-1]

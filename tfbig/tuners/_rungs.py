@@ -34,27 +34,32 @@ __all__ = ("Note", "RungOracle", "RungQueue", "RungTuner", "note_of", "rung_of",
 
 
 class Note(TypedDict):
-    """What the ledger notes of a trial, by rungs as strings.
+    """What the ledger notes of a trial.
 
     Attributes:
         rung: The rung that it has reached.
-        scores: Its score at the end of each rung.
         violates: Whether it violated a constraint when it was paused.
-        copied: The trial that it is a copy of, from a rung on.
-        values: JSON of its values, from a rung on.
+        scores: By rung, its score at the end.
+        copied: By the rung from which on it is a copy, the trial that it is a copy of.
+        values: By the rung from which on it has them, JSON of its values.
     """
 
     rung: int
-    scores: dict[str, float]
     violates: bool
-    copied: dict[str, int]
-    values: dict[str, str]
+    scores: dict[int, float]
+    copied: dict[int, int]
+    values: dict[int, str]
 
 
 def note_of(row: _ledger.TrialRow) -> Note:
     """What the ledger notes of a trial."""
-    empty = {"rung": 0, "scores": {}, "violates": False, "copied": {}, "values": {}}
-    return cast(Note, empty | json.loads(row.note))
+    note = {"rung": 0, "violates": False} | json.loads(row.note)
+    # The keys of JSON are texts.
+    by_rung = {
+        name: {int(rung): value for rung, value in note.get(name, {}).items()}
+        for name in ("scores", "copied", "values")
+    }
+    return cast(Note, note | by_rung)
 
 
 def rung_of(row: _ledger.TrialRow) -> int:
@@ -64,7 +69,7 @@ def rung_of(row: _ledger.TrialRow) -> int:
 
 def score_in(row: _ledger.TrialRow, rung: int) -> float | None:
     """The score of a trial at the end of a rung; None if it has not completed that."""
-    return note_of(row)["scores"].get(str(rung))
+    return note_of(row)["scores"].get(rung)
 
 
 class RungQueue(_queue.TrialQueue):
@@ -97,8 +102,8 @@ class RungQueue(_queue.TrialQueue):
     def epochs_completed(self, index: int) -> int:
         """The epochs at the end of the last rung that a trial has completed; 0 if none."""
         (row,) = self._ledger.trials(index=index)
-        rungs = map(int, note_of(row)["scores"])
-        return max((self.epochs_by_rung(index)[rung] for rung in rungs), default=0)
+        epochs = self.epochs_by_rung(index)
+        return max((epochs[rung] for rung in note_of(row)["scores"]), default=0)
 
     def pause(self, running: _running.RunningTrial) -> bool:
         (row,) = self._ledger.trials(index=running.index)
@@ -111,7 +116,7 @@ class RungQueue(_queue.TrialQueue):
         # Another process may have taken it, and written its own.
         if running.is_lost_now():
             return False
-        scores = note_of(row)["scores"] | {str(rung): score}
+        scores = note_of(row)["scores"] | {rung: score}
         # If it is not promoted, these are its results.
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._trials.study._storage.set_trial_user_attr(
@@ -146,7 +151,7 @@ class RungQueue(_queue.TrialQueue):
         for row in self._ledger.trials(state=_ledger.PAUSED):
             if note_of(row)["violates"]:
                 continue
-            score = note_of(row)["scores"][str(rung_of(row))]
+            score = note_of(row)["scores"][rung_of(row)]
             epochs = self.epochs_by_rung(row.index)[rung_of(row)]
             found.append((-epochs, self._sign * score, row.index, score))
         return [(index, score) for _, _, index, score in sorted(found)]
@@ -161,7 +166,7 @@ class RungQueue(_queue.TrialQueue):
         found = {}
         for row in self._ledger.trials():
             epochs = self.epochs_by_rung(row.index)
-            scores = {epochs[int(rung)]: score for rung, score in note_of(row)["scores"].items()}
+            scores = {epochs[rung]: score for rung, score in note_of(row)["scores"].items()}
             if row.index in values:
                 scores[epochs[rung_of(row)]] = values[row.index]
             found[row.index] = scores
