@@ -89,8 +89,8 @@ class HalvingQueue(_rungs.RungQueue):
 
     Args:
         trials: See `TrialQueue`.
-        oracle: The oracle of the search.
         proposals: See `TrialQueue`.
+        oracle: The oracle of the search.
         epochs: The epochs at the ends of the rungs.
         factor: One in so many trials is promoted.
         grows: Whether the highest rungs are used only if the rungs below rank trials differently.
@@ -99,13 +99,13 @@ class HalvingQueue(_rungs.RungQueue):
     def __init__(
         self,
         trials: _trials.Trials,
-        oracle: _rungs.RungOracle,
         proposals: _proposals.Proposals,
+        oracle: _rungs.RungOracle,
         epochs: Sequence[int],
         factor: int,
         grows: bool,
     ) -> None:
-        super().__init__(trials, oracle, proposals)
+        super().__init__(trials, proposals, oracle)
         self._epochs = epochs
         self._factor = factor
         self._grows = grows
@@ -127,11 +127,8 @@ class HalvingQueue(_rungs.RungQueue):
         for rung in reversed(range(self._highest(rows))):
             ranked = self.ranked(rows, rung)
             best = ranked[: len(ranked) // self._factor]
-            found += [row for row in best if self._waits_in(row, rung)]
+            found += [row for row in best if self.is_paused_in(row, rung)]
         return found
-
-    def _waits_in(self, row: _ledger.TrialRow, rung: int) -> bool:
-        return row.state == _ledger.PAUSED and _rungs.rung_of(row) == rung
 
     def _highest(self, rows: Sequence[_ledger.TrialRow]) -> int:
         """The number of the highest rung, which only grows."""
@@ -174,8 +171,8 @@ class HalvingQueue(_rungs.RungQueue):
             if is_complete and _rungs.rung_of(row) == last:
                 # It is complete already.
                 reached = last
+        longest = [row for row in rows if self.is_paused_in(row, reached)]
         paused = [row for row in rows if row.state == _ledger.PAUSED]
-        longest = [row for row in paused if _rungs.rung_of(row) == reached]
         return longest, [row for row in paused if row not in longest]
 
 
@@ -219,12 +216,7 @@ class ASHAOracle(_rungs.RungOracle):
             seed=seed,
             **kwargs,
         )
-        if not self._objectives.is_single:
-            raise errors.InvalidOptionError(
-                f"{type(self).__name__.removesuffix('Oracle')} needs a single objective: with "
-                "several, it cannot say which trial is better. Received: the objectives "
-                f"{self.objective_names}."
-            )
+        self._check_single_objective(type(self).__name__.removesuffix("Oracle"))
 
     def _settings(self) -> dict[str, str]:
         return super()._settings() | {
@@ -233,7 +225,7 @@ class ASHAOracle(_rungs.RungOracle):
         }
 
     def _new_queue(self, trials: _trials.Trials, proposals: _proposals.Proposals) -> HalvingQueue:
-        return HalvingQueue(trials, self, proposals, self._epochs, self._factor, self._grows)
+        return HalvingQueue(trials, proposals, self, self._epochs, self._factor, self._grows)
 
     def _no_trial(self) -> _tuner_types.Trial:
         if not self._is_spent():

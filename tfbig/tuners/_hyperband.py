@@ -61,19 +61,19 @@ class BracketQueue(_rungs.RungQueue):
 
     Args:
         trials: See `TrialQueue`.
-        oracle: The oracle of the search.
         proposals: See `TrialQueue`.
+        oracle: The oracle of the search.
         brackets: All brackets of the search.
     """
 
     def __init__(
         self,
         trials: _trials.Trials,
-        oracle: _rungs.RungOracle,
         proposals: _proposals.Proposals,
+        oracle: _rungs.RungOracle,
         brackets: list[Bracket],
     ) -> None:
-        super().__init__(trials, oracle, proposals)
+        super().__init__(trials, proposals, oracle)
         self._brackets = brackets
 
     def bracket_of(self, index: int) -> int:
@@ -121,7 +121,7 @@ class BracketQueue(_rungs.RungQueue):
         if any(row.state == _ledger.RUNNING and _rungs.rung_of(row) <= rung for row in rows):
             return None
         for place, row in enumerate(self.ranked(rows, rung)):
-            if row.state != _ledger.PAUSED or _rungs.rung_of(row) != rung:
+            if not self.is_paused_in(row, rung):
                 continue
             if not (self.stop(row) if place >= size else self.promote(row)):
                 raise _OvertakenError
@@ -178,7 +178,7 @@ class HyperbandOracle(_rungs.RungOracle):
         }
 
     def _new_queue(self, trials: _trials.Trials, proposals: _proposals.Proposals) -> BracketQueue:
-        return BracketQueue(trials, self, proposals, self._brackets)
+        return BracketQueue(trials, proposals, self, self._brackets)
 
 
 class Hyperband(_rungs.RungTuner):

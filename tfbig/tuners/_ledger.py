@@ -81,6 +81,11 @@ class Ledger(abc.ABC):
     def trials(self, **where: Column) -> list[TrialRow]:
         """The trials with these values, in order; all of them without any."""
 
+    def trial(self, index: int) -> TrialRow:
+        """The trial of an index."""
+        (row,) = self.trials(index=index)
+        return row
+
     @abc.abstractmethod
     def count(self, *states: str) -> int:
         """How many trials are in one of some states."""

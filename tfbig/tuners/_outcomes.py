@@ -146,8 +146,7 @@ class Outcomes:
 
     def _times_raised(self, index: int) -> int:
         """How often a trial was run again because it raised."""
-        (row,) = self._ledger.trials(index=index)
-        return int(json.loads(row.note).get("raised", 0))
+        return int(json.loads(self._ledger.trial(index).note).get("raised", 0))
 
     def _scored(self, trial: _tuner_types.Trial) -> tuple[list[float], dict[str, float] | None]:
         """The values of the objectives and constraints; sets the score of the trial."""

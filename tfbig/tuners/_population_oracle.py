@@ -84,11 +84,7 @@ class PopulationOracle(_rungs.RungOracle):
             seed=seed,
             **kwargs,
         )
-        if not self._objectives.is_single:
-            raise errors.InvalidOptionError(
-                "PopulationBasedTraining needs a single objective: with several, it cannot say "
-                f"which trial is better. Received: the objectives {self.objective_names}."
-            )
+        self._check_single_objective("PopulationBasedTraining")
 
     def _settings(self) -> dict[str, str]:
         return super()._settings() | {
@@ -99,7 +95,7 @@ class PopulationOracle(_rungs.RungOracle):
     def _new_queue(
         self, trials: _trials.Trials, proposals: _proposals.Proposals
     ) -> PopulationQueue:
-        return PopulationQueue(trials, self, proposals)
+        return PopulationQueue(trials, proposals, self)
 
     @property
     def _population(self) -> PopulationQueue:

@@ -33,17 +33,10 @@ _FIRST_VALUES = "tfbig:first values"
 class PopulationQueue(_rungs.RungQueue):
     """Continues trials once all have completed a generation, the worst as copies of the best.
 
-    Args:
-        trials: See `TrialQueue`.
-        oracle: The oracle of the search.
-        proposals: See `TrialQueue`.
+    See `RungQueue` for the arguments.
     """
 
-    def __init__(
-        self, trials: _trials.Trials, oracle: PopulationOracle, proposals: _proposals.Proposals
-    ) -> None:
-        super().__init__(trials, oracle, proposals)
-        self._oracle = oracle
+    _oracle: PopulationOracle
 
     def epochs_by_rung(self, index: int) -> Sequence[int]:
         del index
@@ -102,7 +95,7 @@ class PopulationQueue(_rungs.RungQueue):
         frozen = super().begin(index)
         if frozen is None:
             return None
-        (row,) = self._ledger.trials(index=index)
+        row = self._ledger.trial(index)
         if not _rungs.note_of(row)["values"]:
             return frozen
         storage, attrs = self._trials.study._storage, frozen.user_attrs
@@ -113,7 +106,7 @@ class PopulationQueue(_rungs.RungQueue):
 
     def source_of(self, index: int) -> tuple[int, int] | None:
         """The generation and the trial from which a trial continues; None in its first one."""
-        (row,) = self._ledger.trials(index=index)
+        row = self._ledger.trial(index)
         rung = _rungs.rung_of(row)
         if rung == 0:
             return None
@@ -121,8 +114,8 @@ class PopulationQueue(_rungs.RungQueue):
 
     def copied_after(self, index: int) -> int:
         """The epochs after which a trial was last copied; 0 if it never was."""
-        (row,) = self._ledger.trials(index=index)
-        return (0, *self._oracle.generations)[max(_rungs.note_of(row)["copied"], default=0)]
+        copied = _rungs.note_of(self._ledger.trial(index))["copied"]
+        return (0, *self._oracle.generations)[max(copied, default=0)]
 
     def lineage(self, index: int) -> list[Generation]:
         """How the model of a trial was trained, in all generations so far."""

@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict, cast
 
 import keras
@@ -77,18 +77,17 @@ class RungQueue(_queue.TrialQueue):
 
     Args:
         trials: See `TrialQueue`.
-        oracle: The oracle of the search.
         proposals: See `TrialQueue`.
+        oracle: The oracle of the search.
     """
 
     def __init__(
-        self, trials: _trials.Trials, oracle: RungOracle, proposals: _proposals.Proposals
+        self, trials: _trials.Trials, proposals: _proposals.Proposals, oracle: RungOracle
     ) -> None:
         super().__init__(trials, proposals, oracle._populated_values, oracle._known_hyperparameters)
+        self._oracle = oracle
         # Scores are minimized after multiplication with it.
         self._sign = -1 if oracle.objective.direction == "max" else 1
-        self._is_feasible = oracle.is_feasible
-        self._score_trial: Callable[[_tuner_types.Trial], None] = oracle.score_trial
 
     def epochs_by_rung(self, index: int) -> Sequence[int]:
         """Hook: the epoch up to which a trial is trained in each rung."""
@@ -96,17 +95,15 @@ class RungQueue(_queue.TrialQueue):
 
     def epochs_of(self, index: int) -> int:
         """The epoch up to which a trial is trained in its current rung."""
-        (row,) = self._ledger.trials(index=index)
-        return self.epochs_by_rung(index)[rung_of(row)]
+        return self.epochs_by_rung(index)[rung_of(self._ledger.trial(index))]
 
     def epochs_completed(self, index: int) -> int:
         """The epochs at the end of the last rung that a trial has completed; 0 if none."""
-        (row,) = self._ledger.trials(index=index)
-        epochs = self.epochs_by_rung(index)
-        return max((epochs[rung] for rung in note_of(row)["scores"]), default=0)
+        epochs, note = self.epochs_by_rung(index), note_of(self._ledger.trial(index))
+        return max((epochs[rung] for rung in note["scores"]), default=0)
 
     def pause(self, running: _running.RunningTrial) -> bool:
-        (row,) = self._ledger.trials(index=running.index)
+        row = self._ledger.trial(running.index)
         rung = rung_of(row)
         if rung + 1 == len(self.epochs_by_rung(running.index)):
             return False
@@ -122,7 +119,7 @@ class RungQueue(_queue.TrialQueue):
             self._trials.study._storage.set_trial_user_attr(
                 running.storage_id, _trials.METRICS, json.dumps(running.trial.metrics.get_config())
             )
-        violates = not self._is_feasible(running.trial)
+        violates = not self._oracle.is_feasible(running.trial)
         return self._ledger.set_state(
             running.index, _ledger.PAUSED, scores=scores, violates=violates
         )
@@ -130,8 +127,12 @@ class RungQueue(_queue.TrialQueue):
     def score(self, running: _running.RunningTrial) -> float | None:
         """The score of a trial at the end of its rung; None if it cannot go on."""
         with _objectives.nan_allowed():
-            self._score_trial(running.trial)
+            self._oracle.score_trial(running.trial)
         return float(running.trial.score) if math.isfinite(running.trial.score) else None
+
+    def is_paused_in(self, row: _ledger.TrialRow, rung: int) -> bool:
+        """Whether a trial is paused at the end of a rung."""
+        return row.state == _ledger.PAUSED and rung_of(row) == rung
 
     def ranked(self, rows: Sequence[_ledger.TrialRow], rung: int) -> list[_ledger.TrialRow]:
         """The trials that have completed a rung, best first; those that failed in it have not.
@@ -197,6 +198,14 @@ class RungOracle(_oracle.StudyOracle):
 
     goes_on = True
     max_epochs: int
+
+    def _check_single_objective(self, tuner: str) -> None:
+        """Raises for several objectives; for subclasses that do not go by their sum."""
+        if not self._objectives.is_single:
+            raise errors.InvalidOptionError(
+                f"{tuner} needs a single objective: with several, it cannot say which trial is "
+                f"better. Received: the objectives {self.objective_names}."
+            )
 
     def is_feasible(self, trial: _tuner_types.Trial) -> bool:
         """Whether the metrics of a trial violate no constraint."""
