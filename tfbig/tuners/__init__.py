@@ -2,6 +2,9 @@
 
 An existing KerasTuner program changes one import. Any number of processes may run the same search,
 and any of them may be killed at any moment: when the program runs again, the search resumes.
+
+To read the code, begin with `search` in `_base_tuner.py`, the loop of a search; what it asks is in
+`_oracle.py`, and how a trial trains a model in `_tuner.py`. docs/architecture.md has the others.
 """
 
 from tfbig.tuners import applications, engine, errors, oracles, tuners

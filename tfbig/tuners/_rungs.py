@@ -1,4 +1,8 @@
-"""Trials that are trained rung by rung: paused at the end of one, and perhaps promoted later."""
+"""Trials that are trained rung by rung: paused at the end of one, and perhaps promoted later.
+
+`_hyperband.py`, `_asha.py` and `_population.py` say which: each has a queue that decides, an oracle
+with the options, and a tuner.
+"""
 
 from __future__ import annotations
 
