@@ -155,3 +155,27 @@ def test_what_cannot_be_transferred_is_refused(tmp_path, earlier, given, kind, w
     arguments |= {"transfer_from": tmp_path / "earlier"} | given
     with pytest.raises(kind, match=words):
         searched(tmp_path, **arguments)
+
+
+def test_observations_are_no_part_of_a_pareto_front(tmp_path):
+    both = [LOSS, tuners.Objective("size", "min")]
+
+    class Larger(Search):
+        def run_trial(self, trial, **kwargs):
+            x = trial.hyperparameters.get("x")
+            return {"loss": x + self.least, "size": self.least - x}
+
+    for Larger.least, project in ((0, "earlier"), (2, "new")):
+        transferred = {} if project == "earlier" else {"transfer_from": tmp_path / "earlier"}
+        tuner = Larger(
+            objective=both,
+            max_trials=4,
+            hyperparameters=space(x=(0, 1)),
+            directory=tmp_path,
+            project_name=project,
+            transfer="observations",
+            **transferred,
+        )
+        tuner.search(verbose=0)
+        # Each is as good as the others, and what was transferred better.
+        assert len(tuner.get_pareto_trials()) == 4

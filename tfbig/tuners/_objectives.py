@@ -2,15 +2,17 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, TypeAlias, TypeVar
 
 from keras_tuner.src.engine import objective as kt_objective
 from optuna.trial import FrozenTrial
 
 from tfbig.tuners import _tuner_types
 
-__all__ = ("Direction", "Objectives", "nan_allowed")
+__all__ = ("Direction", "Objectives", "nan_allowed", "pareto_front")
+
+_T = TypeVar("_T")
 
 Direction: TypeAlias = Literal["minimize", "maximize"]
 
@@ -57,6 +59,25 @@ class Objectives:
     def described(self) -> str:
         """The names with their directions."""
         return ", ".join(f"{o.name} ({o.direction})" for o in self._all)
+
+
+def pareto_front(found: Iterable[_T], rank: Callable[[_T], list[float]]) -> list[_T]:
+    """Those that none of the others beats, in the order of their ranks.
+
+    Args:
+        found: What is compared.
+        rank: Returns values of which smaller ones are better.
+    """
+    front: list[_T] = []
+    # In this order, none is beaten by one that comes later.
+    for one in sorted(found, key=rank):
+        if not any(_beats(rank(other), rank(one)) for other in front):
+            front.append(one)
+    return front
+
+
+def _beats(a: list[float], b: list[float]) -> bool:
+    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
 
 
 @contextlib.contextmanager

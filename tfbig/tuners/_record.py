@@ -211,16 +211,6 @@ def _best(rows: list[Row], directions: list[_objectives.Direction]) -> list[str]
     def key(row: Row) -> list[float]:
         return [sign * score for sign, score in zip(signs, row.scores, strict=True)]
 
-    found = sorted((r for r in rows if r.scores and r.is_feasible), key=key)
-    if len(directions) == 1:
-        return [row.trial for row in found]
-    front: list[Row] = []
-    # In this order, none is beaten by one that comes later.
-    for row in found:
-        if not any(_beats(key(other), key(row)) for other in front):
-            front.append(row)
-    return [row.trial for row in front]
-
-
-def _beats(a: list[float], b: list[float]) -> bool:
-    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+    found = [row for row in rows if row.scores and row.is_feasible]
+    best = sorted(found, key=key) if len(signs) == 1 else _objectives.pareto_front(found, key)
+    return [row.trial for row in best]

@@ -68,11 +68,12 @@ class TrialViews:
 
     def best(self, count: int) -> list[_tuner_types.Trial]:
         """The best feasible trials, best first; with several objectives, the Pareto front."""
-        if not self._objectives.is_single:
-            best = [t for t in self._trials.study.best_trials if _trials.INDEX in t.user_attrs]
+        # What was transferred from another search is none of them.
+        complete = (t for t in self._trials.by_index().values() if t.state == TrialState.COMPLETE)
+        found = [t for t in complete if all(v <= 0 for v in t.constraints.values())]
+        rank = self._objectives.rank
+        if self._objectives.is_single:
+            best = heapq.nsmallest(count, found, key=rank)
         else:
-            complete = (
-                t for t in self._trials.by_index().values() if t.state == TrialState.COMPLETE
-            )
-            best = [t for t in complete if all(v <= 0 for v in t.constraints.values())]
-        return [self._view(t) for t in heapq.nsmallest(count, best, key=self._objectives.rank)]
+            best = _objectives.pareto_front(found, rank)[:count]
+        return [self._view(t) for t in best]
