@@ -919,6 +919,31 @@ def test_what_a_loop_reports_must_have_the_objective(tmp_path):
         tuner.search(verbose=0)
 
 
+@pytest.mark.parametrize("step", [0, 1.5, "1", True])
+def test_a_loop_reports_steps_that_are_numbers_from_one(tmp_path, step):
+    class Wrong(Loop):
+        def run_trial(self, trial, **kwargs):
+            self.report(trial, step, 1.0)
+
+    tuner = Wrong(objective=kt.Objective("loss", "min"), max_trials=2, directory=tmp_path)
+    with pytest.raises(errors.SearchError, match=f"integer >= 1. Received: step={step!r}"):
+        tuner.search(verbose=0)
+
+
+def test_a_loop_may_report_steps_of_numpy(tmp_path):
+    class Loop(kt.OptunaSearch):
+        def run_trial(self, trial, **kwargs):
+            x = trial.hyperparameters.Float("x", 0, 1)
+            for step in np.arange(1, 4):
+                self.report(trial, step, x + step)
+                assert not self.should_prune(trial)
+            return x
+
+    tuner = Loop(objective="loss", max_trials=2, pruner="median", directory=tmp_path)
+    tuner.search(verbose=0)
+    assert all(t.intermediate_values.keys() == {1, 2, 3} for t in tuner.oracle.study.trials)
+
+
 class Enqueued(kt.Tuner):
     def run_trial(self, trial, **kwargs):
         return trial.hyperparameters.get("a")

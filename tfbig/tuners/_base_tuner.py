@@ -13,7 +13,7 @@ import keras_tuner
 import tensorflow as tf
 from keras_tuner.src.engine import trial as kt_trial
 
-from tfbig import _keras, errors
+from tfbig import _integers, _keras, errors
 from tfbig.distribute import _workers
 from tfbig.tuners import (
     _budget,
@@ -199,13 +199,17 @@ class BaseTuner(
             logs: Metrics with the objective; or its value.
 
         Raises:
-            SearchError: If the objective is not among the metrics, or is not one number.
+            SearchError: If `step` is not valid, or if the objective is not among the metrics or is
+                not one number.
         """
         if not isinstance(path, kt_trial.Trial):
             super().report(path)
             return
         if step is None or logs is None:
             raise TypeError("`report` of a trial needs `step` and `logs`.")
+        number = _integers.as_integer(step)
+        if number is None or number < 1:
+            raise errors.SearchError(f"`step` must be an integer >= 1. Received: step={step!r}.")
         names = self.oracle.wanted or [self.oracle.objective.name]
         metrics = dict(logs) if isinstance(logs, Mapping) else {names[0]: float(logs)}
         missing = [n for n in names if n not in metrics]
@@ -218,7 +222,7 @@ class BaseTuner(
         self._reported = _trial_callbacks.ReportObjective(
             self.oracle, self._workers, path.trial_id, (), reports=True
         )
-        self._reported.decide(metrics, step)
+        self._reported.decide(metrics, number)
         if self._reported.is_lost:
             raise TrialLost
 
