@@ -531,6 +531,20 @@ def test_a_trial_of_several_workers_is_not_isolated(options, monkeypatch):
         tuners.RandomSearch(build, isolate=True, **options)
 
 
+def test_a_worker_knows_that_run_trial_has_updated_the_trial(options, monkeypatch):
+    class Search(tuners.RandomSearch):
+        def run_trial(self, trial, *args, **kwargs):
+            self.oracle.update_trial(trial.trial_id, {"val_loss": 1.0})
+
+    several = _workers.Workers(("worker 0", "worker 1"), 1)
+    monkeypatch.setattr(_workers.Workers, "of", lambda strategy: several)
+    tuner = Search(max_trials=1, **options)
+    message = {"trial_id": "0000", "status": "RUNNING", "epochs": None}
+    trial = tuner.oracle.adopt(message | {"hyperparameters": {"space": [], "values": {}}})
+    tuner._try_run_and_update_trial(trial)
+    assert trial.status == "COMPLETED"
+
+
 def test_a_search_of_several_workers_is_not_in_memory(options, monkeypatch):
     several = _workers.Workers(("worker 0", "worker 1"), 1)
     monkeypatch.setattr(_workers.Workers, "of", lambda strategy: several)

@@ -26,6 +26,7 @@ class WorkerOracle:
     def __init__(self, oracle: StudyOracle) -> None:
         self._oracle = oracle
         self._epochs: int | None = None
+        self._is_updated = False
         self.verbose: int | str = 0
 
     def __getattr__(self, name: str) -> Any:  # As the attribute of the oracle.
@@ -35,7 +36,7 @@ class WorkerOracle:
     def adopt(self, message: dict[str, Any]) -> _tuner_types.Trial:
         """The trial that the chief has announced."""
         hps = HyperParameters.from_config(message["hyperparameters"])
-        self._epochs = message["epochs"]
+        self._epochs, self._is_updated = message["epochs"], False
         return kt_trial.Trial(hps, message["trial_id"], message["status"])
 
     def epochs_of(self, trial_id: str) -> int | None:
@@ -72,10 +73,11 @@ class WorkerOracle:
 
     def is_updated(self, trial_id: str) -> bool:
         del trial_id
-        return False
+        return self._is_updated
 
     def update_trial(self, trial_id: str, metrics: _tuner_types.Metrics, step: int = 0) -> None:
         del trial_id, metrics, step
+        self._is_updated = True
 
     def end_trial(self, trial: _tuner_types.Trial) -> None:
         del trial
