@@ -171,6 +171,8 @@ def test_a_pruner_looks_at_each_fold(make):
 def test_what_a_sklearn_tuner_cannot_do_is_said(make, monkeypatch):
     with pytest.raises(errors.SearchError, match=r"`X` must be an array"):
         make().search([1, 2, 3], [1, 2, 3])
+    with pytest.raises(errors.SearchError, match=r"`sample_weight` must be an array"):
+        make().search(X, Y, sample_weight=[1.0] * len(X))
     with pytest.raises(errors.InvalidOptionError, match="must not count epochs"):
         make(oracle=kt.oracles.HyperbandOracle(SCORE, max_epochs=3))
     real = builtins.__import__

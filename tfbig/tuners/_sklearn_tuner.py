@@ -109,7 +109,8 @@ class SklearnTuner(_base_tuner.BaseTuner):
         Raises:
             SearchError: If the data cannot be split; else as in `Tuner.search`.
         """
-        for name, data in (("X", X), ("y", y)):
+        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+        for name, data in {"X": X, "y": y, **weights}.items():
             if not hasattr(data, "shape"):
                 raise errors.SearchError(
                     f"`{name}` must be an array, a sparse matrix or a data frame. Received: "
