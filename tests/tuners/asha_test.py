@@ -311,9 +311,12 @@ def test_options_are_checked(option):
         tuners.ASHA(noisy, "val_loss", **option)
 
 
-def test_several_objectives_are_refused():
-    with pytest.raises(errors.InvalidOptionError, match=r"PASHA needs a single objective"):
-        tuners.PASHA(noisy, ["val_loss", "loss"])
+@pytest.mark.parametrize(
+    "kind", [tuners.ASHA, tuners.PASHA, tuners.Hyperband, tuners.PopulationBasedTraining]
+)
+def test_several_objectives_are_refused(kind):
+    with pytest.raises(errors.InvalidOptionError, match="needs a single objective"):
+        kind(noisy, ["val_loss", "loss"])
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,6 @@ class ASHAOracle(_rungs.RungOracle):
             seed=seed,
             **kwargs,
         )
-        self._check_single_objective(type(self).__name__.removesuffix("Oracle"))
 
     def _settings(self) -> dict[str, str]:
         return super()._settings() | {

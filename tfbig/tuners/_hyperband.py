@@ -196,6 +196,9 @@ class Hyperband(_rungs.RungTuner):
         hyperband_iterations: How often all brackets are run. Defaults to 1.
         sampler: As in `OptunaSearch`; proposes the models of a bracket. Defaults to "random", as in
             the paper.
+
+    Raises:
+        InvalidOptionError: If an argument is not valid, or if there are several objectives.
     """
 
     _ignores_epochs = True

@@ -84,7 +84,6 @@ class PopulationOracle(_rungs.RungOracle):
             seed=seed,
             **kwargs,
         )
-        self._check_single_objective("PopulationBasedTraining")
 
     def _settings(self) -> dict[str, str]:
         return super()._settings() | {

@@ -203,12 +203,14 @@ class RungOracle(_oracle.StudyOracle):
     goes_on = True
     max_epochs: int
 
-    def _check_single_objective(self, tuner: str) -> None:
-        """Raises for several objectives; for subclasses that do not go by their sum."""
+    # As for `StudyOracle`.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if not self._objectives.is_single:
             raise errors.InvalidOptionError(
-                f"{tuner} needs a single objective: with several, it cannot say which trial is "
-                f"better. Received: the objectives {self.objective_names}."
+                "A tuner that pauses trials needs a single objective: with several, it cannot say "
+                f"which trial is better. Received: the objectives {self.objective_names}. Use "
+                "another tuner."
             )
 
     def is_feasible(self, trial: _tuner_types.Trial) -> bool:
@@ -231,8 +233,6 @@ class RungOracle(_oracle.StudyOracle):
 
     def _as_learned_from(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """Trials as samplers see them, paused ones as well."""
-        if not self._objectives.is_single:
-            return trials
         scores = self._rungs.scores_by_epochs(trials)
         return _learning_study.by_place(trials, scores, self.study.direction)
 
