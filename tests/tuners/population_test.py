@@ -278,7 +278,8 @@ def test_a_large_range_is_not_listed():
     assert not any(_own_values.may_be(hp, value) for value in (3 * 2**30 + 1, 3.0, True, 2**41))
 
 
-def test_a_value_of_another_condition_is_drawn_anew():
+@pytest.mark.parametrize("names", [None, ["kind"]])
+def test_a_value_of_another_condition_is_drawn_anew(names):
     hp = HyperParameters()
     hp.Choice("kind", ["a", "b"])
     for kind, values in (("a", ["x", "y"]), ("b", ["z", "w"])):
@@ -286,7 +287,7 @@ def test_a_value_of_another_condition_is_drawn_anew():
             hp.Choice("n", values)
     values = {"kind": "a", "n": "x"}
     for seed in range(20):
-        found = _explore.explored(hp, values, None, 0.5, np.random.default_rng(seed))
+        found = _explore.explored(hp, values, names, 0.5, np.random.default_rng(seed))
         assert found["n"] in {"a": ["x", "y"], "b": ["z", "w"]}[found["kind"]]
 
 

@@ -32,10 +32,11 @@ def explored(
         resample_probability: How likely each of them is drawn anew.
         rng: Decides.
     """
-    found = hyperparameters.copy()
-    found.values = dict(values)
+    found, before = hyperparameters.copy(), hyperparameters.copy()
+    found.values, before.values = dict(values), values
     for hp in hyperparameters.space:
-        is_free = names is None or hp.name in names
+        # The value is that of another one of its name, if what both depend on has changed.
+        is_free = names is None or hp.name in names or not before.is_active(hp)
         if not is_free or hp.name not in values or not found._conditions_are_active(hp.conditions):
             continue
         # Drawn in any case, so that one hyperparameter more does not change what others become.
