@@ -364,6 +364,22 @@ def test_a_constraint_looks_at_the_whole_variable(shard, float64):
     assert_small_model_trains_as_plain(constrained, OPTIMIZERS["adam"], shard)
 
 
+class Elementless(layers.Layer):
+    """Weights of no elements, one of many rows."""
+
+    def build(self, shape):
+        self.none = [self.add_weight(shape=shape) for shape in ((64, 0), (0,), (0, 4))]
+
+    def call(self, x):
+        return x + sum(map(keras.ops.sum, self.none))
+
+
+def test_a_weight_may_have_no_elements(float64):
+    assert_small_model_trains_as_plain(
+        lambda: [Elementless(), layers.Dense(2)], OPTIMIZERS["adam"], "optimizer"
+    )
+
+
 class Overwriting(layers.Layer):
     """A weight whose gradient is its new value, as those of float8 quantization."""
 

@@ -78,7 +78,7 @@ def in_chunks(shape: Sequence[int], replicas: int) -> list[Piece | None]:
     """
     shape = tuple(shape)
     size, row = math.prod(shape), math.prod(shape[1:])
-    is_in_rows = len(shape) >= 1 and shape[0] >= _FEWEST_ROWS * replicas
+    is_in_rows = size > 0 and len(shape) >= 1 and shape[0] >= _FEWEST_ROWS * replicas
     unit = row if is_in_rows else 1
     chunk = -(-(size // unit) // replicas) * unit
     inner = shape[1:] if is_in_rows else ()
