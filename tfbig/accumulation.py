@@ -94,8 +94,8 @@ class GradientAccumulationMixin(train_step.TrainStep):
             weights of all pairs of tokens, `(batch, heads, length, length)`, are never held in
             memory at once; the backward pass computes them again. For layers that call
             `keras.ops.dot_product_attention`: `MultiHeadAttention` and `GroupQueryAttention`
-            without dropout, and layers of your own that pass it no bias. Holds in `fit`,
-            `evaluate` and `predict`. Defaults to None: all at once.
+            without dropout that do not return their weights, and layers of your own that pass it
+            no bias. Holds in `fit`, `evaluate` and `predict`. Defaults to None: all at once.
         exchange_dtype: "bfloat16" or "float16": the dtype that gradients are cast to while
             replicas exchange them, after division by the number of samples (or other denominator).
             Halves the traffic and rounds to 2-3 digits in bfloat16, 3-4 in float16. An overflow

@@ -262,6 +262,34 @@ def biased(cls, **options):
     return decoder(cls, attention=lambda h: Biased()(h), **options)
 
 
+def returning(cls, layer, **options):
+    """One layer returns its weights, and another would be computed in chunks."""
+
+    def attend(h):
+        h = layers.MultiHeadAttention(2, 3)(h, h)
+        return layer(h, h, return_attention_scores=True)[0]
+
+    return decoder(cls, attention=attend, **options)
+
+
+def returning_weights(cls, **options):
+    return returning(cls, layers.MultiHeadAttention(2, 3, name="returns"), **options)
+
+
+def returning_grouped_weights(cls, **options):
+    return returning(cls, layers.GroupQueryAttention(2, 4, 2, name="returns"), **options)
+
+
+def of_two_axes(cls, **options):
+    def attend(h):
+        h = layers.MultiHeadAttention(2, 3)(h, h)
+        h = layers.Reshape((LENGTH, 2, WIDTH // 2))(h)
+        h = layers.MultiHeadAttention(2, 3, attention_axes=(1, 2), name="two_axes")(h, h)
+        return layers.Reshape((LENGTH, WIDTH))(h)
+
+    return decoder(cls, attention=attend, **options)
+
+
 def without(cls, **options):
     return decoder(cls, attention=layers.Dense(WIDTH), **options)
 
@@ -271,6 +299,9 @@ def without(cls, **options):
     [
         (dropping, "must not have dropout, .* Received: dropout in drops. Use dropout=0"),
         (biased, "takes a mask and no bias"),
+        (returning_weights, "neither return their weights nor .* Received: returns. Call it"),
+        (returning_grouped_weights, "neither return their weights nor .* Received: returns."),
+        (of_two_axes, "nor attend to several axes, .* Received: two_axes. Call it"),
         (without, "`attention_chunk_size` has no effect: .* Leave the option out"),
     ],
 )

@@ -8,6 +8,8 @@ softmax: the keys are not cut).
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -73,6 +75,27 @@ def _attention(
 
 
 nn._dot_product_attention_xla = _attention
+
+
+def _refused_in_chunks(softmax: _types.AnyFunction) -> _types.AnyFunction:
+    """What Keras's layers call with all weights, where they do not leave these to `_attention`."""
+
+    @functools.wraps(softmax)
+    def refused(self: _types.Layer, *args: Any, **kwargs: Any) -> _types.Tensor:  # Any: Keras's.
+        if current("chunked_attention") is not None:
+            raise errors.UnsupportedModelError(
+                "With `attention_chunk_size`, attention layers must neither return their weights "
+                "nor attend to several axes, for which Keras computes all weights at once. "
+                f"Received: {self.name}. Call it without return_attention_scores=True and on "
+                "inputs of three dimensions, or leave the option out."
+            )
+        return softmax(self, *args, **kwargs)
+
+    return refused
+
+
+for _layer in (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention):
+    _layer._masked_softmax = _refused_in_chunks(_layer._masked_softmax)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
