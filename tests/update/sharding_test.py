@@ -364,6 +364,27 @@ def test_a_constraint_looks_at_the_whole_variable(shard, float64):
     assert_small_model_trains_as_plain(constrained, OPTIMIZERS["adam"], shard)
 
 
+@weights_first
+def test_a_constraint_may_come_and_go_between_trainings(shard, float64):
+    def train(base, **options):
+        keras.utils.set_random_seed(2)
+        model = base([keras.Input((3,)), layers.Dense(6), layers.Dense(2)], **options)
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(20, 3)), rng.normal(size=(20, 2))
+        for constraint in (None, keras.constraints.MaxNorm(0.5), None):
+            model.layers[0].kernel.constraint = constraint
+            model.compile(model.optimizer if model.compiled else OPTIMIZERS["adam"](), "mse")
+            model.fit(x, y, batch_size=10, shuffle=False, verbose=0)
+        return model
+
+    expected = train(keras.Sequential)
+    with make_strategy("mirrored_2").scope():
+        found = train(tfbig.Sequential, shard=shard, gradient_accumulation_steps=2)
+    assert_divided(found)
+    for a, b in zip(state(found), state(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
 class Elementless(layers.Layer):
     """Weights of no elements, one of many rows."""
 

@@ -43,8 +43,11 @@ def apply(model: StepOptions) -> None:
         if replicas.count_of(model) > 1:
             _refuse_others(model)
         sharded_weights.divide(model, model.distribute_strategy)
-    for _, optimizer in _keras.optimizer.optimizers_of(model):
-        sharded_state.divide(optimizer, model.distribute_strategy)
+    optimizers = [optimizer for _, optimizer in _keras.optimizer.optimizers_of(model)]
+    has_changed = [sharded_state.divide(x, model.distribute_strategy) for x in optimizers]
+    if any(has_changed):
+        # The step has the pieces of before.
+        model._rebuild_step()
 
 
 def _refuse_others(model: StepOptions) -> None:

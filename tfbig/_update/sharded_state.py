@@ -39,6 +39,8 @@ class ShardedState:
         self.optimizer = optimizer
         self.strategy = strategy
         self.pieces: list[list[Piece | None]] = []
+        # For each weight, whether one replica must have all of its state.
+        self._stay_whole: list[bool] = []
         self._build = optimizer.build
         self._is_elementwise = _keras.sharded_optimizer.is_elementwise(optimizer)
 
@@ -78,18 +80,26 @@ class ShardedState:
         for _, variable in _keras.sharded_optimizer.state_of(self.optimizer):
             _keras.sharded_variable.make_whole(variable)
 
-    def _divide(self, variables: list[keras.Variable]) -> None:
-        number = self.strategy.num_replicas_in_sync
+    def is_outdated(self) -> bool:
+        """Whether other weights must be whole than when the state was divided."""
+        weights = _keras.sharded_optimizer.weights_of(self.optimizer)
+        return self._must_be_whole(weights) != self._stay_whole
+
+    def _must_be_whole(self, variables: list[keras.Variable]) -> list[bool]:
         # A constraint looks at all of its variable, and Keras assigns all of one whose gradient
         # is its new value.
-        stay_whole = [
+        return [
             not self._is_elementwise
             or v.constraint is not None
             or _keras.sharded_optimizer.is_overwritten(self.optimizer, v)
             for v in variables
         ]
+
+    def _divide(self, variables: list[keras.Variable]) -> None:
+        number = self.strategy.num_replicas_in_sync
+        self._stay_whole = self._must_be_whole(variables)
         sizes = [math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables]
-        owned = [i for i, whole in enumerate(stay_whole) if whole]
+        owned = [i for i, whole in enumerate(self._stay_whole) if whole]
         owners = dict(
             zip(owned, _pieces.balanced_owners([sizes[i] for i in owned], number), strict=True)
         )
@@ -139,20 +149,28 @@ def is_divided(optimizer: _types.Optimizer) -> bool:
     return state_of(optimizer) is not None
 
 
-def divide(optimizer: _types.Optimizer, strategy: _types.Strategy) -> None:
+def divide(optimizer: _types.Optimizer, strategy: _types.Strategy) -> bool:
     """Divides the state of an optimizer over the replicas, now or when it is built.
+
+    Returns:
+        Whether it was divided otherwise before, since when weights got or lost a constraint.
 
     Raises:
         InvalidOptionError: If the optimizer's state cannot be divided.
     """
-    if strategy.num_replicas_in_sync == 1 or is_divided(optimizer):
-        return
+    if strategy.num_replicas_in_sync == 1:
+        return False
+    before = state_of(optimizer)
+    if before is not None and not before.is_outdated():
+        return False
+    make_whole(optimizer)
     state = ShardedState(optimizer, strategy)
     if optimizer.built:
         state.take_over()
     # Past Keras, which tracks attributes.
     vars(optimizer)[_ATTRIBUTE] = state
     vars(optimizer)["build"] = state.build
+    return before is not None
 
 
 def make_whole(optimizer: _types.Optimizer) -> None:
