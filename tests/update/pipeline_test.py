@@ -1205,8 +1205,27 @@ def test_a_variable_on_two_stages():
         h = layers.Dense(4)(tied(h))
     stages.put(first, pipeline.stages[0])
     tied._trainable_variables.append(first.kernel)
-    with pytest.raises(errors.InvalidOptionError, match=r"kernel on stages [01] and [01]"):
+    message = r"kernel on stages [01] and [01]\. Make them"
+    with pytest.raises(errors.InvalidOptionError, match=message):
         tfbig.Model(x, h, pipeline=pipeline)
+
+
+def test_a_seed_generator_on_two_stages():
+    class Noise(layers.Layer):
+        def __init__(self, generator):
+            super().__init__()
+            self.generator = generator
+
+        def call(self, h):
+            return h + keras.random.normal(keras.ops.shape(h), seed=self.generator)
+
+    generator = keras.random.SeedGenerator(1)
+    x = h = keras.Input((16,))
+    for _ in range(2):
+        h = Noise(generator)(layers.Dense(16)(h))
+    message = r"on stages 0 and 1\. Give each layer a seed generator"
+    with pytest.raises(errors.InvalidOptionError, match=message):
+        tfbig.Model(x, h, pipeline=on_cpus())
 
 
 def test_more_stages_than_layers():

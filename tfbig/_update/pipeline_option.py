@@ -265,10 +265,16 @@ def _stages_of_variables(
                 )
             _, other = found.setdefault(id(variable), (variable, stage))
             if other is not stage:
+                is_seed = any(variable is g.state for g in layer._seed_generators)
+                remedy = (
+                    "Give each layer a seed generator, or an integer as `seed`, of its own"
+                    if is_seed
+                    else "Make them on the same stage"
+                )
                 raise errors.InvalidOptionError(
                     "Layers that share a variable must be on one stage, or its value would go "
                     f"from one to the other in each micro-batch. Received: {variable.path} on "
-                    f"stages {other.index} and {stage.index}."
+                    f"stages {other.index} and {stage.index}. {remedy}."
                 )
         for inner in layer._flatten_layers(include_self=False, recursive=False):
             visit(inner, stage)
