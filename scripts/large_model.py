@@ -14,6 +14,7 @@ device, end for want of memory: with an error, or killed where TensorFlow does n
 import pathlib
 import resource
 import sys
+from typing import Any
 
 import command_line
 from absl import flags
@@ -42,19 +43,12 @@ def _kibibytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def _run() -> int:
-    with command_line.quiet_start():
-        import keras
-        import numpy as np
-        import tensorflow as tf
+def _trained(strategy: Any) -> Any:  # Any: Keras, which is not imported yet, has no types.
+    """The model, built under a strategy and trained."""
+    import keras
+    import numpy as np
 
-        import tfbig
-
-    strategy = tfbig.distribute.get_strategy()
-    before = _kibibytes("VmRSS")
-    if _LIMIT.value:
-        size = 1024 * _kibibytes("VmData") + _LIMIT.value * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+    import tfbig
 
     class Block(keras.layers.Layer):
         """Attention to what came before, and two dense layers."""
@@ -98,10 +92,27 @@ def _run() -> int:
     text = np.frombuffer(pathlib.Path(__file__).read_bytes(), np.uint8).astype("int32")
     starts = np.arange(_UPDATES.value * BATCH) % (len(text) - LENGTH - 1)
     rows = np.stack([text[i : i + LENGTH + 1] for i in starts])
+    model.fit(rows[:, :-1], rows[:, 1:], batch_size=BATCH, verbose=2, shuffle=False)
+    return model
+
+
+def _run() -> int:
+    with command_line.quiet_start():
+        import tensorflow as tf
+
+        import tfbig
+
+    strategy = tfbig.distribute.get_strategy()
+    before = _kibibytes("VmRSS")
+    if _LIMIT.value:
+        size = 1024 * _kibibytes("VmData") + _LIMIT.value * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
     try:
-        model.fit(rows[:, :-1], rows[:, 1:], batch_size=BATCH, verbose=2, shuffle=False)
-    except tf.errors.ResourceExhaustedError as e:
-        print(f"{PROGRAM}: out of memory: {e.message.splitlines()[0]}", file=sys.stderr)
+        model = _trained(strategy)
+    except (tf.errors.ResourceExhaustedError, MemoryError) as e:
+        first_line, *_ = str(e).split("\n")
+        print(f"{PROGRAM}: out of memory: {first_line}", file=sys.stderr)
         return 1
     if tfbig.distribute.is_chief(strategy):
         taken = (_kibibytes("VmHWM") - before) / 1024
