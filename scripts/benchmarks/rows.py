@@ -29,7 +29,7 @@ ROWS = {
     "jax": "Keras on JAX, built-in accumulation",
 }
 OF_TFBIG = ("tfbig", "jit", "no_jit", "recompute", "pipeline")
-# Measured only where they are named.
+# Measured only where they are named: stages are for models that do not fit on one device.
 ON_REQUEST = ("no_jit", "pipeline")
 # With one micro-batch these equal "whole".
 _OF_SEVERAL = ("built_in", "built_in_jit", "micro")

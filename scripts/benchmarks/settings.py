@@ -17,7 +17,6 @@ from benchmarks.models import MODELS
 from benchmarks.process import Task
 
 _ROWS_OF_TFBIG_AND_KERAS = tuple(name for name in rows.ROWS if name not in peers.PEERS)
-# Stages are for models that do not fit on one device.
 _DEFAULT_ROWS = tuple(name for name in _ROWS_OF_TFBIG_AND_KERAS if name not in rows.ON_REQUEST)
 
 MODELS_FLAG = flags.DEFINE_list(

@@ -155,8 +155,13 @@ class Table(layers.Layer):
         return keras.ops.take(self.rows, x, axis=0)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [SPLIT, {"log_grad_norm": True}],
+    ids=["split", "whole batch"],
+)
 @pytest.mark.parametrize("kind", [lambda **options: layers.Embedding(5, 2, **options), Table])
-def test_rows_of_tables_under_xla_are_warned_of(kind):
+def test_rows_of_tables_under_xla_are_warned_of(kind, option):
     model = tfbig.Sequential(
         [
             keras.Input((3,), dtype="int32"),
@@ -164,7 +169,7 @@ def test_rows_of_tables_under_xla_are_warned_of(kind):
             layers.Flatten(),
             layers.Dense(1),
         ],
-        **SPLIT,
+        **option,
     )
     model.compile("adam", "mse", jit_compile=True)
     x, y = np.ones((6, 3), "int32"), np.ones((6, 1))

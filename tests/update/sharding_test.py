@@ -329,6 +329,21 @@ def test_an_overflow_of_half_precision_raises():
         model.fit(np.full((4, 1), 1e6), np.ones((4, 1)), batch_size=4, verbose=0)
 
 
+def assert_trains_as_plain(train, shard):
+    """Compares a training on two replicas with one of plain Keras.
+
+    Args:
+        train: Function of a class of models and options that returns a trained model.
+        shard: The option.
+    """
+    expected = train(keras.Sequential)
+    with make_strategy("mirrored_2").scope():
+        found = train(tfbig.Sequential, shard=shard, gradient_accumulation_steps=2)
+    assert_divided(found)
+    for a, b in zip(state(found), state(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
 def assert_small_model_trains_as_plain(between, optimizer, shard):
     """Compares a model of three inputs and two outputs with plain Keras, weights and state.
 
@@ -347,12 +362,7 @@ def assert_small_model_trains_as_plain(between, optimizer, shard):
         model.fit(x, y, batch_size=10, epochs=2, shuffle=False, verbose=0)
         return model
 
-    expected = train(keras.Sequential)
-    with make_strategy("mirrored_2").scope():
-        found = train(tfbig.Sequential, shard=shard, gradient_accumulation_steps=2)
-    assert_divided(found)
-    for a, b in zip(state(found), state(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    assert_trains_as_plain(train, shard)
 
 
 @weights_first
@@ -377,12 +387,7 @@ def test_a_constraint_may_come_and_go_between_trainings(shard, float64):
             model.fit(x, y, batch_size=10, shuffle=False, verbose=0)
         return model
 
-    expected = train(keras.Sequential)
-    with make_strategy("mirrored_2").scope():
-        found = train(tfbig.Sequential, shard=shard, gradient_accumulation_steps=2)
-    assert_divided(found)
-    for a, b in zip(state(found), state(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    assert_trains_as_plain(train, shard)
 
 
 class Elementless(layers.Layer):

@@ -69,19 +69,26 @@ def warn_of_what_is_not_exact(model: keras.Model, known: frozenset[str]) -> froz
 
 
 def warn_of_what_the_trace_shows(
-    model: keras.Model, trace: loss_trace.LossTrace, known: frozenset[str]
+    model: keras.Model,
+    trace: loss_trace.LossTrace,
+    known: frozenset[str],
+    *,
+    is_whole_batch: bool,
 ) -> frozenset[str]:
-    """Warns of what only the forward pass tells to change with the split of the batch.
+    """Warns of what only the trace tells to be another update than that of Keras.
 
     Args:
         model: the model.
-        trace: that of a micro-batch, of several.
+        trace: that of a micro-batch.
         known: what was warned of before.
+        is_whole_batch: whether the micro-batch is the whole batch.
 
     Returns:
         All that has been warned of.
     """
-    messages = [*_changed_state(model, trace.state), *_added_rows(trace)]
+    messages = _added_rows(trace)
+    if not is_whole_batch:
+        messages += _changed_state(model, trace.state)
     # What couples samples by its name is warned of with its name.
     is_known = _keras.losses.losses_that_couple_samples(model) or _trained_normalizations(model)
     if trace.coupled_by and not is_known:

@@ -254,9 +254,12 @@ class TrainStep(training_checks.TrainingChecks):
             valid_samples=valid_samples,
             in_flight=None if self.pipeline is None else self.pipeline.in_flight,
         )
-        if training and not micro_batches.is_whole_batch:
+        if training:
             self._inexact_parts = inexact.warn_of_what_the_trace_shows(
-                self, micro_batches.trace, self._inexact_parts
+                self,
+                micro_batches.trace,
+                self._inexact_parts,
+                is_whole_batch=micro_batches.is_whole_batch,
             )
         if micro_batches.compiles_each:
             _say_that_each_is_compiled()
