@@ -484,6 +484,33 @@ def test_weights_that_are_swapped_for_their_averages_are_backed_up_as_themselves
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_fit_goes_on_after_ctrl_c_in_a_validation_that_had_swapped_averages(tmp_path):
+    def trained(directory, *others):
+        keras.utils.set_random_seed(1)
+        model = compiled(optimizer=keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5))
+        swap = keras.callbacks.SwapEMAWeights()
+        backup = tfbig.callbacks.BackupAndRestore(directory)
+        for _ in range(1 + len(others)):
+            with contextlib.suppress(KeyboardInterrupt):
+                fit(model, swap, *others, backup, validation_data=samples())
+        return model
+
+    whole = trained(tmp_path / "whole")
+    seen = []
+
+    def interrupt(*_):
+        seen.append(None)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    # The same model and callbacks, as in a notebook.
+    resumed = trained(tmp_path / "run", keras.callbacks.LambdaCallback(on_test_begin=interrupt))
+    assert len(seen) > 2
+    # Keras swaps by additions.
+    for a, b in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("signal_in_validation", [False, True])
 def test_an_epoch_resumed_after_its_last_batch_has_the_logs_of_that_batch(
     signal_in_validation, tmp_path
