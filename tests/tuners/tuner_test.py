@@ -552,9 +552,15 @@ def test_a_search_of_several_workers_is_not_in_memory(options, monkeypatch):
         tuners.RandomSearch(build, storage="memory", **options)
 
 
-@pytest.mark.timeout(60)
-def test_a_search_within_a_trial_of_another_is_not_isolated(options, monkeypatch):
+@pytest.fixture
+def program(monkeypatch):
+    """A program that can be run again, which the processes of pytest-xdist are not."""
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
     monkeypatch.setattr(_isolation, "_in_memory", [])
+
+
+@pytest.mark.timeout(60)
+def test_a_search_within_a_trial_of_another_is_not_isolated(options, program):
 
     def search_again(hp):
         hp.Float("x", 0, 1)
@@ -562,7 +568,7 @@ def test_a_search_within_a_trial_of_another_is_not_isolated(options, monkeypatch
         Scored(lambda hp: hp.Float("y", 0, 1), isolate=True, **within).search(verbose=0)
 
     tuner = Scored(search_again, **options | {"max_consecutive_failed_trials": 1})
-    with pytest.raises(errors.SearchError, match=r"InvalidOptionError: `isolate` "):
+    with pytest.raises(errors.SearchError, match=r"InvalidOptionError: `isolate` .*of another one"):
         tuner.search(verbose=0)
     # After a search, another one may begin.
     with _isolation.searching("p", is_isolated=True):
@@ -574,9 +580,7 @@ def test_a_search_in_memory_is_not_isolated(options):
         tuners.RandomSearch(build, isolate=True, storage="memory", **options)
 
 
-def test_a_search_after_one_in_memory_is_not_isolated(options, monkeypatch):
-    monkeypatch.setattr(_isolation, "_in_memory", [])
-
+def test_a_search_after_one_in_memory_is_not_isolated(options, program):
     def search_in_memory(hp):
         within = options | {"project_name": "within", "max_trials": 1, "storage": "memory"}
         Scored(lambda hp: hp.Float("y", 0, 1), **within).search(verbose=0)
