@@ -279,7 +279,7 @@ class Gaps(keras.callbacks.Callback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["arrays", "dataset"])
-@pytest.mark.parametrize(("seconds", "fits"), [(1.5, 4), (6.0, 1)])
+@pytest.mark.parametrize(("seconds", "fits"), [(1.5, 4), (6.0, 4)])
 def test_time_between_epochs(name, seconds, fits):
     arguments = FITS[name]() | {"validation_data": None, "epochs": 5}
     rows = {"plain": keras.Sequential, "tfbig": tfbig.Sequential}
@@ -304,4 +304,4 @@ def test_time_between_epochs(name, seconds, fits):
             end="",
         )
     # Of plain Keras nothing is asserted: whether it waits is a matter of chance.
-    assert statistics.median(gaps["tfbig"].seconds) < 0.1
+    assert max(gaps["tfbig"].seconds) < 0.1
