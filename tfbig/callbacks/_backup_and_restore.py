@@ -14,7 +14,7 @@ import keras
 from tfbig import _integers, _keras, _types, errors
 from tfbig._update import fit_context
 from tfbig._update.stop_request import StopRequest
-from tfbig.callbacks import _backup, _backup_files, _backup_writer, _goodput
+from tfbig.callbacks import _backup, _backup_files, _backup_lock, _backup_writer, _goodput
 from tfbig.callbacks._batch_count import BatchCount
 from tfbig.distribute import _workers
 
@@ -39,6 +39,10 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     callbacks set when it begins once more.
 
     Restores before the other callbacks of `fit` act, and backs up after them.
+
+    One training at a time can use a directory. `fit` of another waits for half a minute, and then
+    raises. A program that is killed leaves nothing to wait for. Some network file systems have no
+    locks, so that this is not noticed there.
 
     With several workers, all must have the callback, with the same directory, which all can read.
     The chief writes. With `shard`, all workers must be able to write there: each writes its part of
@@ -82,8 +86,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     Raises:
         InvalidOptionError: If an argument is not valid.
-        BackupError: At the start of `fit`, if the backup is damaged or belongs to another model.
-            It is kept.
+        BackupError: At the start of `fit`, if another training uses the directory, or the backup is
+            damaged or belongs to another model. It is kept.
 
     Example:
 
@@ -154,11 +158,22 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     @contextlib.contextmanager
     def around_fit(self, model: keras.Model, arguments: Mapping[str, Any]) -> Iterator[None]:
         """Entered by `fit` of a tfbig model; the callback works only within it."""
-        self._first_epoch = arguments.get("initial_epoch") or 0
         # The program may change into another directory meanwhile.
         self._directory = os.path.abspath(self.backup_dir)
-        self._callbacks = fit_context.callbacks_of(arguments.get("callbacks"))
         self._workers = _workers.Workers.of(model.distribute_strategy)
+        with self._alone(), self._ready(model, arguments):
+            yield
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which no other training uses the directory."""
+        return _backup_lock.held(self._directory, self._workers)
+
+    # Any: the arguments of `fit` are of all types.
+    @contextlib.contextmanager
+    def _ready(self, model: keras.Model, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """A context in which the callback works."""
+        self._first_epoch = arguments.get("initial_epoch") or 0
+        self._callbacks = fit_context.callbacks_of(arguments.get("callbacks"))
         self._saved = self._read()
         self._writer = self._new_writer()
         self._seed = self._saved.backup.seed if self._saved else self._new_seed()
@@ -187,7 +202,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                         "BackupAndRestore leaves SIGTERM alone: with several workers it needs "
                         "tfbig's `train_step`. Received: that of "
                         f"{type(model).__name__}.",
-                        stacklevel=4,
+                        stacklevel=6,
                     )
                 elif self.on_preemption is not None:
                     stack.enter_context(self._request.listening())

@@ -170,6 +170,10 @@ class KeepState(TrialCallback, tfbig.callbacks.BackupAndRestore):
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         super().__init__(directory, on_preemption=None)
 
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        # The study says whose trial it is. Who held it before may have been stopped for long.
+        return contextlib.nullcontext()
+
     def on_train_end(self, logs: _types.Logs | None = None) -> None:
         # The last epoch was backed up already; after it, Keras may replace weights by averages.
         pass
