@@ -770,10 +770,47 @@ def test_a_complete_training_leaves_no_backup_unless_asked_to(tmp_path):
     assert_same_weights(again, model)
 
 
-def backed_up(directory, **kwargs):
+@pytest.mark.parametrize("delete", [True, False])
+@pytest.mark.parametrize("epochs", [1, 0])
+def test_a_backup_that_has_come_further_stays(epochs, delete, tmp_path):
+    whole = compiled()
+    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"))
+    keras.utils.set_random_seed(1)
+    # Of the second epoch of three.
+    before = backed_up(tmp_path)
+    with pytest.warns(UserWarning, match=f"after batch 2 of epoch 2.*epochs={epochs}"):
+        history = fit(
+            compiled(),
+            tfbig.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=delete),
+            epochs=epochs,
+        )
+    assert history.epoch == []
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
+    # Nothing is lost.
+    model = compiled()
+    fit(model, tfbig.callbacks.BackupAndRestore(tmp_path))
+    assert_same_weights(model, whole)
+
+
+def test_a_training_that_has_ended_and_runs_again_resumes_its_data_with_more_epochs(tmp_path):
+    def run(directory, epochs):
+        keras.utils.set_random_seed(1)
+        model = compiled()
+        sizes = tfbig.callbacks.BatchSizeSchedule({0: 3, 9: 5})
+        backup = tfbig.callbacks.BackupAndRestore(tmp_path / directory, delete_checkpoint=False)
+        fit(model, backup, sizes, batch_size=None, epochs=epochs)
+        return model
+
+    whole = run("whole", 4)
+    for epochs in (2, 2, 4):
+        model = run("run", epochs)
+    assert_same_weights(model, whole)
+
+
+def backed_up(directory, at=(1, 2), **kwargs):
     """Makes a backup of interrupted training; returns its bytes."""
     with pytest.raises(KeyboardInterrupt):
-        fit(compiled(**kwargs), tfbig.callbacks.BackupAndRestore(directory, 1), Interrupt(1, 2))
+        fit(compiled(**kwargs), tfbig.callbacks.BackupAndRestore(directory, 1), Interrupt(*at))
     return _backup_files.path_in(directory).read_bytes()
 
 

@@ -77,7 +77,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             SIGTERM is ignored by the callback. Defaults to "exit".
         delete_checkpoint: whether the backup is removed when training has ended. Defaults to True,
             as in Keras. With False, a `fit` that has ended, even by `EarlyStopping`, does nothing
-            when run again, and resumes when run with more epochs.
+            when run again, and resumes when run with more epochs. A backup that has come further
+            than `epochs` stays in either case, with a warning, and nothing is trained.
         save_on_background: whether a thread writes backups while training continues, as above.
             Defaults to False.
         keep: the number of backups that stay, the newest ones: backup.npz, backup-1.npz before it,
@@ -188,6 +189,9 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         # Those of the last batch of the epoch, which may have been another program's.
         self._logs: _types.Logs = {}
         self._is_without_batches = False
+        # Whether the backup is of a training that has ended, or has come further than this one may;
+        # and whether it has come further.
+        self._is_complete = self._is_longer = False
         is_shared = self._workers.count > 1
         # With other workers it is part of the step, which must not be traced again.
         self._request = model.stop_request or StopRequest(model.distribute_strategy, is_shared)
@@ -313,8 +317,19 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         _keras.optimizer.forget_swap(self._callbacks)
         self._epoch, self._batches.done = backup.epoch, backup.batch
         self._first_epoch = backup.first_epoch
-        if backup.ended_of is not None and self.params["epochs"] <= backup.ended_of:
-            _keras.epoch_iterator.set_initial_epoch(self.model, self.params["epochs"])
+        epochs = self.params["epochs"]
+        self._is_longer = (backup.epoch, backup.batch) > (epochs, 0)
+        self._is_complete = self._is_longer or epochs <= (backup.ended_of or 0)
+        if self._is_longer:
+            warnings.warn(
+                f"The backup in {self.backup_dir} was taken after batch {backup.batch} of epoch "
+                f"{backup.epoch + 1}, and training is to end before. Received: epochs={epochs}. "
+                "Nothing is trained, the model is as in the backup, and the backup stays. Pass "
+                "more epochs to resume, or use another directory.",
+                stacklevel=2,
+            )
+        if self._is_complete:
+            _keras.epoch_iterator.set_initial_epoch(self.model, epochs)
             return
         self._logs, self._is_without_batches = dict(backup.logs), True
         self._metrics = list(saved.arrays(len(backup.described) - len(state.metrics)))
@@ -408,7 +423,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         else:
             with _goodput.spending_on_backups(self.model.goodput_meters):
                 self._running_writer.settle()
-            if self._workers.is_chief:
+            if self._workers.is_chief and not self._is_longer:
                 _backup_files.remove(self._directory)
 
     def wait_until_finished(self) -> None:
@@ -428,6 +443,9 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
         With several workers, the chief writes, and all write what is divided over them.
         """
+        if self._is_complete:
+            # Nothing was trained, and the data do not stand where they stood then.
+            return True
         with _goodput.backing_up(self.model.goodput_meters):
             self._since_backup = 0
             swapped = _keras.optimizer.swapped_averages(self.model, self._callbacks)
