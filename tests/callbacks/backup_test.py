@@ -807,6 +807,30 @@ def test_a_training_that_has_ended_and_runs_again_resumes_its_data_with_more_epo
     assert_same_weights(model, whole)
 
 
+@pytest.mark.parametrize("initial_epoch", [2, 3])
+@pytest.mark.parametrize("at", [(0, 2), (1, 1)])
+def test_a_backup_of_an_epoch_before_the_initial_one_is_refused(at, initial_epoch, tmp_path):
+    before = backed_up(tmp_path, at=at)
+    model = compiled()
+    weights = model.get_weights()
+    with pytest.raises(errors.BackupError, match=f"initial_epoch={initial_epoch}.*is kept"):
+        fit(model, tfbig.callbacks.BackupAndRestore(tmp_path), initial_epoch=initial_epoch)
+    assert _backup_files.path_in(tmp_path).read_bytes() == before
+    for a, b in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_backup_wins_over_an_earlier_initial_epoch(tmp_path):
+    whole = compiled()
+    fit(whole, tfbig.callbacks.BackupAndRestore(tmp_path / "whole"))
+    keras.utils.set_random_seed(1)
+    backed_up(tmp_path / "run")
+    model = compiled()
+    history = fit(model, tfbig.callbacks.BackupAndRestore(tmp_path / "run"), initial_epoch=1)
+    assert history.epoch == [1, 2]
+    assert_same_weights(model, whole)
+
+
 def backed_up(directory, at=(1, 2), **kwargs):
     """Makes a backup of interrupted training; returns its bytes."""
     with pytest.raises(KeyboardInterrupt):

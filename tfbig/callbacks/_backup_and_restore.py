@@ -38,7 +38,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     generators that the model does not hold. An epoch that resumes keeps its learning rate, whatever
     callbacks set when it begins once more.
 
-    Restores before the other callbacks of `fit` act, and backs up after them.
+    Restores before the other callbacks of `fit` act, and backs up after them. `initial_epoch` is
+    where training begins if there is no backup; one of an earlier epoch is refused.
 
     One training at a time can use a directory. `fit` of another waits for half a minute, and then
     raises. A program that is killed leaves nothing to wait for. Some network file systems have no
@@ -88,7 +89,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     Raises:
         InvalidOptionError: If an argument is not valid.
         BackupError: At the start of `fit`, if another training uses the directory, or the backup is
-            damaged or belongs to another model. It is kept.
+            damaged, belongs to another model, or is of an epoch before `initial_epoch`. It is kept.
 
     Example:
 
@@ -305,6 +306,13 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
                 f"The backup in {self.backup_dir} is of a training {have[not is_resized]}, whose "
                 f"data stand elsewhere. Received: a `fit` {have[is_resized]}. The file is kept. "
                 "Use another directory, or the callbacks that training began with."
+            )
+        if self._first_epoch > max(backup.epoch, backup.ended_of or 0):
+            raise errors.BackupError(
+                f"The backup in {self.backup_dir} was taken after {backup.epoch} complete epochs, "
+                f"before the epoch that training is to begin with. Received: initial_epoch="
+                f"{self._first_epoch}. The file is kept. Leave `initial_epoch` out to resume from "
+                "the backup, or use another directory."
             )
         if not is_resized:
             self._check_place(backup)
