@@ -927,6 +927,28 @@ def test_saved_model_continues_like_the_uninterrupted(kind, tmp_path, float64):
     assert list(histories[0]) == list(histories[1])
 
 
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
+@pytest.mark.parametrize(
+    "kind", ["functional", "sequential", "mixin_functional", "extended_sequential", "in_another"]
+)
+def test_hdf5_files_keep_class_and_options(kind, tmp_path, float64):
+    if kind == "in_another":
+        x = keras.Input((4,))
+        inner = sequential(tfbig.Sequential, gradient_accumulation_steps=2)
+        model = compiled(tfbig.Model(x, dense(2, 3)(inner(x)), **OPTIONS))
+    else:
+        model = compiled(MODELS[kind][0]())
+    model.save(tmp_path / "model.h5")
+    # Keras itself builds the optimizer of no weights, and does not train on.
+    loaded = keras.models.load_model(tmp_path / "model.h5", compile=False)
+    assert type(loaded) is type(model)
+    assert options_of(loaded) == options_of(model)
+    compiled(loaded)
+    fit(model)
+    fit(loaded)
+    assert_same(state_of(loaded), state_of(model), atol=0)
+
+
 @on_strategies
 def test_saved_loss_scale_moves_on(name, tmp_path):
     settings = tfbig.DynamicLossScale(initial_scale=8.0, growth_interval=2)

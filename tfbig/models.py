@@ -290,3 +290,4 @@ def _keep_options(original: keras.Model, clone: keras.Model) -> keras.Model:
 
 
 _keras.saving.after_cloning(_keep_options)
+_keras.saving.named_as_registered_in_hdf5(train_step.TrainStep)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import keras
 from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
-from keras.src.legacy.saving import legacy_h5_format
+from keras.src.legacy.saving import legacy_h5_format, saving_utils
 from keras.src.models import cloning as _cloning
 from keras.src.models import functional as _functional
 from keras.src.models import model as _model
@@ -193,6 +193,26 @@ def before_saving_hdf5(look: Callable[[keras.Model], object]) -> None:
         return save(model, *args, **kwargs)
 
     legacy_h5_format.save_model_to_hdf5 = saved
+
+
+def named_as_registered_in_hdf5(cls: type[keras.Model]) -> None:
+    """Has HDF5 files name models of a class as `.keras` files do.
+
+    Keras writes the class's own name, by which it finds no class of a package, or one of its own.
+
+    Args:
+        cls: the class; those derived from it, too.
+    """
+    metadata = saving_utils.model_metadata
+
+    @functools.wraps(metadata)
+    def named(model: keras.Model, *args: object, **kwargs: object) -> _types.Config:
+        found: _types.Config = metadata(model, *args, **kwargs)
+        if isinstance(model, cls):
+            found["model_config"]["class_name"] = registered_name(type(model))
+        return found
+
+    saving_utils.model_metadata = named
 
 
 def with_class(model: keras.Model, cls: type[keras.Model]) -> keras.Model:
