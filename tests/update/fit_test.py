@@ -605,6 +605,40 @@ def test_models_that_users_write(name, options, kind):
     both(name, options, MODELS[kind], compile_mse, feed)
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_test_step_takes_means_of_replicas_that_have_samples(run_eagerly):
+    def make(base):
+        class Net(subclassed(base)):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.weighted = keras.metrics.Mean(name="weighted")
+                self.unweighted = keras.metrics.Mean(name="unweighted")
+
+            def test_step(self, data):
+                x, y = data
+                loss = tf.reduce_mean((self(x, training=False) - y) ** 2)
+                self.weighted.update_state(loss, sample_weight=tf.shape(x)[0])
+                self.unweighted.update_state(loss)
+                means = {m.name: m.result() for m in (self.weighted, self.unweighted)}
+                return means | {"last": loss}
+
+        return Net
+
+    def feed(model):
+        # Of the last batch of one sample, the second replica has none.
+        return model.evaluate(X[:9], Y[:9], batch_size=4, return_dict=True, verbose=0)
+
+    def compile_model(model):
+        model.compile(run_eagerly=run_eagerly)
+
+    _, want = train(PLAIN, "default", of_class(make), compile_model, feed)
+    _, got = train(big(**K3), "mirrored_2", of_class(make), compile_model, feed)
+    assert_same_values([got["weighted"], got["last"]], [want["weighted"], want["last"]])
+    # Of four means over two samples, and one over the last.
+    of_two = (9 * want["weighted"] - want["last"]) / 2
+    assert_same_values(got["unweighted"], (of_two + want["last"]) / 5)
+
+
 def renamed_metric(base):
     class Net(own_metrics(base)):
         def compute_metrics(self, x, y, y_pred, sample_weight=None):

@@ -46,6 +46,35 @@ def share_of_replica(data: _types.Structure) -> _types.Structure:
     return slice_samples(data, begin, end - begin)
 
 
+def leaving_out_empty_shares(
+    model: keras.Model, step: Callable[[_types.Structure], _types.Logs]
+) -> Callable[[_types.Structure], _types.Logs]:
+    """A `test_step` of a user's own in which a replica without samples counts in no metric.
+
+    A mean over no samples is no number, and would be the result of the whole evaluation.
+    """
+
+    @functools.wraps(step)
+    def left_out(data: _types.Structure) -> _types.Logs:
+        if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
+            return step(data)
+        before = [
+            [(v, tf.identity(v.value)) for v in metric.variables]
+            for metric in model.metrics
+            if metric.variables and all(is_summed(v) for v in metric.variables)
+        ]
+        logs = step(data)
+        is_empty = tf.equal(batch_size(data), 0)
+        for pairs in before:
+            is_number = [tf.reduce_all(tf.math.is_finite(v.value)) for v, _ in pairs]
+            is_left_out = is_empty & ~tf.reduce_all(is_number)
+            for variable, value in pairs:
+                variable.assign(tf.where(is_left_out, value, variable.value))
+        return logs
+
+    return left_out
+
+
 def _timed(clock: object, step: _types.AnyFunction, data: _types.Structure) -> _types.Structure:
     """Runs a step with a `StageClock`, in the thread of the replica."""
     with holding("stage_clock", clock):
@@ -75,14 +104,19 @@ def run(
     is_cut = is_share or is_distributed(data)
 
     def step(data: _types.Structure) -> _types.Structure:
-        logs = timed_step(data if is_cut else share_of_replica(data))
+        data = data if is_cut else share_of_replica(data)
+        logs = timed_step(data)
         if is_global or not logs:
             return logs
         dtype = "float64" if keras.config.floatx() == "float64" else "float32"
-        mean = tf.distribute.get_replica_context().all_reduce(
-            "MEAN", [tf.cast(v, dtype) for v in tf.nest.flatten(logs)]
+        # Those of no samples may be no numbers.
+        counts = tf.constant(True) if is_share else tf.greater(batch_size(data), 0)
+        values = [tf.cast(v, dtype) for v in tf.nest.flatten(logs)]
+        values = [tf.where(counts, v, tf.zeros_like(v)) for v in values]
+        *totals, number = tf.distribute.get_replica_context().all_reduce(
+            "SUM", [*values, tf.cast(counts, dtype)]
         )
-        return tf.nest.pack_sequence_as(logs, mean)
+        return tf.nest.pack_sequence_as(logs, [total / number for total in totals])
 
     logs = tf.nest.map_structure(
         lambda v: strategy.experimental_local_results(v)[0], strategy.run(step, args=(data,))

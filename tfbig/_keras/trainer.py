@@ -12,7 +12,7 @@ from keras.src.trainers import trainer as _trainer
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from tfbig import _types, errors
-from tfbig._keras import building, graph_errors, resized_batches, shuffling
+from tfbig._keras import building, graph_errors, replica_step, resized_batches, shuffling
 from tfbig._keras.batches import (
     as_tensor,
     batch_size,
@@ -215,7 +215,10 @@ class TrainerOverrides(CompileHooks):
 
     def make_test_function(self, force: bool = False) -> None:
         if self.test_function is None or force:
-            self.test_function = self._explained(StepFunction(self, self.test_step))
+            step = self.test_step
+            if not replica_step.has_global_logs(step):
+                step = replica_step.leaving_out_empty_shares(self, step)
+            self.test_function = self._explained(StepFunction(self, step))
 
     def _rebuild_step(self) -> None:
         """Has the train, test and predict functions rebuilt when they are next called."""
