@@ -1101,6 +1101,44 @@ def test_train_on_batch_takes_sparse_and_ragged_batches(kind, strategy):
     assert tfbig.check_equivalence(model, x, np.zeros((5, 1), "float32")).is_equivalent
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("kind", ["sparse", "ragged"])
+def test_xla_refuses_operations_that_it_does_not_know(kind, steps, monkeypatch):
+    # What "auto" does on a GPU.
+    monkeypatch.setattr("tfbig._keras.trainer.is_on_cpu", lambda strategy: False)
+    dense_x = np.eye(6, 4)
+    x = tf.sparse.from_dense(dense_x)
+    if kind == "ragged":
+        x = tf.RaggedTensor.from_tensor(dense_x, ragged_rank=1)
+
+    class Net(tfbig.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.dense = dense(1, 1)
+
+        def call(self, x):
+            return self.dense(x.to_tensor(shape=(None, 4)) if kind == "ragged" else x)
+
+    data = tf.data.Dataset.from_tensor_slices((x, np.zeros((6, 1)))).batch(3)
+    model = Net(gradient_accumulation_steps=steps)
+    model.compile("sgd", "mse", jit_compile=True)
+    operations = {"sparse": "Sparse(FillEmptyRows|Slice)", "ragged": "RaggedTensorToTensor"}
+    refused = pytest.raises(
+        tfbig.errors.UnsupportedModelError,
+        match=rf"XLA must know.*jit_compile=True.* and {operations[kind]}\.",
+    )
+    with refused:
+        model.fit(data, shuffle=False, verbose=0)
+    with refused:
+        model.evaluate(data, verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 0
+    model.compile("sgd", "mse")
+    assert model.jit_compile
+    model.fit(data, shuffle=False, verbose=0)
+    assert not model.jit_compile
+    assert model.get_compile_config()["jit_compile"] == "auto"
+
+
 def test_train_on_batch_with_fewer_samples_than_replicas(mirrored):
     with mirrored.scope():
         model = tfbig.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

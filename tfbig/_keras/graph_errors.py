@@ -16,6 +16,7 @@ OVERFLOW = "tfbig: gradients are not finite after their exchange in half precisi
 EXCHANGES_DIFFER = "tfbig: workers exchange different gradients."
 # TensorFlow's own.
 _NO_SPARSE_SAMPLES = "Serialized sparse should have at least 1 serialized tensor"
+_NOT_COMPILED = "Detected unsupported operations when trying to compile"
 
 
 def error_of(message: str, model: keras.Model) -> Exception | None:
@@ -35,6 +36,13 @@ def error_of(message: str, model: keras.Model) -> Exception | None:
             "tf.data cannot give a worker a sparse batch without samples. Received: a batch of "
             "fewer samples than workers, the last of an epoch. Use drop_remainder=True, or "
             "leave samples out."
+        )
+    if _NOT_COMPILED in message:
+        operations = re.findall(r"(\w+) \(", message.partition(_NOT_COMPILED)[2].split("\n")[0])
+        return errors.UnsupportedModelError(
+            "XLA must know all operations that it compiles. Received: jit_compile=True, or "
+            f"compiled=True, and {', '.join(sorted(set(operations)))}. Sparse and ragged inputs "
+            "need operations that it does not know. Use jit_compile=False."
         )
     if LENGTHS_DIFFER in message:
         return errors.UnsupportedModelError(

@@ -95,6 +95,16 @@ class TrainerOverrides(CompileHooks):
             and not self._has_embeddings()
         )
 
+    def _compile_no_sparse_data(self, specs: _types.Structure) -> None:
+        """Turns off `jit_compile="auto"` for inputs whose operations XLA does not know."""
+        kinds = tf.SparseTensorSpec | tf.RaggedTensorSpec
+        config = self._compile_config.config if self._compile_config is not None else {}
+        if config.get("jit_compile") == "auto" and any(
+            isinstance(spec, kinds) for spec in keras.tree.flatten(specs)
+        ):
+            # Not by the property, which would forget "auto".
+            self._jit_compile = False
+
     def _has_embeddings(self) -> bool:
         return any(isinstance(x, keras.layers.Embedding) for x in self._flatten_layers())
 
@@ -113,6 +123,7 @@ class TrainerOverrides(CompileHooks):
         if size == 0:
             raise errors.InvalidOptionError(graph_errors.NO_SAMPLES)
         self._batch_size = size
+        self._compile_no_sparse_data(data_batch)
         self._check_before_run()
         with self.distribute_strategy.scope():
             self._build_for(data_batch)
