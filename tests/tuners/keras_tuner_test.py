@@ -1047,6 +1047,24 @@ def test_values_may_be_enqueued_after_all_were_tried(tmp_path):
     assert sorted(t.hyperparameters.get("a") for t in tuner.oracle.trials.values()) == [1, 2, 2]
 
 
+def test_enqueued_values_without_a_place_in_the_search_are_warned_of(tmp_path):
+    hp = kt.HyperParameters()
+    hp.Int("a", 1, 9)
+    tuner = enqueuing(tmp_path, hp, max_trials=2)
+    for a in (7, 8, 9):
+        tuner.enqueue({"a": a})
+    with pytest.warns(UserWarning, match="1 of 3 enqueued trials will not run.* 2 trials in all"):
+        tuner.search(verbose=0)
+    tried = [t.hyperparameters.get("a") for t in tuner.oracle.trials.values()]
+    assert tried == [7, 8]
+    with pytest.warns(UserWarning, match="1 of 1 enqueued trials will not run.* 0 are left"):
+        enqueuing(tmp_path, hp, max_trials=2).search(verbose=0)
+    # No warning, which would be an error.
+    tuner = enqueuing(tmp_path, hp, max_trials=3)
+    tuner.search(verbose=0)
+    assert tuner.oracle.trials["0002"].hyperparameters.get("a") == 9
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

@@ -237,8 +237,9 @@ class BaseTuner(
     def enqueue(self, values: Mapping[str, _tuner_types.Value]) -> bool:
         """Has a trial try values of yours, before those that the tuner chooses.
 
-        Trials try what was enqueued first, first. They count as any others. A program that is
-        started again may enqueue the same values again, which has no effect.
+        Trials try what was enqueued first, first. They count as any others; `search` warns if there
+        are too many for `max_trials`. A program that is started again may enqueue the same values
+        again, which has no effect.
 
         Args:
             values: Values of hyperparameters by name. The tuner chooses those that are left out,
@@ -296,6 +297,7 @@ class BaseTuner(
                     _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
                 if is_parent:
                     self.oracle.warn_of_random_values()
+                    self.oracle.warn_of_trials_left_out()
                 self.on_search_begin()
                 if self._isolate and not self._is_trial_process:
                     watch = _isolation.Watch(self.oracle.watch_interval, self.oracle.why_overdue)

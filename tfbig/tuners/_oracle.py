@@ -7,6 +7,7 @@ trials, and `_views` shows them to KerasTuner.
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterable
 
 import keras_tuner
@@ -281,6 +282,22 @@ class StudyOracle(
     def warn_of_random_values(self) -> None:
         """Warns if the sampler draws hyperparameters at random that it cannot model."""
         _samplers.warn_of_random_values(self._sampler, self.hyperparameters.space)
+
+    def warn_of_trials_left_out(self) -> None:
+        """Warns if there are more enqueued trials than the search may still run."""
+        if self.max_trials is None:
+            return
+        trials = self._search.trials
+        with trials.one_look():
+            waiting = trials.count_enqueued()
+            left = max(0, self.max_trials - len(trials.by_index()))
+        if waiting > left:
+            warnings.warn(
+                f"{waiting - left} of {waiting} enqueued trials will not run, those enqueued last: "
+                f"the search has {self.max_trials} trials in all, of which {left} are left. "
+                "Enqueue fewer, or let it have more.",
+                stacklevel=4,
+            )
 
     def begin_anew(self) -> None:
         """Removes the study.

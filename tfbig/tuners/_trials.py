@@ -189,6 +189,12 @@ class Trials:
         """Whether a trial that was enqueued waits to be run."""
         return any(t.state == TrialState.WAITING for t in self._unfinished())
 
+    def count_enqueued(self) -> int:
+        """How many trials that were enqueued wait to be run."""
+        waiting = (t for t in self._unfinished() if t.state == TrialState.WAITING)
+        # What processes have enqueued at the same time runs once.
+        return len({t.user_attrs.get(GIVEN, t.number) for t in waiting})
+
     def _unfinished(self) -> list[FrozenTrial]:
         """The trials that have not ended, by number."""
         return [trial for _, trial in sorted(self._known.unfinished.items())]
