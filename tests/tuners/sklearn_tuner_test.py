@@ -103,6 +103,25 @@ def test_the_score_is_the_mean_over_the_folds(make):
     assert trial.score == pytest.approx(expected.mean(), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"scoring": "balanced_accuracy"}, "scoring: 'accuracy', expected 'balanced_accuracy'"),
+        ({"scoring": metrics.make_scorer(metrics.zero_one_loss)}, "expected 'zero_one_loss'"),
+        ({"scoring": None}, 'expected "the estimator\'s own"'),
+        ({"cv": model_selection.KFold(4)}, r"'StratifiedKFold \(3\)', expected 'KFold \(4\)'"),
+    ],
+)
+def test_how_trials_are_scored_must_not_change_on_resume(make, change, told):
+    given = {"scoring": "accuracy", "cv": model_selection.StratifiedKFold(3)}
+    make(max_trials=1, **given).search(X, Y)
+    with pytest.raises(errors.StudyError, match=told):
+        make(max_trials=2, **given | change).search(X, Y)
+    again = make(max_trials=2, **given)
+    again.search(X, Y)
+    assert len(again.oracle.trials) == 2
+
+
 def test_weights_reach_the_models_that_take_them_and_the_scores(make):
     weights = np.where(Y == 2, 0.0, 1.0)
     fitted = Ridge.fitted = []

@@ -1,6 +1,7 @@
 """Tuners of tiny models: what is trained, kept, loaded and reported."""
 
 import importlib.util
+import json
 import math
 import pathlib
 import subprocess
@@ -17,7 +18,7 @@ import tfbig
 from tests import job
 from tfbig import errors, tuners
 from tfbig.distribute import _workers
-from tfbig.tuners import _isolation
+from tfbig.tuners import _agreement, _isolation
 
 X = np.random.default_rng(0).normal(size=(16, 3))
 Y = X @ [[1.0], [-1.0], [0.5]] + 0.1
@@ -407,6 +408,44 @@ def test_folds_validate_on_each_sample_once(options):
         assert score == pytest.approx(np.mean(seen[3 * trial : 3 * trial + 3]))
     for a, b in zip(Search.held_out[:3], Search.held_out[3:], strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 3), (3, None), (3, 4)])
+def test_folds_must_not_change_on_resume(before, after, options):
+    data = {n: FOLDED if n else DATA | {"epochs": 1} for n in (before, after)}
+    tuners.RandomSearch(build, max_trials=1, folds=before, **options).search(**data[before])
+    tuner = tuners.RandomSearch(build, max_trials=2, folds=after, **options)
+    told = f"folds: '{before or 'none'}', expected '{after or 'none'}'"
+    with pytest.raises(errors.StudyError, match=told):
+        tuner.search(**data[after])
+    again = tuners.RandomSearch(build, max_trials=2, folds=before, **options)
+    again.search(**data[before])
+    assert len(again.oracle.trials) == 2
+
+
+def test_the_number_of_executions_may_change_on_resume_and_is_noted(options, capsys):
+    for count in (1, 2, 2):
+        tuner = tuners.RandomSearch(build, max_trials=count, executions_per_trial=count, **options)
+        tuner.search(**DATA, epochs=1)
+    (noted,) = tuner.oracle.study.user_attrs["tfbig:changes"]
+    assert noted["change"] == "executions per trial: 1, now 2"
+    assert noted["change"] in capsys.readouterr().out
+
+
+def test_a_study_that_does_not_say_how_often_trials_are_trained_can_be_resumed(options):
+    tuner = tuners.RandomSearch(build, max_trials=1, folds=3, **options)
+    tuner.search(**FOLDED)
+
+    def without(text):
+        settings = json.loads(text)
+        return json.dumps({k: v for k, v in settings.items() if k not in _agreement._ADDED})
+
+    tuner.oracle._ledger.change_metadata(_agreement.SETTINGS, without)
+    tuner = tuners.RandomSearch(build, max_trials=2, folds=3, **options)
+    tuner.search(**FOLDED)
+    assert "tfbig:changes" not in tuner.oracle.study.user_attrs
+    with pytest.raises(errors.StudyError, match="folds: '3', expected 'none'"):
+        tuners.RandomSearch(build, **options).search(**DATA)
 
 
 def test_a_pruner_looks_at_the_mean_after_each_fold(options):

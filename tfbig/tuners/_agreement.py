@@ -11,8 +11,12 @@ from tfbig.tuners import _json, _ledger, _space
 from tfbig.tuners._hyperparameters import HyperParameters
 
 __all__ = (
+    "CROSS_VALIDATION",
+    "EXECUTIONS",
+    "FOLDS",
     "KIND",
     "MAX_TRIALS",
+    "SCORING",
     "SETTINGS",
     "SPACE",
     "SharedSpace",
@@ -27,10 +31,18 @@ SETTINGS, SPACE, MAX_TRIALS = "settings", "space", "max_trials"
 # The setting that names the oracle, as studies have stored it.
 KIND = "way to search"
 
+# The settings that say how a trial is scored.
+FOLDS, EXECUTIONS = "folds", "executions per trial"
+CROSS_VALIDATION, SCORING = "cross-validation", "scoring"
+
 # The attribute of a study that lists what was changed when it resumed, and when.
 CHANGES = "tfbig:changes"
 
-_CHANGEABLE = ("sampler", "pruner")
+# Scores that are means of other numbers of trainings can still be compared.
+_CHANGEABLE = ("sampler", "pruner", EXECUTIONS)
+
+# What studies have not always stored.
+_ADDED = {FOLDS, EXECUTIONS, CROSS_VALIDATION, SCORING}
 
 _LEAVE = (
     "It is unchanged. Use a different `project_name`, or `overwrite=True` to start the search over."
@@ -45,8 +57,8 @@ def agree_on_settings(
     Args:
         ledger: The ledger of the study.
         study: Name and place of the study, for errors.
-        settings: What a study was created with. The sampler and the pruner may change when a search
-            resumes, the rest must not.
+        settings: What a study was created with. The sampler, the pruner and the number of
+            executions may change when a search resumes, the rest must not.
         seed: The seed that the user gave; None for any.
 
     Returns:
@@ -57,8 +69,14 @@ def agree_on_settings(
     """
     wanted = settings if seed is None else settings | {"seed": str(seed)}
     drawn = {"seed": str(random.SystemRandom().randrange(2**31))}
-    stored = ledger.change_metadata(SETTINGS, lambda text: text or json.dumps(drawn | wanted))
-    known = json.loads(stored)
+
+    def agreed(text: str | None) -> str:
+        known = drawn | wanted if text is None else json.loads(text)
+        # Studies that were stored without them do not say.
+        unsaid = {name: wanted[name] for name in _ADDED & wanted.keys() - known.keys()}
+        return json.dumps(known | unsaid)
+
+    known = json.loads(ledger.change_metadata(SETTINGS, agreed))
     changed = [name for name, value in wanted.items() if known.get(name, "") != value]
     for name in changed:
         told = f"{'oracle' if name == KIND else name}: {known.get(name)!r}, expected"

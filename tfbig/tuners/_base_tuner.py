@@ -136,6 +136,7 @@ class BaseTuner(
         # KerasTuner makes it, too, but leaves errors to TensorFlow.
         _directory.make(os.path.join(*project))
         oracle._set_project_dir(*project)
+        oracle.set_settings_of_tuner(self._settings())
         strategy = kwargs.get("distribution_strategy") or tf.distribute.get_strategy()
         self._workers = _workers.Workers.of(strategy)
         if self._workers.count > 1 and oracle.storage == _study.MEMORY:
@@ -169,6 +170,10 @@ class BaseTuner(
         if not self._workers.is_chief:
             # It has all attributes of the oracle.
             self.oracle = cast(_oracle.StudyOracle, _worker_oracle.WorkerOracle(oracle))
+
+    def _settings(self) -> dict[str, str]:
+        """Hook: how trials are trained and scored, which all processes of a search agree on."""
+        return {}
 
     # --- What a user tells the search ---
 

@@ -131,7 +131,7 @@ class StudyOracle(
         self._budget = _budget.Budget()
         self._project_name: str | None = None
         self._opened: Search | None = None
-        self._width: int | None = None
+        self._settings_of_tuner: dict[str, str] = {}
 
     # --- The study ---
 
@@ -272,12 +272,13 @@ class StudyOracle(
             _agreement.KIND: type(self).__name__,
             "sampler": self._sampler.name,
             "pruner": self._pruner.name if self._pruner else "none",
-            "width": str(self._width or ""),
+            "width": "",
+            **self._settings_of_tuner,
         }
 
-    def set_width(self, width: int) -> None:
-        """Says at which width models are searched, which must not change during a search."""
-        self._width = width
+    def set_settings_of_tuner(self, settings: dict[str, str]) -> None:
+        """Says how the tuner trains and scores trials; to be called before the study is opened."""
+        self._settings_of_tuner = settings
 
     def warn_of_random_values(self) -> None:
         """Warns if the sampler draws hyperparameters at random that it cannot model."""

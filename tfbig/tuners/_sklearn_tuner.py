@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from tfbig import errors
-from tfbig.tuners import _base_tuner, _options, _oracle, _tuner_types
+from tfbig.tuners import _agreement, _base_tuner, _options, _oracle, _tuner_types
 from tfbig.tuners._trial_callbacks import TrialLost, TrialPruned
 
 __all__ = ("SklearnTuner",)
@@ -85,10 +85,17 @@ class SklearnTuner(_base_tuner.BaseTuner):
                 "`oracle` must not count epochs, which models of scikit-learn do not have. "
                 f"Received: oracle={oracle!r}. Use another one of tfbig.tuners.oracles."
             )
-        super().__init__(oracle, hypermodel, **kwargs)
         self.scoring = sklearn.metrics.get_scorer(scoring)
         self.metrics = [metrics] if callable(metrics) else list(metrics or ())
         self.cv = cv or sklearn.model_selection.KFold(5, shuffle=True, random_state=1)
+        self._scoring_name = _name_of(scoring)
+        super().__init__(oracle, hypermodel, **kwargs)
+
+    def _settings(self) -> dict[str, str]:
+        # Not `repr`, which differs between versions and has addresses.
+        count = getattr(self.cv, "n_splits", None)
+        splitter = type(self.cv).__name__ + (f" ({count})" if count else "")
+        return {_agreement.SCORING: self._scoring_name, _agreement.CROSS_VALIDATION: splitter}
 
     # The names are those of KerasTuner and of scikit-learn.
     def search(
@@ -208,6 +215,15 @@ class SklearnTuner(_base_tuner.BaseTuner):
                 "get_best_hyperparameters()."
             )
         return pickle.loads(path.read_bytes())
+
+
+def _name_of(scoring: str | _Scorer | None) -> str:
+    """What tells one way to score from another, the same in all processes."""
+    if scoring is None or isinstance(scoring, str):
+        return scoring or "the estimator's own"
+    # That of what `make_scorer` returns.
+    function = getattr(scoring, "_score_func", scoring)
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _taken(data: _Data, indices: np.ndarray) -> _Data:

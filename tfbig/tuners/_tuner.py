@@ -19,6 +19,7 @@ from tfbig._update import step_options
 from tfbig._update.option import declared
 from tfbig._update.train_step import TrainStep
 from tfbig.tuners import (
+    _agreement,
     _base_tuner,
     _folds,
     _options,
@@ -113,7 +114,6 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
         self._widths = None if scale_width is None else _widths.Widths.of(scale_width)
         if self._widths is not None:
             hypermodel = self._widths.builder(hypermodel)
-            oracle.set_width(self._widths.search)
         executions_per_trial, folds, keep_best_k = _options.checked_tuner_options(
             executions_per_trial, folds, keep_best_k, getattr(oracle, "goes_on", False)
         )
@@ -129,6 +129,8 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
                 "hypermodel=None."
             )
         self._folds = folds
+        # KerasTuner's constructor does the same, but later.
+        self.executions_per_trial = executions_per_trial
         options = declared(tfbig.Model)
         given = {name: kwargs.pop(name) for name in options.keys() & kwargs.keys()}  # type: ignore[misc]
         self._model_options = {k: v for k, v in given.items() if v != options[k].default}
@@ -150,6 +152,13 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             executions_per_trial=executions_per_trial,
             **kwargs,
         )
+
+    def _settings(self) -> dict[str, str]:
+        return {
+            "width": "" if self._widths is None else str(self._widths.search),
+            _agreement.FOLDS: "none" if self._folds is None else str(self._folds),
+            _agreement.EXECUTIONS: str(self.executions_per_trial),
+        }
 
     # Keras's `fit`, as editors should show it; whatever a user's `fit` or `run_trial` takes.
     @overload
