@@ -1114,6 +1114,49 @@ def test_a_value_is_enqueued_with_what_it_depends_on(tmp_path, values, words):
     assert not tuner.oracle.study.get_trials()
 
 
+class Branches(kt.RandomSearch):
+    """Its trials define the space."""
+
+    def run_trial(self, trial, **kwargs):
+        hp = trial.hyperparameters
+        kind = hp.Choice("kind", ["a", "b"])
+        with hp.conditional_scope("kind", ["b"]):
+            return hp.Float("rate", 0, 1) if kind == "b" else 0.0
+
+
+@pytest.mark.parametrize("first", [None, {"kind": "b"}], ids=["unknown", "known"])
+@pytest.mark.parametrize(
+    ("values", "unused"),
+    [
+        ({"kind": "a", "rate": 0.5}, "{'rate': 0.5}"),
+        ({"kind": "b", "raet": 0.5}, "{'raet': 0.5}"),
+    ],
+)
+def test_enqueued_values_that_a_trial_does_not_use_are_warned_of(tmp_path, first, values, unused):
+    tuner = Branches(objective=None, max_trials=3, directory=tmp_path)
+    # Before the space is known.
+    for given in (first, values, {"kind": "b", "rate": 0.25}):
+        if given is not None:
+            tuner.enqueue(given)
+    with pytest.warns(UserWarning, match=f"did not use {unused}: with ") as seen:
+        tuner.search(verbose=0)
+    assert len(seen) == 1
+    tried = [t.hyperparameters.values for t in tuner.oracle.trials.values()][first is not None :]
+    assert "raet" not in tried[0]
+    assert ("rate" in tried[0]) == (values["kind"] == "b")
+    assert tried[1] == {"kind": "b", "rate": 0.25}
+
+
+def test_an_enqueued_trial_that_is_resumed_uses_its_values(tmp_path):
+    tuner = kt.ASHA(regressor, "val_loss", max_trials=2, max_epochs=2, factor=2, directory=tmp_path)
+    # As if the space had not been known.
+    _own_values.enqueue(tuner.oracle.study, {"units": 12, "layers": 3})
+    with pytest.warns(UserWarning, match="did not use {'layers': 3}") as seen:
+        tuner.search(X, Y, validation_data=(X, Y), verbose=0)
+    assert sum("did not use" in str(w.message) for w in seen) == 1
+    assert tuner.oracle.trials["0000"].hyperparameters.values == {"units": 12}
+
+
 @pytest.mark.parametrize("in_study", [False, True])
 def test_what_is_left_out_is_chosen_to_suit_what_was_enqueued(tmp_path, in_study):
     hp, kinds = branches(), ["a", "b"] * 4

@@ -463,6 +463,11 @@ class StudyOracle(
         kept.hyperparameters = trial.hyperparameters
         self.update_space(kept.hyperparameters)
         kept.hyperparameters.ensure_active_values()
+        has_asked = kept.status in (_STATUS.COMPLETED, _STATUS.STOPPED)
+        if has_asked and running.last_step == 0:
+            frozen = search.trials.by_index().get(running.index)
+            if frozen is not None:
+                _own_values.drop_unused(trial.trial_id, frozen, kept.hyperparameters)
         values = kept.hyperparameters.values
         search.proposals.claim(running.index, values)
         search.trials.store_found(running.index, self.hyperparameters, values, running.is_lost_now)

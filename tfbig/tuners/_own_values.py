@@ -1,6 +1,7 @@
 """Values that the user chooses: in a `populate_space` of their own, or enqueued."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 
 import optuna
@@ -11,7 +12,7 @@ from tfbig import errors
 from tfbig.tuners import _json, _proposals, _queue, _space, _study, _trials, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("OwnValuesQueue", "check", "enqueue", "enqueued", "may_be")
+__all__ = ("OwnValuesQueue", "check", "drop_unused", "enqueue", "enqueued", "may_be")
 
 _STATUS = kt_trial.TrialStatus
 
@@ -87,12 +88,15 @@ def check(hyperparameters: HyperParameters, values: Mapping[str, _tuner_types.Va
             )
 
 
-def enqueue(study: optuna.Study, values: Mapping[str, _tuner_types.Value]) -> bool:
+def enqueue(
+    study: optuna.Study, values: Mapping[str, _tuner_types.Value], **attributes: bool
+) -> bool:
     """Has a trial try some values, before others; once, however often this is called.
 
     Args:
         study: The study.
         values: By name; the sampler chooses what is left out.
+        **attributes: More attributes of the study's trial.
 
     Returns:
         Whether the values were not enqueued before.
@@ -101,8 +105,33 @@ def enqueue(study: optuna.Study, values: Mapping[str, _tuner_types.Value]) -> bo
     if any(t.user_attrs.get(_trials.GIVEN) == given for t in study.get_trials(deepcopy=False)):
         return False
     with _study.quiet():
-        study.enqueue_trial({}, user_attrs={_trials.GIVEN: given})
+        study.enqueue_trial({}, user_attrs={_trials.GIVEN: given, **attributes})
     return True
+
+
+def drop_unused(trial_id: str, frozen: FrozenTrial, hyperparameters: HyperParameters) -> None:
+    """Removes enqueued values that a trial had no hyperparameters for, and warns of them.
+
+    Args:
+        trial_id: The id of the trial.
+        frozen: That of the study.
+        hyperparameters: What the trial asked for, with its values.
+    """
+    values = hyperparameters.values
+    used = {hp.name for hp in hyperparameters.space if hyperparameters.is_active(hp)}
+    given: _tuner_types.Values = _json.loads(frozen.user_attrs.get(_trials.GIVEN, "{}"))
+    # A name from the study that no hyperparameter has is still among the values.
+    fixed: _tuner_types.Values = frozen.system_attrs.get(_trials.ENQUEUED, {})
+    given |= {name: value for name, value in fixed.items() if name in values}
+    unused = {name: value for name, value in given.items() if name not in used}
+    for name in unused:
+        values.pop(name, None)
+    if unused and not frozen.user_attrs.get(_trials.TRANSFERRED):
+        warnings.warn(
+            f"Trial {trial_id} was to try {given}, but did not use {unused}: with {values}, it has "
+            "no such hyperparameters. Enqueue with each value those that it depends on.",
+            stacklevel=4,
+        )
 
 
 def may_be(hp: _tuner_types.Hyperparameter, value: _tuner_types.Value) -> bool:

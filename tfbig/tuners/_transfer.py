@@ -15,6 +15,7 @@ from tfbig.tuners import (
     _read_only,
     _record,
     _space,
+    _trials,
     _tuner_types,
 )
 from tfbig.tuners._hyperparameters import HyperParameters
@@ -25,9 +26,6 @@ Transfer: TypeAlias = Literal["best", "observations"]
 
 # So many of the best trials are tried again.
 _BEST = 3
-
-# The attribute of the study's trials that names the trial that it was taken from.
-_TAKEN = "tfbig:transferred"
 
 
 # What the check receives may be of any type.
@@ -67,7 +65,7 @@ def _try_again(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
     space = oracle.get_space()
     found = [_fitting(space, row.values) for row in earlier.best[:_BEST]]
     for values in filter(None, found):
-        _own_values.enqueue(oracle.study, values)
+        _own_values.enqueue(oracle.study, values, **{_trials.TRANSFERRED: True})
     if not any(found):
         _warn(earlier, f"none of the {len(found)} best trials has a value in the space")
 
@@ -98,7 +96,7 @@ def _observe(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
             "transfer='observations' needs hyperparameters that are known before the first trial. "
             "Received: none. Pass `hyperparameters`, or use transfer='best'."
         )
-    taken = {t.user_attrs.get(_TAKEN) for t in study.get_trials(deepcopy=False)}
+    taken = {t.user_attrs.get(_trials.TRANSFERRED) for t in study.get_trials(deepcopy=False)}
     rows = [row for row in earlier.rows if row.scores and row.is_feasible]
     count = 0
     for row in rows:
@@ -118,7 +116,7 @@ def _observe(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
                     values=row.scores,
                     params=params,
                     distributions=distributions,
-                    user_attrs={_TAKEN: name},
+                    user_attrs={_trials.TRANSFERRED: name},
                 )
             )
     if count < len(rows):

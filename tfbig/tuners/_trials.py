@@ -41,6 +41,9 @@ ENQUEUED = "fixed_params"
 # The attribute that has values from `tuner.enqueue`, of any type.
 GIVEN = "tfbig:enqueued"
 
+# The attribute of a trial that another search had: its name there, or True if it is tried again.
+TRANSFERRED = "tfbig:transferred"
+
 # Why a trial ended other than with a result; stored under `WHY`. A void trial never began: no
 # values were left for it.
 INFEASIBLE, BROKEN, STOPPED_EARLY, VOID = "infeasible", "failed", "pruned", "void"
