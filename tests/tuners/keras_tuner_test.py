@@ -972,6 +972,47 @@ def test_values_that_are_enqueued_are_tried_once_and_first(tmp_path, kind):
         assert len(values) == len({str(v) for v in values}) == 4
 
 
+@pytest.mark.parametrize("kind", ["GridSearchOracle", "RandomSearchOracle"])
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_an_enqueued_trial_leaves_out_makes_a_new_combination(tmp_path, kind, is_known, seed):
+    hp = kt.HyperParameters() if is_known else None
+
+    class Defining(kt.Tuner):
+        def run_trial(self, trial, **kwargs):
+            hp = trial.hyperparameters
+            return hp.Choice("a", [1, 2, 3]) + hp.Choice("b", [1, 2])
+
+    if is_known:
+        hp.Choice("a", [1, 2, 3])
+        hp.Choice("b", [1, 2])
+    oracle = getattr(kt.oracles, kind)(
+        kt.Objective("default_objective", "min"), 6, hyperparameters=hp, seed=seed
+    )
+    tuner = Defining(oracle, directory=tmp_path)
+    enqueued = [{"a": 2}, {"b": 2}, {"a": 1, "b": 1}, {"a": 3, "b": 2}, {"a": 3}]
+    for values in enqueued:
+        tuner.enqueue(values)
+    tuner.search(verbose=0)
+    tried = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
+    assert len({tuple(sorted(v.items())) for v in tried}) == 6
+    assert all(v.items() >= e.items() for v, e in zip(tried, enqueued, strict=False))
+
+
+def test_a_grid_search_completes_enqueued_values_from_its_grid(tmp_path):
+    hp = kt.HyperParameters()
+    hp.Choice("a", [1, 2])
+    hp.Float("x", 0, 1)
+    tuner = enqueuing(tmp_path, hp, "GridSearchOracle", max_trials=None)
+    tuner.enqueue({"a": 2})
+    tuner.search(verbose=0)
+    grid = {0.0, *(hp.space[1].values)}
+    tried = [tuple(t.hyperparameters.values.values()) for t in tuner.oracle.trials.values()]
+    assert tried[0][0] == 2
+    assert len(tried) == len(set(tried)) == 22
+    assert {x for _, x in tried} == grid
+
+
 def test_values_of_numpy_are_enqueued_as_those_of_python(tmp_path):
     hp = kt.HyperParameters()
     hp.Int("a", 1, 9)
@@ -1168,14 +1209,15 @@ def test_what_is_left_out_is_chosen_to_suit_what_was_enqueued(tmp_path, in_study
     rates = []
     for number, kind in enumerate(kinds):
         given = {"kind": kind} | ({"units": 20 + number} if kind == "b" else {})
+        is_new = True
         if in_study:
             names = {"kind": "kind", "units": f'units [kind: "{kind}"]'}
             oracle.study.enqueue_trial({names[name]: value for name, value in given.items()})
         else:
-            _own_values.enqueue(oracle.study, given)
+            is_new = _own_values.enqueue(oracle.study, given)
         values = oracle.create_trial(str(number)).hyperparameters.values
-        assert values.items() >= given.items()
-        if kind == "a":
+        assert values.items() >= given.items() or not is_new
+        if values["kind"] == "a":
             assert values.keys() == {"kind", "units"}
             assert 1 <= values["units"] <= 10
         else:

@@ -22,6 +22,13 @@ from tfbig.tuners import (
 __all__ = ("GridSearch", "GridSearchOracle")
 
 
+class GridProposals(_proposals.Proposals):
+    """Completes values that are given to a combination of the grid."""
+
+    def completed(self, index: int, seed: int, given: _tuner_types.Values) -> _tuner_types.Values:
+        return self.first_with(index, given) or super().completed(index, seed, given)
+
+
 class GridQueue(_queue.TrialQueue):
     """Hands out new trials only for combinations that no trial has claimed, and enqueued ones."""
 
@@ -65,6 +72,8 @@ class GridSearchOracle(_oracle.StudyOracle):
         super().__init__(
             objective, max_trials, hyperparameters, sampler="random", seed=seed, **kwargs
         )
+
+    _proposals_class = GridProposals
 
     def _values_of(self, hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value]:
         return _space.grid_values(hp)

@@ -81,6 +81,8 @@ class StudyOracle(
     # Whether a trial that is run again continues where it stopped, instead of from the start.
     goes_on = False
 
+    _proposals_class = _proposals.Proposals
+
     hyperparameters: HyperParameters
     max_trials: int | None
     max_retries_per_trial: int
@@ -211,7 +213,7 @@ class StudyOracle(
     ) -> Search:
         objectives = self._objectives
         trials = _trials.Trials(study, ledger, self._sampler, self._pruner, seed)
-        proposals = _proposals.Proposals(
+        proposals = self._proposals_class(
             trials,
             seed,
             self._known_hyperparameters,

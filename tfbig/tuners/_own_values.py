@@ -157,7 +157,7 @@ def enqueued(
 
     Args:
         trials: The trials of the search.
-        proposals: Suggests values of hyperparameters that were not given.
+        proposals: Chooses the values of hyperparameters that were not given.
         hyperparameters: Those known so far.
         index: The index of the trial.
         seed: Of the suggestion.
@@ -173,4 +173,4 @@ def enqueued(
         parameter = _space.parameter_of(hp, known)
         if parameter is not None and parameter.name in fixed and hp.name not in fixed:
             given.setdefault(hp.name, parameter.decode(fixed.pop(parameter.name)))
-    return proposals.suggestion(index, seed, fixed | given)
+    return proposals.completed(index, seed, fixed | given)

@@ -108,19 +108,46 @@ class Proposals:
         # Also if the sampler repeats itself in an infinite space.
         return None
 
-    def suggestion(self, index: int, seed: int, given: _tuner_types.Values) -> _tuner_types.Values:
-        """Values of which some are given, and the sampler suggests the others; nothing is stored.
+    def completed(self, index: int, seed: int, given: _tuner_types.Values) -> _tuner_types.Values:
+        """Values of which some are given, and the others are chosen; claimed for a trial.
+
+        Nobody has tried them, unless all that have the given ones were tried.
 
         Args:
             index: The index of the trial.
             seed: The seed of the sampler.
             given: By name.
         """
-        frozen = self._trials.of(index)
+        frozen, is_tried = self._trials.of(index), self._is_tried()
         with _study.quiet():
-            self._trials.seed(seed)
             seen = self._as_samplers_see(frozen)
-            return self._suggestion(self._trials.study.sampler, seen, frozen, given)
+            for attempt in range(_MAX_COLLISIONS):
+                seeds = np.random.SeedSequence([seed, attempt])
+                self._trials.seed(int(seeds.generate_state(1)[0]))
+                values = self._suggestion(self._trials.study.sampler, seen, frozen, given)
+                is_new = not is_tried(values) and self.claim(index, values)
+                if is_new or values.keys() == given.keys():
+                    return values
+        return self.first_with(index, given) or values
+
+    def first_with(self, index: int, given: _tuner_types.Values) -> _tuner_types.Values | None:
+        """The first combination with given values that nobody has, claimed for a trial.
+
+        Args:
+            index: The index of the trial.
+            given: By name.
+
+        Returns:
+            None if there is none, or in an infinite space.
+        """
+        if self._is_infinite():
+            return None
+        is_tried, waiting = self._tried.look(), self._trials.enqueued_values()
+        for values in _space.combinations(self._hyperparameters(), self._values_of, given):
+            is_free = not is_tried(values) and _json.dumps(values) not in waiting
+            if is_free and self.claim(index, values):
+                return values
+        return None
 
     def _as_samplers_see(self, frozen: FrozenTrial) -> _learning_study.LearningStudy:
         """The study that the sampler of a trial learns from."""

@@ -244,14 +244,17 @@ def grid_values(hp: _tuner_types.Hyperparameter) -> Iterable[_tuner_types.Value]
 def combinations(
     hyperparameters: hps.HyperParameters,
     values_of: Callable[[_tuner_types.Hyperparameter], Iterable[_tuner_types.Value] | None],
+    given: _tuner_types.Values | None = None,
 ) -> Iterator[_tuner_types.Values]:
     """All combinations of values, the defaults first.
 
     Args:
         hyperparameters: The space.
         values_of: `grid_values`; or `all_values`, if it is None for no hyperparameter.
+        given: Values by name that all combinations have.
     """
     values = hps.HyperParameters()
+    values.values = dict(given or {})
 
     def rest(index: int) -> Iterator[_tuner_types.Values]:
         if index == len(hyperparameters.space):

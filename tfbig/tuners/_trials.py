@@ -198,6 +198,11 @@ class Trials:
         # What processes have enqueued at the same time runs once.
         return len({t.user_attrs.get(GIVEN, t.number) for t in waiting})
 
+    def enqueued_values(self) -> set[str]:
+        """JSON of the values that were enqueued and wait to be tried."""
+        waiting = (t for t in self._unfinished() if t.state == TrialState.WAITING)
+        return {t.user_attrs[GIVEN] for t in waiting if GIVEN in t.user_attrs}
+
     def _unfinished(self) -> list[FrozenTrial]:
         """The trials that have not ended, by number."""
         return [trial for _, trial in sorted(self._known.unfinished.items())]
