@@ -1141,10 +1141,10 @@ def branches():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"rate": 0.5}, r"value 0.5 of 'rate' needs kind=\"b\" in `values`"),
+        ({"rate": 0.5}, "value 0.5 of 'rate' needs kind='b' in `values`"),
         ({"kind": "a", "rate": 0.5}, "of 'rate' needs"),
         ({"kind": "a", "units": 20}, "value 20 of 'units' needs"),
-        ({"units": 5}, "value 5 of 'units' needs kind=\"a\""),
+        ({"units": 5}, "value 5 of 'units' needs kind='a'"),
         ({"kind": "a", "units": 15}, r"range \(1 to 10 or 20 to 29\)"),
     ],
 )
@@ -1196,6 +1196,23 @@ def test_an_enqueued_trial_that_is_resumed_uses_its_values(tmp_path):
         tuner.search(X, Y, validation_data=(X, Y), verbose=0)
     assert sum("did not use" in str(w.message) for w in seen) == 1
     assert tuner.oracle.trials["0000"].hyperparameters.values == {"units": 12}
+
+
+def test_errors_show_values_as_a_program_has_them(tmp_path):
+    hp = kt.HyperParameters()
+    hp.Choice("kernel", [(3, 3), (5, 5), None, {"b": 1, "a": (True,)}])
+    hp.Int("units", 1, 9, parent_name="kernel", parent_values=[(3, 3), None])
+    tuner = enqueuing(tmp_path, hp)
+    with pytest.raises(errors.InvalidOptionError) as caught:
+        tuner.enqueue({"kernel": (7, 7)})
+    assert "(None, (3, 3), (5, 5), {'a': (True,), 'b': 1}). Received: (7, 7)" in str(caught.value)
+    with pytest.raises(errors.InvalidOptionError, match=r"needs kernel=\(3, 3\) or None in"):
+        tuner.enqueue({"kernel": (5, 5), "units": 2})
+    assert not tuner.oracle.study.trials
+    other = kt.HyperParameters()
+    other.Choice("kernel", [(3, 3), (5, 5)])
+    with pytest.raises(errors.StudyError, match=r"'b': 1}, now \(3, 3\), \(5, 5\)\)"):
+        enqueuing(tmp_path, other).enqueue({"kernel": (3, 3)})
 
 
 @pytest.mark.parametrize("in_study", [False, True])

@@ -294,15 +294,18 @@ def range_of(hp: _tuner_types.Hyperparameter) -> str:
         scale = "" if hp.sampling == "linear" else f", {hp.sampling}"
         return f"{hp.min_value!r} to {hp.max_value!r}{step}{scale}"
     if isinstance(hp, hps.Fixed):
-        return _json.dumps(hp.value)
-    return ", ".join(sorted(map(_json.dumps, hp.values)))
+        return _shown(hp.value)
+    return ", ".join(map(_shown, sorted(hp.values, key=_json.dumps)))
+
+
+def _shown(value: _tuner_types.Value) -> str:
+    # What is equal as JSON is shown alike, whatever the order of the keys of dictionaries.
+    return repr(_json.loads(_json.dumps(value)))
 
 
 def condition_of(hp: _tuner_types.Hyperparameter) -> str:
     """What the condition of a hyperparameter demands, as `name=value`."""
-    return " and ".join(
-        f"{c.name}={' or '.join(map(_json.dumps, c.values))}" for c in hp.conditions
-    )
+    return " and ".join(f"{c.name}={' or '.join(map(_shown, c.values))}" for c in hp.conditions)
 
 
 def _is_stepped(hp: _tuner_types.Hyperparameter) -> bool:
