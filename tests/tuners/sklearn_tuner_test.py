@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 pytest.importorskip("sklearn")
 
@@ -143,6 +144,17 @@ def test_weights_reach_the_models_that_take_them_and_the_scores(make):
     assert all(set(w) == {0.0, 1.0} for w in fitted)
     for trial in tuner.oracle.trials.values():
         assert trial.metrics.get_best_value("weighted") == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("kind", ["coo", "bsr", "lil", "csc", "csr"])
+@pytest.mark.parametrize("container", ["matrix", "array"])
+def test_all_sparse_matrices_are_taken(make, kind, container):
+    sparse = getattr(scipy.sparse, f"{kind}_{container}")
+    tuner = make(lambda hp: linear_model.RidgeClassifier(hp.Fixed("alpha", 1.0)))
+    tuner.search(sparse(X), Y)
+    expected = model_selection.cross_val_score(linear_model.RidgeClassifier(), X, Y, cv=tuner.cv)
+    (trial,) = tuner.oracle.trials.values()
+    assert trial.score == pytest.approx(expected.mean(), rel=1e-6)
 
 
 def test_groups_stay_together(make):

@@ -123,6 +123,8 @@ class SklearnTuner(_base_tuner.BaseTuner):
                     f"`{name}` must be an array, a sparse matrix or a data frame. Received: "
                     f"{type(data).__name__}. Use np.asarray({name})."
                 )
+        # Not all kinds of sparse matrices have rows that can be taken out.
+        X, y = (d.tocsr() if hasattr(d, "tocsr") else d for d in (X, y))  # noqa: N806
         super().search(X, y, sample_weight=sample_weight, groups=groups)
 
     def run_trial(
