@@ -769,3 +769,16 @@ def test_independent_workers_get_gpus_in_turn(visible, own, monkeypatch):
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == own
     assert [e["TFBIG_WORKER"] for e in environments] == ["0", "1", "2"]
     assert not any(name in e for e in environments for name in variables)
+
+
+@pytest.mark.parametrize(("cores", "heaps"), [(64, "16"), (2, "1"), (None, "1")])
+def test_workers_on_one_machine_share_its_heaps(cores, heaps, monkeypatch):
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    addresses = [f"127.0.0.1:{port}" for port in range(4)]
+    assert _environment.of_job(0, addresses, None)["MALLOC_ARENA_MAX"] == heaps
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=3")
+    assert "MALLOC_ARENA_MAX" not in _environment.of_job(0, addresses, None)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "5")
+    assert _environment.of_job(0, addresses, None)["MALLOC_ARENA_MAX"] == "5"

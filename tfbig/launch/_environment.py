@@ -35,7 +35,12 @@ def of_job(index: int, addresses: Sequence[str], devices: list[str] | None) -> d
     """Returns the environment of a worker that belongs to a job."""
     task = {"type": "worker", "index": index}
     config = json.dumps({"cluster": {"worker": list(addresses)}, "task": task})
-    return _environment(devices) | {"TF_CONFIG": config}
+    environment = _environment(devices)
+    if "arena_max" not in environment.get("GLIBC_TUNABLES", ""):
+        # GNU's C library has eight heaps for each core, and each keeps some of what was freed.
+        heaps = max(1, (os.cpu_count() or 1) // len(addresses))
+        environment.setdefault("MALLOC_ARENA_MAX", str(heaps))
+    return environment | {"TF_CONFIG": config}
 
 
 def of_independent(index: int, devices: list[str] | None) -> dict[str, str]:
