@@ -223,6 +223,63 @@ def test_a_step_that_calls_that_of_tfbig_is_exact(optimizer, float64):
     assert_same(split, plain)
 
 
+CLASSES = RNG.integers(0, 3, 12)
+
+
+def one_hot(data):
+    """Smoothed targets in place of classes, as for mixed-up images."""
+    return data[0], 0.9 * tf.one_hot(data[1], 3, dtype="float64") + 0.03
+
+
+def shifted(data):
+    """The features and the target of each sample, of what the dataset has together."""
+    return data[:, :4], tf.one_hot(tf.cast(data[:, 4], "int32"), 3, dtype="float64")
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("name", ["default", "mirrored_2"])
+@pytest.mark.parametrize(
+    ("passed_on", "data", "loss"),
+    [
+        # Of classes, the loss cannot be computed.
+        (one_hot, (X, CLASSES), "categorical_crossentropy"),
+        # It can, but "accuracy" would be another.
+        (one_hot, (X, CLASSES), "binary_crossentropy"),
+        (shifted, (np.concatenate([X, CLASSES[:, np.newaxis]], 1),), "categorical_crossentropy"),
+    ],
+)
+def test_a_step_may_pass_on_other_data(passed_on, data, loss, name, run_eagerly, float64):
+    def model_of(cls, **options):
+        class PassingOn(cls):
+            def train_step(self, data):
+                return super().train_step(passed_on(data))
+
+            def test_step(self, data):
+                return super().test_step(passed_on(data))
+
+        initializer = keras.initializers.GlorotUniform(1)
+        x = keras.Input((4,))
+        y = keras.layers.Dense(3, "softmax", kernel_initializer=initializer)(x)
+        model = PassingOn(x, y, **options)
+        model.compile(
+            keras.optimizers.Adam(0.02), loss, metrics=["accuracy"], run_eagerly=run_eagerly
+        )
+        return model
+
+    plain = model_of(keras.Model)
+    with make_strategy(name).scope():
+        split = model_of(tfbig.Model, gradient_accumulation_steps=2)
+    arguments = {"batch_size": 5, "epochs": 2, "shuffle": False, "verbose": 0}
+    expected, found = (model.fit(*data, **arguments).history for model in (plain, split))
+    assert list(found) == list(expected)
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol=0, atol=TOLERANCE)
+    assert_same(split, plain)
+    np.testing.assert_allclose(
+        split.evaluate(*data, verbose=0), plain.evaluate(*data, verbose=0), rtol=0, atol=TOLERANCE
+    )
+
+
 @with_optimizers
 @on_strategies
 def test_without_options_a_step_is_as_in_keras(optimizer, name, float64):

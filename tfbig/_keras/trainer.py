@@ -48,6 +48,8 @@ class TrainerOverrides(CompileHooks):
     _batch_size: int | None = None
     # The `_batch_size` of the last `fit`, whatever a validation within it had.
     _training_batch_size: int | None = None
+    # For which data losses and metrics were built before any step saw data; None if that is past.
+    specs_built_for: _types.Structure = None
     # Set by a callback that reads it; None while none does.
     input_clock: InputClock | None = None
     # How often a function that trains was traced.

@@ -17,6 +17,7 @@ __all__ = (
     "Update",
     "apply_to_weights",
     "assign_without_gradients",
+    "build_optimizer",
     "check_optimizer",
     "finish",
     "gradients_of_loss",
@@ -172,6 +173,12 @@ def check_optimizer(optimizer: _types.Optimizer) -> None:
                     f"`optimizer.{name}` must be None: tfbig does it once per update of the whole "
                     f"effective batch. Received: {name}={value}. {remedy}."
                 )
+
+
+def build_optimizer(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
+    """Builds an optimizer that is not built, in a step, which may be traced."""
+    if not getattr(optimizer, "built", True):
+        _keras.building.create_in_step(lambda: optimizer.build(variables))
 
 
 def global_norm(gradients: list[_types.Gradient | None]) -> _types.Tensor:

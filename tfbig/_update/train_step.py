@@ -117,9 +117,8 @@ class TrainStep(training_checks.TrainingChecks):
         """One update, with this replica's share of the effective batch."""
         own_step.uses_all()
         apply.check_optimizer(self.optimizer)
-        if not self.optimizer.built:
-            with tf.init_scope():
-                self.optimizer.build(self.trainable_variables)
+        self._build_in_step(data)
+        apply.build_optimizer(self.optimizer, self.trainable_variables)
         split = self._batch_split()
         needs_tfbig_step = self.loss_scale_state is not None or self._needs_tfbig_in("train_step")
         if not needs_tfbig_step and self._is_step_of_keras(split, data):
@@ -169,6 +168,7 @@ class TrainStep(training_checks.TrainingChecks):
     @_keras.replica_step.returns_global_logs
     def test_step(self, data: _types.Structure) -> _types.Logs:
         """Evaluates this replica's share of a batch, micro-batch by micro-batch."""
+        self._build_in_step(data)
         split = self._evaluation_split()
         if self._is_step_of_keras(split, data):
             return self._run_keras_step(super().test_step, data)

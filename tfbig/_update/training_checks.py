@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -176,18 +175,19 @@ class TrainingChecks(step_options.StepOptions):
             super()._build_for(specs)
         elif self._distribute_strategy is not None:
             # Its step may take the data otherwise than `call` does, which may be missing.
-            with contextlib.suppress(RuntimeError):
-                super()._build_for(specs)
+            _keras.building.build_if_possible(self, specs)
         elif self._owner_of_extended_train_step() is None:
             # Nor need it use this optimizer, of which Keras saves what is built.
-            with (
-                contextlib.suppress(RuntimeError),
-                _keras.optimizer.temporary_optimizer(self, None),
-            ):
-                super()._build_for(specs)
+            with _keras.optimizer.temporary_optimizer(self, None):
+                _keras.building.build_if_possible(self, specs)
         # What was built now.
         shard_option.apply(self)
         pipeline_option.check_before_run(self)
+
+    def _build_in_step(self, data: _types.Structure) -> None:
+        """Builds what a step of the user's own, which calls this one, left to be built."""
+        if self._has_own_step and self._owner_of_extended_train_step() is None:
+            _keras.building.build_in_step(self, _keras.padding.data_of(data))
 
     def _check_before_run(self) -> None:
         _keras.layers.check_scope(self)
