@@ -280,6 +280,29 @@ def test_a_step_may_pass_on_other_data(passed_on, data, loss, name, run_eagerly,
     )
 
 
+@on_strategies
+def test_an_optimizer_is_built_where_it_is_first_applied(name, float64):
+    class Half(tfbig.Sequential):
+        def train_step(self, data):
+            share = tfbig.accumulate_gradients(
+                lambda data: keras.ops.mean((self(data[0]) - data[1]) ** 2),
+                self.trainable_variables,
+                data,
+                micro_batch_size=2,
+            )
+            return {"loss": tfbig.apply_gradients(self.own, share).loss}
+
+    with make_strategy(name).scope():
+        model = sequential(Half)
+        model.compile()
+        model.own = keras.optimizers.Adam(0.02)
+    fit(model)
+    plain = sequential(keras.Sequential)
+    plain.compile(keras.optimizers.Adam(0.02), "mse")
+    fit(plain)
+    assert_same(model, plain)
+
+
 @with_optimizers
 @on_strategies
 def test_without_options_a_step_is_as_in_keras(optimizer, name, float64):

@@ -40,9 +40,8 @@ def apply_gradients(
     optimizer clips and applies is that of the whole effective batch, the same on every replica.
 
     Args:
-        optimizer: `keras.optimizers.Optimizer`. Must have been built on the
-            variables of `accumulated`, or be called first outside of a
-            `tf.function`.
+        optimizer: `keras.optimizers.Optimizer`. Built, or it is built on the variables of
+            `accumulated`.
         accumulated: What `accumulate_gradients` returned on this replica.
         loss_scale: The `loss_scale_state` of a model with
             `DynamicLossScalingMixin`, the same as for `accumulate_gradients`, or
@@ -62,6 +61,7 @@ def apply_gradients(
     apply.check_optimizer(optimizer)
     if loss_scale is not None and loss_scale.is_retrying:
         raise errors.InvalidOptionError(retried_batches.NEEDS_TFBIG_STEP)
+    apply.build_optimizer(optimizer, accumulated.variables)
     exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
     bucket_bytes = replicas.checked_bucket_bytes(exchange_bucket_bytes)
     own_step.applies(
