@@ -303,6 +303,36 @@ def test_an_optimizer_is_built_where_it_is_first_applied(name, float64):
     assert_same(model, plain)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_loss_that_makes_variables_is_refused(steps):
+    class Half(tfbig.Sequential):
+        def train_step(self, data):
+            def loss(data):
+                x, y = data
+                outputs = self(x, training=True)
+                # Here, the metrics do not know of targets that are integers.
+                self.compute_metrics(x, tf.cast(y, "int32")[:, :1], outputs)
+                return keras.ops.mean((outputs - y) ** 2)
+
+            share = tfbig.accumulate_gradients(
+                loss, self.trainable_variables, data, gradient_accumulation_steps=steps
+            )
+            return {"loss": tfbig.apply_gradients(self.optimizer, share).loss}
+
+    class Picky(keras.metrics.Metric):
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            if y_true.shape[-1] != 1:
+                raise ValueError("y_true must be a class.")
+
+        def result(self):
+            return 0.0
+
+    model = sequential(Half)
+    model.compile("sgd", metrics=[Picky(), "accuracy"])
+    with pytest.raises(errors.UnsupportedModelError, match=r"must not make variables.*accuracy"):
+        fit(model)
+
+
 @with_optimizers
 @on_strategies
 def test_without_options_a_step_is_as_in_keras(optimizer, name, float64):

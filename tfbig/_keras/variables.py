@@ -22,6 +22,7 @@ __all__ = (
     "copies_of",
     "devices_of",
     "held_values_of",
+    "is_created",
     "is_over_workers",
     "is_summed",
     "native",
@@ -65,6 +66,11 @@ class VariableValues(keras.StatelessScope):  # type: ignore[misc]  # Keras has n
     def __exit__(self, *args: object, **kwargs: object) -> None:
         # The regular exit would initialize variables of an outer eager scope.
         global_state.set_global_attribute("stateless_scope", self.original_scope)
+
+
+def is_created(variable: _types.KerasVariable) -> bool:
+    """Whether a variable exists; one that is made within `VariableValues` does not."""
+    return variable._value is not None
 
 
 def is_summed(variable: _types.KerasVariable) -> bool:

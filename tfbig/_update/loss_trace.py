@@ -200,6 +200,12 @@ class LossTracer:
 
     def _check(self, probe: _Probe) -> None:
         _keras.losses.check_is_scalar(probe.result.loss)
+        if made := [v.path for v in probe.assigned if not _keras.variables.is_created(v)]:
+            raise errors.UnsupportedModelError(
+                "The loss function must not make variables, which would be those of one "
+                f"micro-batch. Received: {', '.join(made)}. Build layers and metrics before: call "
+                "them once, or `compute_metrics` of the model, on a few samples."
+            )
         if self.is_whole_batch:
             return
         if probe.result.weight is not None and any(k != "scalar" for k in probe.kinds):
