@@ -12,6 +12,7 @@ import time
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfbig
 from tests import job
@@ -1022,3 +1023,34 @@ def test_other_optimizers_of_a_model_are_in_the_backup(tmp_path):
     held = [id(v) for v in _backup.State(model).variables]
     assert all(held.count(id(v)) == 1 for o in others for v in o.variables)
     assert len(set(held)) == len(held)
+
+
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+@pytest.mark.parametrize("passes_on_classes", [True, False])
+def test_a_model_with_a_step_of_its_own_resumes(strategy, passes_on_classes, tmp_path):
+    """Its step builds what is not built before: its optimizer, and metrics of its data."""
+
+    class OneHot(tfbig.Sequential):
+        def train_step(self, data):
+            x, y = data
+            return super().train_step(data if passes_on_classes else (x, tf.one_hot(y, 3)))
+
+    kind = "sparse_categorical_crossentropy" if passes_on_classes else "categorical_crossentropy"
+    rng = np.random.default_rng(0)
+    data = {"x": rng.normal(size=(20, 4)), "y": rng.integers(0, 3, 20)}
+
+    def model():
+        keras.utils.set_random_seed(1)
+        with make_strategy(strategy).scope():
+            made = OneHot([keras.Input((4,)), keras.layers.Dense(3, "softmax")])
+            made.compile("adam", kind, metrics=["accuracy"])
+        return made
+
+    backup = tfbig.callbacks.BackupAndRestore
+    whole, resumed = model(), model()
+    history = fit(whole, backup(tmp_path / "whole", 1), **data).history
+    with pytest.raises(KeyboardInterrupt):
+        fit(model(), backup(tmp_path / "one", 1), Interrupt(1, 3), **data)
+    found = fit(resumed, backup(tmp_path / "one", 1), **data).history
+    assert found == {key: values[1:] for key, values in history.items()}
+    assert_same_weights(resumed, whole)

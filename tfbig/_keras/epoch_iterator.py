@@ -39,9 +39,14 @@ def effective_batch_size(iterator: EpochIterator) -> int | None:
     return size if size is not None and size > 0 else None
 
 
+def dataset_of(iterator: EpochIterator) -> _types.Dataset:
+    """The dataset whose batches are trained on, distributed under a strategy."""
+    return iterator._distributed_dataset
+
+
 def specs_of(iterator: EpochIterator) -> _types.Structure:
     """The specification of the data of a replica's batch, as `fit` was given them."""
-    return data_of(specs_of_one_replica(iterator._distributed_dataset))
+    return data_of(specs_of_one_replica(dataset_of(iterator)))
 
 
 def is_generated(iterator: EpochIterator) -> bool:

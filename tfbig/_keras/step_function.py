@@ -54,6 +54,23 @@ def counting_traces(model: keras.Model, function: _types.AnyFunction) -> _types.
     return counted
 
 
+def trace_without_running(
+    model: keras.Model, step: _types.AnyFunction, dataset: _types.Dataset
+) -> None:
+    """Traces a step for the batches of a dataset; builds what it would build when it first runs.
+
+    Args:
+        model: the tfbig model that is trained.
+        step: function of a replica's share of a batch.
+        dataset: the dataset, which may be distributed.
+    """
+
+    def run(data: _types.Structure) -> _types.Structure:
+        return replica_step.run(model, step, without_optionals(data))
+
+    tf.function(run, autograph=False).get_concrete_function(dataset.element_spec)
+
+
 class StepFunction:
     """What `model.train_function` or `model.test_function` is: runs steps on an iterator's data.
 

@@ -189,6 +189,15 @@ class TrainingChecks(step_options.StepOptions):
         if self._has_own_step and self._owner_of_extended_train_step() is None:
             _keras.building.build_in_step(self, _keras.padding.data_of(data))
 
+    def build_by_step(self) -> None:
+        """Builds, in a running `fit`, what only a step of the user's own builds.
+
+        Such as the optimizer that it uses, and metrics of data that only it knows.
+        """
+        if self._has_own_step:
+            data = _keras.epoch_iterator.dataset_of(_keras.epoch_iterator.of_fit(self))
+            _keras.step_function.trace_without_running(self, self._checked_train_step(), data)
+
     def _check_before_run(self) -> None:
         _keras.layers.check_scope(self)
         # Those too that a `compile` of the model's own has set.

@@ -33,6 +33,7 @@ __all__ = (
     "State",
     "assign",
     "first_difference",
+    "is_of",
     "members",
     "parts_of",
     "read",
@@ -333,7 +334,7 @@ def assign(state: State, saved: SavedBackup, kept: Collection[_types.KerasVariab
     Returns:
         Whether the backup is of such a model; if not, nothing is assigned.
     """
-    if _required(saved.backup.described) != _required(state.described):
+    if not is_of(state, saved):
         return False
     has_same_guard = saved.backup.described == state.described
     guard = {id(v) for v in state.guard}
@@ -348,6 +349,11 @@ def assign(state: State, saved: SavedBackup, kept: Collection[_types.KerasVariab
         if id(variable) not in stays:
             _keras.variables.assign_all([variable], [value])
     return True
+
+
+def is_of(state: State, saved: SavedBackup) -> bool:
+    """Whether a backup is of such a model."""
+    return _required(saved.backup.described) == _required(state.described)
 
 
 def _required(described: Sequence[str]) -> list[str]:

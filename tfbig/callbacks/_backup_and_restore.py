@@ -295,6 +295,9 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         state = _backup.State(self.model)
         if saved is not None:
             with contextlib.closing(saved):
+                if not _backup.is_of(state, saved):
+                    self.model.build_by_step()
+                    state = _backup.State(self.model)
                 self._restore_from(saved, state)
 
     def _restore_from(self, saved: _backup.SavedBackup, state: _backup.State) -> None:
