@@ -99,6 +99,58 @@ def test_state_that_every_micro_batch_changes_is_warned_of_once(strategy, option
     assert warnings_of(lambda: model.evaluate(X, Y, verbose=0)) == []
 
 
+class CountingOutside(layers.Layer):
+    """Counts in a `tf.Variable`, which Keras does not know of."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = tf.Variable(0, trainable=False)
+
+    def call(self, x, training=False):
+        if training:
+            self.calls.assign_add(1)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "is_split"),
+    [("default", SPLIT, True), ("mirrored_2", {}, True), ("default", {"loss_scale": 8.0}, False)],
+)
+def test_variables_of_tensorflow_that_every_micro_batch_changes_are_warned_of(
+    strategy, options, is_split
+):
+    model = net(lambda: CountingOutside(name="counting"), strategy=strategy, **options)
+    messages = warnings_of(fit(model))
+    assert [
+        m for m in messages if "counting" in m and "/AssignAddVariableOp. What" in m
+    ] == messages
+    assert len(messages) == is_split
+
+
+def test_own_step_is_warned_of_state_that_every_micro_batch_changes():
+    class Own(tfbig.Sequential):
+        def train_step(self, data):
+            def loss(data):
+                return ops.mean((self(data[0], training=True) - data[1]) ** 2)
+
+            share = tfbig.accumulate_gradients(
+                loss,
+                self.trainable_variables,
+                data,
+                gradient_accumulation_steps=self.gradient_accumulation_steps,
+            )
+            return {"loss": tfbig.apply_gradients(self.optimizer, share).loss}
+
+    stack = [keras.Input((4, 4, 2)), Counting(name="counting"), layers.Conv2D(1, 1)]
+    model = Own(stack, **SPLIT)
+    model.compile("sgd")
+    (message,) = warnings_of(fit(model))
+    assert "counting/calls. What counts updates" in message
+    model = Own(stack)
+    model.compile("sgd")
+    assert warnings_of(fit(model)) == []
+
+
 @pytest.mark.parametrize(
     ("options", "arguments"), [({}, {}), ({"micro_batch_size": 6}, {}), (SPLIT, {"batch_size": 1})]
 )

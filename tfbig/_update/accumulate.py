@@ -96,6 +96,8 @@ def accumulate_gradients(
         return MicroBatchLoss(tf.convert_to_tensor(loss), values=values)
 
     micro_batches = MicroBatches(micro_batch_loss, data, split, variables, compiled=compiled)
-    inexact.warn_of_what_the_trace_of_a_loss_shows(micro_batches.trace)
+    inexact.warn_of_what_the_trace_of_a_loss_shows(
+        own_step.current_model(), micro_batches.trace, is_whole_batch=micro_batches.is_whole_batch
+    )
     scale = None if loss_scale is None else loss_scale.loss_scale.value
     return micro_batches.accumulate(scale, micro_batches.exchanged_counts())

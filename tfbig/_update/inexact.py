@@ -88,7 +88,7 @@ def warn_of_what_the_trace_shows(
     """
     messages = _added_rows(trace)
     if not is_whole_batch:
-        messages += _changed_state(model, trace.state)
+        messages += _changed_state(model, trace)
     # What couples samples by its name is warned of with its name.
     is_known = _keras.losses.losses_that_couple_samples(model) or _trained_normalizations(model)
     if trace.coupled_by and not is_known:
@@ -96,25 +96,37 @@ def warn_of_what_the_trace_shows(
     return _warn(messages, known)
 
 
-def warn_of_what_the_trace_of_a_loss_shows(trace: loss_trace.LossTrace) -> None:
-    """Warns of what changes with the split of the batch in a user's own step."""
-    coupled = [_coupled_loss(trace.coupled_by)] if trace.coupled_by else []
-    _warn([*coupled, *_added_rows(trace)], frozenset())
+def warn_of_what_the_trace_of_a_loss_shows(
+    model: keras.Model | None, trace: loss_trace.LossTrace, *, is_whole_batch: bool
+) -> None:
+    """Warns of what changes with the split of the batch in a user's own step.
+
+    Args:
+        model: the model whose step it is; None if it is none of tfbig's.
+        trace: that of a micro-batch.
+        is_whole_batch: whether the micro-batch is the whole batch.
+    """
+    messages = [_coupled_loss(trace.coupled_by)] if trace.coupled_by else []
+    if not is_whole_batch:
+        messages += _changed_state(model, trace)
+    _warn([*messages, *_added_rows(trace)], frozenset())
 
 
-def _changed_state(model: keras.Model, assigned: Iterable[keras.Variable]) -> list[str]:
+def _changed_state(model: keras.Model | None, trace: loss_trace.LossTrace) -> list[str]:
     """What to say of variables of layers that every micro-batch changes.
 
     Random numbers and metrics are meant to change, and `BatchNormalization` is known before.
     """
-    ids = {id(variable) for variable in assigned}
+    ids = {id(variable) for variable in trace.state}
     paths = [
         variable.path
-        for layer in [model, *_keras.layers.all_layers(model)]
+        for layer in ([] if model is None else [model, *_keras.layers.all_layers(model)])
         if not isinstance(layer, keras.layers.BatchNormalization)
         for variable in _keras.layers.own_weights(layer)
         if id(variable) in ids
     ]
+    # A `tf.Variable` has no path, and need not be an attribute of a layer.
+    paths += trace.assignments
     if not paths:
         return []
     return [

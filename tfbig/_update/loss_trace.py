@@ -33,6 +33,7 @@ class LossTrace:
     Attributes:
         kinds: kinds of the Keras losses, in the order of the calls.
         state: variables that the forward pass assigns.
+        assignments: names of the operations that assign a `tf.Variable`, which nothing holds back.
         rows: for each trainable variable the `Rows` of the parts of its gradient; none
             where it is added up densely.
         has_rows: for each of them, whether its gradient was seen to have rows.
@@ -52,6 +53,7 @@ class LossTrace:
 
     kinds: list[str]
     state: list[keras.Variable]
+    assignments: list[str]
     rows: list[tuple[Rows, ...]]
     has_rows: list[bool]
     added_rows: list[str]
@@ -136,6 +138,7 @@ class LossTracer:
         return LossTrace(
             kinds=probe.kinds,
             state=probe.assigned,
+            assignments=[o.name for o in probe.operations if o.type in _ASSIGNMENTS],
             rows=rows,
             has_rows=has_rows,
             added_rows=added_rows,
@@ -300,6 +303,15 @@ _LOOK_UPS = frozenset(
         *("Gather", "GatherNd", "GatherV2", "ResourceGather", "ResourceGatherNd"),
         *("Case", "If", "PartitionedCall", "StatefulPartitionedCall"),
         *("StatelessCase", "StatelessIf"),
+    ]
+)
+
+
+_ASSIGNMENTS = frozenset(
+    [
+        *("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"),
+        *("ResourceScatterUpdate", "ResourceScatterAdd", "ResourceScatterSub"),
+        *("ResourceScatterNdUpdate", "ResourceScatterNdAdd", "ResourceScatterNdSub"),
     ]
 )
 

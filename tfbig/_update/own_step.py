@@ -17,7 +17,14 @@ from tfbig._update import option, replicas
 from tfbig._update.batch_split import BatchSplit
 from tfbig._update.step_options import StepOptions
 
-__all__ = ("accumulates", "applies", "checked", "uses_all", "warn_of_jit_compile")
+__all__ = (
+    "accumulates",
+    "applies",
+    "checked",
+    "current_model",
+    "uses_all",
+    "warn_of_jit_compile",
+)
 
 _SPLITS = ("gradient_accumulation_steps", "micro_batch_size")
 
@@ -27,6 +34,12 @@ def _use(*names: str) -> None:
     uses = _keras.thread.current("uses")
     if uses is not None:
         uses.update(names)
+
+
+def current_model() -> keras.Model | None:
+    """The model whose own step is being traced; None if it is none of tfbig's."""
+    model: keras.Model | None = _keras.thread.current("model")
+    return model
 
 
 def uses_all() -> None:
@@ -107,7 +120,11 @@ def checked(model: StepOptions, step: _types.AnyFunction) -> _types.AnyFunction:
     def checked_step(data: _types.Structure) -> _types.Logs:
         is_eager = tf.executing_eagerly() and _unused(model, uses)
         undo = _undo(model) if is_eager else None
-        with _keras.thread.holding("uses", uses), _keras.thread.holding("guarded", []):
+        with (
+            _keras.thread.holding("uses", uses),
+            _keras.thread.holding("guarded", []),
+            _keras.thread.holding("model", model),
+        ):
             logs: _types.Logs = step(data)
         unused = _unused(model, uses)
         if unused:
