@@ -395,6 +395,31 @@ def test_executions_that_do_not_end_where_the_backup_was_taken_are_refused(tmp_p
     assert model.optimizer.iterations.numpy() == 15
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("at", [(0, 4), (0, 6), (1, 2), (1, 6)])
+def test_data_of_unknown_length_that_end_within_an_execution(at, tmp_path, capsys):
+    def dataset():
+        return tf.data.Dataset.from_tensor_slices(tuple(samples())).batch(4).filter(lambda *_: True)
+
+    def run(model, *callbacks):
+        kwargs = {"epochs": 3, "verbose": 0, "shuffle": False, "validation_data": samples()}
+        return model.fit(dataset(), callbacks=list(callbacks), **kwargs)
+
+    whole = in_executions_of(2)
+    expected = run(whole)
+    keras.utils.set_random_seed(1)
+    with pytest.raises(SystemExit):
+        # With Keras's number of the last batch.
+        run(in_executions_of(2), At(*at, terminate), tfbig.callbacks.BackupAndRestore(tmp_path, 1))
+    batch = min(at[1] + 2 * (at[1] < 5), 5)
+    assert f"preempted after batch {batch} of epoch {at[0] + 1}" in capsys.readouterr().err
+    model = in_executions_of(2)
+    history = run(model, tfbig.callbacks.BackupAndRestore(tmp_path, 1))
+    assert_same_weights(model, whole)
+    for name, values in history.history.items():
+        np.testing.assert_allclose(values, expected.history[name][at[0] :], rtol=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [2, 10])
 def test_batches_of_another_size_are_warned_of(batch_size, tmp_path):
     backed_up(tmp_path)

@@ -22,6 +22,17 @@ def dataset():
     return tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
 
 
+def unknown(lengths=(5, 5)):
+    lengths = iter(lengths)
+
+    def batches():
+        for _ in range(next(lengths)):
+            yield X[:4], Y[:4]
+
+    spec = tf.TensorSpec((None, 4)), tf.TensorSpec((None, 1))
+    return tf.data.Dataset.from_generator(batches, output_signature=spec)
+
+
 class Count(keras.callbacks.Callback):
     """Counts, and asks the optimizer."""
 
@@ -55,6 +66,15 @@ DATA = {
         [2, 4, 6, 2, 4, 6],
     ),
     "data that end": (lambda: {"x": dataset(), "steps_per_epoch": 5}, [2, 4, 5, 2, 4, 5]),
+    "unknown length": (lambda: {"x": unknown()}, [2, 4, 5, 2, 4, 5]),
+    "unknown length, data that end": (
+        lambda: {"x": unknown(), "steps_per_epoch": 7},
+        [2, 4, 5, 2, 4, 5],
+    ),
+    "unknown length, longer in the second epoch": (
+        lambda: {"x": unknown([3, 5])},
+        [2, 3, 2, 4, 5],
+    ),
     "resized": (
         lambda: {"x": X, "y": Y, "callbacks": [BatchSizeSchedule({0: 4})]},
         [2, 4, 5, 2, 4, 5],
@@ -74,6 +94,7 @@ DATA = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize("kind", DATA)
 def test_an_execution_counts_the_updates_that_it_made(kind):
     make, expected = DATA[kind]

@@ -10,7 +10,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from tfbig import _types
-from tfbig._keras import datasets, resized_batches
+from tfbig._keras import datasets
 from tfbig._keras.batches import specs_of_one_replica
 from tfbig._keras.padding import data_of
 
@@ -62,20 +62,6 @@ def batches_per_epoch(iterator: EpochIterator) -> int | None:
     """The number of batches of an epoch; None if it is not known."""
     batches: int | None = iterator._num_batches
     return batches
-
-
-def batches_of_execution(iterator: EpochIterator) -> int:
-    """How many batches the running execution takes; to be called in `on_train_batch_end`.
-
-    They are `steps_per_execution`, or fewer where the data end, as far as that is known: of data of
-    unknown length it is not.
-    """
-    resized = resized_batches.of(iterator)
-    if resized is not None:
-        return resized.batches_of_execution()
-    # Where `steps_per_epoch` ends within an execution, Keras completes the execution.
-    length = iterator._num_batches or iterator._steps_seen
-    return int(iterator.steps_per_execution - max(iterator._steps_seen - length, 0))
 
 
 def resume(iterator: EpochIterator, epochs: int, batches: int, num_batches: int | None) -> None:

@@ -143,8 +143,6 @@ class ResizedData(DataAdapter):  # type: ignore[misc]  # Keras has no types.
         self._batches: ResizedBatches | None = None
         # The batch that a resumed epoch begins with.
         self._first = 0
-        # `handed_out` of the batches when the running execution began.
-        self._handed_out_before = 0
         # Of Keras's class it keeps only what makes an iterator.
         iterator._distributed_dataset = self._dataset
         iterator._enumerate_iterator = self._epoch
@@ -199,13 +197,7 @@ class ResizedData(DataAdapter):  # type: ignore[misc]  # Keras has no types.
                 if limit:
                     self._iterator._interrupted_warning()
                 break
-            self._handed_out_before = self._batches.handed_out
             yield step, step + each - 1, self._batches
-
-    def batches_of_execution(self) -> int:
-        """How many batches the running execution has taken so far."""
-        assert self._batches is not None
-        return self._batches.handed_out - self._handed_out_before
 
     def _begin(self) -> ResizedBatches:
         self._begun += 1
@@ -250,7 +242,6 @@ class ResizedBatches:
 
     Attributes:
         read: how many samples were handed out, or skipped.
-        handed_out: how many batches were handed out.
     """
 
     def __init__(
@@ -260,7 +251,7 @@ class ResizedBatches:
         sizes: Sizes,
         specs: _types.Structure,
     ) -> None:
-        self.read = self.handed_out = 0
+        self.read = 0
         self.specs = specs
         self.sizes = sizes
         self._pieces = pieces
@@ -279,7 +270,6 @@ class ResizedBatches:
         with tf.device("CPU:0"):
             batch = self._finish(_joined(list(self._take(self.sizes.next()))))
         self.sizes.samples += self.read - before
-        self.handed_out += 1
         return batch
 
     def is_at_end(self) -> bool:

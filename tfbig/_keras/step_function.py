@@ -27,7 +27,7 @@ def run_batches(
         run: makes an update with a batch, and returns its logs.
     """
     logs: _types.Logs | None = None
-    waited = 0.0
+    waited, taken = 0.0, 0
     for _ in range(model.steps_per_execution):
         begin = time.perf_counter()
         try:
@@ -38,6 +38,8 @@ def run_batches(
             break
         waited += time.perf_counter() - begin
         logs = run(data)
+        taken += 1
+    model.batches_of_execution = taken
     if model.input_clock is not None:
         model.input_clock.add(waited)
     return logs or {}
@@ -77,7 +79,7 @@ class StepFunction:
     Args:
         model: the tfbig model that is trained or evaluated.
         step: function of a replica's share of a batch, which returns logs.
-        is_training: whether to measure how long it waits for data.
+        is_training: whether to count batches, and to measure how long it waits for data.
     """
 
     def __init__(
@@ -111,7 +113,10 @@ class StepFunction:
         if isinstance(iterator, ResizedBatches):
             return run_batches(self.model, iterator, self._program_for(iterator))
         steps = range(self.model.steps_per_execution)
-        return [self._on_data(data) for _, data in zip(steps, iterator, strict=False)][-1]
+        logs = [self._on_data(data) for _, data in zip(steps, iterator, strict=False)]
+        if self.is_training:
+            self.model.batches_of_execution = len(logs)
+        return logs[-1]
 
     def _program(self, function: _types.AnyFunction) -> _types.AnyFunction:
         if self.model.run_eagerly:
@@ -122,15 +127,18 @@ class StepFunction:
         return program
 
     def _run_on_iterator(self, iterator: Iterator[_types.Structure]) -> _types.Structure:
-        logs, waited = self._on_iterator(iterator)
+        logs, waited, taken = self._on_iterator(iterator)
         for _ in range(self._calls - 1):
             try:
-                logs, more_waited = self._on_iterator(iterator)
+                logs, more_waited, more_taken = self._on_iterator(iterator)
             except tf.errors.OutOfRangeError:
                 break
             waited += more_waited
-        if self.is_training and self.model.input_clock is not None:
-            self.model.input_clock.add(waited)
+            taken += more_taken
+        if self.is_training:
+            self.model.batches_of_execution = taken
+            if self.model.input_clock is not None:
+                self.model.input_clock.add(waited)
         return logs
 
     def _program_for(self, batches: Iterator[_types.Structure]) -> _types.AnyFunction:
@@ -147,12 +155,16 @@ class StepFunction:
     def _one_step(self, data: _types.Structure) -> _types.Structure:
         return replica_step.run(self.model, self.step, without_optionals(data))
 
-    def _one_step_of(self, iterator: tf.data.Iterator) -> tuple[_types.Structure, _types.Tensor]:
+    def _one_step_of(
+        self, iterator: tf.data.Iterator
+    ) -> tuple[_types.Structure, _types.Tensor, _types.Tensor]:
         data, waited = timed(iterator.get_next, self.is_training)
-        return self._one_step(data), waited
+        return self._one_step(data), waited, tf.constant(1)
 
-    def _many_steps(self, iterator: tf.data.Iterator) -> tuple[_types.Structure, _types.Tensor]:
-        """The logs of the last step, and the seconds that all of them waited."""
+    def _many_steps(
+        self, iterator: tf.data.Iterator
+    ) -> tuple[_types.Structure, _types.Tensor, _types.Tensor]:
+        """The logs of the last step, the seconds that all of them waited, and their number."""
         # An optional tells the end of the data: an exception would lose the logs of the steps
         # before it.
         data, waited = timed(iterator.get_next, self.is_training)
@@ -180,5 +192,5 @@ class StepFunction:
 
         upcoming, more_waited = timed(iterator.get_next_as_optional, self.is_training)
         carried = (tf.constant(1), waited + more_waited, upcoming, *tf.nest.flatten(logs))
-        _, waited, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
-        return tf.nest.pack_sequence_as(logs, last), waited
+        taken, waited, _, *last = tf.while_loop(more, next_step, carried, parallel_iterations=1)
+        return tf.nest.pack_sequence_as(logs, last), waited, taken

@@ -52,6 +52,9 @@ class TrainerOverrides(CompileHooks):
     specs_built_for: _types.Structure = None
     # Set by a callback that reads it; None while none does.
     input_clock: InputClock | None = None
+    # Those that the last call of the function that trains took: `steps_per_execution`, or fewer
+    # where the data ended. A tensor need not be computed yet. None before the first call.
+    batches_of_execution: int | _types.Tensor | None = None
     # How often a function that trains was traced.
     times_traced = 0
     # Of the passes of a pipeline's stages; None while nobody reads it.

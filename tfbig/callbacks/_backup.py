@@ -68,6 +68,7 @@ class Backup:
         described: what tells one model from another: a line for each array.
         resized: where the data stand whose batches change in size; None for others.
         logs: those of the last batch; none at the start of an epoch.
+        is_cut_short: whether the data ended within the last execution of that epoch.
     """
 
     first_epoch: int
@@ -79,6 +80,7 @@ class Backup:
     described: list[str]
     resized: dict[str, int] | None = None
     logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    is_cut_short: bool = False
 
 
 class State:

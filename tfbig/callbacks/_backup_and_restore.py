@@ -327,6 +327,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             )
         _keras.optimizer.forget_swap(self._callbacks)
         self._epoch, self._batches.done = backup.epoch, backup.batch
+        self._batches.is_cut_short = backup.is_cut_short
         self._first_epoch = backup.first_epoch
         epochs = self.params["epochs"]
         self._is_longer = (backup.epoch, backup.batch) > (epochs, 0)
@@ -358,7 +359,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     def _check_place(self, backup: _backup.Backup) -> None:
         """Checks that the data have the batch after which the backup was taken."""
         steps, batches = self.model.steps_per_execution, backup.batch
-        if batches % steps and batches != backup.num_batches:
+        if batches % steps and batches != backup.num_batches and not backup.is_cut_short:
             raise errors.BackupError(
                 f"The backup in {self.backup_dir} was taken after batch {batches} of an epoch, "
                 f"where no execution ends. Received: steps_per_execution={steps}. The file is "
@@ -376,7 +377,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
 
     def on_epoch_begin(self, epoch: int, logs: _types.Logs | None = None) -> None:
         if self._epoch != epoch:  # With initial_epoch.
-            self._epoch, self._batches.done = epoch, 0
+            self._epoch, self._batches = epoch, BatchCount()
         if self._batches.done:
             # Keras has just reset them.
             _keras.variables.assign_all(_backup.State(self.model).metrics, self._metrics)
@@ -418,7 +419,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         self._metrics_of_training = []
 
     def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
-        self._epoch, self._batches.done = epoch + 1, 0
+        self._epoch, self._batches = epoch + 1, BatchCount()
         if self.save_freq == "epoch" and not self._running_request.is_handled:
             self._write()
 
@@ -480,6 +481,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
             resized=None if resized is None else resized.state(),
             # A step of the user's own may return arrays.
             logs={k: float(v) for k, v in self._logs.items() if isinstance(v, (int, float))},
+            is_cut_short=self._batches.is_cut_short,
         )
 
     def _preempt(self, ended: bool = False) -> None:

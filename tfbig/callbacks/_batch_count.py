@@ -2,8 +2,6 @@
 
 import keras
 
-from tfbig import _keras
-
 __all__ = ("BatchCount",)
 
 
@@ -15,17 +13,23 @@ class BatchCount:
 
     Attributes:
         done: how many batches of the epoch are done, including those before training resumed.
+        is_cut_short: whether the data ended within the last execution.
     """
 
     def __init__(self) -> None:
         self.done = 0
+        self.is_cut_short = False
 
     def begin(self, batch: int) -> None:
         """To be called in `on_train_batch_begin`, with the number of the batch."""
-        self.done = batch
+        # Of data of unknown length, Keras begins an execution beyond their end.
+        if not self.is_cut_short or batch < self.done:
+            self.done, self.is_cut_short = batch, False
 
     def end(self, model: keras.Model) -> int:
         """To be called in `on_train_batch_end`; returns the number of updates since `begin`."""
-        updates = _keras.epoch_iterator.batches_of_execution(_keras.epoch_iterator.of_fit(model))
+        taken = model.batches_of_execution
+        updates = model.steps_per_execution if taken is None else int(taken)
         self.done += updates
+        self.is_cut_short = updates < model.steps_per_execution
         return updates
