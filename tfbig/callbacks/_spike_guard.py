@@ -38,7 +38,9 @@ class SpikeGuard(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     The earlier state is a copy in the memory of the host, taken at the start of `fit` and every
     `snapshot_every` updates. It takes as much memory as the weights and the optimizer's variables,
     for a moment twice as much: a copy replaces the one before only when the next update is
-    ordinary.
+    ordinary. No copy is older than the `fit`: training never goes back beyond the state that `fit`
+    began with, or resumed from, even if the weights were bad then. What the guard knows of earlier
+    norms, and its counts, go on in a further `fit`.
 
     Logs hold `spikes`, how many updates were skipped so far, and `rollbacks`, how often training
     went back. Updates that the loss scale skips are not among them, and do not count for
