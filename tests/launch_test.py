@@ -488,6 +488,22 @@ def test_a_signal_ends_the_job(program, presence, number):
     assert (out, err) == ("", f"tfbig.launch: {what}; all workers have ended\n")
 
 
+@pytest.mark.parametrize("form", [["-m", "tfbig.launch"], ["-mtfbig.launch"]], ids=str)
+def test_ctrl_c_while_the_launcher_starts_leaves_no_traceback(program, tmp_path, form):
+    # Its own package takes seconds to import: here until the signal has come.
+    (tmp_path / "keras.py").write_text(
+        "import time; print('importing', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, *form, "--workers", "1", program(RUN_ON)]
+    path = os.pathsep.join([str(tmp_path), str(job.ROOT)])
+    process = job.start(command, PYTHONPATH=path)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    done = job.finish(process, LIMIT)
+    assert done.returncode == 130
+    assert done.stderr == "tfbig.launch: interrupted before any worker was started\n"
+
+
 @pytest.mark.parametrize("number", ENDINGS)
 def test_a_second_signal_does_not_wait(program, presence, number):
     code, what, said = ENDINGS[number]

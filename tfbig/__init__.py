@@ -3,6 +3,12 @@
 import importlib as _importlib
 from types import ModuleType as _ModuleType
 
+from tfbig import _lifetime as _lifetime
+
+if _lifetime.is_program("tfbig.launch"):
+    # To import what follows takes seconds.
+    _lifetime.exit_on_interrupt()
+
 from tfbig import _backend as _backend  # First: it looks before Keras is imported.
 from tfbig import callbacks, distribute, errors, mup
 from tfbig._update.accumulate import accumulate_gradients

@@ -7,12 +7,13 @@ import types
 from collections.abc import Sequence
 from typing import NoReturn
 
+from tfbig import _lifetime
 from tfbig.launch import _environment, _job, _membership, _private_network, _processes
 
 __all__ = ("main",)
 
 # The launcher's own exit code after Ctrl-C; other codes come from the first failing worker.
-INTERRUPTED = 130
+INTERRUPTED = _lifetime.INTERRUPTED
 # That of a worker that has taken a backup because it must end: `BackupAndRestore`'s.
 PREEMPTED = 138
 
@@ -184,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, _raise_terminated)
     network = None
     try:
+        _lifetime.raise_on_interrupt()
         network = _network(parser, options)
         return _run_with_restarts(options, network)
     except KeyboardInterrupt:
