@@ -59,38 +59,57 @@ def prepare_fit(
     Yields:
         The arguments to call `fit` with.
     """
-    workers = _workers.Workers.of(model.distribute_strategy)
     arguments = dict(arguments)
+    with _workers_alike(model, arguments, options), _callbacks_entered(model, arguments):
+        yield arguments
+
+
+@contextlib.contextmanager
+def _workers_alike(
+    model: keras.Model, arguments: dict[str, Any], options: dict[str, Any]
+) -> Iterator[None]:
+    """Within it, all workers train alike; changes what one of them must be told otherwise."""
+    workers = _workers.Workers.of(model.distribute_strategy)
+    if workers.count == 1:
+        yield
+        return
+    workers.agree("fit", _fingerprint(model, arguments, options))
+    _warn_of_same_samples(arguments.get("x"))
+    if not workers.is_chief and arguments.get("verbose", "auto") == "auto":
+        arguments["verbose"] = 0
+    if not _shuffles_apart(workers, arguments.get("x")):
+        yield
+        return
+    # Workers that shuffle in different orders would not share a batch.
+    seed = workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0]
+    with _keras.shuffling.reseeded_shuffling(int(seed)):
+        yield
+
+
+@contextlib.contextmanager
+def _callbacks_entered(model: keras.Model, arguments: dict[str, Any]) -> Iterator[None]:
+    """Within it, callbacks are entered; puts them in the order in which Keras shall call them."""
+    callbacks = callbacks_of(arguments.get("callbacks"))
+    around = [c for c in callbacks if hasattr(c, "around_fit")]
+    restoring = [c for c in around if hasattr(c, "before_others")]
+    if len(restoring) > 1:
+        # Each would move the data to where training resumes.
+        raise errors.InvalidOptionError(
+            "`callbacks` must hold only one that restores training. Received: "
+            f"{', '.join(type(c).__name__ for c in restoring)}."
+        )
+    first = [c for c in around if c not in restoring]
+    if not any(hasattr(c, "guards_updates") for c in first):
+        # That of an earlier `fit`.
+        model.update_guard = None
     with contextlib.ExitStack() as stack:
-        if workers.count > 1:
-            workers.agree("fit", _fingerprint(model, arguments, options))
-            _warn_of_same_samples(arguments.get("x"))
-            if not workers.is_chief and arguments.get("verbose", "auto") == "auto":
-                arguments["verbose"] = 0
-            if _shuffles_apart(workers, arguments.get("x")):
-                # Workers that shuffle in different orders would not share a batch.
-                seed = workers.exchange("a seed", str(_keras.shuffling.new_seed()))[0]
-                stack.enter_context(_keras.shuffling.reseeded_shuffling(int(seed)))
-        callbacks = callbacks_of(arguments.get("callbacks"))
-        around = [c for c in callbacks if hasattr(c, "around_fit")]
-        restoring = [c for c in around if hasattr(c, "before_others")]
-        if len(restoring) > 1:
-            # Each would move the data to where training resumes.
-            raise errors.InvalidOptionError(
-                "`callbacks` must hold only one that restores training. Received: "
-                f"{', '.join(type(c).__name__ for c in restoring)}."
-            )
-        first = [c for c in around if c not in restoring]
-        if not any(hasattr(c, "guards_updates") for c in first):
-            # That of an earlier `fit`.
-            model.update_guard = None
         for callback in around:
             stack.enter_context(callback.around_fit(model, arguments))
         if around and not isinstance(arguments["callbacks"], keras.callbacks.CallbackList):
             others = [c for c in callbacks if c not in around]
             before = [c.before_others() for c in restoring]
             arguments["callbacks"] = [*before, *first, *others, *restoring]
-        yield arguments
+        yield
 
 
 def _shuffles_apart(workers: _workers.Workers, data: object) -> bool:
@@ -214,4 +233,4 @@ def _warn_of_same_samples(data: object) -> None:
             "dataset.shuffle(n, seed=0), or tf.random.set_seed before."
         )
     if message is not None:
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=6)
