@@ -117,6 +117,17 @@ def test_a_model_of_tokens_passes(inner):
     assert found(model) == []
 
 
+def test_rows_of_tables_that_are_added_up_are_warned_of():
+    model = net(
+        lambda: layers.Embedding(10, 3, name="tokens"),
+        layers.GlobalAveragePooling1D,
+        shape=(5,),
+        dtype="int32",
+    )
+    with pytest.warns(UserWarning, match="on a TPU.*are added up.*Received: .*tokens/emb"):
+        traced(model)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 8])
 @pytest.mark.parametrize("loss_scale", [None, "dynamic"])
 def test_each_gradient_is_summed_once_outside_loops(steps, loss_scale):

@@ -142,10 +142,10 @@ def _added_rows(trace: loss_trace.LossTrace) -> list[str]:
     if not trace.added_rows:
         return []
     return [
-        "In an XLA program (jit_compile=True, or compiled=True), the rows of an embedding's "
-        "gradient that share an index are added up before the optimizer squares them; Keras "
-        "squares each row. Only SGD without clipping makes the same update either way. Received: "
-        f"{', '.join(trace.added_rows)}. Use jit_compile=False."
+        "In an XLA program (jit_compile=True, compiled=True, or on a TPU), the rows of an "
+        "embedding's gradient that share an index are added up before the optimizer squares them; "
+        "Keras squares each row. Only SGD without clipping makes the same update either way. "
+        f"Received: {', '.join(trace.added_rows)}. Use jit_compile=False where there is no TPU."
     ]
 
 

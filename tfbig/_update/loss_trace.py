@@ -169,10 +169,7 @@ class LossTracer:
             result = self.loss_fn(data)
         operations = [] if tf.executing_eagerly() else _operations()
         gradients: list[_types.Gradient | None] = [None] * len(self.variables)
-        if tf.executing_eagerly() or (
-            not _keras.devices.is_compiled_as_a_whole()
-            and (weights.read or _look_up_rows(operations))
-        ):
+        if tf.executing_eagerly() or weights.read or _look_up_rows(operations):
             gradients = tape.gradient(result.loss, weights.gradient_sources(self.variables))
         self._probes.append(
             _Probe(
