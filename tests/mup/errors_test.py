@@ -124,6 +124,8 @@ def test_regularizers_and_constraints():
     with refused(errors.UnsupportedModelError, "has a constraint"):
         parametrize(one_layer(lambda w: L.Dense(w, kernel_constraint="max_norm")))
     parametrize(one_layer(lambda w: L.Dense(w, kernel_constraint="non_neg")))
+    with refused(errors.UnsupportedModelError, "SpectralNormalization", "divides it in each call"):
+        parametrize(one_layer(lambda w: L.SpectralNormalization(L.Dense(w))))
     # Where nothing grows, they may stay.
     parametrize(one_layer(lambda _: L.Dense(1, bias_regularizer="l2")))
 

@@ -210,7 +210,12 @@ def _width(
 def _owners(model: keras.Model) -> dict[int, _types.Layer]:
     """The layer of each weight, by the identity of the weight."""
     layers = [model, *_keras.layers.all_layers(model)]
-    return {id(v): layer for layer in layers for v in _keras.layers.own_variables(layer)}
+    owners = {id(v): layer for layer in layers for v in _keras.layers.own_variables(layer)}
+    # It assigns the weights of the layer inside.
+    for layer in layers:
+        if isinstance(layer, keras.layers.SpectralNormalization):
+            owners |= {id(v): layer for v in layer.weights}
+    return owners
 
 
 def _query_multipliers(
@@ -250,6 +255,8 @@ def _check_layer(layer: _types.Layer, variable: _types.KerasVariable) -> None:
             "embeds and predicts with one weight, which would need two learning rates. Pass "
             "tie_weights=False"
         )
+    elif isinstance(layer, keras.layers.SpectralNormalization):
+        reason = "divides it in each call, which would undo how large weights are. Remove it"
     elif getattr(layer, "lora_enabled", False):
         reason = "has LoRA enabled, for which there is no rule. Enable it after training"
     elif variable.regularizer is not None:
