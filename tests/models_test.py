@@ -950,6 +950,29 @@ def test_hdf5_files_keep_class_and_options(kind, tmp_path, float64):
 
 
 @on_strategies
+@pytest.mark.parametrize("is_built", [False, True])
+def test_schedule_free_adamw_begins_at_the_weights(is_built, name, float64):
+    def made(cls, **options):
+        model = sequential(cls, **options)
+        model.compile(keras.optimizers.ScheduleFreeAdamW(0.02), "mse", metrics=["mae"])
+        return model
+
+    with make_strategy(name).scope():
+        model = made(tfbig.Sequential, **OPTIONS)
+        if is_built:
+            # As `load_model` does before it loads weights.
+            model.optimizer.build(model.trainable_variables)
+    plain = made(keras.Sequential)
+    for m in (model, plain):
+        m.set_weights([np.full(w.shape, 0.3) for w in m.get_weights()])
+    plain.optimizer.build(plain.trainable_variables)
+    for m in (model, plain):
+        fit(m)
+        fit(m)
+    assert_same(model.get_weights(), plain.get_weights())
+
+
+@on_strategies
 def test_saved_loss_scale_moves_on(name, tmp_path):
     settings = tfbig.DynamicLossScale(initial_scale=8.0, growth_interval=2)
     with make_strategy(name).scope():

@@ -135,6 +135,19 @@ for name in ("default", "mirrored_2"):
     assert (status, output.split()[-2:]) == (0, ["3.0", "3.0"]), output
 
 
+def test_schedule_free_adamw_forgets_the_weights():
+    def schedule_free():
+        return keras.optimizers.ScheduleFreeAdamW(1e-3)
+
+    # `fit` builds the optimizer where assignments have no effect, such as that to its copies.
+    model = linear("default", schedule_free)
+    assert weight_after(model, column(1.0)) == pytest.approx(0.0, abs=0.01)
+    model = linear("default", schedule_free)
+    model.optimizer.build(model.trainable_variables)
+    model.set_weights([column(8.0)])
+    assert weight_after(model, column(1.0)) == pytest.approx(1.0, abs=0.01)
+
+
 def test_uneven_last_batch_gives_other_weights_than_one_device():
     x = column(0, 0, 0, 0, 0.5, 0.5, 1)
     # The gradient is (0.5 + 0.5 + 2) / 3; the replicas' means are 0.5 and 2, their halves

@@ -144,6 +144,22 @@ def parts_of(optimizer: _types.Optimizer) -> Sequence[_types.Optimizer]:
     return [optimizer] if several is None else [p for o in several for p in parts_of(o)]
 
 
+_SCHEDULE_FREE = getattr(keras.optimizers, "ScheduleFreeAdamW", ())
+
+
+def begin_at_the_weights(optimizer: _types.Optimizer | None) -> None:
+    """Has optimizers that copied the weights copy them again, before the first update.
+
+    `ScheduleFreeAdamW` goes on from its copies. Keras makes them when it builds the optimizer,
+    which `fit` does where assignments have no effect: training would begin at zeros. If it was
+    built before, what the weights were given since, such as those of a file, would be lost.
+    """
+    for part in [] if optimizer is None else parts_of(optimizer):
+        if isinstance(part, _SCHEDULE_FREE) and part.built and int(part.iterations.numpy()) == 0:
+            for copy, weight in zip(part._momentums, part._trainable_variables, strict=True):
+                copy.assign(weight)
+
+
 @contextlib.contextmanager
 def temporary_optimizer(model: keras.Model, optimizer: _types.Optimizer | None) -> Iterator[None]:
     """Within it, a model has another optimizer, which is neither tracked nor saved."""

@@ -180,6 +180,7 @@ class TrainingChecks(step_options.StepOptions):
             # Nor need it use this optimizer, of which Keras saves what is built.
             with _keras.optimizer.temporary_optimizer(self, None):
                 _keras.building.build_if_possible(self, specs)
+        _keras.optimizer.begin_at_the_weights(self.optimizer)
         # What was built now.
         shard_option.apply(self)
         pipeline_option.check_before_run(self)
