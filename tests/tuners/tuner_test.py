@@ -353,6 +353,29 @@ def test_a_trial_that_went_on_equals_one_that_was_not_interrupted(options, shuff
     assert not files(tuner, "**/state/**/*")
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("on_epoch", [True, False])
+def test_a_trial_goes_on_with_the_weights_that_averages_were_swapped_for(options, on_epoch):
+    def averaging(hp):
+        model = noisy(hp)
+        optimizer = keras.optimizers.Adam(hp.get("rate"), use_ema=True, ema_momentum=0.8)
+        model.compile(optimizer, "mse")
+        return model
+
+    def swap():
+        return [keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)]
+
+    tuner = tuners.Hyperband(averaging, max_epochs=4, factor=4, **options)
+    tuner.search(**DATA, batch_size=5, shuffle=False, callbacks=swap())
+    (went_on,) = [t for t in tuner.oracle.study.trials[:4] if len(t.intermediate_values) == 4]
+    trial = tuner.oracle.get_trial(f"{went_on.number:04d}")
+    model = tfbig.extend(averaging(trial.hyperparameters))
+    history = model.fit(**DATA, batch_size=5, shuffle=False, epochs=4, callbacks=swap())
+    found = [went_on.intermediate_values[i] for i in (1, 2, 3, 4)]
+    # Exactness is tested in float64 at 1e-10.
+    np.testing.assert_allclose(found, history.history["val_loss"], rtol=1e-10)
+
+
 @pytest.mark.parametrize("more", [{"executions_per_trial": 2}, {"folds": 3}], ids=str)
 def test_hyperband_goes_on_with_one_training_of_a_trial(more, options):
     with pytest.raises(errors.InvalidOptionError, match="resumes trials"):

@@ -85,8 +85,13 @@ def swapped_averages(
         callbacks: those of its `fit`. A `SwapEMAWeights` swaps during validation, and after an
             epoch.
     """
-    if not any(_holds_averages(callback) for callback in callbacks):
-        return []
+    return averages_of(model) if any(map(_holds_averages, callbacks)) else []
+
+
+def averages_of(
+    model: keras.Model,
+) -> list[tuple[_types.KerasVariable, _types.KerasVariable]]:
+    """Pairs of a weight and its moving average, of optimizers with `use_ema`."""
     return [
         (weight, average)
         for part in parts_of(model.optimizer)
@@ -96,6 +101,19 @@ def swapped_averages(
         )
         if average is not None
     ]
+
+
+def is_last_swap(callbacks: Iterable[_types.Callback], epoch: int) -> bool:
+    """Whether a `SwapEMAWeights` swaps for the last time at the end of an epoch.
+
+    Weights and averages both have the values of the averages then.
+    """
+    return any(
+        isinstance(callback, keras.callbacks.SwapEMAWeights)
+        and callback.swap_on_epoch
+        and epoch + 1 == callback.params["epochs"]
+        for callback in callbacks
+    )
 
 
 def _holds_averages(callback: _types.Callback) -> bool:

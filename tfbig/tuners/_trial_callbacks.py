@@ -6,13 +6,13 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import keras
 from keras_tuner.src.engine import tuner_utils
 
 import tfbig
-from tfbig import _types, errors
+from tfbig import _keras, _types, errors
 from tfbig.callbacks import _help
 from tfbig.distribute._workers import Workers
 from tfbig.tuners import _trial_results, _tuner_types
@@ -169,6 +169,27 @@ class KeepState(TrialCallback, tfbig.callbacks.BackupAndRestore):
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         super().__init__(directory, on_preemption=None)
+        # Those of the last epoch, which a `SwapEMAWeights` loses.
+        self._weights: list[_types.Array] = []
+
+    def _complete(self, logs: MutableMapping[str, object]) -> None:
+        # Before the other callbacks.
+        super()._complete(logs)
+        if _keras.optimizer.is_last_swap(self._callbacks, self._epoch):
+            weights = [weight for weight, _ in _keras.optimizer.averages_of(self.model)]
+            self._weights = _keras.variables.values_of(weights)
+
+    def on_epoch_end(self, epoch: int, logs: _types.Logs | None = None) -> None:
+        weights, self._weights = self._weights, []
+        if not weights:
+            super().on_epoch_end(epoch, logs)
+            return
+        # As after the other swaps.
+        averages = [average for _, average in _keras.optimizer.averages_of(self.model)]
+        lasting = _keras.variables.values_of(averages)
+        _keras.variables.assign_all(averages, weights)
+        super().on_epoch_end(epoch, logs)
+        _keras.variables.assign_all(averages, lasting)
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         # The study says whose trial it is. Who held it before may have been stopped for long.
