@@ -1155,6 +1155,58 @@ def test_a_value_is_enqueued_with_what_it_depends_on(tmp_path, values, words):
     assert not tuner.oracle.study.get_trials()
 
 
+class Layers(kt.RandomSearch):
+    """What the model asks for depends on what it got, without a conditional scope."""
+
+    def __init__(self, **kwargs):
+        super().__init__(self.build, **kwargs)
+
+    @staticmethod
+    def build(hp):
+        units = [hp.Int(f"units_{i}", 2, 64) for i in range(hp.Int("layers", 1, 3))]
+        if hp.Boolean("dropout"):
+            units.append(hp.Float("rate", 0.1, 0.5))
+        return units
+
+    def run_trial(self, trial, **kwargs):
+        return float(sum(self.build(trial.hyperparameters)))
+
+
+LAYERS = {"layers": 3, "units_0": 4, "units_2": 8, "dropout": True, "rate": 0.25}
+
+
+def test_values_are_enqueued_that_the_model_asks_for_only_because_of_others(tmp_path):
+    tuner = Layers(objective=None, max_trials=2, directory=tmp_path)
+    assert tuner.enqueue(LAYERS)
+    tuner.search(verbose=0)
+    found = tuner.oracle.trials["0000"].hyperparameters.values
+    assert found.items() >= LAYERS.items()
+    for wrong in ({"layers": 3, "units_3": 4}, {"rate": 0.6}, {"layers": 2, "rate": 1}):
+        with pytest.raises(errors.InvalidOptionError):
+            Layers(objective=None, directory=tmp_path, project_name="o").enqueue(wrong)
+
+
+@pytest.mark.parametrize("how", ["best", "observations"])
+def test_values_are_transferred_that_the_model_asks_for_only_because_of_others(tmp_path, how):
+    earlier = Layers(objective=None, max_trials=3, directory=tmp_path, project_name="earlier")
+    earlier.enqueue(LAYERS)
+    earlier.search(verbose=0)
+    tuner = Layers(
+        objective=None,
+        max_trials=3,
+        directory=tmp_path,
+        transfer_from=tmp_path / "earlier",
+        transfer=how,
+    )
+    tuner.search(verbose=0)
+    if how == "best":
+        tried = [t.hyperparameters.values for t in tuner.oracle.trials.values()]
+        assert tried == [hp.values for hp in earlier.get_best_hyperparameters(3)]
+    else:
+        names = [t.params.keys() for t in tuner.oracle.study.trials[:3]]
+        assert names == [t.params.keys() for t in earlier.oracle.study.trials]
+
+
 class Branches(kt.RandomSearch):
     """Its trials define the space."""
 

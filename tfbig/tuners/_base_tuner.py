@@ -257,10 +257,30 @@ class BaseTuner(
             InvalidOptionError: If there is no such hyperparameter, if it cannot have the value, or
                 if what it depends on has another value or none.
         """
-        if not self._workers.is_chief:
+        if not self._workers.is_chief or _own_values.is_enqueued(self.oracle.study, values):
             return False
+        self._define_for(values)
         _own_values.check(self.oracle.get_space(), values)
         return _own_values.enqueue(self.oracle.study, values)
+
+    def _define_for(self, values: Mapping[str, _tuner_types.Value]) -> bool:
+        """Has the oracle know the hyperparameters that the model has only with some values.
+
+        Returns:
+            Whether it knows all of their names, or none because the trials define the space.
+        """
+        before = -1
+        while True:
+            hp = self.oracle.get_space()
+            if not hp.space or values.keys() <= {known.name for known in hp.space}:
+                return True
+            is_fixed = self.hypermodel is None or not self.oracle.allow_new_entries
+            if is_fixed or len(hp.space) == before:
+                return False
+            before = len(hp.space)
+            hp.values = _own_values.fitting(hp, values)
+            self.hypermodel.build(hp)
+            self.oracle.update_space(hp)
 
     # --- The search ---
 
@@ -299,7 +319,9 @@ class BaseTuner(
                 # A trial process is started after its parent has done it.
                 is_parent = self._workers.is_chief and not self._is_trial_process
                 if self._transfer_from is not None and is_parent:
-                    _transfer.transfer(self.oracle, self._transfer_from, self._transfer)
+                    _transfer.transfer(
+                        self.oracle, self._transfer_from, self._transfer, self._define_for
+                    )
                 if is_parent:
                     self.oracle.warn_of_random_values()
                     self.oracle.warn_of_trials_left_out()

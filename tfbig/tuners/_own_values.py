@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import optuna
 from keras_tuner.src.engine import trial as kt_trial
@@ -12,7 +13,20 @@ from tfbig import errors
 from tfbig.tuners import _json, _proposals, _queue, _space, _study, _trials, _tuner_types
 from tfbig.tuners._hyperparameters import HyperParameters
 
-__all__ = ("OwnValuesQueue", "check", "drop_unused", "enqueue", "enqueued", "may_be")
+__all__ = (
+    "Define",
+    "OwnValuesQueue",
+    "check",
+    "drop_unused",
+    "enqueue",
+    "enqueued",
+    "fitting",
+    "is_enqueued",
+)
+
+# Has the oracle know the hyperparameters that a program has with some values; returns whether it
+# knows all of their names now.
+Define: TypeAlias = Callable[[_tuner_types.Values], bool]
 
 _STATUS = kt_trial.TrialStatus
 
@@ -101,12 +115,18 @@ def enqueue(
     Returns:
         Whether the values were not enqueued before.
     """
-    given = _json.dumps({name: _json.canonical(value) for name, value in values.items()})
-    if any(t.user_attrs.get(_trials.GIVEN) == given for t in study.get_trials(deepcopy=False)):
+    if is_enqueued(study, values):
         return False
+    given = _json.dumps(dict(values))
     with _study.quiet():
         study.enqueue_trial({}, user_attrs={_trials.GIVEN: given, **attributes})
     return True
+
+
+def is_enqueued(study: optuna.Study, values: Mapping[str, _tuner_types.Value]) -> bool:
+    """Whether some values were enqueued before, also if they were tried."""
+    given = _json.dumps(dict(values))
+    return any(t.user_attrs.get(_trials.GIVEN) == given for t in study.get_trials(deepcopy=False))
 
 
 def drop_unused(trial_id: str, frozen: FrozenTrial, hyperparameters: HyperParameters) -> None:
@@ -132,6 +152,20 @@ def drop_unused(trial_id: str, frozen: FrozenTrial, hyperparameters: HyperParame
             "no such hyperparameters. Enqueue with each value those that it depends on.",
             stacklevel=4,
         )
+
+
+def fitting(
+    hyperparameters: HyperParameters, values: Mapping[str, _tuner_types.Value]
+) -> _tuner_types.Values:
+    """The values that hyperparameters of the same name may have; all if the space is not known."""
+    if not hyperparameters.space:
+        return dict(values)
+    found = HyperParameters()
+    for hp in hyperparameters.space:
+        is_active = found._conditions_are_active(hp.conditions)
+        if hp.name in values and is_active and may_be(hp, values[hp.name]):
+            found.values[hp.name] = _json.canonical(values[hp.name])
+    return found.values
 
 
 def may_be(hp: _tuner_types.Hyperparameter, value: _tuner_types.Value) -> bool:

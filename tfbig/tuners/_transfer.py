@@ -27,6 +27,10 @@ Transfer: TypeAlias = Literal["best", "observations"]
 # So many of the best trials are tried again.
 _BEST = 3
 
+# After so many trials with hyperparameters that the program does not define for them, others are
+# not looked at: each takes a model that is built.
+_MOST_FAILURES = 10
+
 
 # What the check receives may be of any type.
 def check(transfer_from: Any, how: Any) -> None:
@@ -42,13 +46,19 @@ def check(transfer_from: Any, how: Any) -> None:
         )
 
 
-def transfer(oracle: _oracle.StudyOracle, where: str | os.PathLike[str], how: Transfer) -> None:
+def transfer(
+    oracle: _oracle.StudyOracle,
+    where: str | os.PathLike[str],
+    how: Transfer,
+    define: _own_values.Define,
+) -> None:
     """Gives a search what fits from an earlier one; once, however often this is called.
 
     Args:
         oracle: The oracle of the search.
         where: The directory of the earlier search, its file, or a database URL.
         how: See `Tuner`.
+        define: See `Define`.
 
     Raises:
         StudyError: If there is no search, or if it had another objective.
@@ -56,33 +66,28 @@ def transfer(oracle: _oracle.StudyOracle, where: str | os.PathLike[str], how: Tr
     """
     earlier = _read_only.open_study(os.fspath(where)).record()
     if how == "best":
-        _try_again(oracle, earlier)
+        _try_again(oracle, earlier, define)
     else:
-        _observe(oracle, earlier)
+        _observe(oracle, earlier, define)
 
 
-def _try_again(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
+def _try_again(
+    oracle: _oracle.StudyOracle, earlier: _record.Record, define: _own_values.Define
+) -> None:
+    best = earlier.best[:_BEST]
+    for row in best:
+        define(row.values)
     space = oracle.get_space()
-    found = [_fitting(space, row.values) for row in earlier.best[:_BEST]]
+    found = [_own_values.fitting(space, row.values) for row in best]
     for values in filter(None, found):
         _own_values.enqueue(oracle.study, values, **{_trials.TRANSFERRED: True})
     if not any(found):
         _warn(earlier, f"none of the {len(found)} best trials has a value in the space")
 
 
-def _fitting(space: HyperParameters, values: _tuner_types.Values) -> _tuner_types.Values:
-    """The values that hyperparameters of the same name may have; all if the space is not known."""
-    if not space.space:
-        return values
-    fitting = HyperParameters()
-    for hp in space.space:
-        is_active = fitting._conditions_are_active(hp.conditions)
-        if hp.name in values and is_active and _own_values.may_be(hp, values[hp.name]):
-            fitting.values[hp.name] = values[hp.name]
-    return fitting.values
-
-
-def _observe(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
+def _observe(
+    oracle: _oracle.StudyOracle, earlier: _record.Record, define: _own_values.Define
+) -> None:
     study, space = oracle.study, oracle.get_space()
     mine = oracle.wanted or [oracle.objective_names], oracle.directions
     if (earlier.objectives, earlier.directions) != mine:
@@ -96,8 +101,14 @@ def _observe(oracle: _oracle.StudyOracle, earlier: _record.Record) -> None:
             "transfer='observations' needs hyperparameters that are known before the first trial. "
             "Received: none. Pass `hyperparameters`, or use transfer='best'."
         )
-    taken = {t.user_attrs.get(_trials.TRANSFERRED) for t in study.get_trials(deepcopy=False)}
     rows = [row for row in earlier.rows if row.scores and row.is_feasible]
+    failures = 0
+    for row in rows:
+        failures += not define(row.values)
+        if failures == _MOST_FAILURES:
+            break  # The program has no such hyperparameters.
+    space = oracle.get_space()
+    taken = {t.user_attrs.get(_trials.TRANSFERRED) for t in study.get_trials(deepcopy=False)}
     count = 0
     for row in rows:
         space.values = dict(row.values)
