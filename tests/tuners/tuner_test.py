@@ -355,6 +355,30 @@ def test_a_trial_that_went_on_equals_one_that_was_not_interrupted(options, shuff
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("on_epoch", [True, False])
+def test_the_averages_are_kept_that_were_validated(options, on_epoch):
+    def averaging(hp):
+        model = build(hp)
+        optimizer = keras.optimizers.Adam(hp.get("rate"), use_ema=True, ema_momentum=0.8)
+        model.compile(optimizer, "mse")
+        return model
+
+    def swap():
+        return [keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)]
+
+    tuner = tuners.RandomSearch(averaging, max_trials=1, **options)
+    tuner.search(**DATA, batch_size=5, epochs=3, shuffle=False, callbacks=swap())
+    (trial,) = tuner.oracle.trials.values()
+    (model,) = tuner.get_best_models()
+    assert model.evaluate(X, Y, verbose=0) == pytest.approx(trial.score, rel=1e-12)
+    # Training itself goes on with the weights.
+    keras.utils.set_random_seed(tuner.oracle.seed_of_training("0000", 0))
+    plain = averaging(trial.hyperparameters)
+    history = plain.fit(**DATA, batch_size=5, epochs=3, shuffle=False, callbacks=swap())
+    assert trial.score == pytest.approx(min(history.history["val_loss"]), rel=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("on_epoch", [True, False])
 def test_a_trial_goes_on_with_the_weights_that_averages_were_swapped_for(options, on_epoch):
     def averaging(hp):
         model = noisy(hp)

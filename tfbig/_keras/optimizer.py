@@ -103,6 +103,28 @@ def averages_of(
     ]
 
 
+@contextlib.contextmanager
+def averages_in_weights(model: keras.Model, callbacks: Iterable[_types.Callback]) -> Iterator[None]:
+    """Within it, weights have the averages that a `SwapEMAWeights` validates, if there is one.
+
+    Args:
+        model: the model that is trained; no variable may be divided over workers.
+        callbacks: those of its `fit`.
+    """
+    swapping = [c for c in callbacks if isinstance(c, keras.callbacks.SwapEMAWeights)]
+    if not swapping or any(map(_holds_averages, swapping)):
+        yield
+        return
+    pairs = averages_of(model)
+    weights = [weight for weight, _ in pairs]
+    values = values_of(weights)
+    assign_all(weights, values_of(average for _, average in pairs))
+    try:
+        yield
+    finally:
+        assign_all(weights, values)
+
+
 def is_last_swap(callbacks: Iterable[_types.Callback], epoch: int) -> bool:
     """Whether a `SwapEMAWeights` swaps for the last time at the end of an epoch.
 

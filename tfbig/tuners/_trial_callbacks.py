@@ -216,6 +216,8 @@ class KeepBestWeights(TrialCallback):
         self, objective: _tuner_types.Objective, path: str, best: float | None, workers: Workers
     ) -> None:
         super().__init__()
+        # The callbacks beside this one.
+        self.others: Sequence[_types.Callback] = ()
         self._objective = objective
         self._path = pathlib.Path(path)
         self._best = best
@@ -252,7 +254,10 @@ class KeepBestWeights(TrialCallback):
             ) from None
 
     def _write(self, temporary: pathlib.Path) -> None:
-        self.model.save_weights(temporary)
+        # What was validated, and what `fit` leaves at its end.
+        others = () if _help.is_divided(self.model) else self.others
+        with _keras.optimizer.averages_in_weights(self.model, others):
+            self.model.save_weights(temporary)
         if not temporary.exists():
             return  # The model saves its weights in a way of its own.
         os.replace(temporary, self._path)

@@ -260,6 +260,7 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             callbacks += [_trial_callbacks.CallTuner(self, trial), report, keep_best]
             if self.oracle.goes_on:
                 callbacks = self._with_state(trial, callbacks)
+            keep_best.others = callbacks
             run_kwargs = run_kwargs | {"callbacks": callbacks}
             seed = self.oracle.seed_of_training(trial.trial_id, number)
             if seed is not None:
