@@ -109,10 +109,10 @@ def test_a_job_takes_a_backup_before_its_time_is_over_and_queues_itself(cluster,
 def test_a_cancelled_job_ends_everywhere_and_does_not_return(cluster, tmp_path):
     run = Run(cluster, tmp_path)
     run.wait_for_backup()
-    assert len(job.alive("--output_dir=runs/slurm")) >= 2
+    assert len(job.alive(f"{tmp_path}/.venv/bin/python")) >= 2
     cluster.run("scancel", run.number)
     cluster.wait_for_nodes("idle", "idle")
-    assert job.alive("--output_dir=runs/slurm") == []
+    assert job.alive(f"{tmp_path}/.venv/bin/python") == []
     shown = cluster.wait_for_job(run.number, "CANCELLED", timeout=30)
     assert shown["Restarts"] == "0"
     assert len(run.backup) == 1
