@@ -540,6 +540,21 @@ def test_what_is_excluded_from_weight_decay_stays_excluded(is_later, float64):
 
 
 @weights_first
+def test_a_checkpoint_waits_for_state_that_is_divided(shard, float64, tmp_path):
+    expected = plain("adam")[1]
+    model = keras.Model(*graph())
+    model.set_weights(initial_weights())
+    compile_model(model, "adam")
+    fit(model, epochs=1)
+    tf.train.Checkpoint(model=model).write(str(tmp_path / "checkpoint"))
+    again = sharded("mirrored_2", "adam", shard=shard)
+    tf.train.Checkpoint(model=again).read(str(tmp_path / "checkpoint")).expect_partial()
+    fit(again, epochs=1)
+    for a, b in zip(state(again), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+@weights_first
 def test_files_are_those_of_a_model_that_is_not_divided(shard, float64, tmp_path):
     expected = plain("adam")[1]
     model = sharded("mirrored_2", "adam", shard=shard)

@@ -7,6 +7,7 @@ what reads a weight or a part of the state reads the piece, and what assigns one
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -200,6 +201,7 @@ def build_divided(
         return variable
 
     vars(optimizer)["add_variable"] = add_later
+    waiting = _set_aside_checkpoint(optimizer)
     try:
         build()
         refuse_state_in_no_list(optimizer)
@@ -218,6 +220,8 @@ def build_divided(
         ) from None
     finally:
         del vars(optimizer)["add_variable"]
+        for holder, positions in waiting:
+            holder._self_unconditional_deferred_dependencies = positions
     owners = _weights_of_state(optimizer)
     for variable in later:
         initial = functools.partial(variable._initial, tuple(variable.shape), dtype=variable._dtype)
@@ -227,6 +231,25 @@ def build_divided(
             # A scalar of the optimizer as a whole: each replica has it.
             variable.__class__ = keras.Variable
             variable._initialize(initial)
+    for holder, _ in waiting:
+        for name, part in holder._trackable_children().items():
+            holder._handle_deferred_dependencies(name, part)
+
+
+# Any: TensorFlow has no types.
+def _set_aside_checkpoint(optimizer: _types.Optimizer) -> list[tuple[Any, dict[str, Any]]]:
+    """Has what is tracked next not be restored from a `tf.train.Checkpoint` that waits for it.
+
+    Returns:
+        The optimizer, the lists that it keeps, and what waits for each.
+    """
+    waiting = []
+    for holder in (optimizer, *optimizer._trackable_children().values()):
+        positions = getattr(holder, "_self_unconditional_deferred_dependencies", {})
+        if positions:
+            waiting.append((holder, positions))
+            holder._self_unconditional_deferred_dependencies = collections.defaultdict(list)
+    return waiting
 
 
 def refuse_state_in_no_list(optimizer: _types.Optimizer) -> None:
