@@ -236,6 +236,29 @@ def batches():
     return [*parts, tf.concat(parts, 0)]
 
 
+ALL = {
+    f"{kind}, {name}": (function, kind)
+    for kind, functions in {
+        "joined": JOINED,
+        "same": SAME,
+        "mean": MEANS,
+        "sum": SUMS,
+        "coupled": COUPLED,
+    }.items()
+    for name, function in functions.items()
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_a_function_computes_that_is_called(name):
+    function, kind = ALL[name]
+    _, outside = found(function)
+    _, inside = found(tf.function(function, autograph=False))
+    assert inside == outside
+    _, unknown = found(tf.function(function, autograph=False), follows_calls=False)
+    assert type(unknown) is Mixed or kind == "same"
+
+
 @pytest.mark.parametrize("name", JOINED)
 def test_what_is_joined(name, batches):
     function, dependence = found(JOINED[name])

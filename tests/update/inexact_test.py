@@ -361,6 +361,7 @@ def mean_of_sums(y, y_pred):
         (None, normalized, "RealDiv"),
         (None, over_positives, "RealDiv"),
         (None, contrast, "MatMul"),
+        (None, tf.function(contrast, autograph=False), "MatMul"),
         (None, lambda y, y_pred: ops.sum(ops.square(y - y_pred)), "Sum"),
         (None, sum_over_samples, "RealDiv"),
         (None, Scalar("sum"), "Mean"),

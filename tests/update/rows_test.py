@@ -82,6 +82,9 @@ OF_ANY_LENGTH = (Rows.SHARED_OF_ANY_LENGTH,)
         (lambda t, x: take(t, ops.take(x, [1, 3], axis=1)), KEPT),
         (lambda t, x: take(t, ops.take(np.arange(11)[::-1].copy(), x)), KEPT),
         (lambda t, x: take(t, tf.strings.to_hash_bucket_fast(tf.as_string(x), 11)), KEPT),
+        # In a function of its own.
+        (lambda t, x: tf.function(lambda i: take(t, i), autograph=False)(x), KEPT),
+        (lambda t, x: tf.function(lambda: take(t, ops.arange(5)), autograph=False)(), SHARED),
         # As many for each sample as there are positions: rows of their own.
         (lambda t, x: take(t, ops.broadcast_to(ops.arange(5), ops.shape(x))), KEPT),
         (lambda t, x: take(t, tf.tile(tf.range(5)[None], [tf.shape(x)[0], 1])), KEPT),
@@ -142,8 +145,13 @@ def test_look_ups(look_ups, expected):
             lambda t, x: take(t, tf.pad(x, [[0, 0], [1, 0]], constant_values=tf.shape(x)[0])),
             "PadV2",
         ),
-        # In a function of its own.
-        (lambda t, x: tf.function(lambda i: take(t, i), autograph=False)(x), "Call"),
+        # Of two kinds, in a function of their own.
+        (
+            lambda t, x: tf.function(
+                lambda i: ops.sum(take(t, i)) + ops.sum(take(t, ops.arange(5))), autograph=False
+            )(x),
+            "ConcatV2",
+        ),
         # Another time, others.
         (lambda t, x: take(t, tf.random.uniform([3], 0, 11, tf.int32)), "RandomUniformInt"),
         # Not known.
@@ -284,7 +292,7 @@ def test_table_that_cannot_be_followed_is_warned_of(strategy):
 
 
 class InFunction(keras.layers.Layer):
-    """Looks up a table in a function of its own, which the graph of the model does not show."""
+    """Looks up a table in a function of its own."""
 
     def build(self, shape):
         self.table = self.add_weight(shape=(9, 3), name="table")
@@ -294,14 +302,21 @@ class InFunction(keras.layers.Layer):
         return ops.mean(ops.take(self.table, x, axis=0), axis=1)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("is_eager", [False, True])
-def test_look_up_in_a_function_is_warned_of(is_eager):
-    model = tfbig.Sequential(
-        [keras.Input((5,), dtype="int32"), InFunction(), keras.layers.Dense(1)], micro_batch_size=2
-    )
-    model.compile("adam", "mse", run_eagerly=is_eager)
-    with pytest.warns(UserWarning, match=r"The look-ups of '.*table' cannot be followed"):
-        model.fit(np.ones((6, 5), "int32"), np.ones((6, 1)), batch_size=6, verbose=0)
+def test_look_up_in_a_function_is_followed(is_eager):
+    def trained(cls, **options):
+        keras.utils.set_random_seed(0)
+        tokens = keras.Input((5,), dtype="int32")
+        model = cls([tokens, InFunction(), keras.layers.Dense(1)], **options)
+        model.compile(keras.optimizers.Adam(0.05), "mse", run_eagerly=is_eager)
+        x = np.random.default_rng(0).integers(0, 9, (6, 5))
+        model.fit(x, np.ones((6, 1)), batch_size=6, epochs=2, verbose=0)
+        return model
+
+    model, plain = trained(tfbig.Sequential, micro_batch_size=2), trained(keras.Sequential)
+    for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
 
 
 def test_rows_of_a_custom_gradient_are_warned_of():

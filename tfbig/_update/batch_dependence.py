@@ -14,6 +14,7 @@ from its values for each. What a tensor does when batches are joined is one of t
 Nothing is guessed: an operation without a rule here makes its result `Mixed`.
 """
 
+import dataclasses
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -59,6 +60,7 @@ class Dependences:
         known: dependences of tensors, by their names.
         are_draws_joined: whether random numbers for each sample count as joined: those of the
             joined batch are others, but just as good.
+        follows_calls: whether to follow the functions that the graph calls, too.
     """
 
     def __init__(
@@ -68,11 +70,14 @@ class Dependences:
         assigned: Iterable[tf.Tensor] = (),
         known: Mapping[str, Dependence] = types.MappingProxyType({}),
         are_draws_joined: bool = False,
+        follows_calls: bool = True,
     ) -> None:
         self._known = dict(known)
         self._are_draws_joined = are_draws_joined
+        self._follows_calls = follows_calls
         self._captured = captured
-        self._assigned = {id(handle) for handle in assigned}
+        # By their identities; by the names of the arguments that they are, in a function.
+        self._assigned: set[int | str] = {id(handle) for handle in assigned}
         for leaf in tf.nest.flatten(data):
             if isinstance(leaf, tf.SparseTensor):
                 self._known[leaf.indices.name] = SPARSE_INDICES
@@ -110,8 +115,10 @@ class Dependences:
             inputs = [self._known[t.name] for t in op.inputs]
             if op.type in _DRAWS and self._are_draws_joined:
                 found = [dependence_rules.of_draws(op, inputs[0])]
+            elif op.type in _CALLS and self._follows_calls:
+                found = self._of_call(op, inputs)
             else:
-                found = _results(op, inputs, op.type in _READS and self._is_assigned(op))
+                found = _results(op, inputs, op.type in _READS and self._is_assigned(op.inputs[0]))
         for output, dependence in zip(op.outputs, found, strict=True):
             self._known.setdefault(output.name, dependence)
 
@@ -127,9 +134,45 @@ class Dependences:
         )
         return CONSTANT if is_constant else Mixed(op.type)
 
-    def _is_assigned(self, op: Any) -> bool:
-        handle = op.inputs[0].op
-        return handle.type == "Placeholder" and id(self._external(handle)) in self._assigned
+    def _of_call(self, op: Any, inputs: list[Dependence]) -> list[Dependence]:
+        """The dependences of what a function returns that an operation calls."""
+        graph = _function_of(op)
+        # An order of samples has the name of an operation, which the function may have as well.
+        if graph is None or any(isinstance(d, Samples) and d.order for d in inputs):
+            return [Mixed(op.type)] * len(op.outputs)
+        arguments = list(zip(op.inputs, graph.inputs, strict=True))
+        called = Dependences(
+            (),
+            captured=self._captured,
+            known={inner.name: d for (_, inner), d in zip(arguments, inputs, strict=True)},
+            are_draws_joined=self._are_draws_joined,
+        )
+        called._assigned = {inner.name for outer, inner in arguments if self._is_assigned(outer)}
+        found = [called.of(tensor) for tensor in graph.outputs]
+        return [
+            dataclasses.replace(d, order=f"{op.name}/{d.order}")
+            if isinstance(d, Samples) and d.order
+            else d
+            for d in found
+        ]
+
+    def _is_assigned(self, handle: tf.Tensor) -> bool:
+        """Whether a tensor is the handle of a variable that is assigned."""
+        if handle.op.type != "Placeholder":
+            return False
+        return handle.name in self._assigned or id(self._external(handle.op)) in self._assigned
+
+
+def _function_of(op: Any) -> Any:
+    """The graph of the function that an operation calls; None if it cannot be looked into."""
+    graph = op.graph
+    # Which of the graphs registers a function depends on who traced it.
+    while graph is not None:
+        function = graph._get_function(op.get_attr("f").name)
+        if function is not None:
+            return getattr(function, "graph", None)
+        graph = getattr(graph, "outer_graph", None)
+    return None
 
 
 def _results(op: Any, inputs: list[Dependence], is_assigned: bool) -> list[Dependence]:
@@ -155,6 +198,9 @@ def _results(op: Any, inputs: list[Dependence], is_assigned: bool) -> list[Depen
 _READS = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd"])
 
 _READERS = frozenset(["ReadVariableOp", "LookupTableFindV2", "LookupTableSizeV2", "ResourceGather"])
+
+# The operations that call a function.
+_CALLS = frozenset(["PartitionedCall", "StatefulPartitionedCall"])
 
 # The operations that draw random numbers, whose shape is the first input.
 _DRAWS = frozenset(
