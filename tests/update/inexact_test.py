@@ -400,6 +400,29 @@ def test_loss_that_is_a_mean_or_sum_over_the_samples_is_not_warned_of(added, los
         assert warnings_of(fit(model, sample_weight=weights)) == []
 
 
+@pytest.mark.parametrize("is_eager", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean_with_sample_weight", "mean"])
+def test_losses_in_functions_that_are_traced_once_are_refused(reduction, is_eager):
+    w = keras.Variable(np.ones(3))
+
+    @tf.function(autograph=False)
+    def loss(x):
+        of_keras = keras.losses.MeanSquaredError(reduction)
+        return of_keras(tf.zeros_like(x), x * w, sample_weight=x[:, 0])
+
+    def gradients(x):
+        return tfbig.accumulate_gradients(loss, [w], x, micro_batch_size=2).gradients
+
+    x = tf.random.stateless_uniform((5, 3), (0, 1), dtype=w.dtype)
+    if not is_eager:
+        gradients = tf.function(gradients, autograph=False)
+    if reduction == "mean":
+        gradients(x)
+        return
+    with pytest.raises(tfbig.errors.UnsupportedModelError, match=r"tf\.function of its own"):
+        gradients(x)
+
+
 def test_own_step_is_warned_of_a_loss_that_is_no_mean_over_the_samples():
     w = keras.Variable(np.ones(3))
 

@@ -215,6 +215,15 @@ class LossTracer:
                 f"{sorted(set(probe.kinds))}). Remove the hook, or compute the whole loss in "
                 "`compute_loss` from losses with reduction=None."
             )
+        own = getattr(probe.result.loss, "graph", None)
+        for kind, _, reduced in probe.reductions:
+            if kind in ("sum", "counted") and _is_in_function(reduced, own):
+                raise errors.UnsupportedModelError(
+                    "A loss must not be reduced in a tf.function of its own when the batch is "
+                    "split: TensorFlow would trace it once, without the denominators of the whole "
+                    "batch. Received: a Keras loss that is a sum, or is divided by weights or a "
+                    "mask. Call it outside of tf.function, which `fit` makes of all anyway."
+                )
         for variable in probe.assigned:
             if any(variable is v for v in self.variables):
                 raise errors.UnsupportedModelError(
@@ -332,6 +341,16 @@ def _operations() -> list[tf.Operation]:
     """Those that have been traced into the graph so far."""
     found: list[tf.Operation] = tf.compat.v1.get_default_graph().get_operations()
     return found
+
+
+def _is_in_function(tensor: _types.Tensor, graph: _types.Structure) -> bool:
+    """Whether a tensor was made in a function that a graph calls; not in its conditionals."""
+    inner = getattr(tensor, "graph", None)
+    while inner is not None and inner is not graph:
+        if type(inner) is tf.__internal__.FuncGraph:
+            return True
+        inner = getattr(inner, "outer_graph", None)
+    return False
 
 
 def _is_eager(tensor: _types.Tensor) -> bool:
