@@ -379,6 +379,7 @@ class Counted(Counting):
 
 
 @pytest.mark.filterwarnings("ignore:Operations with side effects")
+@pytest.mark.filterwarnings("ignore:The forward pass changes variables")
 def test_what_is_assigned_in_a_micro_batch_is_read_in_it(float64):
     counter = tf.Variable(0.0, dtype="float64", trainable=False)
     pipeline = on_cpus()
