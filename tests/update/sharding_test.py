@@ -787,7 +787,7 @@ def test_an_optimizer_that_looks_beyond_a_weight_is_refused(optimizer, message):
         divide_and_train()
 
 
-def test_an_optimizer_that_is_not_built_is_refused():
+def test_an_optimizer_is_built_and_divided_where_it_is_first_applied(float64):
     class Model(tfbig.Sequential):
         def train_step(self, data):
             gradients = tfbig.accumulate_gradients(
@@ -798,12 +798,21 @@ def test_an_optimizer_that_is_not_built_is_refused():
             )
             return {"loss": tfbig.apply_gradients(self.second, gradients).loss}
 
+    def made(cls, **options):
+        model = cls([keras.Input((2,)), layers.Dense(1, kernel_initializer="ones")], **options)
+        return model, keras.optimizers.Adam(0.1)
+
+    x = np.arange(8.0).reshape(4, 2)
+    plain, optimizer = made(keras.Sequential)
+    plain.compile(optimizer, "mse")
     with make_strategy("mirrored_2").scope():
-        model = Model([keras.Input((2,)), layers.Dense(1)], shard="optimizer")
+        model, model_optimizer = made(Model, shard="optimizer")
         model.compile("sgd")
-        model.second = keras.optimizers.Adam()
-    with pytest.raises(tfbig.errors.InvalidOptionError, match=r"must be built.*Adam"):
-        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+        model.second = model_optimizer
+    for each in (plain, model):
+        each.fit(x, np.ones((4, 1)), epochs=3, verbose=0)
+    for a, b in zip(model.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
 
 
 class Duel(tfbig.Model):
