@@ -353,48 +353,46 @@ def test_a_trial_that_went_on_equals_one_that_was_not_interrupted(options, shuff
     assert not files(tuner, "**/state/**/*")
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("on_epoch", [True, False])
-def test_the_averages_are_kept_that_were_validated(options, on_epoch):
-    def averaging(hp):
+def averaging(build):
+    """A builder of models whose optimizer keeps averages of the weights."""
+
+    def build_averaging(hp):
         model = build(hp)
         optimizer = keras.optimizers.Adam(hp.get("rate"), use_ema=True, ema_momentum=0.8)
         model.compile(optimizer, "mse")
         return model
 
-    def swap():
-        return [keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)]
+    return build_averaging
 
-    tuner = tuners.RandomSearch(averaging, max_trials=1, **options)
-    tuner.search(**DATA, batch_size=5, epochs=3, shuffle=False, callbacks=swap())
+
+def swapping(on_epoch):
+    return {"shuffle": False, "callbacks": [keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)]}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("on_epoch", [True, False])
+def test_the_averages_are_kept_that_were_validated(options, on_epoch):
+    tuner = tuners.RandomSearch(averaging(build), max_trials=1, **options)
+    tuner.search(**DATA, batch_size=5, epochs=3, **swapping(on_epoch))
     (trial,) = tuner.oracle.trials.values()
     (model,) = tuner.get_best_models()
     assert model.evaluate(X, Y, verbose=0) == pytest.approx(trial.score, rel=1e-12)
     # Training itself goes on with the weights.
     keras.utils.set_random_seed(tuner.oracle.seed_of_training("0000", 0))
-    plain = averaging(trial.hyperparameters)
-    history = plain.fit(**DATA, batch_size=5, epochs=3, shuffle=False, callbacks=swap())
+    plain = averaging(build)(trial.hyperparameters)
+    history = plain.fit(**DATA, batch_size=5, epochs=3, **swapping(on_epoch))
     assert trial.score == pytest.approx(min(history.history["val_loss"]), rel=1e-10)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("on_epoch", [True, False])
 def test_a_trial_goes_on_with_the_weights_that_averages_were_swapped_for(options, on_epoch):
-    def averaging(hp):
-        model = noisy(hp)
-        optimizer = keras.optimizers.Adam(hp.get("rate"), use_ema=True, ema_momentum=0.8)
-        model.compile(optimizer, "mse")
-        return model
-
-    def swap():
-        return [keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch)]
-
-    tuner = tuners.Hyperband(averaging, max_epochs=4, factor=4, **options)
-    tuner.search(**DATA, batch_size=5, shuffle=False, callbacks=swap())
+    tuner = tuners.Hyperband(averaging(noisy), max_epochs=4, factor=4, **options)
+    tuner.search(**DATA, batch_size=5, **swapping(on_epoch))
     (went_on,) = [t for t in tuner.oracle.study.trials[:4] if len(t.intermediate_values) == 4]
     trial = tuner.oracle.get_trial(f"{went_on.number:04d}")
-    model = tfbig.extend(averaging(trial.hyperparameters))
-    history = model.fit(**DATA, batch_size=5, shuffle=False, epochs=4, callbacks=swap())
+    model = tfbig.extend(averaging(noisy)(trial.hyperparameters))
+    history = model.fit(**DATA, batch_size=5, epochs=4, **swapping(on_epoch))
     found = [went_on.intermediate_values[i] for i in (1, 2, 3, 4)]
     # Exactness is tested in float64 at 1e-10.
     np.testing.assert_allclose(found, history.history["val_loss"], rtol=1e-10)

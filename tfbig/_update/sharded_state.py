@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import keras
 import tensorflow as tf
 
-from tfbig import _keras, _log, _types, errors
+from tfbig import _keras, _log, _types
 from tfbig.distribute import _pieces
 from tfbig.distribute._pieces import Piece
 
@@ -46,12 +46,6 @@ class ShardedState:
 
     def index_of(self, variable: keras.Variable) -> int:
         """The index of a weight of the optimizer."""
-        if not self.pieces:
-            raise errors.InvalidOptionError(
-                "An optimizer must be built before tfbig.apply_gradients in a `train_step`. "
-                f"Received: a {type(self.optimizer).__name__} that is not. Call its `build` with "
-                "the variables that it will update."
-            )
         index: int = _keras.sharded_optimizer.index_of(self.optimizer, variable)
         return index
 
