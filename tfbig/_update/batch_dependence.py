@@ -60,7 +60,6 @@ class Dependences:
         known: dependences of tensors, by their names.
         are_draws_joined: whether random numbers for each sample count as joined: those of the
             joined batch are others, but just as good.
-        follows_calls: whether to follow the functions that the graph calls, too.
     """
 
     def __init__(
@@ -70,11 +69,9 @@ class Dependences:
         assigned: Iterable[tf.Tensor] = (),
         known: Mapping[str, Dependence] = types.MappingProxyType({}),
         are_draws_joined: bool = False,
-        follows_calls: bool = True,
     ) -> None:
         self._known = dict(known)
         self._are_draws_joined = are_draws_joined
-        self._follows_calls = follows_calls
         self._captured = captured
         # By their identities; by the names of the arguments that they are, in a function.
         self._assigned: set[int | str] = {id(handle) for handle in assigned}
@@ -115,7 +112,7 @@ class Dependences:
             inputs = [self._known[t.name] for t in op.inputs]
             if op.type in _DRAWS and self._are_draws_joined:
                 found = [dependence_rules.of_draws(op, inputs[0])]
-            elif op.type in _CALLS and self._follows_calls:
+            elif op.type in _CALLS:
                 found = self._of_call(op, inputs)
             else:
                 found = _results(op, inputs, op.type in _READS and self._is_assigned(op.inputs[0]))

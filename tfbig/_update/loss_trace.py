@@ -251,8 +251,6 @@ class LossTracer:
             # What is made of them for the whole batch is right.
             known={reduced.name: batch_dependence.MEAN for _, _, reduced in reductions},
             are_draws_joined=True,
-            # In which of them a loss is reduced is not known.
-            follows_calls=len(reductions) == len(probe.reductions),
         )
         found = [(is_summed, dependences.of(loss)) for is_summed, loss in losses]
         return frozenset(
