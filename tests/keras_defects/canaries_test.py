@@ -381,6 +381,20 @@ def test_the_end_of_an_iterator_waits_for_a_sleeping_thread():
     assert any(s > 0.1 for _ in range(40) for s in seconds_of_the_ends_of_iterators())
 
 
+def test_a_part_of_a_batch_is_the_memory_of_an_array():
+    memory = np.ones(64 + 16, "float32")
+    begin = -memory.ctypes.data % 64 // 4
+    array = memory[begin : begin + 64].reshape(4, 16)
+
+    @tf.function
+    def add_to_the_second_half():
+        batch = tf.numpy_function(lambda: array, [], tf.float32)
+        return tf.ensure_shape(batch, (4, 16))[2:] + 1
+
+    add_to_the_second_half()
+    assert array.tolist() == [[1] * 16] * 2 + [[2] * 16] * 2
+
+
 def test_a_custom_gradient_keeps_its_graph():
     @tf.custom_gradient
     def squared(x):

@@ -12,6 +12,7 @@ from tfbig import _backend
 _backend.check(keras.backend.backend())
 
 from tfbig._keras import (
+    array_memory,
     batches,
     building,
     chunked_attention,
@@ -54,6 +55,7 @@ from tfbig._keras import (
 )
 
 __all__ = (
+    "array_memory",
     "batches",
     "building",
     "chunked_attention",

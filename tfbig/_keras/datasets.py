@@ -13,6 +13,29 @@ _READERS = (
     *("_InterleaveDataset", "_ParallelInterleaveDataset", "_FlatMapDataset"),
 )
 
+# Datasets whose batches are copies of their samples.
+_COPIERS = ("BatchDataset", "DenseToRaggedDataset")
+
+# Operations that return what Python code returns.
+_OF_PYTHON = frozenset(["EagerPyFunc", "GeneratorDataset", "PyFunc", "PyFuncStateless"])
+
+
+def hands_on_arrays(dataset: _types.Dataset) -> bool:
+    """Whether elements of a dataset may be the memory of NumPy arrays that Python code returned."""
+    if type(dataset).__name__.endswith(_COPIERS):
+        return False
+    graphs = [function.function.graph for function in dataset._functions()]
+    return any(not _OF_PYTHON.isdisjoint(_types_of_operations(graph)) for graph in graphs) or any(
+        map(hands_on_arrays, dataset._inputs())
+    )
+
+
+def _types_of_operations(graph: tf.Graph) -> set[str]:
+    """The types of the operations of a graph and of its functions."""
+    functions = graph.as_graph_def().library.function
+    nodes = [node.op for function in functions for node in function.node_def]
+    return {op.type for op in graph.get_operations()}.union(nodes)
+
 
 def is_generated(dataset: _types.Dataset) -> bool:
     """Whether a generator makes a dataset's batches, so that each may be of any size."""
