@@ -177,6 +177,31 @@ def test_fit_returns_a_number_or_a_dictionary(project, is_number):
     assert tuner.oracle.get_best_trials()[0].score == best
 
 
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_a_trial_returns_the_results_of_several_executions(project, is_nested):
+    class Tuner(kt.RandomSearch):
+        def run_trial(self, trial, **kwargs):
+            a = trial.hyperparameters.Float("a", 0, 1)
+            results = [{"a": a, "b": 1.0}, {"a": a + 1, "b": 2.0}]
+            return [results, results] if is_nested else results
+
+    objectives = [kt.Objective("a", "min"), kt.Objective("b", "max")]
+    tuner = Tuner(objective=objectives, max_trials=2, **project)
+    tuner.search(verbose=0)
+    for trial in tuner.oracle.trials.values():
+        assert trial.score == pytest.approx((trial.hyperparameters["a"] + 0.5, 1.5))
+
+
+def test_a_trial_that_returns_no_results_is_an_error(project):
+    class Tuner(kt.RandomSearch):
+        def run_trial(self, trial, **kwargs):
+            return []
+
+    tuner = Tuner(max_trials=2, **project)
+    with pytest.raises(errors.SearchError, match=r"return a result of a trial. Received: \[\]"):
+        tuner.search(verbose=0)
+
+
 def test_any_function_is_tuned(project):
     class Parabola(kt.BayesianOptimization):
         def run_trial(self, trial, *args, **kwargs):

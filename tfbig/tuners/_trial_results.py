@@ -45,20 +45,23 @@ def check(results: _tuner_types.Results, objective: _tuner_types.Objective, func
     """Raises if results are not a history, a dictionary with the objectives, or a number.
 
     Args:
-        results: Those of one execution, or a list of those of each.
+        results: Those of one execution, or a list of those of each, which may be lists.
         objective: KerasTuner's.
         function: What returned them, for errors.
     """
-    for result in results if isinstance(results, list) else [results]:
-        if hasattr(objective, "objectives") and isinstance(result, dict):
-            missing = [o.name for o in objective.objectives if o.name not in result]
-            if missing:
-                raise errors.SearchError(
-                    f"{function} must return the objective {missing[0]!r}. Received: "
-                    f"{sorted(result)}."
-                )
-        else:
-            tuner_utils.validate_trial_results(result, objective, function)
+    if isinstance(results, list):
+        if not results:
+            raise errors.SearchError(f"{function} must return a result of a trial. Received: [].")
+        for result in results:
+            check(result, objective, function)
+    elif hasattr(objective, "objectives") and isinstance(results, dict):
+        missing = [o.name for o in objective.objectives if o.name not in results]
+        if missing:
+            raise errors.SearchError(
+                f"{function} must return the objective {missing[0]!r}. Received: {sorted(results)}."
+            )
+    else:
+        tuner_utils.validate_trial_results(results, objective, function)
 
 
 def best_of(
