@@ -401,6 +401,28 @@ def test_a_tuner_of_ones_own_over_an_oracle(project, saves):
     np.testing.assert_array_equal(best.predict(X, verbose=0), predictions[trial.trial_id])
 
 
+def test_a_model_is_loaded_whose_own_optimizer_was_not_used(project):
+    """Without a warning, which would be an error."""
+    predictions = {}
+
+    class Tuner(kt.RandomSearch):
+        def run_trial(self, trial, x, y):
+            model = self.hypermodel.build(trial.hyperparameters)
+            optimizer = keras.optimizers.SGD(0.1)
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x) - y) ** 2)
+            gradients = tape.gradient(loss, model.trainable_variables)
+            optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+            predictions[trial.trial_id] = model.predict(x, verbose=0)
+            self.save_model(trial.trial_id, model)
+            return float(loss)
+
+    tuner = Tuner(hypermodel=regressor, max_trials=2, **project)
+    tuner.search(X, Y)
+    (best,), (trial,) = tuner.get_best_models(), tuner.oracle.get_best_trials()
+    np.testing.assert_array_equal(best.predict(X, verbose=0), predictions[trial.trial_id])
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_each_trial_is_trained_on_replicas(project, mirrored):
     replicas = []

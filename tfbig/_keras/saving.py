@@ -5,10 +5,12 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import h5py
 import keras
 from keras.src.backend.tensorflow.trackable import KerasAutoTrackable
 from keras.src.legacy.saving import legacy_h5_format, saving_utils
@@ -177,6 +179,22 @@ def save_beside_config(
         return model
 
     saving_lib._serialize_model_as_json, saving_lib._model_from_config = with_addition, loaded
+
+
+def has_state_of_built(optimizer: keras.optimizers.Optimizer, path: str | os.PathLike[str]) -> bool:
+    """Whether a file of weights has more variables of an optimizer than it has before it is built.
+
+    Keras saves an optimizer that has applied no gradients as it is. One that is built warns that it
+    cannot load that.
+
+    Args:
+        optimizer: One that is not built.
+        path: What `save_weights` wrote; in a format other than Keras's, the answer is no.
+    """
+    if not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path) as file:
+        return len(file.get("optimizer/vars", ())) > len(optimizer.variables)
 
 
 def before_saving_hdf5(look: Callable[[keras.Model], object]) -> None:

@@ -14,7 +14,7 @@ import keras
 import keras_tuner
 
 import tfbig
-from tfbig import _types, errors, mup
+from tfbig import _keras, _types, errors, mup
 from tfbig._update import step_options
 from tfbig._update.option import declared
 from tfbig._update.train_step import TrainStep
@@ -441,7 +441,11 @@ class Tuner(_base_tuner.BaseTuner, keras_tuner.Tuner):  # type: ignore[misc]  # 
             if not model.built:
                 model.build_from_config(json.loads(pathlib.Path(path).with_name(BUILD).read_text()))
             optimizer = getattr(model, "optimizer", None)  # None if `fit` is the user's.
-            if optimizer is not None and not optimizer.built:
+            if (
+                optimizer is not None
+                and not optimizer.built
+                and _keras.saving.has_state_of_built(optimizer, path)
+            ):
                 optimizer.build(model.trainable_variables)
             model.load_weights(path)
         return model
