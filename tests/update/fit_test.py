@@ -731,6 +731,30 @@ def test_integer_state_counts_micro_batches(name, options, calls, jit_compile):
     assert_same_values(model.layers[1].get_weights(), plain.layers[1].get_weights())
 
 
+class Queue(keras.layers.Layer):
+    """Remembers its last inputs; how many of them a batch brings is not known while tracing."""
+
+    def build(self, shape):
+        self.rows = self.add_weight(shape=(3, shape[-1]), trainable=False)
+
+    def call(self, x, training=False):
+        if training:
+            self.rows.assign(tf.concat([x, self.rows.value], 0)[:3])
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:The forward pass changes variables")
+@pytest.mark.parametrize("name", REPLICATED)
+def test_state_may_be_of_a_shape_that_tracing_does_not_tell(name):
+    with make_strategy(name).scope():
+        model = tfbig.Sequential([keras.Input((4,)), Queue(), keras.layers.Dense(1)], **K3)
+        model.compile("sgd", "mse")
+    data = tf.data.Dataset.from_tensor_slices((X[:6], X[:6, :1])).batch(6)
+    model.fit(data, shuffle=False, verbose=0)
+    expected = X[[4, 5, 2]] if name == "default" else (X[[2, 1, 0]] + X[[5, 4, 3]]) / 2
+    np.testing.assert_allclose(model.layers[0].rows, expected, rtol=1e-6)
+
+
 def spectral(api):
     # The variables of the wrapper are drawn at random: start from ones.
     layer = keras.layers.SpectralNormalization(dense(3, 1), power_iterations=2)

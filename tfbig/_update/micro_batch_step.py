@@ -167,7 +167,9 @@ class MicroBatchStep:
         gradients = self._gradients(tape, scaled_loss, self._weight(result, samples))
         self.connected.update(i for i, g in enumerate(gradients) if g is not None)
         self._warn_of_unseen_rows(gradients)
-        return result, loss, gradients, [values.get_current_value(v) for v in self.trace.state]
+        # While tracing, TensorFlow may not know the shape of what is assigned; a loop must.
+        state = [tf.ensure_shape(values.get_current_value(v), v.shape) for v in self.trace.state]
+        return result, loss, gradients, state
 
     def _watch(self, tape: tf.GradientTape) -> None:
         """Hook: has the tape watch what is no variable."""
