@@ -151,6 +151,45 @@ def test_own_step_is_warned_of_state_that_every_micro_batch_changes():
     assert warnings_of(fit(model)) == []
 
 
+class Balanced(keras.losses.Loss):
+    """Divides by an average over the batches before, which it keeps itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = keras.Variable(1.0, trainable=False, name="average")
+
+    def call(self, y, y_pred):
+        losses = (y - y_pred) ** 2
+        self.average.assign(0.9 * self.average.value + 0.1 * ops.mean(losses))
+        return losses / self.average.value
+
+
+@pytest.mark.parametrize("strategy", ["default", "mirrored_2"])
+def test_state_of_a_loss_that_every_micro_batch_changes_is_warned_of(strategy):
+    with make_strategy(strategy).scope():
+        loss = Balanced()
+    (message,) = warnings_of(fit(net(loss=loss, strategy=strategy, **SPLIT)))
+    assert "Received: average. What" in message
+
+
+def test_step_of_a_keras_model_is_warned_of_state_that_every_micro_batch_changes():
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            def loss(data):
+                return ops.mean((self(data[0], training=True) - data[1]) ** 2)
+
+            share = tfbig.accumulate_gradients(
+                loss, self.trainable_variables, data, gradient_accumulation_steps=3
+            )
+            return {"loss": tfbig.apply_gradients(self.optimizer, share).loss}
+
+    model = Own([keras.Input((4, 4, 2)), Counting(name="counting"), layers.Conv2D(1, 1)])
+    model.compile("sgd")
+    (message,) = warnings_of(fit(model))
+    assert "counting/calls. What" in message
+    assert "," not in message.partition("Received")[2].partition(". What")[0]
+
+
 @pytest.mark.parametrize(
     ("options", "arguments"), [({}, {}), ({"micro_batch_size": 6}, {}), (SPLIT, {"batch_size": 1})]
 )
@@ -439,9 +478,9 @@ def test_own_step_is_warned_of_a_loss_that_is_no_mean_over_the_samples():
 
     normalization = layers.BatchNormalization()
     normalization.build((None, 3))
-    messages = warnings_of(update(lambda x: tf.reduce_mean(normalization(x * w, training=True))))
-    assert all("as batch normalization does" in message for message in messages)
-    assert messages
+    loss, state = warnings_of(update(lambda x: tf.reduce_mean(normalization(x * w, training=True))))
+    assert "as batch normalization does" in loss
+    assert "moving_mean" in state
 
 
 @pytest.mark.parametrize("made", [tf.constant(1.0), tf.constant([1.0, 2.0, 3.0])])

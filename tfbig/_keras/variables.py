@@ -23,6 +23,7 @@ __all__ = (
     "devices_of",
     "held_values_of",
     "is_created",
+    "is_of_metric_or_generator",
     "is_over_workers",
     "is_summed",
     "native",
@@ -76,6 +77,12 @@ def is_created(variable: _types.KerasVariable) -> bool:
 def is_summed(variable: _types.KerasVariable) -> bool:
     """Whether a metric's variable is a sum over the replicas, as most are."""
     return bool(variable.aggregation == "sum" and variable.dtype.startswith(("float", "bfloat")))
+
+
+def is_of_metric_or_generator(variable: _types.KerasVariable) -> bool:
+    """Whether a variable was made by a metric, or is the state of a generator of random numbers."""
+    is_state = variable.name == "seed_generator_state" and variable.shape == (2,)
+    return bool(variable.synchronization == "on_read" or is_state)
 
 
 @contextlib.contextmanager

@@ -113,27 +113,32 @@ def warn_of_what_the_trace_of_a_loss_shows(
 
 
 def _changed_state(model: keras.Model | None, trace: loss_trace.LossTrace) -> list[str]:
-    """What to say of variables of layers that every micro-batch changes.
+    """What to say of variables that every micro-batch changes, those of a loss object among them.
 
-    Random numbers and metrics are meant to change, and `BatchNormalization` is known before.
+    Random numbers and metrics are meant to change. `BatchNormalization` is known before, and
+    `stateful=True` is refused where the batch is split.
     """
-    ids = {id(variable) for variable in trace.state}
+    known = set()
+    if model is not None:
+        layers = _keras.layers.all_layers(model)
+        kind = keras.layers.BatchNormalization
+        weights = [_keras.layers.own_weights(x) for x in layers if isinstance(x, kind)]
+        states = [getattr(x, "states", []) for x in layers if getattr(x, "stateful", False)]
+        known = {id(v) for v in keras.tree.flatten([weights, states, model.metrics_variables])}
     paths = [
         variable.path
-        for layer in ([] if model is None else [model, *_keras.layers.all_layers(model)])
-        if not isinstance(layer, keras.layers.BatchNormalization)
-        for variable in _keras.layers.own_weights(layer)
-        if id(variable) in ids
+        for variable in trace.state
+        if id(variable) not in known and not _keras.variables.is_of_metric_or_generator(variable)
     ]
     # A `tf.Variable` has no path, and need not be an attribute of a layer.
     paths += trace.assignments
     if not paths:
         return []
     return [
-        "The forward pass changes variables of layers. In a split batch, every micro-batch does, "
-        "from its samples alone; of several replicas, floats become the mean and integers are "
-        f"those of the first. Received: {', '.join(paths)}. What counts updates belongs in a "
-        "callback, or after `super().train_step(data)`."
+        "The forward pass changes variables. In a split batch, every micro-batch does, from its "
+        "samples alone; of several replicas, floats become the mean and integers are those of the "
+        f"first. Received: {', '.join(paths)}. What counts updates belongs in a callback, or after "
+        "`super().train_step(data)`."
     ]
 
 
