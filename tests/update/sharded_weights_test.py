@@ -643,6 +643,80 @@ def test_a_weight_that_is_read_in_a_branch_outside_of_layers_is_refused(
         model.fit(x, y, verbose=0)
 
 
+def looped(x, step):
+    return tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, step(x)), (0, x))[1]
+
+
+def branched(x, step):
+    # Replicas take different branches.
+    return tf.cond(tf.reduce_sum(x) > 0, lambda: step(x), lambda: x)
+
+
+@pytest.mark.parametrize("around", [looped, branched])
+def test_a_layer_in_a_loop_or_branch_of_the_model_is_refused_in_training(
+    around, small_weights_are_divided
+):
+    class Around(tfbig.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.block = layers.Dense(6, "tanh")
+            self.head = layers.Dense(3)
+
+        def call(self, x):
+            return self.head(around(x, self.block))
+
+    x, y = data()
+    with make_strategy("mirrored_2").scope():
+        model = Around(shard="weights")
+        model(x[:2])
+        model.compile("sgd", "mse")
+    # TensorFlow makes another error of it.
+    with pytest.raises(ValueError, match=r"kernel, read in one"):
+        model.fit(x, y, verbose=0)
+
+
+def decoding(around):
+    """A model whose prediction calls all of it in a loop or branch."""
+
+    def make(cls, **options):
+        class Decoder(cls):
+            def predict_step(self, data):
+                step = lambda x: tf.ensure_shape(self(x, training=False), [None, 6])  # noqa: E731
+                return around(tf.ensure_shape(data, [None, 6]), step)
+
+        x = keras.Input((6,))
+        return Decoder(x, layers.Dense(6)(layers.Dense(8, "tanh")(x)), **options)
+
+    return make
+
+
+@pytest.mark.parametrize("around", [looped, branched])
+def test_prediction_may_call_the_model_in_a_loop_or_branch(
+    around, small_weights_are_divided, float64
+):
+    x = data(10)[0]
+    # Of one sign on each replica, and of another on the next one.
+    x = np.abs(x) * np.where(np.arange(10) < 5, 1, -1)[:, np.newaxis]
+    model, plain = assert_trains_as_plain(decoding(around), x, x)
+    expected = [plain.predict(part, batch_size=5, verbose=0) for part in (x[:5], x[5:])]
+    found = model.predict(x, batch_size=10, verbose=0)
+    assert_same([found], [np.concatenate(expected)])
+
+
+def test_a_function_of_replicas_may_call_a_model_in_a_loop(small_weights_are_divided, float64):
+    strategy = make_strategy("mirrored_2")
+    model, plain = assert_trains_as_plain(decoding(looped), *[data(10)[0]] * 2)
+    x = tf.constant(data(4)[0])
+
+    @tf.function
+    def run(x):
+        step = lambda x: tf.ensure_shape(model(x), [None, 6])  # noqa: E731
+        return strategy.run(lambda x: looped(x, step), args=(x,))
+
+    for found in strategy.experimental_local_results(run(x)):
+        assert_same([found], [plain.predict(x, verbose=0)])
+
+
 def test_a_gradient_inside_of_the_loss_is_refused(small_weights_are_divided):
     class Penalized(tfbig.Model):
         def __init__(self, **options):

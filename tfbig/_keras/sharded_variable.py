@@ -15,7 +15,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable, UninitializedVariable
 
 from tfbig import _types
-from tfbig._keras import collectives, memory, workers_together
+from tfbig._keras import collectives, control_flow, memory, workers_together
 from tfbig._keras.copies import copies_of
 from tfbig._keras.thread import current, holding
 from tfbig._keras.variable_identity import VariableIdentity
@@ -313,7 +313,18 @@ class ShardedWeight(ShardedVariable):
             return tf.zeros(self.shape, self._dtype)
         if self._own_strategy() is None:
             return self._whole()
-        return self.own_piece() if self._is_updated() else self.gathered(self.own_piece())
+        return self.own_piece() if self._is_updated() else self.gathered_outside()
+
+    def gathered_outside(self) -> _types.Tensor:
+        """All of it, gathered before the conditionals and loops that read it. In replica context.
+
+        Within them, replicas would wait for ever for one that takes another branch. In one process
+        they would even in the same loop, see `collectives.while_loop`.
+        """
+        if tf.executing_eagerly():
+            return self.gathered(self.own_piece())
+        with control_flow.graph_outside().as_default():
+            return self.gathered(self.own_piece())
 
     def _own_strategy(self) -> _types.Strategy | None:
         strategy = collectives.strategy_of_replica()

@@ -117,6 +117,8 @@ class WeightStandIns:
 
     def value_of(self, weight: ShardedWeight) -> _types.Tensor:
         """See `Gathering`."""
+        if self._graph is not None and _keras.control_flow.is_within(self._graph):
+            raise _read_within(weight)
         if not any(weight is v for v in self.read):
             self.read.append(weight)
         return self._make(weight)
@@ -192,13 +194,12 @@ class GatheredWeights:
 
     def value_of(self, weight: ShardedWeight) -> _types.Tensor:
         """See `Gathering`."""
+        if _keras.control_flow.is_within(self._graph):
+            # In prediction alone: in training, the trace before has refused it.
+            return weight.gathered_outside()
         if id(weight) not in self._whole:
             if tf.compat.v1.get_default_graph() is not self._graph:
-                raise errors.UnsupportedModelError(
-                    "A divided weight must be read outside of conditionals and loops, or in a "
-                    f"layer that recomputes. Received: {weight.path}, read in one. Use "
-                    "shard='optimizer', or make what reads it a layer."
-                )
+                raise _read_within(weight)
             whole = self._gathered(weight, self.pieces[id(weight)], weight._dtype)
             if id(weight) in self.with_rows:
                 # The gradient's rows are those of the whole table.
@@ -211,6 +212,11 @@ class GatheredWeights:
         self, weights: Sequence[_types.KerasVariable], sources: Sequence[_types.Tensor]
     ) -> list[_types.Tensor]:
         """See `Gathering`."""
+        if _keras.control_flow.is_within(self._graph):
+            return [
+                self.value_of(v) if is_divided(v) else source
+                for v, source in zip(weights, sources, strict=True)
+            ]
         return [
             self._gathered(v, source, self.dtypes.get(id(v), v._dtype))
             if is_divided(v) and id(v) not in self.with_rows
@@ -260,3 +266,11 @@ class GatheredWeights:
             piece = weight.scattered(tf.identity(weighted))
         self._last_scattered = [piece]
         return piece
+
+
+def _read_within(weight: ShardedWeight) -> errors.UnsupportedModelError:
+    return errors.UnsupportedModelError(
+        "In training, a divided weight must be read outside of conditionals and loops, or in those "
+        f"of a layer. Received: {weight.path}, read in one. Use shard='optimizer', or make the "
+        "conditional or loop a layer."
+    )
