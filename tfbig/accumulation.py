@@ -228,6 +228,17 @@ class GradientAccumulationMixin(train_step.TrainStep):
             self._split_of_last_training = split
             self.test_function = None
 
+    def check_train_step(self) -> None:
+        """Raises for options that do not go with the `train_step` or with the strategy."""
+        super().check_train_step()
+        if self._automatic_size and _keras.devices.is_tpu(self.distribute_strategy):
+            raise errors.UnsupportedStrategyError(
+                "`micro_batch_size='auto'` is not supported on TPUs, which compile a program for "
+                "each size. Pass a number of samples: `python -m tfbig.tpu_check "
+                "--micro_batch_size=1 --find_micro_batch_size` finds the largest that fits into "
+                "memory."
+            )
+
     def _automatic_share(self, batch_size: int | None) -> int | None:
         """Samples per replica for `micro_batch_size="auto"`; None if only the batches tell."""
         if batch_size is None and _keras.epoch_iterator.is_generated(
@@ -238,12 +249,6 @@ class GradientAccumulationMixin(train_step.TrainStep):
                 "Received: a generator, whose batches may be of any size. Use "
                 "tf.data.Dataset.from_generator(...).rebatch(n), or pass a number of samples as "
                 "`micro_batch_size`."
-            )
-        if _keras.devices.is_tpu(self.distribute_strategy):
-            raise errors.UnsupportedStrategyError(
-                "`micro_batch_size='auto'` is not supported on TPUs, which compile a program for "
-                "each size. Pass a number of samples: `python -m tfbig.tpu_check "
-                "--find_micro_batch_size` finds the largest that fits into memory."
             )
         if getattr(type(self), "train_step", None) is not train_step.TrainStep.train_step:
             raise errors.UnsupportedModelError(

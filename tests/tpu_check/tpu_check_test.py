@@ -51,6 +51,12 @@ def sampled():
 def raising():
     raise KeyError("no such thing")
 
+def automatic():
+    import tfbig
+    model = tfbig.extend(build(), micro_batch_size="auto")
+    model.compile("sgd", "mse")
+    return model
+
 def not_compiled():
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 
@@ -172,6 +178,14 @@ def test_invalid_arguments_give_one_line(run, arguments, code, text):
     assert text in err
     assert err.startswith("tfbig.tpu_check: ")
     assert err.count("\n") == 1
+
+
+def test_a_size_that_fit_refuses_on_tpus_is_refused(run):
+    code, _, err = run("my_model.py:automatic", "--batch_size=8")
+    assert code == 1
+    assert "`micro_batch_size='auto'` is not supported on TPUs" in err
+    # What the message says.
+    assert run("my_model.py:automatic", "--batch_size=8", "--micro_batch_size=1")[0] == 0
 
 
 def test_running_the_traced_program(run):
