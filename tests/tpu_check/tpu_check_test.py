@@ -180,6 +180,15 @@ def test_invalid_arguments_give_one_line(run, arguments, code, text):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_slice_of_one_core(run, steps):
+    code, out, _ = run("my_model.py:build", "--batch_size=8", "--topology=v5e:1x1",
+                       f"--gradient_accumulation_steps={steps}", "--run=traced")  # fmt: skip
+    assert code == 0
+    assert rows(out)["checks"] == "passed"
+    assert rows(out)["run"].startswith("correct")
+
+
 def test_a_size_that_fit_refuses_on_tpus_is_refused(run):
     code, _, err = run("my_model.py:automatic", "--batch_size=8")
     assert code == 1

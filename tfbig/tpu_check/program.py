@@ -49,6 +49,7 @@ class Program:
         logs: Names of the values that it returns.
 
     Attributes:
+        cores: The number of cores that run it.
         places: All operations that take part, including those in loops, conditionals and
             functions.
         inputs: Operations that stand for the values of each core: data and variables.
@@ -97,6 +98,8 @@ class Program:
             raise errors.UnsupportedStrategyError(
                 "The graph contains no program for a TPU. Trace `strategy.run` of a TPUStrategy."
             )
+        metadata = next(op for op in graph.get_operations() if op.type == "TPUReplicateMetadata")
+        self.cores: int = metadata.get_attr("num_replicas")
 
     def _add(self, place: Place) -> None:
         self.places.append(place)

@@ -131,7 +131,8 @@ class PureFunction:
             if results:
                 return results
             op = waiting[0][0]
-            if op.type != "CrossReplicaSum":
+            # With one core, TensorFlow also has it broadcast to itself.
+            if op.type != "CrossReplicaSum" and len(cores) > 1:
                 raise errors.UnsupportedModelError(
                     f"Only sums can be simulated. Received: {self._program.describe(op)}."
                 )
