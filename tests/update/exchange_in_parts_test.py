@@ -245,7 +245,7 @@ def test_so_many_parts_are_under_way(small_parts, bucket_bytes, expected):
 
     def one(replica):
         launcher = collectives._launcher()
-        return collectives._summed_vector(launcher, tf.fill([16], 1.0 + replica), bucket_bytes)
+        return collectives._summed(launcher, [tf.fill([16], 1.0 + replica)], bucket_bytes)
 
     @tf.function(autograph=False)
     def program():
@@ -260,6 +260,12 @@ def test_so_many_parts_are_under_way(small_parts, bucket_bytes, expected):
     assert waits == expected * 2
     for (result,) in per_replica(strategy, program()):
         np.testing.assert_array_equal(result, np.full(16, 3.0))
+
+
+def test_what_goes_in_a_part():
+    parts = list(collectives._parts([3, 0, 9, 1, 2], 4))
+    assert parts == [[(0, 0, 3), (2, 0, 1)], [(2, 1, 5)], [(2, 5, 9)], [(3, 0, 1), (4, 0, 2)]]
+    assert not list(collectives._parts([0], 4))
 
 
 @pytest.mark.parametrize(

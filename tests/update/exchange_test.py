@@ -129,8 +129,8 @@ def test_masks_cost_one_more_exchange_of_scalars(strategy, steps, exchanges):
     )
     x, y = (np.zeros((32 * replicas, 5, n)) for n in (3, 1))
     graph = traced_update(model, x, y)
-    # The samples and the valid values first; then kernel, bias and five scalars.
-    assert exchanges == [[(2,)], [(3, 1), (1,), (5,)]]
+    # The samples and the valid values first; then bias, kernel and five scalars.
+    assert exchanges == [[(2,)], [(1,), (3, 1), (5,)]]
     assert collectives(graph) == [""] * (2 * replicas)
 
 

@@ -242,6 +242,15 @@ def test_the_end_of_the_data_is_not_an_update(name, options, feed, updates):
     assert_same_values(model.get_weights(), plain_training(feed)[0].get_weights())
 
 
+@pytest.mark.parametrize("options", [K1, K3], ids=["k1", "k3"])
+def test_the_end_of_the_data_is_not_an_exchange_in_half_precision(options):
+    half = {"exchange_dtype": "bfloat16"}
+    feed = FEEDS["unknown_cardinality"]
+    model, history = train(big(**options, **half), "mirrored_2", functional, compile_mse, feed)
+    assert model.optimizer.iterations.numpy() == 6
+    assert np.isfinite(history.history["loss"]).all()
+
+
 @on_strategies
 def test_endless_data_are_trained_on_in_whole_executions(name):
     # As in Keras, steps_per_epoch is rounded up to what one execution runs: 4 to 6.

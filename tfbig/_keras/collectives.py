@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 from tensorflow.python.distribute import collective_util as _collective_util
@@ -318,28 +318,25 @@ def _summed(
             of_dtype.setdefault(value.dtype, []).append(i)
     with tf.device(launcher._device):
         for group in of_dtype.values():
-            tensors = [values[i] for i in group]
-            vector = tf.concat([tf.reshape(t, [-1]) for t in tensors], 0)
-            vector = _summed_vector(launcher, vector, bucket_bytes)
-            received = tf.split(vector, [t.shape.num_elements() for t in tensors])
-            for i, tensor, part in zip(group, tensors, received, strict=True):
-                sums[i] = tf.reshape(part, tensor.shape)
+            totals = _summed_in_parts(launcher, [values[i] for i in group], bucket_bytes)
+            sums |= dict(zip(group, totals, strict=True))
     return [sums[i] for i in range(len(values))]
 
 
-def _summed_vector(
-    launcher: _types.Launcher, vector: _types.Tensor, bucket_bytes: int
-) -> _types.Tensor:
-    length, most = parts_of(bucket_bytes, vector.dtype)
+def _summed_in_parts(
+    launcher: _types.Launcher, tensors: list[_types.Tensor], bucket_bytes: int
+) -> list[_types.Tensor]:
+    """The sum of tensors of one dtype; a part is sent as soon as all of it is there."""
+    length, most = parts_of(bucket_bytes, tensors[0].dtype)
     under_way = UnderWay(most)
-    sums = []
-    for begin in range(0, vector.shape[0], length):
+    received: list[list[_types.Tensor]] = [[] for _ in tensors]
+    for part in _parts([t.shape.num_elements() for t in tensors], length):
         with under_way.turn():
-            part = vector[begin : begin + length]
+            vector = tf.concat([tf.reshape(tensors[i], [-1])[a:b] for i, a, b in part], 0)
         summed = _run(
             launcher,
             _collective_ops.collective_reduce_v2,
-            part,
+            vector,
             is_part=True,
             merge_op="Add",
             final_op="Id",
@@ -347,8 +344,36 @@ def _summed_vector(
             timeout_seconds=launcher._options.timeout_seconds or 0,
         )
         under_way.add(summed)
-        sums.append(summed)
-    return tf.concat(sums, 0) if sums else vector
+        pieces = tf.split(summed, [b - a for _, a, b in part])
+        for (i, _, _), piece in zip(part, pieces, strict=True):
+            received[i].append(piece)
+    return [
+        tf.reshape(tf.concat(found, 0), tensor.shape) if found else tensor
+        for tensor, found in zip(tensors, received, strict=True)
+    ]
+
+
+def _parts(sizes: Sequence[int], length: int) -> Iterator[list[tuple[int, int, int]]]:
+    """What goes in each part of so many elements: a tensor, the first and the one after the last.
+
+    Args:
+        sizes: the number of elements of each tensor.
+        length: that of a part; the last one may be shorter.
+    """
+    part: list[tuple[int, int, int]] = []
+    left = length
+    for i, size in enumerate(sizes):
+        begin = 0
+        while begin < size:
+            end = min(size, begin + left)
+            part.append((i, begin, end))
+            left -= end - begin
+            begin = end
+            if not left:
+                yield part
+                part, left = [], length
+    if part:
+        yield part
 
 
 def _with_known_dtype(

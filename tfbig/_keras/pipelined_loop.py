@@ -1,4 +1,4 @@
-"""TensorFlow's loops wait for what they need not wait for; here several iterations overlap.
+"""TensorFlow's loops wait for what they need not wait for; here iterations, or their ends, overlap.
 
 An iteration begins once all operations with side effects of the one before it have run, and
 TensorFlow counts among these whatever reads a variable: a recurrent layer is a loop that does, and
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Set
+from typing import TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry as _op_def_registry
@@ -18,7 +19,9 @@ from tensorflow.python.ops import while_v2 as _while_v2
 from tfbig import _types
 from tfbig._keras.thread import current, holding
 
-__all__ = ("while_loop",)
+__all__ = ("while_loop", "while_loop_with_early_results")
+
+_Body: TypeAlias = Callable[..., tuple[_types.Structure, ...]]
 
 # Stateful operations that change nothing.
 _READ_ONLY = frozenset(
@@ -31,7 +34,7 @@ _READ_ONLY = frozenset(
 
 def while_loop(
     is_left: Callable[..., _types.Tensor],
-    body: Callable[..., tuple[_types.Structure, ...]],
+    body: _Body,
     start: tuple[_types.Structure, ...],
     in_flight: int,
 ) -> tuple[_types.Structure, ...]:
@@ -54,13 +57,7 @@ def while_loop(
         loop.checked = checked.op
         return (checked, *body(*carry))
 
-    with holding("pipelined_loop", loop):
-        results: tuple[_types.Structure, ...] = tf.while_loop(
-            lambda _, *carry: is_left(*carry),
-            checked_body,
-            (tf.zeros(()), *start),
-            parallel_iterations=in_flight,
-        )
+    results = _while_loop(loop, is_left, checked_body, start, in_flight)
     if loop.waited_for:
         names = sorted({f"{_path(op)} ({op.type})" for op in loop.waited_for})
         warnings.warn(
@@ -68,6 +65,68 @@ def while_loop(
             f"for each other. Received: {', '.join(names)}. Leave prints, stateful functions and "
             "the like out of the layers of a pipeline.",
             stacklevel=2,
+        )
+    return results
+
+
+def while_loop_with_early_results(
+    is_left: Callable[..., _types.Tensor],
+    body: _Body,
+    start: tuple[_types.Structure, ...],
+    early: Callable[..., _types.Structure],
+) -> tuple[_types.Structure, ...]:
+    """A `tf.while_loop` that hands on some results of the last iteration as soon as they are there.
+
+    TensorFlow hands on what an iteration has made when the next one may begin, and a loop whose
+    iterations run one by one would do so when all of it is made. Here the next one may begin at
+    once, but what it computes waits for all that the iteration before it makes.
+
+    Args:
+        is_left: whether another iteration is left.
+        body: an iteration.
+        start: what the first iteration gets.
+        early: function of what an iteration hands on; returns what is handed on as soon as it is
+            there, what `is_left` needs among it. The rest waits until all is made, and all
+            assertions hold.
+    """
+    loop = _Loop()
+
+    def body_in_turn(turn: _types.Tensor, *carry: _types.Structure) -> tuple[_types.Structure, ...]:
+        with tf.control_dependencies([turn]):
+            made = body(*carry)
+        leaves = tf.nest.flatten(made, expand_composites=True)
+        with tf.control_dependencies([_flow(v) for v in leaves]):
+            turn = tf.identity(turn)
+        loop.checked = turn.op
+        are_early = {id(v) for v in tf.nest.flatten(early(*made))}
+        # Not outside of the loop: TensorFlow has what takes one of its results wait for no other.
+        with tf.control_dependencies([turn]):
+            made = tf.nest.map_structure(
+                lambda v: v if id(v) in are_early else tf.identity(v), tuple(made)
+            )
+        return (turn, *made)
+
+    return _while_loop(loop, is_left, body_in_turn, start, in_flight=2)
+
+
+def _flow(value: _types.Tensor | tf.TensorArray) -> _types.Tensor:
+    return value.flow if isinstance(value, tf.TensorArray) else value
+
+
+def _while_loop(
+    loop: _Loop,
+    is_left: Callable[..., _types.Tensor],
+    body: _Body,
+    start: tuple[_types.Structure, ...],
+    in_flight: int,
+) -> tuple[_types.Structure, ...]:
+    """A loop as of `while_loop`, whose iterations carry one more scalar, the first."""
+    with holding("pipelined_loop", loop):
+        results: tuple[_types.Structure, ...] = tf.while_loop(
+            lambda _, *carry: is_left(*carry),
+            body,
+            (tf.zeros(()), *start),
+            parallel_iterations=in_flight,
         )
     return results[1:]
 

@@ -7,7 +7,12 @@ import dataclasses
 import tensorflow as tf
 
 from tfbig import _keras, _types
-from tfbig._update import empty_batch, exchange_message, half_precision_exchange, replicas
+from tfbig._update import (
+    empty_batch,
+    exchange_message,
+    half_precision_exchange,
+    replicas,
+)
 from tfbig._update.accumulated_gradients import AccumulatedGradients
 from tfbig._update.stop_request import StopRequest
 
@@ -30,7 +35,7 @@ def all_reduce_accumulated(
     Args:
         local: what this replica accumulated.
         exchange_dtype: dtype to which gradients are cast for the exchange, or None. With it, what
-            they are divided by is exchanged before them.
+            they are divided by is exchanged before them, and the rest after them.
         stop_request: travels with the gradients, so that all workers know of it after the same
             update; or None.
         bucket_bytes: the gradients are sent in buckets of so many bytes, one after another.
@@ -100,17 +105,17 @@ def _all_reduce(
             message, gradients=[_cast(g, dtype) for g in message.gradients]
         )
         return message.unpack(replicas.all_reduce_sum(message.pack(), bucket_bytes))
-    # What the gradients are divided by goes before them, and in float32.
-    rest = dataclasses.replace(message, gradients=[])
-    summed = rest.unpack(replicas.all_reduce_sum(rest.pack()))
     gradients = half_precision_exchange.sum_gradients(
         exchange_dtype,
         message.gradients,
-        summed.scalars.weight,
+        replicas.all_reduce_sum([message.scalars.weight])[0],
         bucket_bytes,
         # With a loss scale, an update that overflows is skipped.
         is_checked=is_checked,
     )
+    # Not in half precision, and known after the gradients.
+    rest = dataclasses.replace(message, gradients=[])
+    summed = rest.unpack(replicas.all_reduce_sum(rest.pack()))
     return dataclasses.replace(summed, gradients=gradients)
 
 

@@ -71,14 +71,14 @@ class Message:
     state: list[_types.Tensor]
 
     def pack(self) -> list[_types.Gradient]:
-        """All of it, as a list of tensors."""
-        return [*self.gradients, self.scalars.pack(), *self.state]
+        """All of it, as a list of tensors; what is known last comes first."""
+        return [self.scalars.pack(), *self.state, *self.gradients]
 
     def unpack(self, tensors: Sequence[_types.Gradient]) -> Message:
         """A list such as `pack` returns, by name."""
         received = iter(tensors)
         return Message(
-            gradients=[next(received) for _ in self.gradients],
             scalars=self.scalars.unpack(next(received)),
             state=[next(received) for _ in self.state],
+            gradients=[next(received) for _ in self.gradients],
         )

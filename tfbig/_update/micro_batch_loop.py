@@ -31,6 +31,7 @@ def fold(
     unrolled: bool = False,
     valid_samples: _types.Tensor | None = None,
     in_flight: int = 1,
+    early: Callable[[_types.Structure], _types.Structure] | None = None,
 ) -> _types.Structure:
     """Calls `carry = step(micro_batch, size, carry)` for each micro-batch.
 
@@ -52,6 +53,9 @@ def fold(
             padding; needs `static_sizes`. None for all.
         in_flight: How many micro-batches may run at the same time, on stages of a model. Not with
             `static_sizes`.
+        early: Function of what is carried; returns what of it is handed on as soon as the last
+            micro-batch has made it, not when all of it is made. None for nothing. Not with
+            `static_sizes` or several `in_flight`.
     """
     if unrolled:
         return _unrolled(split, data, step, carry)
@@ -78,10 +82,10 @@ def fold(
         size, count = static
         # Shapes that are known make for fewer operations, and so for a faster start.
         of_one_size = functools.partial(_bounds_of_one_size, begin=0, size=size)
-        return _loop(data, step, carry, count, of_one_size, in_flight)
+        return _loop(data, step, carry, count, of_one_size, in_flight, early)
 
     bounds = functools.partial(batch_split.bounds, segments)
-    return _loop(data, step, carry, larges + smalls, bounds, in_flight)
+    return _loop(data, step, carry, larges + smalls, bounds, in_flight, early)
 
 
 def _unrolled(
@@ -148,6 +152,7 @@ def _loop(
     count: Size,
     bounds: _Bounds,
     in_flight: int = 1,
+    early: Callable[[_types.Structure], _types.Structure] | None = None,
 ) -> _types.Structure:
     """So many micro-batches, one after another."""
     if isinstance(count, int) and count == 0:
@@ -164,4 +169,8 @@ def _loop(
 
     if in_flight > 1:
         return _keras.pipelined_loop.while_loop(is_left, body, start, in_flight)[1]
+    if early is not None:
+        return _keras.pipelined_loop.while_loop_with_early_results(
+            is_left, body, start, lambda k, carry: [k, early(carry)]
+        )[1]
     return tf.while_loop(is_left, body, start, parallel_iterations=1)[1]

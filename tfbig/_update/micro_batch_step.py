@@ -114,6 +114,9 @@ class MicroBatchStep:
                 lambda value: zero_unless(counts, value), (loss, values)
             )
             gradients = self._zero_unless(counts, gradients)
+        with tf.control_dependencies([] if tf.executing_eagerly() else [loss]):
+            # With `exchange_dtype`, the exchange begins with it: not before there is data.
+            total_weight = totals["weight"] + weight
         moments = totals["noise_moments"]
         if self.measures_noise:
             moments += noise_scale.moments(
@@ -127,7 +130,7 @@ class MicroBatchStep:
                 totals["values"],
                 values,
             ),
-            "weight": totals["weight"] + weight,
+            "weight": total_weight,
             "state": state,
             "logs": keras.tree.map_structure(tf.convert_to_tensor, result.logs),
             "noise_moments": moments,

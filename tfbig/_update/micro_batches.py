@@ -229,15 +229,27 @@ class MicroBatches:
     def _run(self, step: MicroBatchStep, start: Totals) -> Totals:
         totals: Totals
         if not isinstance(step, gathered_step.GatheredStep):
-            totals = self._for_each(step, start)
+            early = _exchanged_early if self._overlaps_with_exchange() else None
+            totals = self._for_each(step, start, early)
         elif self.unrolled:
             totals = self._for_each(step.always, start)
         else:
             totals = lockstep_loop.fold(self.split, self.data, step.counting, start)
         return totals
 
-    def _for_each(self, step: Step, start: _types.Structure) -> _types.Structure:
-        """What `step` makes of `start`, micro-batch by micro-batch; compiled if asked for."""
+    def _for_each(
+        self,
+        step: Step,
+        start: _types.Structure,
+        early: Callable[[_types.Structure], _types.Structure] | None = None,
+    ) -> _types.Structure:
+        """What `step` makes of `start`, micro-batch by micro-batch; compiled if asked for.
+
+        Args:
+            step: What is called.
+            start: What it begins with.
+            early: See `micro_batch_loop.fold`.
+        """
 
         def run() -> _types.Structure:
             if self.is_whole_batch:
@@ -251,6 +263,7 @@ class MicroBatches:
                 unrolled=self.unrolled,
                 valid_samples=self.valid_samples,
                 in_flight=self.in_flight,
+                early=early,
             )
 
         if not self.compiled or self.is_inline:
@@ -282,6 +295,14 @@ class MicroBatches:
         (large, larges), (small, smalls) = self.split.segments(self.samples)
         is_uniform = tf.equal(larges, 0) | tf.equal(smalls, 0)
         return is_uniform, tf.where(is_uniform, tf.where(tf.equal(larges, 0), small, large), 1)
+
+    def _overlaps_with_exchange(self) -> bool:
+        """Whether the exchange begins while the last micro-batch runs.
+
+        On stages, it does anyway.
+        """
+        is_followed = bool(self.variables) and replicas.count() > 1
+        return is_followed and not (self.compiled or self.is_staged or tf.executing_eagerly())
 
     # --- What goes together -----------------------------------------------------
 
@@ -316,3 +337,8 @@ class MicroBatches:
                 "of a smaller one would enter the statistics. Received: data whose last batch may "
                 "be smaller. Use drop_remainder=True, or leave samples out."
             )
+
+
+def _exchanged_early(totals: Totals) -> _types.Structure:
+    """What the exchange begins with. What is assigned waits for the rest."""
+    return [totals["gradients"], totals["weight"]]

@@ -43,7 +43,8 @@ def all_reduce_sum(
     """Sums each tensor over all replicas, in one exchange. In replica context.
 
     The exchange copies what it sends and what it receives, so it goes in buckets, each after the
-    one before it: the copies take the memory of a bucket, not that of the model.
+    one before it: the copies take the memory of a bucket, not that of the model. The last tensors
+    go first, as a backward pass makes the gradients of the last layers first.
 
     Args:
         tensors: Tensors and `tf.IndexedSlices`, as many and of the same dtypes on every replica.
@@ -54,10 +55,10 @@ def all_reduce_sum(
     if count() == 1:
         return list(tensors)
     kinds = [_kind(tensor) for tensor in tensors]
-    _keras.collectives.check_same(f"summed: {kinds}, {bucket_bytes}", tensors)
+    _keras.collectives.check_same(f"summed: {kinds}, {bucket_bytes}", tensors[-1:])
     summed: list[_types.Gradient] = []
     received: list[_types.Tensor] = []
-    for k, bucket in enumerate(_buckets(tensors, bucket_bytes)):
+    for k, bucket in enumerate(_buckets(tensors[::-1], bucket_bytes)):
         with tf.control_dependencies(received), tf.name_scope(f"bucket_{k}"):
             # The outputs of a loop are on no device, and an exchange between workers needs one.
             sent = [tf.identity(t) for t in bucket]
@@ -67,7 +68,7 @@ def all_reduce_sum(
             sums = _keras.collectives.sum_on(stage.devices, sent, bucket_bytes)
         received = [] if tf.executing_eagerly() else tf.nest.flatten(sums, expand_composites=True)
         summed += sums
-    return summed
+    return summed[::-1]
 
 
 def _buckets(

@@ -60,12 +60,8 @@ def exchange_and_apply(
     if all(g is None for g in local.gradients):
         # As Keras does, which here sees the gradients of one replica's pieces.
         raise ValueError("No gradients provided for any variable.")
-    # The rows of tables go to all replicas, as does what all must know.
-    rest = dataclasses.replace(
-        local, gradients=[None if _is_dense(g) else g for g in local.gradients]
-    )
-    batch = exchange.all_reduce_accumulated(rest, exchange_dtype, stop_request, bucket_bytes)
-    update = _ShardedUpdate(state, local, batch, exchange_dtype, bucket_bytes)
+    update = _ShardedUpdate(state, local, exchange_dtype, bucket_bytes, stop_request)
+    batch = update.batch
     norm = update.global_norm() if needs_norm else None
     gradients = update.clipped()
     flags = None if loss_scale is None else update.finite_flags()
@@ -114,11 +110,12 @@ class _ShardedUpdate:
     Args:
         state: how the optimizer's state is divided.
         local: what this replica accumulated.
-        batch: what all replicas accumulated, without dense gradients.
         exchange_dtype: see `exchange_and_apply.apply_gradients`.
         bucket_bytes: see `exchange_and_apply.apply_gradients`.
+        stop_request: see `exchange.all_reduce_accumulated`.
 
     Attributes:
+        batch: what all replicas accumulated, without dense gradients.
         gradients: this replica's pieces of dense gradients of the loss, and all rows of the
             others, by the index of the variable; not clipped.
     """
@@ -127,41 +124,55 @@ class _ShardedUpdate:
         self,
         state: ShardedState,
         local: AccumulatedGradients,
-        batch: AccumulatedGradients,
         exchange_dtype: str | None,
         bucket_bytes: int,
+        stop_request: StopRequest | None,
     ) -> None:
         self.state = state
         self.bucket_bytes = bucket_bytes
         self.number_updated = len(local.variables)
         self.variables = [*local.variables, *_averaged(state.optimizer, local.variables)]
         self.local = local
-        self.batch = batch
         own = _keras.collectives.replica_id()
         # Of the variables of this update, which may be some of the optimizer's; those that it only
         # averages come last.
         self.pieces = [state.pieces[state.index_of(v)] for v in self.variables]
         self.own: list[Piece | None] = [pieces[own] for pieces in self.pieces]
         self.dense = [i for i, g in enumerate(local.gradients) if _is_dense(g)]
-        self.rows = {i: g for i, g in enumerate(apply.gradients_of_loss(batch)) if g is not None}
         # Where divided weights lie, whose optimizer may need all of them in one place.
         self.divided = {
             i: v.spans for i, v in enumerate(self.variables) if gathered_weights.is_divided(v)
         }
         self.moved = [i for i, spans in self.divided.items() if list(spans) != self.pieces[i]]
-        self.gradients = self._scattered(exchange_dtype) | self.rows
+        # What is known first, before the backward pass is over, goes first.
+        sums = self._scattered(exchange_dtype)
+        # The rows of tables go to all replicas, as does what all must know.
+        rest = dataclasses.replace(
+            local, gradients=[None if _is_dense(g) else g for g in local.gradients]
+        )
+        self.batch = exchange.all_reduce_accumulated(
+            rest, exchange_dtype, stop_request, bucket_bytes
+        )
+        of_rows = apply.gradients_of_loss(self.batch)
+        self.rows = {i: g for i, g in enumerate(of_rows) if g is not None}
+        is_divided_by_weight = exchange_dtype is not None
+        self.gradients = self._of_loss(sums, is_divided_by_weight) | self.rows
         self._exchanged_facts: _Facts | None = None
 
     # --- Exchange -------------------------------------------------------------------
 
-    def _scattered(self, exchange_dtype: str | None) -> dict[int, _types.Gradient]:
-        """This replica's pieces of the dense gradients, summed over the replicas.
+    def _scattered(self, exchange_dtype: str | None) -> dict[int, _types.Tensor]:
+        """This replica's pieces of the dense gradients of whole weights, summed over the replicas.
 
-        Those of divided weights are summed and in pieces already.
+        In half precision, they are divided by the weight of the whole batch.
         """
-        dtype, weight = self.local.loss.dtype, self.batch.weight
         whole = [i for i in self.dense if i not in self.divided]
+        if not whole:
+            return {}
+        dtype, weight = self.local.loss.dtype, self.local.weight
         tensors: list[_types.Tensor] = [self.local.gradients[i] for i in whole]
+        if exchange_dtype is not None:
+            (weight,) = replicas.all_reduce_sum([weight])
         rows = _rows.Rows([self.pieces[i] for i in whole], [self.variables[i].shape for i in whole])
 
         def sent(values: _types.Tensor) -> _types.Tensor:
@@ -171,20 +182,28 @@ class _ShardedUpdate:
 
         sent_as = tf.as_dtype(exchange_dtype or dtype)
         scattered = rows.scatter(tensors, self.bucket_bytes, sent, sent_as, dtype)
-        sums = {whole[k]: piece for k, piece in scattered.items()}
-        dtypes = {i: tensor.dtype for i, tensor in zip(whole, tensors, strict=True)}
+        return {whole[k]: piece for k, piece in scattered.items()}
+
+    def _of_loss(
+        self, sums: dict[int, _types.Tensor], is_divided_by_weight: bool
+    ) -> dict[int, _types.Gradient]:
+        """This replica's pieces of the dense gradients of the loss.
+
+        Args:
+            sums: those of whole weights. Those of divided ones are summed and in pieces already.
+            is_divided_by_weight: whether `sums` are divided by the weight of the whole batch.
+        """
+        dtype, gradients = self.local.loss.dtype, {}
         for i in self.dense:
-            if i in self.divided:
-                sums[i] = tf.convert_to_tensor(self.local.gradients[i])
-                dtypes[i] = sums[i].dtype
-        gradients: dict[int, _types.Gradient] = {}
-        for i, piece in sums.items():
-            piece = tf.cast(piece, dtype)
-            if exchange_dtype is None or i in self.divided:
-                piece = tf.math.divide_no_nan(piece, weight)
+            if i not in sums and i not in self.divided:
+                continue
+            gradient = tf.convert_to_tensor(self.local.gradients[i])
+            piece = tf.cast(sums.get(i, gradient), dtype)
+            if i in self.divided or not is_divided_by_weight:
+                piece = tf.math.divide_no_nan(piece, self.batch.weight)
             if self.batch.loss_scale is not None:
                 piece = tf.math.divide_no_nan(piece, tf.cast(self.batch.loss_scale, dtype))
-            gradients[i] = tf.cast(piece, dtypes[i])
+            gradients[i] = tf.cast(piece, gradient.dtype)
         return gradients
 
     def _facts(self) -> _Facts:

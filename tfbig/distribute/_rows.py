@@ -60,6 +60,8 @@ class Rows:
     ) -> dict[int, _types.Tensor]:
         """Adds up tensors over all replicas. In replica context.
 
+        The last elements go first, as a backward pass makes the gradients of the last layers first.
+
         Args:
             tensors: a tensor of each variable's shape.
             bucket_bytes: bytes of what a replica sends at a time.
@@ -73,9 +75,9 @@ class Rows:
         """
         own = _keras.collectives.replica_id()
         found: dict[int, list[_types.Tensor]] = {}
-        _keras.collectives.check_same(f"scattered: {sent_as.name} {self.shapes}", tensors)
+        _keras.collectives.check_same(f"scattered: {sent_as.name} {self.shapes}", tensors[-1:])
         spans, under_way = self._spans(bucket_bytes, sent_as)
-        for begin, end in spans:
+        for begin, end in reversed(spans):
             with under_way.turn():
                 # One copy: consecutive elements of a tensor are a view of it.
                 vectors = [
@@ -94,7 +96,7 @@ class Rows:
             row = _keras.collectives.reduce_scatter(matrix, summed_as, is_part=True)
             under_way.add(row)
             self._take_apart(row, self._elements(own, begin, end), found)
-        return {i: self._shaped(i, own, parts) for i, parts in found.items()}
+        return {i: self._shaped(i, own, found[i][::-1]) for i in sorted(found)}
 
     def gather(
         self, tensors: dict[int, _types.Tensor], bucket_bytes: int, dtype: _types.DType
