@@ -453,8 +453,10 @@ def test_a_legacy_function_is_named():
         ((SAMPLE[0], np.float32(3)), r"shapes \(8, 4\), \(\)"),
         (([[1.0, 2.0]], [[1.0]]), r"shapes \(\), "),
         ((SAMPLE[0], SAMPLE[1][:7]), r"\(8, 4\), \(7, 1\)"),
+        ((SAMPLE[0], np.full((8, 1), None)), "Received: object, which is no tensor"),
+        ((tf.ragged.constant([[1.0], []]), np.ones(2)), "Received: float32, which is no tensor"),
     ],
-    ids=["array", "dataset", "number", "lists", "lengths"],
+    ids=["array", "dataset", "number", "lists", "lengths", "objects", "ragged"],
 )
 def test_invalid_samples(sample, received):
     with pytest.raises(tfbig.errors.InvalidOptionError, match=received):

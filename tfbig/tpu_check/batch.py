@@ -45,13 +45,12 @@ class Batch:
             InvalidOptionError: If the sample is anything else.
         """
 
-        def spec(value: Any) -> tf.TensorSpec | None:  # `Any`: whatever TensorFlow converts.
+        def spec(value: _types.Tensor | None) -> tf.TensorSpec | None:
             if value is None:
                 return None
-            value = tf.convert_to_tensor(value)
             return tf.TensorSpec([size, *value.shape[1:]], value.dtype)
 
-        _check_sample(sample)
+        sample = _checked_sample(sample)
         return cls(keras.tree.map_structure(spec, sample), is_assumed=False, sample=sample)
 
     @classmethod
@@ -167,17 +166,30 @@ class Batch:
         )
 
 
-def _check_sample(sample: object) -> None:
-    is_tuple = isinstance(sample, tuple) and 1 <= len(sample) <= 3
-    shapes = [np.shape(v) for v in _flat(sample) if v is not None] if is_tuple else []
-    if not is_tuple or not all(shapes) or len({shape[0] for shape in shapes}) != 1:
-        received = (
-            f"arrays of shapes {', '.join(map(str, shapes))}" if is_tuple else type(sample).__name__
-        )
-        raise errors.InvalidOptionError(
-            "A sample of the data must be a tuple of x, y and optionally sample_weight: arrays "
-            f"with one row per sample. Received: {received}. Return model, (x, y)."
-        )
+def _checked_sample(sample: Any) -> tuple[_types.Structure, ...]:  # `Any`: the user's.
+    """The sample as tensors."""
+    if not isinstance(sample, tuple) or not 1 <= len(sample) <= 3:
+        raise _not_a_sample(type(sample).__name__)
+    tensors: tuple[_types.Structure, ...] = keras.tree.map_structure(_tensor, sample)
+    shapes = [tuple(t.shape) for t in _flat(tensors) if t is not None]
+    if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
+        raise _not_a_sample(f"arrays of shapes {', '.join(map(str, shapes))}")
+    return tensors
+
+
+def _tensor(value: Any) -> _types.Tensor | None:  # `Any`: whatever TensorFlow converts.
+    try:
+        return None if value is None else tf.convert_to_tensor(value)
+    except (TypeError, ValueError) as error:
+        name = getattr(getattr(value, "dtype", type(value)), "name", type(value).__name__)
+        raise _not_a_sample(f"{name}, which is no tensor") from error
+
+
+def _not_a_sample(received: str) -> errors.InvalidOptionError:
+    return errors.InvalidOptionError(
+        "A sample of the data must be a tuple of x, y and optionally sample_weight: arrays "
+        f"with one row per sample. Received: {received}. Return model, (x, y)."
+    )
 
 
 def _flat(structure: _types.Structure) -> list[Any]:
