@@ -67,7 +67,10 @@ def test_a_result_is_handed_on_while_another_is_made():
     @tf.function(autograph=False)
     def program():
         def body(k, quick, slow):
-            return k + 1, quick + 1, tf.cond(k < 2, lambda: slow, lambda: gate.waited_at(slow)) + 1
+            made = tf.cond(k < 2, lambda: slow, lambda: gate.waited_at(slow)) + 1
+            # Nor does a result wait for an assertion about another.
+            tf.debugging.assert_positive(made)
+            return k + 1, quick + 1, made
 
         start = tf.constant(0), tf.constant(0.0), tf.constant(0.0)
         _, quick, slow = while_loop_with_early_results(
