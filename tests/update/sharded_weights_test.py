@@ -717,6 +717,26 @@ def test_a_function_of_replicas_may_call_a_model_in_a_loop(small_weights_are_div
         assert_same([found], [plain.predict(x, verbose=0)])
 
 
+def test_half_precision_is_refused_in_a_step_of_ones_own(small_weights_are_divided):
+    class Own(tfbig.Sequential):
+        def train_step(self, data):
+            share = tfbig.accumulate_gradients(
+                lambda data: self.compute_loss(*data, self(data[0], training=True)),
+                self.trainable_variables,
+                data,
+            )
+            return {
+                "loss": tfbig.apply_gradients(self.optimizer, share, exchange_dtype="bfloat16").loss
+            }
+
+    x, y = data()
+    with make_strategy("mirrored_2").scope():
+        model = Own([keras.Input(x.shape[1:]), layers.Dense(y.shape[1])], shard="weights")
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="exchange_dtype='bfloat16' and shard='weights'"):
+        model.fit(x, y, verbose=0)
+
+
 def test_a_gradient_inside_of_the_loss_is_refused(small_weights_are_divided):
     class Penalized(tfbig.Model):
         def __init__(self, **options):

@@ -49,7 +49,8 @@ def apply_gradients(
             skipped on all.
         log_grad_norm: Whether to compute the global norm of the gradient.
         exchange_dtype: "bfloat16" or "float16": what gradients are cast to while
-            replicas exchange them. None exchanges them as they are, and is exact.
+            replicas exchange them. None exchanges them as they are, and is exact. Not with
+            divided weights.
         exchange_bucket_bytes: Gradients are exchanged in buckets of so many bytes, one after
             another. Defaults to 32 MiB.
         update_guard: The `update_guard` of a model, which a `tfbig.callbacks.SpikeGuard` gives it,
@@ -57,12 +58,22 @@ def apply_gradients(
 
     Returns:
         An `Update`: `loss`, `is_finite`, `is_applied`, `gradient_norm`.
+
+    Raises:
+        InvalidOptionError: If an option is not valid.
     """
     apply.check_optimizer(optimizer)
     if loss_scale is not None and loss_scale.is_retrying:
         raise errors.InvalidOptionError(retried_batches.NEEDS_TFBIG_STEP)
     apply.build_optimizer(optimizer, accumulated.variables)
     exchange_dtype = half_precision_exchange.checked_dtype(exchange_dtype)
+    has_divided = any(gathered_weights.is_divided(v) for v in accumulated.variables)
+    if exchange_dtype is not None and has_divided:
+        raise errors.InvalidOptionError(
+            "`exchange_dtype` does not go with divided weights, since gradients are added up over "
+            f"the replicas in each micro-batch. Received: exchange_dtype={exchange_dtype!r} and "
+            "shard='weights'. Leave it out, or use shard='optimizer'."
+        )
     bucket_bytes = replicas.checked_bucket_bytes(exchange_bucket_bytes)
     own_step.applies(
         loss_scale,

@@ -199,7 +199,7 @@ class _ShardedUpdate:
                 continue
             gradient = tf.convert_to_tensor(self.local.gradients[i])
             piece = tf.cast(sums.get(i, gradient), dtype)
-            if i in self.divided or not is_divided_by_weight:
+            if not is_divided_by_weight:
                 piece = tf.math.divide_no_nan(piece, self.batch.weight)
             if self.batch.loss_scale is not None:
                 piece = tf.math.divide_no_nan(piece, tf.cast(self.batch.loss_scale, dtype))
